@@ -1,0 +1,253 @@
+"""The tables, as SQLAlchemy sees them: the service's own (SPEC 1, names and types are facts) and ours.
+
+The service's tables live in `public` and belong to the service: it goes on writing to them, and nothing here but
+`migrate` on an empty database ever creates them. Their timestamps are `timestamp without time zone` holding UTC;
+`UtcNaive` turns them into aware UTC instants and back, so that no naive instant is seen in Python.
+Everything of ours lives in the schema `billing_orchestration`, with `timestamptz`.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+
+SCHEMA = "billing_orchestration"
+
+
+class UtcNaive(sa.types.TypeDecorator[datetime]):
+    """`timestamp without time zone` holding UTC <-> aware UTC datetime."""
+
+    impl = sa.DateTime(timezone=False)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
+        """Refuse a naive instant, store an aware one as naive UTC."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a naive instant must not reach the database")
+        return value.astimezone(timezone.utc).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
+        """Give back an aware UTC instant."""
+        return None if value is None else value.replace(tzinfo=timezone.utc)
+
+
+service = sa.MetaData()
+
+subscription_status = pg.ENUM(
+    "CREATED", "ACTIVE", "EXPIRED", "CANCELED", "PAUSED", "DELETED",
+    name="subscriptionstatusenum", metadata=service,
+)  # fmt: skip
+payment_method = pg.ENUM(
+    "BANK_CARD", "YOO_MONEY", "SBERBANK", "TINKOFF_BANK", "SBP",
+    name="paymentmethodsenum", metadata=service,
+)  # fmt: skip
+payment_status = pg.ENUM(
+    "CREATED", "PENDING", "SUCCEEDED", "EXPIRED", "CANCELED", "REFUNDED",
+    name="paymentstatusenum", metadata=service,
+)  # fmt: skip
+currency = pg.ENUM("RUB", "USD", "EUR", name="currencyenum", metadata=service)
+
+plans = sa.Table(
+    "plans",
+    service,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("description", sa.String),
+    sa.Column("is_active", sa.Boolean),
+    sa.Column("is_recurring", sa.Boolean),
+    sa.Column("duration", sa.Integer),
+    sa.Column("duration_unit", sa.String),
+    sa.Column("created_at", UtcNaive, nullable=False),
+    sa.Column("updated_at", UtcNaive, nullable=False),
+)
+prices = sa.Table(
+    "prices",
+    service,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("plan_id", sa.ForeignKey("plans.id"), nullable=False),
+    sa.Column("currency", currency),
+    sa.Column("amount", sa.Numeric(8, 2), nullable=False),
+)
+payment_providers = sa.Table(
+    "payment_providers",
+    service,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("description", sa.String),
+    sa.Column("is_active", sa.Boolean),
+    sa.Column("created_at", UtcNaive, nullable=False),
+    sa.Column("updated_at", UtcNaive, nullable=False),
+)
+subscriptions = sa.Table(
+    "subscriptions",
+    service,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("user_id", sa.String, nullable=False),
+    sa.Column("status", subscription_status),
+    sa.Column("started_at", UtcNaive),
+    sa.Column("ended_at", UtcNaive),
+    sa.Column("plan_id", sa.ForeignKey("plans.id")),
+    sa.Column("created_at", UtcNaive, nullable=False),
+    sa.Column("updated_at", UtcNaive, nullable=False),
+)
+payments = sa.Table(
+    "payments",
+    service,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("subscription_id", sa.ForeignKey("subscriptions.id")),
+    sa.Column("payment_provider_id", sa.ForeignKey("payment_providers.id"), nullable=False),
+    sa.Column("payment_method", payment_method),
+    sa.Column("status", payment_status),
+    sa.Column("currency", currency),
+    sa.Column("amount", sa.Numeric(8, 2), nullable=False),
+    sa.Column("external_payment_id", sa.String),
+    sa.Column("created_at", UtcNaive, nullable=False),
+    sa.Column("updated_at", UtcNaive, nullable=False),
+    sa.CheckConstraint("amount > 0", name="payments_amount_check"),
+)
+
+ours = sa.MetaData(schema=SCHEMA)
+Instant = sa.DateTime(timezone=True)
+
+# States of a renewal attempt (SPEC 5). BLOCKING are the open and the successful ones, and those in which the money
+# of the period was taken and a person or a refund has the last word: at most one such attempt per period.
+BLOCKING_STATES = ("PLANNED", "UNKNOWN", "PENDING", "SUCCEEDED", "REVIEW", "REFUNDED")
+OPEN_STATES = ("PLANNED", "UNKNOWN", "PENDING")
+ALL_STATES = (*BLOCKING_STATES, "DECLINED", "STOPPED", "REJECTED", "VOID")
+
+
+def _in(column: str, labels: tuple[str, ...]) -> str:
+    return f"{column} IN ({', '.join(repr(label) for label in labels)})"
+
+
+renewal_attempts = sa.Table(
+    "renewal_attempts",
+    ours,
+    sa.Column("id", sa.Uuid, primary_key=True),
+    # No foreign keys into the service's tables: the service may delete its rows, our record of a charge stays.
+    sa.Column("subscription_id", sa.Integer, nullable=False),
+    sa.Column("period_start", UtcNaive, nullable=False, comment="the old ended_at"),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("idempotence_key", sa.Uuid, nullable=False, unique=True),
+    sa.Column("body", sa.Text, nullable=False, comment="the exact JSON text that is sent, frozen with the key"),
+    sa.Column("amount", sa.Numeric(8, 2), nullable=False),
+    sa.Column("currency", sa.Text, nullable=False),
+    sa.Column("user_id", sa.Text, nullable=False),
+    sa.Column("plan_id", sa.Integer, nullable=False),
+    sa.Column("payment_provider_id", sa.Integer, nullable=False),
+    sa.Column("payment_method_id", sa.Text, nullable=False),
+    sa.Column("planned_at", Instant, nullable=False),
+    sa.Column("first_sent_at", Instant, comment="committed before the first send; NULL: certainly never sent"),
+    sa.Column("last_sent_at", Instant),
+    sa.Column("sends", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("external_payment_id", sa.Text, comment="the provider's id of the NEW payment"),
+    sa.Column("decline_party", sa.Text),
+    sa.Column("decline_reason", sa.Text, comment="the provider's own word, as received"),
+    sa.Column("decline_class", sa.Text),
+    sa.Column("last_error", sa.Text, comment="what the last answer, or its absence, said"),
+    sa.Column("first_absent_at", Instant, comment="the first complete scan that did not find the attempt"),
+    sa.Column("closed_at", Instant),
+    sa.Column("run_id", sa.Text, nullable=False, comment="the Dagster run that planned it"),
+    sa.CheckConstraint(_in("state", ALL_STATES), name="renewal_attempts_state_check"),
+    sa.UniqueConstraint("subscription_id", "period_start", "number", name="renewal_attempts_identity"),
+    sa.Index(
+        "renewal_attempts_one_live_per_period", "subscription_id", "period_start",
+        unique=True, postgresql_where=sa.text(_in("state", BLOCKING_STATES)),
+    ),
+    sa.Index(
+        "renewal_attempts_open", "state", "subscription_id",
+        postgresql_where=sa.text(_in("state", (*OPEN_STATES, "REVIEW"))),
+    ),
+    sa.Index("renewal_attempts_external_payment_id", "external_payment_id"),
+    sa.Index("renewal_attempts_last_sent_at", "last_sent_at"),
+)  # fmt: skip
+
+settlements = sa.Table(
+    "settlements",
+    ours,
+    sa.Column("external_payment_id", sa.Text, primary_key=True, comment="one grant per provider payment: this key"),
+    sa.Column("kind", sa.Text, nullable=False, comment="renewed | extended | created | refunded"),
+    sa.Column("payment_id", sa.Integer, nullable=False),
+    sa.Column("subscription_id", sa.Integer),
+    sa.Column("attempt_id", sa.Uuid),
+    sa.Column("user_id", sa.Text),
+    sa.Column("plan_id", sa.Integer),
+    sa.Column("amount", sa.Numeric(8, 2), nullable=False),
+    sa.Column("currency", sa.Text, nullable=False),
+    sa.Column("period_start", UtcNaive),
+    sa.Column("period_end", UtcNaive),
+    sa.Column("settled_at", Instant, nullable=False),
+    sa.Column("run_id", sa.Text, nullable=False),
+    sa.Index("settlements_subscription_id", "subscription_id"),
+)
+
+saved_methods = sa.Table(
+    "saved_methods",
+    ours,
+    sa.Column("subscription_id", sa.Integer, primary_key=True),
+    sa.Column("payment_method_id", sa.Text, nullable=False),
+    sa.Column("currency", sa.Text, nullable=False),
+    sa.Column("payment_provider_id", sa.Integer, nullable=False),
+    sa.Column("saved_by_external_payment_id", sa.Text, nullable=False),
+    sa.Column("saved_at", Instant, nullable=False),
+)
+
+quarantine = sa.Table(
+    "quarantine",
+    ours,
+    sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+    sa.Column("problem_key", sa.Text, nullable=False, comment="subject and kind: one open entry per problem"),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("external_payment_id", sa.Text),
+    sa.Column("payment_id", sa.Integer),
+    sa.Column("subscription_id", sa.Integer),
+    sa.Column("attempt_id", sa.Uuid),
+    sa.Column("evidence", pg.JSONB, nullable=False),
+    sa.Column("job", sa.Text, nullable=False),
+    sa.Column("run_id", sa.Text, nullable=False),
+    sa.Column("opened_at", Instant, nullable=False),
+    sa.Column("resolved_at", Instant),
+    sa.Column("resolution", sa.Text, comment="settled | ignored | accepted | attached"),
+    sa.Column("resolution_reason", sa.Text),
+    sa.Column("resolved_by", sa.Text),
+    sa.Index(
+        "quarantine_one_open_per_problem", "problem_key",
+        unique=True, postgresql_where=sa.text("resolved_at IS NULL"),
+    ),
+    sa.Index("quarantine_external_payment_id", "external_payment_id"),
+)  # fmt: skip
+
+watermarks = sa.Table(
+    "watermarks",
+    ours,
+    sa.Column("job", sa.Text, primary_key=True),
+    sa.Column("covered_until", Instant, nullable=False),
+    sa.Column("run_id", sa.Text, nullable=False),
+    sa.Column("updated_at", Instant, nullable=False),
+)
+
+audit_trail = sa.Table(
+    "audit_trail",
+    ours,
+    sa.Column("id", sa.BigInteger, sa.Identity(), primary_key=True),
+    sa.Column("at", Instant, nullable=False),
+    sa.Column("job", sa.Text, nullable=False),
+    sa.Column("run_id", sa.Text, nullable=False),
+    sa.Column("entity", sa.Text, nullable=False, comment="subscription | payment | attempt | quarantine"),
+    sa.Column("entity_id", sa.Text, nullable=False),
+    sa.Column("action", sa.Text, nullable=False),
+    sa.Column("old", pg.JSONB),
+    sa.Column("new", pg.JSONB),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("external_payment_id", sa.Text),
+    sa.Index("audit_trail_entity", "entity", "entity_id"),
+    sa.Index("audit_trail_run_id", "run_id"),
+    sa.Index("audit_trail_external_payment_id", "external_payment_id"),
+)

@@ -1,0 +1,44 @@
+"""Money: a decimal amount with its currency, and the bounds that the service's database can hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+# payments.amount is numeric(8,2): six digits before the point.
+LARGEST_AMOUNT = Decimal("999999.99")
+# The labels of the service's enum `currencyenum`.
+CURRENCIES = frozenset({"RUB", "USD", "EUR"})
+
+
+@dataclass(frozen=True, slots=True)
+class Money:
+    """An amount in a currency. Two of them are equal when both parts are: 5 RUB is not 5 USD."""
+
+    amount: Decimal
+    currency: str
+
+    def __str__(self) -> str:
+        return f"{self.amount:.2f} {self.currency}"
+
+
+def parse_amount(value: object) -> Decimal:
+    """Read an amount as the provider writes it (`"123.45"`).
+
+    Raises ValueError, with the reason, for anything that is not a plain, finite decimal with at most two places
+    that fits numeric(8,2). Zero and below are left to the caller: a refunded amount may be zero.
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int, Decimal)):
+        raise ValueError(f"amount {value!r} is not a decimal string")
+    try:
+        amount = Decimal(value.strip() if isinstance(value, str) else value)
+    except InvalidOperation:
+        raise ValueError(f"amount {value!r} is not a number") from None
+    if not amount.is_finite():
+        raise ValueError(f"amount {value!r} is not finite")
+    if abs(amount) > LARGEST_AMOUNT:
+        raise ValueError(f"amount {value!r} does not fit numeric(8,2)")
+    cents = amount.quantize(Decimal("0.01"))
+    if cents != amount:
+        raise ValueError(f"amount {value!r} has more than two decimal places")
+    return cents

@@ -1,0 +1,1 @@
+"""One file a job: its config, its ops, the job, its partitions and its schedule."""
