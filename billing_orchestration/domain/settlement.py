@@ -1,0 +1,433 @@
+"""Settling: what a success at the provider means for the service's books (SPEC 4, "Settling a provider payment").
+
+`decide_settlement` is the one rule, used by all five jobs. It sees the facts that were read under lock and returns
+what to write; it writes nothing itself. One provider payment yields at most one grant, ever.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
+from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
+from billing_orchestration.domain.renewals import ATTEMPT_KEY, Attempt, State
+
+# Row statuses from which a success is settled (SPEC 4): a late success revives an expired payment.
+SETTLEABLE_ROWS = ("PENDING", "CREATED", "EXPIRED")
+# States of an attempt that say "no money moved", which a success at the provider contradicts.
+_CLOSED_UNPAID = frozenset({State.DECLINED, State.STOPPED, State.REJECTED, State.VOID})
+
+
+@dataclass(frozen=True, slots=True)
+class PaymentRow:
+    """A row of the service's `payments`. `money` is None when its currency is null."""
+
+    id: int
+    subscription_id: int | None
+    payment_provider_id: int | None
+    status: str | None
+    money: Money | None
+    external_payment_id: str | None
+
+    @property
+    def subject(self) -> str:
+        """How a person reads it in a report."""
+        return f"payment {self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionRow:
+    """A row of the service's `subscriptions`."""
+
+    id: int
+    user_id: str
+    plan_id: int | None
+    status: str | None
+    started_at: datetime | None
+    ended_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """A row of the service's `plans`, as far as settling needs it."""
+
+    id: int
+    duration: int | None
+    duration_unit: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What was read under lock for one provider payment.
+
+    `settled_as`: the kind under which it is in our settlements; `set_aside`: a person resolved it as ignored.
+    `rows`: the payments rows with its id. `attempt` and `rivals`: the attempt it names, and the other attempts of that
+    period. `subscriptions`: those of the attempt, of the rows, and the ACTIVE ones of the metadata's user and plan.
+    """
+
+    settled_as: str | None
+    set_aside: bool
+    rows: Sequence[PaymentRow]
+    attempt: Attempt | None
+    rivals: Sequence[Attempt]
+    subscriptions: Mapping[int, SubscriptionRow]
+    plans: Mapping[int, PlanRow]
+    provider_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Grant it. One transaction: the payment row, the subscription, the attempt (if any), the settlement.
+
+    `row`: the row to turn SUCCEEDED, None to create one, and with `row_is_final` the row stays as the service wrote it.
+    `subscription`: the one to extend to `period_end`, None to create one from `period_start`. `reactivate` sets it ACTIVE.
+    """
+
+    payment: ProviderPayment
+    kind: str  # renewed | extended | created
+    row: PaymentRow | None
+    row_is_final: bool
+    subscription: SubscriptionRow | None
+    reactivate: bool
+    user_id: str
+    plan_id: int
+    payment_provider_id: int
+    period_start: datetime
+    period_end: datetime
+    attempt: Attempt | None
+    void_first: Attempt | None
+    reason: str
+    notice: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRefund:
+    """Write it down as REFUNDED and grant nothing: all of the money went back."""
+
+    payment: ProviderPayment
+    row: PaymentRow | None
+    row_is_final: bool
+    subscription_id: int | None
+    payment_provider_id: int
+    attempt: Attempt | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseAsGranted:
+    """The service's own webhook handler has granted a renewal of ours already: only the attempt is closed."""
+
+    payment: ProviderPayment
+    row: PaymentRow
+    attempt: Attempt
+    subscription_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Nothing to do: both sides agree, or a person decided."""
+
+    payment: ProviderPayment
+    reason: str
+    row: PaymentRow | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """A person has to look. `review` is the attempt whose money is in question (it becomes REVIEW)."""
+
+    payment: ProviderPayment
+    kind: str
+    reason: str
+    row: PaymentRow | None = None
+    subscription_id: int | None = None
+    review: Attempt | None = None
+
+
+SettlementDecision = Settle | RecordRefund | CloseAsGranted | Leave | Quarantine
+
+
+def named_attempt_id(payment: ProviderPayment) -> uuid.UUID | None:
+    """The renewal attempt that a payment's metadata names; None when it names none that could be one of ours."""
+    value = payment.metadata.get(ATTEMPT_KEY)
+    try:
+        return uuid.UUID(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
+def metadata_user(payment: ProviderPayment) -> str | None:
+    """The user that a payment's metadata names."""
+    value = payment.metadata.get("user_id")
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def metadata_int(payment: ProviderPayment, key: str) -> int | None:
+    """A positive id that a payment's metadata names, written as the service writes it: a decimal string."""
+    value = payment.metadata.get(key)
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10:
+        number = int(value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    else:
+        return None
+    return number if 1 <= number <= 2_147_483_647 else None
+
+
+def choose_row(rows: Sequence[PaymentRow], money: Money) -> PaymentRow | None:
+    """The row to settle among those that carry one provider id: it agrees on the money, then PENDING before EXPIRED."""
+    candidates = [row for row in rows if row.status in SETTLEABLE_ROWS]
+    order = {status: rank for rank, status in enumerate(SETTLEABLE_ROWS)}
+    return min(candidates, key=lambda row: (row.money != money, order[row.status or ""], row.id), default=None)
+
+
+def decide_settlement(
+    payment: ProviderPayment, facts: Facts, *, now: datetime, calendar: BillingCalendar, is_live: bool
+) -> SettlementDecision:
+    """What a provider payment means for the books. Steps and order are those of SPEC 4.
+
+    `now` is the moment of settling. Only a payment that succeeded may come here (ValueError otherwise).
+    """
+    if payment.status != SUCCEEDED:
+        raise ValueError(f"payment {payment.id} is {payment.status}, only a success is settled")
+    attempt = facts.attempt
+    if facts.settled_as is not None:
+        return Leave(payment, f"settled before ({facts.settled_as})", facts.rows[0] if facts.rows else None)
+    if facts.set_aside:
+        return Leave(payment, "ignored by a person's decision (quarantine)", facts.rows[0] if facts.rows else None)
+    if named_attempt_id(payment) is not None and attempt is None:
+        return Quarantine(
+            payment,
+            "unknown_attempt",
+            "it names a renewal attempt that this database does not know: another installation's charge, or a database"
+            " restored from before it",
+        )
+    row = choose_row(facts.rows, payment.money)
+    if attempt is None:
+        settled_row = next((r for r in facts.rows if r.status in ("SUCCEEDED", "REFUNDED")), None)
+        if settled_row is not None:
+            return Leave(payment, f"{settled_row.subject} is {settled_row.status}: both sides agree", settled_row)
+        canceled = next((r for r in facts.rows if r.status == "CANCELED"), None)
+        if row is None and canceled is not None:
+            return Quarantine(payment, "canceled_here", "canceled here, paid at the provider", canceled)
+        if row is None and facts.rows:
+            return Quarantine(payment, "status_unknown", "its row has no status that can be settled", facts.rows[0])
+    if payment.is_test and is_live:
+        return Quarantine(payment, "test_payment", "a test payment in a live shop", row, review=attempt)
+    if attempt is not None:
+        return _decide_renewal(payment, attempt, facts, calendar)
+    if payment.refunded_in_full:
+        provider_id = row.payment_provider_id if row else metadata_int(payment, "payment_provider_id")
+        if provider_id is None or (row is None and provider_id not in facts.provider_ids):
+            return Quarantine(
+                payment,
+                "metadata",
+                "refunded in full, and its payment provider is missing or unknown in the metadata",
+                row,
+            )
+        return RecordRefund(
+            payment,
+            row,
+            False,
+            row.subscription_id if row else None,
+            provider_id,
+            None,
+            "refunded in full: nothing is granted",
+        )
+    if row is not None and row.money != payment.money:
+        return Quarantine(
+            payment, "amount_differs", f"{row.money or 'no currency'} here, {payment.money} at the provider", row
+        )
+    return _decide_purchase(payment, row, facts, now=now, calendar=calendar)
+
+
+def _decide_purchase(
+    payment: ProviderPayment, row: PaymentRow | None, facts: Facts, *, now: datetime, calendar: BillingCalendar
+) -> SettlementDecision:
+    user_id = metadata_user(payment)
+    plan_id = metadata_int(payment, "plan_id")
+    provider_id = metadata_int(payment, "payment_provider_id")
+    missing = [
+        key
+        for key, value in (("user_id", user_id), ("plan_id", plan_id), ("payment_provider_id", provider_id))
+        if value is None
+    ]
+    if user_id is None or plan_id is None or provider_id is None:
+        return Quarantine(payment, "metadata", f"metadata without a usable {', '.join(missing)}", row)
+    if plan_id not in facts.plans:
+        return Quarantine(payment, "metadata", f"metadata names plan {plan_id}, which does not exist", row)
+    if provider_id not in facts.provider_ids:
+        return Quarantine(
+            payment, "metadata", f"metadata names payment provider {provider_id}, which does not exist", row
+        )
+    linked = facts.subscriptions.get(row.subscription_id) if row and row.subscription_id is not None else None
+    if linked is not None and linked.user_id != user_id:
+        return Quarantine(
+            payment, "foreign_metadata", f"metadata names user {user_id}, the row belongs to user {linked.user_id}", row
+        )
+    plan = facts.plans[plan_id]
+    subscription = _active_subscription(facts, user_id, plan_id, linked)
+    try:
+        period = parse_period(plan.duration, plan.duration_unit)
+        if subscription is not None:
+            if subscription.ended_at is None:
+                return Quarantine(
+                    payment, "no_end", "the user's active subscription has no end to extend from", row, subscription.id
+                )
+            start = subscription.ended_at
+            end = calendar.next_end(subscription.started_at, start, period)
+        else:
+            start = now
+            end = calendar.add_period(now, period)
+    except UnusablePeriod as error:
+        return Quarantine(payment, "period", str(error), row)
+    return Settle(
+        payment=payment,
+        kind="extended" if subscription else "created",
+        row=row,
+        row_is_final=False,
+        subscription=subscription,
+        reactivate=False,
+        user_id=user_id,
+        plan_id=plan_id,
+        payment_provider_id=provider_id,
+        period_start=start,
+        period_end=end,
+        attempt=None,
+        void_first=None,
+        reason=_told(row, "its subscription is extended by a period" if subscription else "a subscription is created"),
+    )
+
+
+def _told(row: PaymentRow | None, grant: str) -> str:
+    found = f"{row.status} here, paid at the provider" if row else "paid at the provider, unknown here"
+    return f"{found}: {grant}"
+
+
+def _active_subscription(
+    facts: Facts, user_id: str, plan_id: int, linked: SubscriptionRow | None
+) -> SubscriptionRow | None:
+    """The user's ACTIVE subscription on the plan: the row's own if it is one, else the one that lasts longest."""
+
+    def fits(subscription: SubscriptionRow) -> bool:
+        return (subscription.user_id, subscription.plan_id, subscription.status) == (user_id, plan_id, "ACTIVE")
+
+    if linked is not None and fits(linked):
+        return linked
+    candidates = [subscription for subscription in facts.subscriptions.values() if fits(subscription)]
+    dated = [subscription for subscription in candidates if subscription.ended_at is not None]
+    if dated:
+        return max(dated, key=lambda subscription: (subscription.ended_at, subscription.id))
+    return max(candidates, key=lambda subscription: subscription.id, default=None)
+
+
+def _decide_renewal(
+    payment: ProviderPayment, attempt: Attempt, facts: Facts, calendar: BillingCalendar
+) -> SettlementDecision:
+    """A success that carries one of our attempts closes that attempt: its subscription is extended, never created."""
+    row = choose_row(facts.rows, payment.money)
+    final = next((r for r in facts.rows if r.status in ("SUCCEEDED", "REFUNDED")), None)
+    subscription = facts.subscriptions.get(attempt.subscription_id)
+    if attempt.external_payment_id not in (None, payment.id) and attempt.state not in _CLOSED_UNPAID:
+        return Quarantine(
+            payment,
+            "second_success",
+            f"attempt {attempt.number} of subscription {attempt.subscription_id} has the payment"
+            f" {attempt.external_payment_id} already: the customer may have paid twice, refund one",
+            row,
+            attempt.subscription_id,
+        )
+    if attempt.state in (State.SUCCEEDED, State.REFUNDED):
+        return Leave(payment, f"attempt {attempt.number} is {attempt.state}", final)
+    rival = next((r for r in facts.rivals if r.state not in _CLOSED_UNPAID), None)
+    void_first = None
+    if attempt.state in _CLOSED_UNPAID and rival is not None:
+        if rival.state == State.PLANNED and not rival.may_have_been_sent:
+            void_first = rival
+        else:
+            return Quarantine(
+                payment,
+                "second_success",
+                f"a late success of attempt {attempt.number} ({attempt.state}), while attempt {rival.number} of the same"
+                f" period is {rival.state}: the customer may have paid twice, refund one",
+                row,
+                attempt.subscription_id,
+            )
+    if payment.money != attempt.money:
+        return Quarantine(
+            payment,
+            "amount_differs",
+            f"{attempt.money} was asked, {payment.money} was charged",
+            row,
+            attempt.subscription_id,
+            review=attempt,
+        )
+    if payment.refunded_in_full:
+        return RecordRefund(
+            payment,
+            final or row,
+            final is not None,
+            attempt.subscription_id if subscription else None,
+            attempt.payment_provider_id,
+            attempt,
+            "a renewal that was refunded in full: nothing is granted, and the period is not charged again",
+        )
+    if subscription is None or subscription.ended_at is None:
+        missing = "does not exist any more" if subscription is None else "has no end to extend from"
+        return Quarantine(
+            payment,
+            "subscription_gone",
+            f"a renewal was paid, and subscription {attempt.subscription_id} {missing}",
+            row,
+            attempt.subscription_id,
+            review=attempt,
+        )
+    if final is not None and final.status == "REFUNDED":
+        return RecordRefund(
+            payment,
+            final,
+            True,
+            attempt.subscription_id,
+            attempt.payment_provider_id,
+            attempt,
+            "the service holds it as REFUNDED",
+        )
+    if final is not None and subscription.ended_at > attempt.period_start:
+        return CloseAsGranted(
+            payment, final, attempt, subscription.id, f"the service has settled it already ({final.subject})"
+        )
+    plan = facts.plans.get(attempt.plan_id)
+    try:
+        if plan is None:
+            raise UnusablePeriod(f"plan {attempt.plan_id} does not exist any more")
+        end = calendar.next_end(
+            subscription.started_at, subscription.ended_at, parse_period(plan.duration, plan.duration_unit)
+        )
+    except UnusablePeriod as error:
+        return Quarantine(payment, "period", str(error), row, subscription.id, review=attempt)
+    ended = subscription.status not in ("ACTIVE", "EXPIRED")
+    return Settle(
+        payment=payment,
+        kind="renewed",
+        row=final or row,
+        row_is_final=final is not None,
+        subscription=subscription,
+        reactivate=subscription.status == "EXPIRED",
+        user_id=subscription.user_id,
+        plan_id=attempt.plan_id,
+        payment_provider_id=attempt.payment_provider_id,
+        period_start=subscription.ended_at,
+        period_end=end,
+        attempt=attempt,
+        void_first=void_first,
+        reason="renewal paid: the subscription is extended by a period from its old end",
+        # The customer said no while the charge was under way: the grant matches the money, a person may refund both.
+        notice=f"the renewal was paid while the subscription was {subscription.status}: refund or reactivate"
+        if ended
+        else None,
+    )
