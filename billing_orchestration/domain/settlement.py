@@ -84,7 +84,8 @@ class Settle:
     """Grant it. One transaction: the payment row, the subscription, the attempt (if any), the settlement.
 
     `row`: the row to turn SUCCEEDED, None to create one, and with `row_is_final` the row stays as the service wrote it.
-    `subscription`: the one to extend to `period_end`, None to create one from `period_start`. `reactivate` sets it ACTIVE.
+    `subscription`: the one to extend to `period_end`, None to create one from `period_start`; `reactivate` sets it
+    ACTIVE. `void_first`: a planned, never sent attempt of the same period that must give way.
     """
 
     payment: ProviderPayment
@@ -353,20 +354,11 @@ def _decide_renewal(
             return Quarantine(
                 payment,
                 "second_success",
-                f"a late success of attempt {attempt.number} ({attempt.state}), while attempt {rival.number} of the same"
-                f" period is {rival.state}: the customer may have paid twice, refund one",
+                f"a late success of attempt {attempt.number} ({attempt.state}), while attempt {rival.number} of the"
+                f" same period is {rival.state}: the customer may have paid twice, refund one",
                 row,
                 attempt.subscription_id,
             )
-    if payment.money != attempt.money:
-        return Quarantine(
-            payment,
-            "amount_differs",
-            f"{attempt.money} was asked, {payment.money} was charged",
-            row,
-            attempt.subscription_id,
-            review=attempt,
-        )
     if payment.refunded_in_full:
         return RecordRefund(
             payment,
@@ -376,6 +368,15 @@ def _decide_renewal(
             attempt.payment_provider_id,
             attempt,
             "a renewal that was refunded in full: nothing is granted, and the period is not charged again",
+        )
+    if payment.money != attempt.money:
+        return Quarantine(
+            payment,
+            "amount_differs",
+            f"{attempt.money} was asked, {payment.money} was charged",
+            row,
+            attempt.subscription_id,
+            review=attempt,
         )
     if subscription is None or subscription.ended_at is None:
         missing = "does not exist any more" if subscription is None else "has no end to extend from"

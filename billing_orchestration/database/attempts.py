@@ -1,0 +1,282 @@
+"""Renewal attempts in the database: reading them, opening, claiming and closing them (SPEC 5).
+
+Every change of state repeats its precondition in WHERE; what comes back from a statement is what was really changed.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from billing_orchestration.database.audit import Change, Stamp, record_changes, to_json
+from billing_orchestration.database.tables import renewal_attempts
+from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.renewals import OPEN, Attempt
+
+_COLUMNS = (
+    renewal_attempts.c.id,
+    renewal_attempts.c.subscription_id,
+    renewal_attempts.c.period_start,
+    renewal_attempts.c.number,
+    renewal_attempts.c.state,
+    renewal_attempts.c.idempotence_key,
+    renewal_attempts.c.body,
+    renewal_attempts.c.amount,
+    renewal_attempts.c.currency,
+    renewal_attempts.c.user_id,
+    renewal_attempts.c.plan_id,
+    renewal_attempts.c.payment_provider_id,
+    renewal_attempts.c.payment_method_id,
+    renewal_attempts.c.first_sent_at,
+    renewal_attempts.c.last_sent_at,
+    renewal_attempts.c.external_payment_id,
+    renewal_attempts.c.decline_class,
+    renewal_attempts.c.decline_reason,
+    renewal_attempts.c.first_absent_at,
+)
+
+
+def attempt_of(row: Any) -> Attempt:
+    """A row of `renewal_attempts` as the domain knows it."""
+    return Attempt(
+        id=row.id,
+        subscription_id=row.subscription_id,
+        period_start=row.period_start,
+        number=row.number,
+        state=row.state,
+        idempotence_key=row.idempotence_key,
+        body=row.body,
+        money=Money(row.amount, row.currency),
+        user_id=row.user_id,
+        plan_id=row.plan_id,
+        payment_provider_id=row.payment_provider_id,
+        payment_method_id=row.payment_method_id,
+        first_sent_at=row.first_sent_at,
+        last_sent_at=row.last_sent_at,
+        external_payment_id=row.external_payment_id,
+        decline_class=row.decline_class,
+        decline_reason=row.decline_reason,
+        first_absent_at=row.first_absent_at,
+    )
+
+
+def select_attempts(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    """A SELECT of whole attempts, in a stable order."""
+    table = renewal_attempts
+    return sa.select(*_COLUMNS).where(*where).order_by(table.c.subscription_id, table.c.period_start, table.c.number)
+
+
+def open_attempts(connection: sa.Connection) -> list[Attempt]:
+    """Every attempt whose outcome is open, of whatever age and whatever became of its subscription."""
+    rows = connection.execute(select_attempts(renewal_attempts.c.state.in_(sorted(OPEN))))
+    return [attempt_of(row) for row in rows]
+
+
+_OPEN_AND_CLAIM = sa.text("""
+    WITH wanted AS (
+        SELECT x.* FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+            id uuid, subscription_id int, period_start timestamp, number int, idempotence_key uuid, body text,
+            amount numeric(8,2), currency text, user_id text, plan_id int, payment_provider_id int,
+            payment_method_id text)
+    ), still_due AS (
+        SELECT w.* FROM wanted w
+        JOIN subscriptions s ON s.id = w.subscription_id
+        WHERE s.status = 'ACTIVE' AND s.ended_at = w.period_start
+          AND s.plan_id = w.plan_id AND s.user_id = w.user_id
+        FOR SHARE OF s
+    )
+    INSERT INTO billing_orchestration.renewal_attempts
+        (id, subscription_id, period_start, number, state, idempotence_key, body, amount, currency, user_id, plan_id,
+         payment_provider_id, payment_method_id, planned_at, first_sent_at, last_sent_at, sends, run_id)
+    SELECT id, subscription_id, period_start, number, 'PLANNED', idempotence_key, body, amount, currency, user_id,
+           plan_id, payment_provider_id, payment_method_id, :at, :at, :at, 1, :run_id
+    FROM still_due ORDER BY id
+    ON CONFLICT DO NOTHING
+    RETURNING id
+""")
+
+
+def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[Attempt]) -> set[uuid.UUID]:
+    """Write new attempts ahead of their first send, with `first_sent_at`; give back those that may be sent.
+
+    The subscription is looked at again here, under lock: one that was renewed, canceled or paused since it was read
+    gets no attempt, nor does a period that has a live attempt already (a partial unique index says so, not Python).
+    Commit before the first send. Killed after the commit: the next run finds PLANNED with `first_sent_at` set, takes
+    it as "may have been sent" and uses the same key and body.
+    """
+    rows = [
+        {
+            "id": attempt.id,
+            "subscription_id": attempt.subscription_id,
+            "period_start": attempt.period_start.replace(tzinfo=None),
+            "number": attempt.number,
+            "idempotence_key": attempt.idempotence_key,
+            "body": attempt.body,
+            "amount": attempt.money.amount,
+            "currency": attempt.money.currency,
+            "user_id": attempt.user_id,
+            "plan_id": attempt.plan_id,
+            "payment_provider_id": attempt.payment_provider_id,
+            "payment_method_id": attempt.payment_method_id,
+        }
+        for attempt in attempts
+    ]
+    opened = connection.execute(
+        _OPEN_AND_CLAIM, {"rows": to_json(rows), "at": stamp.at, "run_id": stamp.run_id}
+    ).scalars()
+    return set(opened)
+
+
+_CLAIM = sa.text("""
+    UPDATE billing_orchestration.renewal_attempts a
+    SET first_sent_at = coalesce(a.first_sent_at, :at), last_sent_at = :at, sends = a.sends + 1
+    FROM subscriptions s
+    WHERE a.id = ANY(:ids) AND s.id = a.subscription_id
+      AND a.state IN ('PLANNED', 'UNKNOWN')
+      AND (a.first_sent_at IS NULL OR a.first_sent_at > :oldest_key)
+      AND s.status = 'ACTIVE' AND s.ended_at = a.period_start
+      AND s.plan_id = a.plan_id AND s.user_id = a.user_id
+    RETURNING a.id
+""")
+
+
+def claim(
+    connection: sa.Connection, stamp: Stamp, attempt_ids: Sequence[uuid.UUID], oldest_key: datetime
+) -> set[uuid.UUID]:
+    """Note that open attempts are about to be sent (again), after another look at each; give back those that may be.
+
+    An attempt whose first send was at `oldest_key` or before is never sent again: the provider may have forgotten its
+    key. Commit before sending.
+    """
+    return set(
+        connection.execute(_CLAIM, {"ids": list(attempt_ids), "at": stamp.at, "oldest_key": oldest_key}).scalars()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """What became of an attempt, other than a success (successes are settled, see `settling`).
+
+    `never_sent` withdraws the claim of a first send that certainly did not leave this machine.
+    """
+
+    attempt: Attempt
+    state: str
+    reason: str
+    external_payment_id: str | None = None
+    decline_party: str | None = None
+    decline_reason: str | None = None
+    decline_class: str | None = None
+    never_sent: bool = False
+    absent_since: datetime | None = None
+
+
+_CLOSE = sa.text("""
+    WITH x AS (
+        SELECT * FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+            id uuid, state text, reason text, external_payment_id text, decline_party text, decline_reason text,
+            decline_class text, never_sent boolean, absent_since timestamptz)
+    ), before AS (
+        SELECT a.id, a.state FROM billing_orchestration.renewal_attempts a JOIN x ON x.id = a.id
+        WHERE a.state IN ('PLANNED', 'UNKNOWN', 'PENDING')
+        ORDER BY a.id FOR UPDATE OF a
+    )
+    UPDATE billing_orchestration.renewal_attempts a
+    SET state = x.state, last_error = x.reason,
+        external_payment_id = coalesce(x.external_payment_id, a.external_payment_id),
+        decline_party = x.decline_party, decline_reason = x.decline_reason, decline_class = x.decline_class,
+        first_sent_at = CASE WHEN x.never_sent THEN NULL ELSE a.first_sent_at END,
+        last_sent_at = CASE WHEN x.never_sent THEN NULL ELSE a.last_sent_at END,
+        first_absent_at = coalesce(x.absent_since, a.first_absent_at),
+        closed_at = CASE WHEN x.state IN ('PLANNED', 'UNKNOWN', 'PENDING') THEN NULL ELSE CAST(:at AS timestamptz) END
+    FROM x JOIN before b ON b.id = x.id
+    WHERE a.id = x.id
+    RETURNING a.id, b.state AS old_state, a.state AS new_state
+""")
+
+
+def close(connection: sa.Connection, stamp: Stamp, closings: Sequence[Closing]) -> set[uuid.UUID]:
+    """Write down what became of attempts that are still open, with the audit trail; give back those it changed.
+
+    An attempt that somebody closed meanwhile (a matching job that saw its success) is not touched. A change of
+    nothing but the last error's words is written, but is no entry in the audit trail.
+    """
+    if not closings:
+        return set()
+    by_id = {closing.attempt.id: closing for closing in closings}
+    rows = [
+        {
+            "id": closing.attempt.id,
+            "state": closing.state,
+            "reason": closing.reason,
+            "external_payment_id": closing.external_payment_id,
+            "decline_party": closing.decline_party,
+            "decline_reason": closing.decline_reason,
+            "decline_class": closing.decline_class,
+            "never_sent": closing.never_sent,
+            "absent_since": closing.absent_since,
+        }
+        for closing in by_id.values()
+    ]
+    changed = connection.execute(_CLOSE, {"rows": to_json(rows), "at": stamp.at}).all()
+    record_changes(
+        connection,
+        stamp,
+        [
+            Change(
+                entity="attempt",
+                entity_id=str(row.id),
+                action=row.new_state.lower(),
+                reason=by_id[row.id].reason,
+                old={"state": row.old_state},
+                new={"state": row.new_state, "subscription_id": by_id[row.id].attempt.subscription_id},
+                external_payment_id=by_id[row.id].external_payment_id,
+            )
+            for row in changed
+            if row.old_state != row.new_state or by_id[row.id].absent_since is not None
+        ],
+    )
+    return {row.id for row in changed}
+
+
+# The lock's namespace: a class id of its own keeps it apart from other users of advisory locks in this database.
+_LOCK_CLASS = 0x42_4F_01
+
+
+def try_lock(lock_connection: sa.Connection, attempt_ids: Iterable[uuid.UUID]) -> set[uuid.UUID]:
+    """Take the session-level lock of each attempt; give back those that were free.
+
+    Two processes must not send one key at the same time: what the provider does then is not documented. The lock
+    spans the POST, during which no transaction is open, so it belongs to a session (its own, autocommit) and ends
+    with it: a killed run leaves no lock behind.
+    """
+    rows = lock_connection.execute(
+        sa.text("""
+            SELECT id, pg_try_advisory_lock(:class, hashtext(CAST(id AS text))) AS free
+            FROM unnest(CAST(:ids AS uuid[])) AS id
+        """),
+        {"class": _LOCK_CLASS, "ids": list(attempt_ids)},
+    )
+    return {row.id for row in rows if row.free}
+
+
+def unlock(lock_connection: sa.Connection, attempt_ids: Iterable[uuid.UUID]) -> None:
+    """Give the locks of these attempts back."""
+    lock_connection.execute(
+        sa.text("""
+            SELECT count(pg_advisory_unlock(:class, hashtext(CAST(id AS text))))
+            FROM unnest(CAST(:ids AS uuid[])) AS id
+        """),
+        {"class": _LOCK_CLASS, "ids": list(attempt_ids)},
+    )
+
+
+def by_ids(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Attempt]:
+    """The attempts with these ids as they are now."""
+    rows = connection.execute(select_attempts(renewal_attempts.c.id.in_(list(attempt_ids))))
+    return {row.id: attempt_of(row) for row in rows}

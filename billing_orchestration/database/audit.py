@@ -1,0 +1,220 @@
+"""The audit trail and the quarantine: what was changed, by which run, from what to what, and why.
+
+Everything here is written in the caller's transaction, so a change and its record are committed together or not at all.
+Rows travel as one JSON parameter (`jsonb_to_recordset`): one statement for one row or for ten thousand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import sqlalchemy as sa
+
+# The text of an evidence entry is for a person; a hostile or broken answer must not fill the table.
+_LONGEST_TEXT = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Who changes something, and when: the job, the Dagster run id and the moment (aware UTC)."""
+
+    job: str
+    run_id: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One entry of the audit trail. `entity` is subscription, payment, attempt or quarantine."""
+
+    entity: str
+    entity_id: str
+    action: str
+    reason: str
+    old: Mapping[str, Any] | None = None
+    new: Mapping[str, Any] | None = None
+    external_payment_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that needs a person. `subject` and `kind` together name the problem: it is opened once."""
+
+    subject: str
+    kind: str
+    reason: str
+    external_payment_id: str | None = None
+    payment_id: int | None = None
+    subscription_id: int | None = None
+    attempt_id: uuid.UUID | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The identity of the problem."""
+        return f"{self.subject}:{self.kind}"
+
+
+def to_json(value: Any) -> str:
+    """JSON text for a statement's parameter: decimals and ids as strings, instants in ISO 8601, no NUL characters."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, str):
+        # PostgreSQL's text holds no NUL, and a lone surrogate is no UTF-8.
+        return value.replace("\x00", "").encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Decimal):
+        return str(value)
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return {str(_plain(str(key))): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
+def evidence_of(value: Any) -> dict[str, Any]:
+    """A raw item as evidence, cut to a size that a person can read."""
+    plain = _plain(value)
+    text = json.dumps(plain, ensure_ascii=False)
+    return {"item": plain} if len(text) <= _LONGEST_TEXT else {"item": text[:_LONGEST_TEXT], "cut": True}
+
+
+_INSERT_AUDIT = sa.text("""
+    INSERT INTO billing_orchestration.audit_trail
+        (at, job, run_id, entity, entity_id, action, old, new, reason, external_payment_id)
+    SELECT :at, :job, :run_id, x.entity, x.entity_id, x.action, x.old, x.new, x.reason, x.external_payment_id
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+        entity text, entity_id text, action text, old jsonb, new jsonb, reason text, external_payment_id text)
+""")
+
+
+def record_changes(connection: sa.Connection, stamp: Stamp, changes: Sequence[Change]) -> None:
+    """Write the audit entries of what the caller's transaction changes."""
+    if not changes:
+        return
+    rows = [
+        {
+            "entity": change.entity,
+            "entity_id": change.entity_id,
+            "action": change.action,
+            "old": change.old,
+            "new": change.new,
+            "reason": change.reason,
+            "external_payment_id": change.external_payment_id,
+        }
+        for change in changes
+    ]
+    connection.execute(_INSERT_AUDIT, {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": to_json(rows)})
+
+
+_OPEN_PROBLEMS = sa.text("""
+    INSERT INTO billing_orchestration.quarantine
+        (problem_key, kind, reason, external_payment_id, payment_id, subscription_id, attempt_id, evidence,
+         job, run_id, opened_at)
+    SELECT x.problem_key, x.kind, x.reason, x.external_payment_id, x.payment_id, x.subscription_id, x.attempt_id,
+           x.evidence, :job, :run_id, :at
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+        problem_key text, kind text, reason text, external_payment_id text, payment_id int, subscription_id int,
+        attempt_id uuid, evidence jsonb)
+    WHERE NOT EXISTS (
+        SELECT FROM billing_orchestration.quarantine q
+        WHERE q.problem_key = x.problem_key AND q.resolution IN ('ignored', 'accepted', 'attached'))
+    ON CONFLICT (problem_key) WHERE resolved_at IS NULL DO NOTHING
+    RETURNING id, problem_key
+""")
+
+
+def open_problems(connection: sa.Connection, stamp: Stamp, problems: Sequence[Problem]) -> set[str]:
+    """Put problems into the quarantine; give back the keys of those that were not there yet.
+
+    A problem that is open already, or that a person has resolved for good, is not opened again: it alerts once.
+    """
+    unique = {problem.key: problem for problem in problems}
+    if not unique:
+        return set()
+    rows = [
+        {
+            "problem_key": problem.key,
+            "kind": problem.kind,
+            "reason": problem.reason,
+            "external_payment_id": problem.external_payment_id,
+            "payment_id": problem.payment_id,
+            "subscription_id": problem.subscription_id,
+            "attempt_id": problem.attempt_id,
+            "evidence": problem.evidence,
+        }
+        for problem in sorted(unique.values(), key=lambda problem: problem.key)
+    ]
+    opened = connection.execute(
+        _OPEN_PROBLEMS, {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": to_json(rows)}
+    ).all()
+    record_changes(
+        connection,
+        stamp,
+        [
+            Change(
+                entity="quarantine",
+                entity_id=str(row.id),
+                action="opened",
+                reason=unique[row.problem_key].reason,
+                new={"problem_key": row.problem_key},
+                external_payment_id=unique[row.problem_key].external_payment_id,
+            )
+            for row in opened
+        ],
+    )
+    return {row.problem_key for row in opened}
+
+
+_CLOSE_SETTLED = sa.text("""
+    UPDATE billing_orchestration.quarantine
+    SET resolved_at = :at, resolution = 'settled', resolved_by = :job,
+        resolution_reason = 'what stood in the way is gone: settled by run ' || :run_id
+    WHERE external_payment_id = ANY(:ids) AND resolved_at IS NULL AND kind = ANY(:kinds)
+    RETURNING id, external_payment_id
+""")
+
+
+def close_settled(connection: sa.Connection, stamp: Stamp, payment_ids: Sequence[str], kinds: Sequence[str]) -> None:
+    """Close the open problems of the given kinds of payments that have just been settled after all."""
+    if not payment_ids:
+        return
+    closed = connection.execute(
+        _CLOSE_SETTLED,
+        {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "ids": list(payment_ids), "kinds": list(kinds)},
+    ).all()
+    record_changes(
+        connection,
+        stamp,
+        [
+            Change(
+                "quarantine", str(row.id), "resolved", "settled after all", external_payment_id=row.external_payment_id
+            )
+            for row in closed
+        ],
+    )
+
+
+def count_open_problems(connection: sa.Connection) -> int:
+    """How many problems wait for a person."""
+    return int(
+        connection.execute(
+            sa.text("SELECT count(*) FROM billing_orchestration.quarantine WHERE resolved_at IS NULL")
+        ).scalar_one()
+    )

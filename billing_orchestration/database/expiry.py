@@ -1,0 +1,196 @@
+"""The statements of the two expiry jobs: set-based, in short transactions, each repeating its precondition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from billing_orchestration.database.audit import Change, Stamp, record_changes
+from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.settlement import PaymentRow
+
+# States of an attempt that hold a subscription back from expiry: what became of the customer's money is not known, or
+# a person is deciding about it.
+_HELD = """EXISTS (
+    SELECT FROM billing_orchestration.renewal_attempts a
+    WHERE a.subscription_id = s.id
+      AND (a.state IN ('UNKNOWN', 'PENDING', 'REVIEW') OR (a.state = 'PLANNED' AND a.first_sent_at IS NOT NULL)))"""
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionSample:
+    """One subscription of the report. `why_held` is None for one that would expire."""
+
+    id: int
+    user_id: str | None
+    ended_at: str
+    why_held: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class OverSlice:
+    """How many ACTIVE subscriptions there are, how many are over, how many of those are held back; and examples."""
+
+    active: int
+    over: int
+    held: int
+    without_end: int
+    samples: tuple[SubscriptionSample, ...]
+
+
+def fetch_over(connection: sa.Connection, over_before: datetime, sample_size: int) -> OverSlice:
+    """Count what is over, without fetching it, and show the first few of each kind."""
+    bound = {"over_before": over_before.replace(tzinfo=None)}
+    # Two counts, each by its own index: one over all ACTIVE rows, one over those that are over.
+    active = connection.execute(
+        sa.text("""
+            SELECT count(*) AS active, count(*) FILTER (WHERE ended_at IS NULL) AS without_end
+            FROM subscriptions WHERE status = 'ACTIVE'
+        """)
+    ).one()
+    over = connection.execute(
+        sa.text("SELECT count(*) FROM subscriptions WHERE status = 'ACTIVE' AND ended_at < :over_before"), bound
+    ).scalar_one()
+    held = connection.execute(
+        sa.text(f"""
+            SELECT count(*) FROM subscriptions s
+            WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND {_HELD}
+        """),
+        bound,
+    ).scalar_one()
+    # As text: a real database may hold dates that Python has no datetime for.
+    rows = connection.execute(
+        sa.text(f"""
+            (SELECT s.id, s.user_id, s.ended_at::text AS ended_at, s.ended_at AS ended, false AS held
+             FROM subscriptions s
+             WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND NOT {_HELD}
+             ORDER BY s.ended_at, s.id LIMIT :size)
+            UNION ALL
+            (SELECT s.id, s.user_id, s.ended_at::text, s.ended_at, true
+             FROM subscriptions s
+             WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND {_HELD}
+             ORDER BY s.ended_at, s.id LIMIT :size)
+        """).columns(id=sa.Integer, user_id=sa.String, ended_at=sa.String, held=sa.Boolean),
+        {**bound, "size": sample_size},
+    )
+    samples = tuple(
+        SubscriptionSample(
+            row.id, row.user_id, row.ended_at, "a charge whose outcome is not known or pending" if row.held else None
+        )
+        for row in rows
+    )
+    return OverSlice(active.active, over, held, active.without_end, samples)
+
+
+_EXPIRE_SUBSCRIPTIONS = f"""
+    WITH over AS (
+        SELECT s.id FROM subscriptions s
+        WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND NOT {_HELD}
+        ORDER BY s.ended_at, s.id LIMIT :size
+        FOR NO KEY UPDATE OF s {{skip}}
+    ), expired AS (
+        UPDATE subscriptions s SET status = 'EXPIRED', updated_at = :naive_at
+        FROM over WHERE s.id = over.id
+        RETURNING s.id, s.ended_at
+    )
+    INSERT INTO billing_orchestration.audit_trail (at, job, run_id, entity, entity_id, action, old, new, reason)
+    SELECT :at, :job, :run_id, 'subscription', id::text, 'expired',
+           '{{"status": "ACTIVE"}}'::jsonb, '{{"status": "EXPIRED"}}'::jsonb, 'ended ' || ended_at::text || ', ' || :reason
+    FROM expired
+"""
+
+
+def expire_subscriptions(
+    connection: sa.Connection, stamp: Stamp, *, over_before: datetime, reason: str, size: int, wait_for_locks: bool
+) -> int:
+    """Expire at most `size` subscriptions that are over and not held back, oldest first, with the audit trail.
+
+    The precondition is read under lock: one that was renewed meanwhile is not over any more, one that is being charged
+    is held. Without `wait_for_locks`, rows that somebody else has locked are passed over. Returns how many expired.
+    """
+    statement = _EXPIRE_SUBSCRIPTIONS.format(skip="" if wait_for_locks else "SKIP LOCKED")
+    result = connection.execute(
+        sa.text(statement.replace('"status": ', '"status"\\: ')),
+        {
+            "over_before": over_before.replace(tzinfo=None),
+            "size": size,
+            "at": stamp.at,
+            "naive_at": stamp.at.replace(tzinfo=None),
+            "job": stamp.job,
+            "run_id": stamp.run_id,
+            "reason": reason,
+        },
+    )
+    return int(result.rowcount)
+
+
+def fetch_stale_payments(connection: sa.Connection, created_before: datetime) -> list[PaymentRow]:
+    """Every PENDING payment created before that instant, oldest first."""
+    rows = connection.execute(
+        sa.text("""
+            SELECT id, subscription_id, payment_provider_id, status::text AS status, amount, currency::text AS currency,
+                   external_payment_id
+            FROM payments WHERE status = 'PENDING' AND created_at < :created_before ORDER BY created_at, id
+        """),
+        {"created_before": created_before.replace(tzinfo=None)},
+    )
+    return [
+        PaymentRow(
+            id=row.id,
+            subscription_id=row.subscription_id,
+            payment_provider_id=row.payment_provider_id,
+            status=row.status,
+            money=Money(row.amount, row.currency) if row.currency is not None else None,
+            external_payment_id=row.external_payment_id,
+        )
+        for row in rows
+    ]
+
+
+def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[tuple[PaymentRow, str]]) -> set[int]:
+    """PENDING -> EXPIRED for these rows, each with its reason; give back the ids of those that still were PENDING.
+
+    A row whose provider id has changed since it was read is passed over: what was asked is not what it is now.
+    """
+    if not reasons:
+        return set()
+    expired = set(
+        connection.execute(
+            sa.text("""
+                WITH stale AS (
+                    SELECT p.id FROM payments p
+                    JOIN unnest(CAST(:ids AS int[]), CAST(:external_ids AS text[])) AS x (id, external_payment_id)
+                      ON x.id = p.id AND p.external_payment_id IS NOT DISTINCT FROM x.external_payment_id
+                    WHERE p.status = 'PENDING' ORDER BY p.id FOR NO KEY UPDATE OF p
+                )
+                UPDATE payments p SET status = 'EXPIRED', updated_at = :naive_at
+                FROM stale WHERE p.id = stale.id RETURNING p.id
+            """),
+            {
+                "ids": [row.id for row, _ in reasons],
+                "external_ids": [row.external_payment_id for row, _ in reasons],
+                "naive_at": stamp.at.replace(tzinfo=None),
+            },
+        ).scalars()
+    )
+    record_changes(
+        connection,
+        stamp,
+        [
+            Change(
+                "payment",
+                str(row.id),
+                "expired",
+                reason,
+                old={"status": "PENDING"},
+                new={"status": "EXPIRED"},
+                external_payment_id=row.external_payment_id,
+            )
+            for row, reason in reasons
+            if row.id in expired
+        ],
+    )
+    return expired

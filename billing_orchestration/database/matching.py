@@ -1,0 +1,94 @@
+"""The slices of the two matching jobs, and how far each job has covered time (its watermark)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from billing_orchestration.database.audit import Stamp
+from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.settlement import PaymentRow
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSlice:
+    """PENDING rows: how many were created in the window, and those (of any age) that the provider says are paid."""
+
+    in_window: int
+    without_provider_id: int
+    paid_there: tuple[PaymentRow, ...]
+
+
+def fetch_pending(connection: sa.Connection, start: datetime, end: datetime, paid_ids: Sequence[str]) -> PendingSlice:
+    """PENDING rows created in [start, end], counted; and every PENDING row whose provider payment is in `paid_ids`."""
+    counts = connection.execute(
+        sa.text("""
+            SELECT count(*) AS rows, count(*) FILTER (WHERE external_payment_id IS NULL) AS without_id
+            FROM payments WHERE status = 'PENDING' AND created_at >= :start AND created_at <= :end
+        """),
+        {"start": start.replace(tzinfo=None), "end": end.replace(tzinfo=None)},
+    ).one()
+    rows = connection.execute(sa.text(f"{_ROWS} AND status = 'PENDING' ORDER BY id"), {"ids": list(paid_ids)})
+    return PendingSlice(counts.rows, counts.without_id, tuple(_row(row) for row in rows))
+
+
+_ROWS = """
+    SELECT id, subscription_id, payment_provider_id, status::text AS status, amount, currency::text AS currency,
+           external_payment_id
+    FROM payments WHERE external_payment_id = ANY(:ids)
+"""
+
+
+def fetch_rows(connection: sa.Connection, provider_ids: Sequence[str]) -> list[PaymentRow]:
+    """The payment rows with these provider ids, whatever their status or age."""
+    return [_row(row) for row in connection.execute(sa.text(f"{_ROWS} ORDER BY id"), {"ids": list(provider_ids)})]
+
+
+def fetch_settled(connection: sa.Connection, provider_ids: Sequence[str]) -> set[str]:
+    """Which of these provider payments are in our settlements."""
+    return set(
+        connection.execute(
+            sa.text("""
+                SELECT external_payment_id FROM billing_orchestration.settlements
+                WHERE external_payment_id = ANY(:ids)
+            """),
+            {"ids": list(provider_ids)},
+        ).scalars()
+    )
+
+
+def _row(row: Any) -> PaymentRow:
+    return PaymentRow(
+        id=row.id,
+        subscription_id=row.subscription_id,
+        payment_provider_id=row.payment_provider_id,
+        status=row.status,
+        money=Money(row.amount, row.currency) if row.currency is not None else None,
+        external_payment_id=row.external_payment_id,
+    )
+
+
+def read_watermark(connection: sa.Connection, job: str) -> datetime | None:
+    """Until when a job has covered time without a gap; None before its first run."""
+    found: datetime | None = connection.execute(
+        sa.text("SELECT covered_until FROM billing_orchestration.watermarks WHERE job = :job"), {"job": job}
+    ).scalar_one_or_none()
+    return found
+
+
+def advance_watermark(connection: sa.Connection, stamp: Stamp, covered_until: datetime) -> None:
+    """Note that a job has covered time up to an instant. It never goes back."""
+    connection.execute(
+        sa.text("""
+            INSERT INTO billing_orchestration.watermarks AS w (job, covered_until, run_id, updated_at)
+            VALUES (:job, :covered_until, :run_id, :at)
+            ON CONFLICT (job) DO UPDATE
+            SET covered_until = excluded.covered_until, run_id = excluded.run_id, updated_at = excluded.updated_at
+            WHERE w.covered_until < excluded.covered_until
+        """),
+        {"job": stamp.job, "covered_until": covered_until, "run_id": stamp.run_id, "at": stamp.at},
+    )

@@ -1,0 +1,149 @@
+"""The slice of autopayment_job: which subscriptions are due, and everything that decides about charging each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from billing_orchestration.database.attempts import attempt_of, open_attempts, select_attempts
+from billing_orchestration.database.tables import UtcNaive, renewal_attempts, subscriptions
+from billing_orchestration.domain.renewals import Attempt, DueSubscription
+
+
+@dataclass(frozen=True, slots=True)
+class DueSlice:
+    """What the database says about renewals. The counts are of due rows that are not fetched one by one."""
+
+    due: tuple[DueSubscription, ...]
+    open_attempts: tuple[Attempt, ...]
+    too_old: int
+    not_recurring: int
+    without_end: int
+
+
+# One pass: each due subscription with its plan, the method our own records hold for it or else its latest SUCCEEDED
+# payment that is not one of our renewals (a renewal's id is not chargeable), and the plan's prices in that currency.
+_DUE = sa.text("""
+    SELECT s.id, s.user_id, s.plan_id, s.started_at, s.ended_at, pl.duration, pl.duration_unit,
+           method.id AS method_id, method.currency AS method_currency, method.provider_id AS method_provider_id,
+           price.amounts
+    FROM subscriptions s
+    LEFT JOIN plans pl ON pl.id = s.plan_id
+    LEFT JOIN billing_orchestration.saved_methods sm ON sm.subscription_id = s.id
+    LEFT JOIN LATERAL (
+        SELECT p.external_payment_id, p.currency::text AS currency, p.payment_provider_id
+        FROM payments p
+        WHERE sm.subscription_id IS NULL AND p.subscription_id = s.id AND p.status = 'SUCCEEDED'
+          AND NOT EXISTS (
+              SELECT FROM billing_orchestration.renewal_attempts a
+              WHERE a.external_payment_id = p.external_payment_id)
+        ORDER BY p.created_at DESC, p.id DESC
+        LIMIT 1
+    ) last_payment ON true
+    CROSS JOIN LATERAL (
+        SELECT coalesce(sm.payment_method_id, last_payment.external_payment_id) AS id,
+               coalesce(sm.currency, last_payment.currency) AS currency,
+               coalesce(sm.payment_provider_id, last_payment.payment_provider_id) AS provider_id
+    ) method
+    LEFT JOIN LATERAL (
+        SELECT array_agg(pr.amount ORDER BY pr.id) AS amounts
+        FROM prices pr WHERE pr.plan_id = s.plan_id AND pr.currency::text = method.currency
+    ) price ON true
+    WHERE s.status = 'ACTIVE' AND s.ended_at >= :oldest AND s.ended_at < :over_before
+      AND (pl.id IS NULL OR pl.is_recurring)
+    ORDER BY s.ended_at, s.id
+""").columns(
+    id=sa.Integer,
+    user_id=sa.String,
+    plan_id=sa.Integer,
+    started_at=UtcNaive,
+    ended_at=UtcNaive,
+    duration=sa.Integer,
+    duration_unit=sa.String,
+    method_id=sa.String,
+    method_currency=sa.String,
+    method_provider_id=sa.Integer,
+    amounts=sa.ARRAY(sa.Numeric(8, 2)),
+)
+
+_COUNTS = sa.text("""
+    SELECT count(*) FILTER (WHERE s.ended_at < :oldest AND (pl.id IS NULL OR pl.is_recurring)) AS too_old,
+           count(*) FILTER (WHERE s.ended_at < :over_before AND pl.id IS NOT NULL AND pl.is_recurring IS NOT TRUE)
+               AS not_recurring
+    FROM subscriptions s LEFT JOIN plans pl ON pl.id = s.plan_id
+    WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before
+""")
+
+_TRIED_TODAY = sa.text("""
+    SELECT subscription_id, max(last_sent_at) AS at
+    FROM billing_orchestration.renewal_attempts
+    WHERE last_sent_at >= :today
+      -- Refused because of the shop's own key or rights: nobody's card was tried.
+      AND NOT (state = 'REJECTED' AND decline_class IN ('401', '403'))
+    GROUP BY subscription_id
+""")
+
+_DECLINED_TODAY = sa.text("""
+    SELECT payment_method_id, max(last_sent_at) AS at
+    FROM billing_orchestration.renewal_attempts
+    WHERE last_sent_at >= :today AND state IN ('DECLINED', 'STOPPED')
+    GROUP BY payment_method_id
+""")
+
+
+def fetch_due(connection: sa.Connection, *, over_before: datetime, oldest: datetime, today: datetime) -> DueSlice:
+    """Every subscription that is due: ACTIVE, ended before `over_before`, its plan recurring (or gone).
+
+    Those that ended before `oldest` are only counted: months of stale rows cost nothing. `today` is the first instant
+    of the billing day on the wall.
+    """
+    bounds = {"over_before": _naive(over_before), "oldest": _naive(oldest)}
+    attempts: dict[tuple[int, datetime], list[Attempt]] = {}
+    of_due_periods = select_attempts(
+        sa.exists().where(
+            subscriptions.c.id == renewal_attempts.c.subscription_id,
+            subscriptions.c.ended_at == renewal_attempts.c.period_start,
+            subscriptions.c.status == "ACTIVE",
+            subscriptions.c.ended_at < over_before,
+        )
+    )
+    for row in connection.execute(of_due_periods):
+        attempts.setdefault((row.subscription_id, row.period_start), []).append(attempt_of(row))
+    tried = _instants(connection, _TRIED_TODAY, today)
+    declined = _instants(connection, _DECLINED_TODAY, today)
+    due = tuple(
+        DueSubscription(
+            id=row.id,
+            user_id=row.user_id,
+            plan_id=row.plan_id,
+            started_at=row.started_at,
+            ended_at=row.ended_at,
+            plan_duration=row.duration,
+            plan_duration_unit=row.duration_unit,
+            method_id=row.method_id,
+            method_currency=row.method_currency,
+            method_provider_id=row.method_provider_id,
+            prices=tuple(row.amounts or ()),
+            attempts=tuple(attempts.get((row.id, row.ended_at), ())),
+            last_tried_at=tried.get(row.id),
+            method_declined_at=declined.get(row.method_id) if row.method_id else None,
+        )
+        for row in connection.execute(_DUE, bounds)
+    )
+    counts = connection.execute(_COUNTS, bounds).one()
+    without_end = connection.execute(
+        sa.text("SELECT count(*) FROM subscriptions WHERE status = 'ACTIVE' AND ended_at IS NULL")
+    ).scalar_one()
+    return DueSlice(due, tuple(open_attempts(connection)), counts.too_old, counts.not_recurring, without_end)
+
+
+def _instants(connection: sa.Connection, query: sa.TextClause, today: datetime) -> Mapping[Any, datetime]:
+    return {row[0]: row[1] for row in connection.execute(query, {"today": today})}
+
+
+def _naive(instant: datetime) -> datetime:
+    return instant.replace(tzinfo=None)

@@ -1,0 +1,635 @@
+"""Settling provider payments into the service's books: the one function behind all five jobs (SPEC 4).
+
+`settle_batch` reads the facts under lock, lets `domain.settlement` decide each payment, and writes every decision with
+its audit trail. It is set-based: a batch of one and a batch of two hundred take the same handful of statements.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from billing_orchestration.database.attempts import attempt_of, select_attempts
+from billing_orchestration.database.audit import (
+    Change,
+    Problem,
+    Stamp,
+    close_settled,
+    evidence_of,
+    open_problems,
+    record_changes,
+    to_json,
+)
+from billing_orchestration.database.tables import payments as payments_table
+from billing_orchestration.database.tables import renewal_attempts
+from billing_orchestration.database.tables import subscriptions as subscriptions_table
+from billing_orchestration.domain.billing_calendar import BillingCalendar
+from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.provider_payment import ProviderPayment
+from billing_orchestration.domain.renewals import Attempt, State
+from billing_orchestration.domain.settlement import (
+    CloseAsGranted,
+    Facts,
+    PaymentRow,
+    PlanRow,
+    Quarantine,
+    RecordRefund,
+    Settle,
+    SettlementDecision,
+    SubscriptionRow,
+    decide_settlement,
+    metadata_int,
+    metadata_user,
+    named_attempt_id,
+)
+
+# Problems that a later, successful settling proves to be gone. The others (a second success) stay for a person.
+HEALING_KINDS = (
+    "amount_differs", "canceled_here", "foreign_metadata", "metadata", "no_end", "period", "status_unknown",
+    "subscription_gone", "test_payment", "unknown_attempt", "unreadable", "not_writable",
+)  # fmt: skip
+
+
+class ChangedMeanwhile(RuntimeError):
+    """A row is not what it was when it was read under lock, or two payments of a batch want the same row.
+
+    Nothing of the batch was written. Settling its payments one at a time decides each of them anew.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What became of one payment. `subscription_id` and `payment_row_id` where there are such;
+    `newly_opened`: the quarantine did not know this problem yet."""
+
+    payment: ProviderPayment
+    decision: SettlementDecision
+    subscription_id: int | None = None
+    payment_row_id: int | None = None
+    newly_opened: bool = False
+
+
+_LOCK_USERS = sa.text("""
+    SELECT count(pg_advisory_xact_lock(key)) FROM (
+        SELECT DISTINCT hashtextextended('billing_orchestration/user/' || name, 0) AS key
+        FROM unnest(CAST(:names AS text[])) AS name ORDER BY key
+    ) AS keys
+""")
+
+_KNOWN = sa.text("""
+    SELECT external_payment_id, kind, false AS set_aside
+    FROM billing_orchestration.settlements WHERE external_payment_id = ANY(:ids)
+    UNION ALL
+    SELECT DISTINCT external_payment_id, NULL, true
+    FROM billing_orchestration.quarantine WHERE external_payment_id = ANY(:ids) AND resolution = 'ignored'
+""")
+
+_PAYMENT_ROWS = sa.text("""
+    SELECT id, subscription_id, payment_provider_id, status::text AS status, amount, currency::text AS currency,
+           external_payment_id
+    FROM payments WHERE external_payment_id = ANY(:ids) ORDER BY id FOR NO KEY UPDATE
+""")
+
+_SUBSCRIPTIONS = sa.text("""
+    SELECT s.id, s.user_id, s.plan_id, s.status::text AS status, s.started_at, s.ended_at
+    FROM subscriptions s
+    WHERE s.id = ANY(:ids) OR s.id IN (
+        SELECT a.id FROM subscriptions a
+        JOIN (SELECT * FROM unnest(CAST(:users AS text[]), CAST(:plans AS int[])) AS w (user_id, plan_id)) w
+          ON a.user_id = w.user_id AND a.plan_id = w.plan_id
+        WHERE a.status = 'ACTIVE')
+    ORDER BY s.id FOR NO KEY UPDATE
+""").columns(
+    sa.column("id", sa.Integer),
+    sa.column("user_id", sa.String),
+    sa.column("plan_id", sa.Integer),
+    sa.column("status", sa.String),
+    sa.column("started_at", subscriptions_table.c.started_at.type),
+    sa.column("ended_at", subscriptions_table.c.ended_at.type),
+)
+
+
+def _read_facts(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> dict[str, Facts]:
+    """Everything that decides about each payment of the batch, read under lock.
+
+    Users, payment rows, attempts, subscriptions: always in that order and each sorted, so that two settlers wait for
+    each other instead of deadlocking.
+    """
+    ids = [payment.id for payment in batch]
+    users = {payment.id: metadata_user(payment) for payment in batch}
+    connection.execute(_LOCK_USERS, {"names": sorted({user or f"payment {id_}" for id_, user in users.items()})})
+    settled_as: dict[str, str] = {}
+    set_aside: set[str] = set()
+    for row in connection.execute(_KNOWN, {"ids": ids}):
+        if row.set_aside:
+            set_aside.add(row.external_payment_id)
+        else:
+            settled_as[row.external_payment_id] = row.kind
+    rows: dict[str, list[PaymentRow]] = {}
+    for row in connection.execute(_PAYMENT_ROWS, {"ids": ids}):
+        money = Money(row.amount, row.currency) if row.currency is not None else None
+        rows.setdefault(row.external_payment_id, []).append(
+            PaymentRow(row.id, row.subscription_id, row.payment_provider_id, row.status, money, row.external_payment_id)
+        )
+    named = {payment.id: named_attempt_id(payment) for payment in batch}
+    attempts = _read_periods(connection, [id_ for id_ in named.values() if id_ is not None])
+    subscription_ids = {
+        row.subscription_id for found in rows.values() for row in found if row.subscription_id is not None
+    }
+    subscription_ids |= {attempt.subscription_id for attempt in attempts.values()}
+    pairs = [(users[payment.id], metadata_int(payment, "plan_id")) for payment in batch]
+    wanted = sorted({(user, plan) for user, plan in pairs if user is not None and plan is not None})
+    subscriptions = {
+        row.id: SubscriptionRow(row.id, row.user_id, row.plan_id, row.status, row.started_at, row.ended_at)
+        for row in connection.execute(
+            _SUBSCRIPTIONS,
+            {
+                "ids": sorted(subscription_ids),
+                "users": [user for user, _ in wanted],
+                "plans": [plan for _, plan in wanted],
+            },
+        )
+    }
+    plan_ids = {plan for _, plan in wanted} | {attempt.plan_id for attempt in attempts.values()}
+    plans = {
+        row.id: PlanRow(row.id, row.duration, row.duration_unit)
+        for row in connection.execute(
+            sa.text("SELECT id, duration, duration_unit FROM plans WHERE id = ANY(:ids)"), {"ids": sorted(plan_ids)}
+        )
+    }
+    provider_ids = frozenset(connection.execute(sa.text("SELECT id FROM payment_providers")).scalars())
+    facts: dict[str, Facts] = {}
+    for payment in batch:
+        attempt = attempts.get(named[payment.id]) if named[payment.id] is not None else None  # type: ignore[arg-type]
+        rivals = [] if attempt is None else [
+            other
+            for other in attempts.values()
+            if other.id != attempt.id
+            and (other.subscription_id, other.period_start) == (attempt.subscription_id, attempt.period_start)
+        ]  # fmt: skip
+        facts[payment.id] = Facts(
+            settled_as=settled_as.get(payment.id),
+            set_aside=payment.id in set_aside,
+            rows=rows.get(payment.id, []),
+            attempt=attempt,
+            rivals=rivals,
+            subscriptions=subscriptions,
+            plans=plans,
+            provider_ids=provider_ids,
+        )
+    return facts
+
+
+def _read_periods(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> Mapping[uuid.UUID, Attempt]:
+    """The named attempts and all others of their periods, locked."""
+    if not attempt_ids:
+        return {}
+    table = renewal_attempts
+    periods = sa.select(table.c.subscription_id, table.c.period_start).where(table.c.id.in_(list(attempt_ids)))
+    query = select_attempts(sa.tuple_(table.c.subscription_id, table.c.period_start).in_(periods))
+    return {row.id: attempt_of(row) for row in connection.execute(query.with_for_update())}
+
+
+def settle_batch(
+    connection: sa.Connection,
+    batch: Sequence[ProviderPayment],
+    *,
+    stamp: Stamp,
+    calendar: BillingCalendar,
+    is_live: bool,
+) -> list[Settled]:
+    """Settle succeeded provider payments in the caller's transaction; one result each, in the batch's order.
+
+    What moves: nothing at the provider; a grant (a period of a subscription) in the service's books.
+    Locks: the users named, then the payment rows, attempts and subscriptions; every precondition is read under them.
+    Idempotent by the provider's payment id: `settlements` has it as its primary key, so a payment that was settled in
+    another transaction is found settled, and one that is being settled is waited for. Killed before the caller's
+    commit: nothing of the batch is written. Ids must be distinct; payments of one user belong in different batches.
+    Raises ChangedMeanwhile (or a database error) for the whole batch: settle its payments one at a time then.
+    """
+    if not batch:
+        return []
+    facts = _read_facts(connection, batch)
+    decisions = [
+        decide_settlement(payment, facts[payment.id], now=stamp.at, calendar=calendar, is_live=is_live)
+        for payment in batch
+    ]
+    _refuse_collisions(decisions)
+    created = _write_subscriptions(connection, stamp, decisions)
+    payment_rows = _write_payments(connection, stamp, decisions, created)
+    _write_attempts(connection, stamp, decisions)
+    _write_settlements(connection, stamp, decisions, created, payment_rows)
+    opened = _write_problems(connection, stamp, decisions)
+    settled_ids = [d.payment.id for d in decisions if isinstance(d, (Settle, RecordRefund, CloseAsGranted))]
+    close_settled(connection, stamp, settled_ids, HEALING_KINDS)
+    return [
+        Settled(
+            payment=decision.payment,
+            decision=decision,
+            subscription_id=_subscription_of(decision, created),
+            payment_row_id=payment_rows.get(decision.payment.id),
+            newly_opened=isinstance(decision, Quarantine) and _problem(decision).key in opened,
+        )
+        for decision in decisions
+    ]
+
+
+def preview_batch(
+    connection: sa.Connection,
+    batch: Sequence[ProviderPayment],
+    *,
+    stamp: Stamp,
+    calendar: BillingCalendar,
+    is_live: bool,
+) -> list[Settled]:
+    """What `settle_batch` would decide, with nothing written: for a dry run. The caller rolls its transaction back."""
+    facts = _read_facts(connection, batch) if batch else {}
+    return [
+        Settled(p, decide_settlement(p, facts[p.id], now=stamp.at, calendar=calendar, is_live=is_live)) for p in batch
+    ]
+
+
+def _subscription_of(decision: SettlementDecision, created: Mapping[str, int]) -> int | None:
+    if isinstance(decision, Settle):
+        return decision.subscription.id if decision.subscription else created[decision.payment.id]
+    if isinstance(decision, (RecordRefund, CloseAsGranted, Quarantine)):
+        return decision.subscription_id
+    return decision.row.subscription_id if decision.row else None
+
+
+def _refuse_collisions(decisions: Sequence[SettlementDecision]) -> None:
+    seen: set[tuple[str, Any]] = set()
+    for decision in decisions:
+        keys: list[tuple[str, Any]] = [("payment", decision.payment.id)]
+        if isinstance(decision, Settle):
+            keys.append(("subscription", decision.subscription.id) if decision.subscription else
+                        ("purchase", (decision.user_id, decision.plan_id)))  # fmt: skip
+        if isinstance(decision, (Settle, RecordRefund, CloseAsGranted)) and decision.attempt is not None:
+            keys.append(("attempt", decision.attempt.id))
+        for key in keys:
+            if key in seen:
+                raise ChangedMeanwhile(f"two payments of one batch want the same {key[0]} ({key[1]})")
+            seen.add(key)
+
+
+_EXTEND = sa.text("""
+    UPDATE subscriptions s
+    SET ended_at = x.ended_at, updated_at = :naive_at,
+        status = CASE WHEN x.reactivate THEN 'ACTIVE'::subscriptionstatusenum ELSE s.status END
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+        id int, ended_at timestamp, old_ended_at timestamp, old_status text, reactivate boolean)
+    WHERE s.id = x.id AND s.ended_at = x.old_ended_at AND s.status::text IS NOT DISTINCT FROM x.old_status
+""")
+
+
+def _write_subscriptions(
+    connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision]
+) -> dict[str, int]:
+    """Extend and create subscriptions; give back the ids of the created ones by provider payment id."""
+    grants = [decision for decision in decisions if isinstance(decision, Settle)]
+    extended = [(grant, grant.subscription) for grant in grants if grant.subscription is not None]
+    creations = [grant for grant in grants if grant.subscription is None]
+    changes: list[Change] = []
+    if extended:
+        rows = [
+            {
+                "id": subscription.id,
+                "ended_at": grant.period_end.replace(tzinfo=None),
+                "old_ended_at": grant.period_start.replace(tzinfo=None),
+                "old_status": subscription.status,
+                "reactivate": grant.reactivate,
+            }
+            for grant, subscription in extended
+        ]
+        result = connection.execute(_EXTEND, {"rows": to_json(rows), "naive_at": stamp.at.replace(tzinfo=None)})
+        if result.rowcount != len(rows):
+            raise ChangedMeanwhile(f"{len(rows)} subscriptions were to be extended, {result.rowcount} could be")
+        changes += [
+            Change(
+                "subscription",
+                str(subscription.id),
+                grant.kind,
+                grant.reason,
+                old={"ended_at": grant.period_start, "status": subscription.status},
+                new={"ended_at": grant.period_end, "status": "ACTIVE" if grant.reactivate else subscription.status},
+                external_payment_id=grant.payment.id,
+            )
+            for grant, subscription in extended
+        ]
+    created: dict[str, int] = {}
+    if creations:
+        inserted = connection.execute(
+            sa.insert(subscriptions_table).returning(subscriptions_table.c.id, sort_by_parameter_order=True),
+            [
+                {
+                    "user_id": grant.user_id,
+                    "status": "ACTIVE",
+                    "started_at": grant.period_start,
+                    "ended_at": grant.period_end,
+                    "plan_id": grant.plan_id,
+                    "created_at": stamp.at,
+                    "updated_at": stamp.at,
+                }
+                for grant in creations
+            ],
+        ).scalars()
+        for grant, subscription_id in zip(creations, inserted, strict=True):
+            created[grant.payment.id] = subscription_id
+            changes.append(
+                Change(
+                    "subscription",
+                    str(subscription_id),
+                    "created",
+                    grant.reason,
+                    new={
+                        "user_id": grant.user_id,
+                        "plan_id": grant.plan_id,
+                        "status": "ACTIVE",
+                        "started_at": grant.period_start,
+                        "ended_at": grant.period_end,
+                    },
+                    external_payment_id=grant.payment.id,
+                )
+            )
+    record_changes(connection, stamp, changes)
+    return created
+
+
+_FINISH_PAYMENT = sa.text("""
+    UPDATE payments p
+    SET status = x.status::paymentstatusenum, subscription_id = coalesce(x.subscription_id, p.subscription_id),
+        payment_method = coalesce(x.payment_method::paymentmethodsenum, p.payment_method), updated_at = :naive_at
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+        id int, status text, old_status text, subscription_id int, payment_method text)
+    WHERE p.id = x.id AND p.status::text = x.old_status
+""")
+
+
+def _write_payments(
+    connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision], created: Mapping[str, int]
+) -> dict[str, int]:
+    """Turn payment rows SUCCEEDED or REFUNDED, create the missing ones; give back row ids by provider payment id."""
+    written: dict[str, int] = {}
+    updates: list[dict[str, Any]] = []
+    inserts: list[tuple[dict[str, Any], str]] = []
+    changes: list[Change] = []
+    for decision in decisions:
+        if not isinstance(decision, (Settle, RecordRefund, CloseAsGranted)):
+            continue
+        payment, row = decision.payment, decision.row
+        if row is not None:
+            written[payment.id] = row.id
+        if isinstance(decision, CloseAsGranted) or decision.row_is_final:
+            continue
+        status = "SUCCEEDED" if isinstance(decision, Settle) else "REFUNDED"
+        subscription_id = _subscription_of(decision, created)
+        if row is not None:
+            updates.append(
+                {
+                    "id": row.id,
+                    "status": status,
+                    "old_status": row.status,
+                    "subscription_id": subscription_id,
+                    "payment_method": payment.method_label,
+                }
+            )
+            changes.append(
+                Change(
+                    "payment",
+                    str(row.id),
+                    status.lower(),
+                    decision.reason,
+                    old={"status": row.status, "subscription_id": row.subscription_id},
+                    new={"status": status, "subscription_id": subscription_id, "payment_method": payment.method_label},
+                    external_payment_id=payment.id,
+                )
+            )
+            continue
+        # A created row takes the provider's instant of creation; so does a renewal's (SPEC 4).
+        values: dict[str, Any] = {
+            "subscription_id": subscription_id,
+            "payment_provider_id": decision.payment_provider_id,
+            "payment_method": payment.method_label,
+            "status": status,
+            "currency": payment.money.currency,
+            "amount": payment.money.amount,
+            "external_payment_id": payment.id,
+            "created_at": payment.created_at,
+            "updated_at": stamp.at,
+        }
+        inserts.append((values, decision.reason))
+    if updates:
+        result = connection.execute(
+            _FINISH_PAYMENT, {"rows": to_json(updates), "naive_at": stamp.at.replace(tzinfo=None)}
+        )
+        if result.rowcount != len(updates):
+            raise ChangedMeanwhile(f"{len(updates)} payment rows were to be finished, {result.rowcount} could be")
+    if inserts:
+        inserted = connection.execute(
+            sa.insert(payments_table).returning(payments_table.c.id, sort_by_parameter_order=True),
+            [values for values, _ in inserts],
+        ).scalars()
+        for (values, reason), row_id in zip(inserts, inserted, strict=True):
+            written[values["external_payment_id"]] = row_id
+            changes.append(
+                Change(
+                    "payment",
+                    str(row_id),
+                    "created",
+                    reason,
+                    new={
+                        "status": values["status"],
+                        "amount": values["amount"],
+                        "currency": values["currency"],
+                        "subscription_id": values["subscription_id"],
+                    },
+                    external_payment_id=values["external_payment_id"],
+                )
+            )
+    record_changes(connection, stamp, changes)
+    return written
+
+
+_CLOSE_ATTEMPTS = sa.text("""
+    UPDATE billing_orchestration.renewal_attempts a
+    SET state = x.state, external_payment_id = coalesce(x.external_payment_id, a.external_payment_id),
+        last_error = x.reason, closed_at = :at
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+        id uuid, state text, old_state text, external_payment_id text, reason text)
+    WHERE a.id = x.id AND a.state = x.old_state
+""")
+
+
+def _write_attempts(connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision]) -> None:
+    """Close the attempts whose payments are settled, refunded or in review; void the ones that must give way."""
+    closings: list[tuple[Attempt, str, str | None, str]] = []
+    voids: list[tuple[Attempt, str, str | None, str]] = []
+    for decision in decisions:
+        if isinstance(decision, Settle) and decision.void_first is not None:
+            voids.append((decision.void_first, State.VOID, None, "never sent: a late success has paid its period"))
+        if isinstance(decision, (Settle, CloseAsGranted)) and decision.attempt is not None:
+            closings.append((decision.attempt, State.SUCCEEDED, decision.payment.id, decision.reason))
+        elif isinstance(decision, RecordRefund) and decision.attempt is not None:
+            closings.append((decision.attempt, State.REFUNDED, decision.payment.id, decision.reason))
+        elif isinstance(decision, Quarantine) and decision.review is not None and decision.review.state != State.REVIEW:
+            closings.append((decision.review, State.REVIEW, decision.payment.id, decision.reason))
+    # The voids first: at most one live attempt per period, at every moment (a unique index).
+    for group in (voids, closings):
+        if not group:
+            continue
+        rows = [
+            {
+                "id": attempt.id,
+                "state": state,
+                "old_state": attempt.state,
+                "external_payment_id": payment_id,
+                "reason": reason,
+            }
+            for attempt, state, payment_id, reason in group
+        ]
+        result = connection.execute(_CLOSE_ATTEMPTS, {"rows": to_json(rows), "at": stamp.at})
+        if result.rowcount != len(rows):
+            raise ChangedMeanwhile(f"{len(rows)} attempts were to be closed, {result.rowcount} could be")
+    record_changes(
+        connection,
+        stamp,
+        [
+            Change(
+                "attempt",
+                str(attempt.id),
+                state.lower(),
+                reason,
+                old={"state": attempt.state},
+                new={"state": state, "subscription_id": attempt.subscription_id},
+                external_payment_id=payment_id,
+            )
+            for attempt, state, payment_id, reason in (*voids, *closings)
+        ],
+    )
+
+
+_INSERT_SETTLEMENTS = sa.text("""
+    INSERT INTO billing_orchestration.settlements
+        (external_payment_id, kind, payment_id, subscription_id, attempt_id, user_id, plan_id, amount, currency,
+         period_start, period_end, settled_at, run_id)
+    SELECT x.external_payment_id, x.kind, x.payment_id, x.subscription_id, x.attempt_id, x.user_id, x.plan_id,
+           x.amount, x.currency, x.period_start, x.period_end, :at, :run_id
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+        external_payment_id text, kind text, payment_id int, subscription_id int, attempt_id uuid, user_id text,
+        plan_id int, amount numeric(8,2), currency text, period_start timestamp, period_end timestamp)
+""")
+
+_SAVE_METHODS = sa.text("""
+    INSERT INTO billing_orchestration.saved_methods
+        (subscription_id, payment_method_id, currency, payment_provider_id, saved_by_external_payment_id, saved_at)
+    SELECT x.subscription_id, x.payment_method_id, x.currency, x.payment_provider_id, x.external_payment_id, :at
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+        subscription_id int, payment_method_id text, currency text, payment_provider_id int, external_payment_id text)
+    ON CONFLICT (subscription_id) DO UPDATE
+    SET payment_method_id = excluded.payment_method_id, currency = excluded.currency,
+        payment_provider_id = excluded.payment_provider_id,
+        saved_by_external_payment_id = excluded.saved_by_external_payment_id, saved_at = excluded.saved_at
+""")
+
+
+def _write_settlements(
+    connection: sa.Connection,
+    stamp: Stamp,
+    decisions: Sequence[SettlementDecision],
+    created: Mapping[str, int],
+    payment_rows: Mapping[str, int],
+) -> None:
+    """The idempotence record of each payment, and the method that a purchase has saved for its subscription."""
+    rows: list[dict[str, Any]] = []
+    methods: dict[int, dict[str, Any]] = {}
+    for decision in decisions:
+        if not isinstance(decision, (Settle, RecordRefund, CloseAsGranted)):
+            continue
+        payment = decision.payment
+        subscription_id = _subscription_of(decision, created)
+        attempt = decision.attempt
+        grant = decision if isinstance(decision, Settle) else None
+        rows.append(
+            {
+                "external_payment_id": payment.id,
+                "kind": grant.kind if grant else "refunded" if isinstance(decision, RecordRefund) else "renewed",
+                "payment_id": payment_rows[payment.id],
+                "subscription_id": subscription_id,
+                "attempt_id": attempt.id if attempt else None,
+                "user_id": grant.user_id if grant else metadata_user(payment),
+                "plan_id": grant.plan_id if grant else metadata_int(payment, "plan_id"),
+                "amount": payment.money.amount,
+                "currency": payment.money.currency,
+                "period_start": grant.period_start.replace(tzinfo=None) if grant else None,
+                "period_end": grant.period_end.replace(tzinfo=None) if grant else None,
+            }
+        )
+        # Only a purchase saves a method; a renewal carries the id of one that was saved before (YOOKASSA.md).
+        if (
+            grant
+            and grant.attempt is None
+            and payment.method_saved
+            and payment.method_id
+            and subscription_id is not None
+        ):
+            methods[subscription_id] = {
+                "subscription_id": subscription_id,
+                "payment_method_id": payment.method_id,
+                "currency": payment.money.currency,
+                "payment_provider_id": grant.payment_provider_id,
+                "external_payment_id": payment.id,
+            }
+    if rows:
+        connection.execute(_INSERT_SETTLEMENTS, {"rows": to_json(rows), "at": stamp.at, "run_id": stamp.run_id})
+    if methods:
+        connection.execute(_SAVE_METHODS, {"rows": to_json(list(methods.values())), "at": stamp.at})
+
+
+def _write_problems(connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision]) -> set[str]:
+    problems = [_problem(decision) for decision in decisions if isinstance(decision, Quarantine)]
+    problems += [
+        Problem(
+            subject=f"payment {decision.payment.id}",
+            kind="unwanted_renewal",
+            reason=decision.notice,
+            external_payment_id=decision.payment.id,
+            subscription_id=decision.subscription.id,
+            attempt_id=decision.attempt.id if decision.attempt else None,
+            evidence=evidence_of(_facts_of(decision.payment)),
+        )
+        for decision in decisions
+        if isinstance(decision, Settle) and decision.notice and decision.subscription
+    ]
+    return open_problems(connection, stamp, problems)
+
+
+def _problem(decision: Quarantine) -> Problem:
+    return Problem(
+        subject=f"payment {decision.payment.id}",
+        kind=decision.kind,
+        reason=decision.reason,
+        external_payment_id=decision.payment.id,
+        payment_id=decision.row.id if decision.row else None,
+        subscription_id=decision.subscription_id,
+        attempt_id=decision.review.id if decision.review else named_attempt_id(decision.payment),
+        evidence=evidence_of(_facts_of(decision.payment)),
+    )
+
+
+def _facts_of(payment: ProviderPayment) -> dict[str, Any]:
+    """The provider's side of a payment, as evidence."""
+    return {
+        "id": payment.id,
+        "status": payment.status,
+        "amount": str(payment.money),
+        "refunded_amount": payment.refunded_amount,
+        "created_at": payment.created_at,
+        "captured_at": payment.captured_at,
+        "test": payment.is_test,
+        "payment_method": payment.method_type,
+        "metadata": payment.metadata,
+    }
