@@ -9,7 +9,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes
-from billing_orchestration.domain.money import Money
+from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.domain.settlement import PaymentRow
 
 # States of an attempt that hold a subscription back from expiry: what became of the customer's money is not known, or
@@ -98,7 +98,8 @@ _EXPIRE_SUBSCRIPTIONS = f"""
     )
     INSERT INTO billing_orchestration.audit_trail (at, job, run_id, entity, entity_id, action, old, new, reason)
     SELECT :at, :job, :run_id, 'subscription', id::text, 'expired',
-           '{{"status": "ACTIVE"}}'::jsonb, '{{"status": "EXPIRED"}}'::jsonb, 'ended ' || ended_at::text || ', ' || :reason
+           jsonb_build_object('status', 'ACTIVE'), jsonb_build_object('status', 'EXPIRED'),
+           'ended ' || ended_at::text || ', ' || :reason
     FROM expired
 """
 
@@ -113,7 +114,7 @@ def expire_subscriptions(
     """
     statement = _EXPIRE_SUBSCRIPTIONS.format(skip="" if wait_for_locks else "SKIP LOCKED")
     result = connection.execute(
-        sa.text(statement.replace('"status": ', '"status"\\: ')),
+        sa.text(statement),
         {
             "over_before": over_before.replace(tzinfo=None),
             "size": size,
@@ -129,25 +130,11 @@ def expire_subscriptions(
 
 def fetch_stale_payments(connection: sa.Connection, created_before: datetime) -> list[PaymentRow]:
     """Every PENDING payment created before that instant, oldest first."""
-    rows = connection.execute(
-        sa.text("""
-            SELECT id, subscription_id, payment_provider_id, status::text AS status, amount, currency::text AS currency,
-                   external_payment_id
-            FROM payments WHERE status = 'PENDING' AND created_at < :created_before ORDER BY created_at, id
-        """),
+    return select_rows(
+        connection,
+        "status = 'PENDING' AND created_at < :created_before ORDER BY created_at, id",
         {"created_before": created_before.replace(tzinfo=None)},
     )
-    return [
-        PaymentRow(
-            id=row.id,
-            subscription_id=row.subscription_id,
-            payment_provider_id=row.payment_provider_id,
-            status=row.status,
-            money=Money(row.amount, row.currency) if row.currency is not None else None,
-            external_payment_id=row.external_payment_id,
-        )
-        for row in rows
-    ]
 
 
 def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[tuple[PaymentRow, str]]) -> set[int]:

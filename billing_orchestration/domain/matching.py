@@ -1,0 +1,87 @@
+"""Matching: which succeeded provider payments the service's books lack (SPEC 4), as a diff of two slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from billing_orchestration.domain.decisions import Decision
+from billing_orchestration.domain.provider_payment import ProviderPayment
+from billing_orchestration.domain.settlement import PaymentRow, named_attempt_id
+
+_FINAL = ("SUCCEEDED", "REFUNDED")
+
+
+@dataclass(frozen=True, slots=True)
+class MatchingDiff:
+    """What differs. `to_settle` goes through settling, oldest success first; `reported` is left as it is, with reasons.
+
+    `agreed`: how many payments both sides hold alike.
+    """
+
+    to_settle: tuple[ProviderPayment, ...]
+    reported: tuple[Decision, ...]
+    agreed: int
+
+
+def by_provider_id(rows: Iterable[PaymentRow]) -> dict[str, list[PaymentRow]]:
+    """Payment rows by the provider's id they carry; real data has several rows for one id."""
+    found: dict[str, list[PaymentRow]] = {}
+    for row in rows:
+        if row.external_payment_id is not None:
+            found.setdefault(row.external_payment_id, []).append(row)
+    return found
+
+
+def diff_pending(paid: Sequence[ProviderPayment], pending: Mapping[str, Sequence[PaymentRow]]) -> MatchingDiff:
+    """PENDING here and succeeded there: every payment of the slice that has a PENDING row, whatever that row's age."""
+    differing = [payment for payment in paid if payment.id in pending]
+    return MatchingDiff(_by_success(differing), (), len(paid) - len(differing))
+
+
+def diff_successful(
+    paid: Sequence[ProviderPayment],
+    rows: Mapping[str, Sequence[PaymentRow]],
+    settled: frozenset[str],
+    *,
+    now: datetime,
+    webhook_grace: timedelta,
+) -> MatchingDiff:
+    """Succeeded there and not so here. `rows` holds the payment rows of these ids, whatever their status or age.
+
+    A payment without any row that succeeded less than `webhook_grace` ago is left to the service's webhook.
+    """
+    differing: list[ProviderPayment] = []
+    reported: list[Decision] = []
+    agreed = 0
+    for payment in paid:
+        found = rows.get(payment.id, ())
+        final = next((row for row in found if row.status in _FINAL), None)
+        # The service's webhook may have written the row of a renewal of ours: the attempt still has to be closed.
+        names_open_attempt = payment.id not in settled and named_attempt_id(payment) is not None
+        if payment.id in settled or (final is not None and not names_open_attempt):
+            agreed += 1
+            if final is not None and final.status == "SUCCEEDED" and final.subscription_id is None:
+                reported.append(
+                    Decision(
+                        "report", final.subject, "SUCCEEDED on both sides, but linked to no subscription", payment.money
+                    )
+                )
+        elif not found and now - (payment.captured_at or payment.created_at) < webhook_grace:
+            reported.append(
+                Decision(
+                    "leave",
+                    f"payment {payment.id}",
+                    "just paid, no row yet: left to the service's webhook",
+                    payment.money,
+                )
+            )
+        else:
+            differing.append(payment)
+    return MatchingDiff(_by_success(differing), tuple(reported), agreed)
+
+
+def _by_success(payments: Iterable[ProviderPayment]) -> tuple[ProviderPayment, ...]:
+    """In the order in which they succeeded, so that periods follow each other as they were paid."""
+    return tuple(sorted(payments, key=lambda payment: (payment.captured_at or payment.created_at, payment.id)))

@@ -1,0 +1,98 @@
+"""What a run stands for: the instant `as_of`, the window it covers, and whether it may write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+
+# The window of a matching run (SPEC 4), and how far one that follows an outage reaches back.
+MATCHING_WINDOW = timedelta(hours=1)
+LONGEST_CATCH_UP = timedelta(days=7)
+# How much of what was covered already is covered again after an outage: the lag of the provider's list is not
+# documented, and the two clocks may differ.
+CATCH_UP_OVERLAP = timedelta(minutes=15)
+
+
+class RunRefused(ValueError):
+    """The run's config or partition makes no sense. Nothing was read or written."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunScope:
+    """The resolved run config. `source` tells where `as_of` came from: config, partition or now.
+
+    `heals` is True for a run that stands for "now" (a tick, or a launch without anything given): only such a run
+    catches up after an outage.
+    """
+
+    as_of: datetime
+    source: str
+    heals: bool
+    dry_run: bool
+    max_changes: int | None
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The stretch of time that a matching run covers, both ends included. `gap`: what an outage left uncovered."""
+
+    start: datetime
+    end: datetime
+    gap: tuple[datetime, datetime] | None = None
+
+
+def parse_as_of(text: str, now: datetime) -> datetime:
+    """Read an explicit `as_of`. Raises RunRefused for one that is unparsable, naive, or in the future."""
+    example = f"use ISO 8601 with an offset, such as {now.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+    try:
+        as_of = datetime.fromisoformat(text[:-1] + "+00:00" if text[-1:] in ("Z", "z") else text)
+    except ValueError:
+        raise RunRefused(f"as_of {text!r} is not an instant; {example}. Nothing was read or written") from None
+    if as_of.tzinfo is None or as_of.utcoffset() is None:
+        raise RunRefused(f"as_of {text!r} has no time zone; {example}. Nothing was read or written")
+    if as_of > now:
+        raise RunRefused(f"as_of {text!r} lies in the future (now is {now.isoformat()}). Nothing was read or written")
+    return as_of.astimezone(timezone.utc)
+
+
+def as_of_partition(start: datetime, end: datetime, now: datetime, *, last_instant: bool) -> datetime:
+    """The instant that a partition stands for: its end, or now in the partition of the present.
+
+    With `last_instant` it is the last instant before the end: the partition of 5 March stands for the billing day of
+    5 March, as the scheduled run of that day does, and its end is already 6 March. Raises RunRefused for the future.
+    """
+    if start > now:
+        raise RunRefused(f"the partition begins at {start.isoformat()}, in the future. Nothing was read or written")
+    as_of = end - timedelta(microseconds=1) if last_instant else end
+    return min(as_of, now).astimezone(timezone.utc)
+
+
+def check_max_changes(max_changes: int | None) -> int | None:
+    """Refuse a negative max_changes (RunRefused)."""
+    if max_changes is not None and max_changes < 0:
+        raise RunRefused(f"max_changes is {max_changes}; it must be 0 or more. Nothing was read or written")
+    return max_changes
+
+
+def covering_window(scope: RunScope, watermark: datetime | None) -> Window:
+    """The window of a matching run: an hour, or back to the last covered instant when that is longer ago (SPEC 4)."""
+    start = scope.as_of - MATCHING_WINDOW
+    if not scope.heals or watermark is None or watermark >= start:
+        return Window(start, scope.as_of)
+    earliest = scope.as_of - LONGEST_CATCH_UP
+    if watermark < earliest:
+        return Window(earliest, scope.as_of, gap=(watermark, earliest))
+    return Window(max(watermark - CATCH_UP_OVERLAP, earliest), scope.as_of)
+
+
+def next_watermark(scope: RunScope, window: Window, watermark: datetime | None) -> datetime | None:
+    """Where the watermark moves after everything of the window was applied; None: it stays.
+
+    It moves only over time that was covered without a gap, so a backfill of last month moves nothing.
+    """
+    if watermark is not None and watermark >= window.end:
+        return None
+    if scope.heals or (watermark is not None and window.start <= watermark):
+        return window.end
+    return None
