@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Stamp
-from billing_orchestration.domain.money import Money
+from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.domain.settlement import PaymentRow
 
 
@@ -32,20 +31,15 @@ def fetch_pending(connection: sa.Connection, start: datetime, end: datetime, pai
         """),
         {"start": start.replace(tzinfo=None), "end": end.replace(tzinfo=None)},
     ).one()
-    rows = connection.execute(sa.text(f"{_ROWS} AND status = 'PENDING' ORDER BY id"), {"ids": list(paid_ids)})
-    return PendingSlice(counts.rows, counts.without_id, tuple(_row(row) for row in rows))
-
-
-_ROWS = """
-    SELECT id, subscription_id, payment_provider_id, status::text AS status, amount, currency::text AS currency,
-           external_payment_id
-    FROM payments WHERE external_payment_id = ANY(:ids)
-"""
+    rows = select_rows(
+        connection, "external_payment_id = ANY(:ids) AND status = 'PENDING' ORDER BY id", {"ids": list(paid_ids)}
+    )
+    return PendingSlice(counts.rows, counts.without_id, tuple(rows))
 
 
 def fetch_rows(connection: sa.Connection, provider_ids: Sequence[str]) -> list[PaymentRow]:
     """The payment rows with these provider ids, whatever their status or age."""
-    return [_row(row) for row in connection.execute(sa.text(f"{_ROWS} ORDER BY id"), {"ids": list(provider_ids)})]
+    return select_rows(connection, "external_payment_id = ANY(:ids) ORDER BY id", {"ids": list(provider_ids)})
 
 
 def fetch_settled(connection: sa.Connection, provider_ids: Sequence[str]) -> set[str]:
@@ -58,17 +52,6 @@ def fetch_settled(connection: sa.Connection, provider_ids: Sequence[str]) -> set
             """),
             {"ids": list(provider_ids)},
         ).scalars()
-    )
-
-
-def _row(row: Any) -> PaymentRow:
-    return PaymentRow(
-        id=row.id,
-        subscription_id=row.subscription_id,
-        payment_provider_id=row.payment_provider_id,
-        status=row.status,
-        money=Money(row.amount, row.currency) if row.currency is not None else None,
-        external_payment_id=row.external_payment_id,
     )
 
 

@@ -24,11 +24,11 @@ from billing_orchestration.database.audit import (
     record_changes,
     to_json,
 )
+from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.database.tables import payments as payments_table
 from billing_orchestration.database.tables import renewal_attempts
 from billing_orchestration.database.tables import subscriptions as subscriptions_table
 from billing_orchestration.domain.billing_calendar import BillingCalendar
-from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.renewals import Attempt, State
 from billing_orchestration.domain.settlement import (
@@ -88,12 +88,6 @@ _KNOWN = sa.text("""
     FROM billing_orchestration.quarantine WHERE external_payment_id = ANY(:ids) AND resolution = 'ignored'
 """)
 
-_PAYMENT_ROWS = sa.text("""
-    SELECT id, subscription_id, payment_provider_id, status::text AS status, amount, currency::text AS currency,
-           external_payment_id
-    FROM payments WHERE external_payment_id = ANY(:ids) ORDER BY id FOR NO KEY UPDATE
-""")
-
 _SUBSCRIPTIONS = sa.text("""
     SELECT s.id, s.user_id, s.plan_id, s.status::text AS status, s.started_at, s.ended_at
     FROM subscriptions s
@@ -130,11 +124,10 @@ def _read_facts(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> 
         else:
             settled_as[row.external_payment_id] = row.kind
     rows: dict[str, list[PaymentRow]] = {}
-    for row in connection.execute(_PAYMENT_ROWS, {"ids": ids}):
-        money = Money(row.amount, row.currency) if row.currency is not None else None
-        rows.setdefault(row.external_payment_id, []).append(
-            PaymentRow(row.id, row.subscription_id, row.payment_provider_id, row.status, money, row.external_payment_id)
-        )
+    for payment_row in select_rows(
+        connection, "external_payment_id = ANY(:ids) ORDER BY id FOR NO KEY UPDATE", {"ids": ids}
+    ):
+        rows.setdefault(payment_row.external_payment_id or "", []).append(payment_row)
     named = {payment.id: named_attempt_id(payment) for payment in batch}
     attempts = _read_periods(connection, [id_ for id_ in named.values() if id_ is not None])
     subscription_ids = {

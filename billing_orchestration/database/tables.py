@@ -23,7 +23,7 @@ class UtcNaive(sa.types.TypeDecorator[datetime]):
     impl = sa.DateTime(timezone=False)
     cache_ok = True
 
-    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:  # noqa: ARG002  # SQLAlchemy's signature
         """Refuse a naive instant, store an aware one as naive UTC."""
         if value is None:
             return None
@@ -31,7 +31,7 @@ class UtcNaive(sa.types.TypeDecorator[datetime]):
             raise ValueError("a naive instant must not reach the database")
         return value.astimezone(timezone.utc).replace(tzinfo=None)
 
-    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
+    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:  # noqa: ARG002  # SQLAlchemy's signature
         """Give back an aware UTC instant."""
         return None if value is None else value.replace(tzinfo=timezone.utc)
 
