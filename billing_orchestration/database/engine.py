@@ -1,0 +1,164 @@
+"""Connections to the billing database, and what its failures mean in words.
+
+Every session speaks UTC, gives up on a lock, a statement or a silent server after a bounded time, and carries a name
+that an operator finds in `pg_stat_activity`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import sqlalchemy as sa
+from sqlalchemy import exc
+
+from billing_orchestration.database.errors import (
+    AccessDenied,
+    BillingDatabaseError,
+    DatabaseBusy,
+    DatabaseUnavailable,
+)
+
+# A server that does not even accept within this time is down, or a firewall drops the packets.
+CONNECT_TIMEOUT_S = 10
+# Rows are locked for milliseconds, by the service as by these jobs. Longer means somebody's transaction hangs: the
+# row fails for now, and the other rows are not kept waiting.
+LOCK_TIMEOUT_S = 10
+# The longest honest statement expires a month of subscriptions at once, in seconds. Longer is a missing index or a
+# plan gone wrong, and it would burden the live service.
+STATEMENT_TIMEOUT_S = 300
+# A run that is stopped inside a transaction (suspended, swapped out) must not hold the service's rows for ever.
+IDLE_IN_TRANSACTION_TIMEOUT_S = 120
+
+_SESSION = {
+    # The service's tables live in public. Without this a schema named like the role would come first, and
+    # the role may well be named billing_orchestration.
+    "search_path": "public",
+    "lock_timeout": f"{LOCK_TIMEOUT_S}s",
+    "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
+    "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_TIMEOUT_S}s",
+}
+
+
+def create_engine(
+    url: str,
+    *,
+    pool_size: int = 5,
+    application_name: str = "billing-orchestration",
+    session: dict[str, str] | None = None,
+) -> sa.Engine:
+    """Make an engine (psycopg 3) for a `postgresql://` URL. It connects when first used.
+
+    `pool_size` is also the most connections it opens: size it to the threads that share it. Session settings of
+    `session` (`lock_timeout`, …) win over this module's, and `options` in the URL over both.
+    """
+    address = sa.make_url(url)
+    if address.drivername != "postgresql+psycopg":
+        address = address.set(drivername="postgresql+psycopg")
+    of_url = address.query.get("options", "")
+    options = " ".join(f"-c {name}={value}" for name, value in {**_SESSION, **(session or {})}.items())
+    return sa.create_engine(
+        address,
+        pool_size=pool_size,
+        max_overflow=0,
+        # After a restart of PostgreSQL the pool's old connections are replaced instead of failing a row each.
+        pool_pre_ping=True,
+        # The values of a failed statement are people's data and payment bodies: not for a log.
+        hide_parameters=True,
+        # Saves asking the server about a type that no table here has.
+        use_native_hstore=False,
+        connect_args={
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "application_name": application_name,
+            # The last one wins. The zone is not up for choice: the service's naive timestamps hold UTC.
+            "options": f"{options} {of_url if isinstance(of_url, str) else ' '.join(of_url)} -c timezone=UTC",
+            # A server that vanished (power, network) is noticed within a minute, not after two hours.
+            "keepalives_idle": 30,
+            "keepalives_interval": 10,
+            "keepalives_count": 3,
+        },
+    )
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise what SQLAlchemy and psycopg raise in here as a BillingDatabaseError, with the cause kept."""
+    try:
+        yield
+    except (exc.SQLAlchemyError, psycopg.Error) as error:
+        raise translate(error) from error
+
+
+def translate(error: BaseException) -> BillingDatabaseError:
+    """Say in one line what a database error means and what to do. Hand back our own errors as they are."""
+    if isinstance(error, BillingDatabaseError):
+        return error
+    original = error.orig if isinstance(error, exc.DBAPIError) and error.orig is not None else error
+    reason = _one_line(original)
+    state = getattr(original, "sqlstate", None) or ""
+    if isinstance(error, exc.TimeoutError):
+        return DatabaseBusy("no connection of the pool became free in time: fewer threads, or a larger pool_size")
+    if isinstance(original, psycopg.Error) and not state:
+        return _no_connection(original, reason)
+    if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
+        return _lost(reason)
+    if state.startswith("08") or state in {"57P01", "57P02", "57P03", "57P05", "25P03"}:
+        return _lost(reason)
+    if state.startswith(("28", "3D")) or state in {"53300"}:
+        return _no_connection(original, reason)
+    if state in {"55P03", "40P01", "40001", "57014"} or state.startswith("53"):
+        return DatabaseBusy(f"the database was busy and changed nothing: {reason}; the next run tries again")
+    if state == "42501":
+        return AccessDenied(
+            f"the role of BILLING_DATABASE_URL may not do this: {reason}; grant it, or use the tables' owner"
+        )
+    if state in {"42P01", "42703", "3F000", "42704"}:
+        return BillingDatabaseError(
+            f"the database is not in the expected shape: {reason}; `billing-orchestration doctor` names what differs"
+        )
+    return BillingDatabaseError(f"the database refused a statement: {reason}")
+
+
+def _lost(reason: str) -> DatabaseUnavailable:
+    return DatabaseUnavailable(f"the connection to the database was lost: {reason}; the next run completes this one")
+
+
+# How PostgreSQL and libpq word it, and the way out. Other languages than English fall through to the last one.
+_WAYS_OUT = (
+    ("password authentication failed", "the user or the password in it is wrong"),
+    ("no password supplied", "it holds no password, and the server wants one"),
+    ("pg_hba.conf", "the server does not let this user in from here: see its pg_hba.conf"),
+    ("database .* does not exist", "create that database, or correct its name"),
+    ("role .* does not exist", "create that role, or correct the user in it"),
+    ("refused", "is PostgreSQL running there? correct the host and the port, or start it"),
+    ("No such file or directory", "no server listens on that socket: correct `host=`, or start it"),
+    ("resolve|translate host name|Name or service", "correct the host"),
+    ("timeout|timed out", "the host does not answer: correct the host, or look at the network in between"),
+    ("too many clients|remaining connection slots", "the server has no connection left: raise max_connections"),
+    ("starting up|shutting down|recovery", "the server is starting or stopping: try again"),
+    ("SSL|certificate", "correct `sslmode=` and the certificates"),
+    ("invalid connection option|invalid URI query", "remove that option after the `?`"),
+)  # fmt: skip
+
+
+def _no_connection(original: BaseException, reason: str) -> DatabaseUnavailable:
+    if isinstance(original, psycopg.OperationalError) and re.search(
+        r"connection is lost|server closed the connection|connection is closed|connection already closed", reason
+    ):
+        return _lost(reason)
+    ways_out = (way_out for words, way_out in _WAYS_OUT if re.search(words, reason))
+    way_out = next(ways_out, "correct it, or start the server")
+    return DatabaseUnavailable(f"cannot connect to the database of BILLING_DATABASE_URL: {reason}; {way_out}")
+
+
+def _one_line(error: BaseException) -> str:
+    """Shorten an error to what it says first: PostgreSQL adds DETAIL (which quotes values) and more lines."""
+    lines: list[str] = []
+    for line in str(error).splitlines():
+        if re.match(r"\s*(DETAIL|CONTEXT|HINT|LINE \d+|STATEMENT|QUERY)\b", line):
+            break
+        lines.append(line.strip())
+    text = " ".join(part for part in lines if part) or type(error).__name__
+    return text if len(text) <= 400 else text[:399] + "…"

@@ -1,0 +1,52 @@
+"""What went wrong with the database, in one line that names the way out. No text holds a password.
+
+    BillingDatabaseError       also by itself: a statement failed in a way that is not told apart here
+    ├── DatabaseUnavailable    no connection, or it was lost: refused, wrong password, no such database, restarting
+    ├── DatabaseBusy           a lock, a deadlock or a timeout: nothing was changed, another try may succeed
+    ├── AccessDenied           the role of BILLING_DATABASE_URL may not do this
+    └── SchemaProblem          the database is reachable, but not what this version works on
+        ├── SchemaMissing      `migrate` never ran here
+        ├── SchemaOutdated     `migrate` of this version did not run yet
+        ├── SchemaTooNew       a newer version migrated it: this one must not write to it
+        └── ServiceTablesMissing   the billing service's own tables are not (all) there
+
+A lost connection leaves the outcome of a COMMIT unknown: whoever applies a change must be able to repeat it.
+"""
+
+from __future__ import annotations
+
+
+class BillingDatabaseError(Exception):
+    """Any failure of the billing database. Its text is one line for the person who reads the run."""
+
+
+class DatabaseUnavailable(BillingDatabaseError):
+    """No connection to the database, or the connection was lost."""
+
+
+class DatabaseBusy(BillingDatabaseError):
+    """The statement met a lock, a deadlock or a timeout. Its transaction changed nothing; try again."""
+
+
+class AccessDenied(BillingDatabaseError):
+    """The role lacks a privilege. A person has to grant it."""
+
+
+class SchemaProblem(BillingDatabaseError):
+    """The database is not in the shape that this version works on. Nothing was read or written."""
+
+
+class SchemaMissing(SchemaProblem):
+    """The schema `billing_orchestration` is not there."""
+
+
+class SchemaOutdated(SchemaProblem):
+    """The schema is of an older version."""
+
+
+class SchemaTooNew(SchemaProblem):
+    """The schema is of a newer version than this code."""
+
+
+class ServiceTablesMissing(SchemaProblem):
+    """Tables of the billing service are missing: probably another database than meant."""

@@ -1,0 +1,1 @@
+"""The schema `billing_orchestration`, version by version. `database/migrating.py` runs it."""

@@ -1,0 +1,237 @@
+"""The environment, read once and checked: a missing or wrong setting is named in one line before anything else happens.
+
+Values come from the environment, then from a `.env` in the working directory; an empty one counts as missing.
+`load_settings` tells every fault at once, each with its variable and the way out, and never the value of a secret.
+Loading the definitions needs only `partition_timezone` and `partition_first_day`, which do not fail: with a wrong
+setting the code location still loads, and the run names the fault.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from datetime import date
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PRODUCTION_API_URL = "https://api.yookassa.ru/v3"
+DEFAULT_TIMEZONE = "UTC"
+DEFAULT_FIRST_DAY = date(2026, 1, 1)
+# Ten years: more is a slip of the finger, and date arithmetic on absurd spans overflows.
+LONGEST_SPAN_DAYS = 3650
+
+
+class SettingsError(ValueError):
+    """One or several settings are missing or wrong. Its text is one line: each fault names its variable."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = faults
+
+
+def _database_url(accepted: tuple[str, ...], driver: str, form: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        # No part of the text may reach a message: it may hold a password, wherever the slip is.
+        scheme, separator, rest = text.partition("://")
+        if not separator or scheme not in accepted:
+            raise ValueError(f"must begin with {' or '.join(f'{name}://' for name in accepted)}, as in {form}")
+        try:
+            url = make_url(f"{driver}://{rest}")
+        except (ArgumentError, ValueError):
+            raise ValueError(f"cannot be read; it must look like {form}") from None
+        if not url.database:
+            raise ValueError(f"names no database; it must look like {form}")
+        return url.render_as_string(hide_password=False)
+
+    return check
+
+
+def _api_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError("is not a URL; it must look like " + PRODUCTION_API_URL) from None
+    if parts.scheme not in {"http", "https"} or not host or any(sign.isspace() for sign in text):
+        raise ValueError("is not an http(s) URL; it must look like " + PRODUCTION_API_URL)
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("must hold no user and password; they belong into YOOKASSA_SHOP_ID and YOOKASSA_SECRET_KEY")
+    if parts.query or parts.fragment:
+        raise ValueError("must end with the path, without ? and #, as in " + PRODUCTION_API_URL)
+    if parts.scheme == "http" and not _is_loopback(host):
+        raise ValueError(f"is plain http to {host}: the secret key would travel in clear; use https")
+    return text.rstrip("/")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _credential(text: str) -> str:
+    # Both travel in an HTTP Basic header: other characters than these would break it, or come from a bad copy.
+    if not all("!" <= sign <= "~" for sign in text):
+        raise ValueError("holds a space or a character outside ASCII; copy it again from the shop's settings")
+    return text
+
+
+def _shop_id(text: str) -> str:
+    if ":" in text:
+        raise ValueError("holds a colon; it is the shop's number alone, without the secret key")
+    return _credential(text)
+
+
+def _timezone(value: str | ZoneInfo) -> ZoneInfo:
+    if isinstance(value, ZoneInfo):
+        return value
+    try:
+        return ZoneInfo(value)
+    except (KeyError, ValueError, OSError):  # unknown, malformed, or the name of a whole folder of zones
+        raise ValueError(f"{value[:60]!r} is not a time zone; use an IANA name such as Europe/Moscow or UTC") from None
+
+
+def _day(value: str | date) -> date:
+    if isinstance(value, date):
+        return value
+    try:
+        return date.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"{value[:60]!r} is not a day; write it as 2026-01-31") from None
+
+
+def _days(at_least: int) -> Callable[[str | int], int]:
+    def check(value: str | int) -> int:
+        try:
+            days = int(value)
+        except ValueError:
+            days = -1
+        if not at_least <= days <= LONGEST_SPAN_DAYS:
+            raise ValueError(
+                f"{str(value)[:60]!r} is not a whole number of days from {at_least} to {LONGEST_SPAN_DAYS}"
+            )
+        return days
+
+    return check
+
+
+_BILLING_URL_FORM = "postgresql://USER:PASSWORD@HOST:5432/DATABASE"
+# psycopg2 takes the same options from a URL as psycopg 3 (both are libpq); other drivers do not.
+_BillingUrl = BeforeValidator(
+    _database_url(
+        ("postgresql", "postgres", "postgresql+psycopg", "postgresql+psycopg2"), "postgresql+psycopg", _BILLING_URL_FORM
+    )
+)
+# dagster-postgres works on psycopg2 only: with psycopg 3 each write of an event fails.
+_RunHistoryUrl = BeforeValidator(
+    _database_url(
+        ("postgresql", "postgresql+psycopg2"),
+        "postgresql+psycopg2",
+        "postgresql+psycopg2://USER:PASSWORD@HOST:5432/DATABASE",
+    )
+)
+
+# Where no value can be guessed, what to put there.
+_WAYS_OUT = {
+    "BILLING_DATABASE_URL": f"the billing service's database, as {_BILLING_URL_FORM}",
+    "YOOKASSA_SHOP_ID": "the shop's id from its settings at the provider",
+    "YOOKASSA_SECRET_KEY": "the shop's secret key from its settings at the provider (test_... or live_...)",
+}
+
+
+class Settings(BaseSettings):
+    """All settings, checked. Build it with `load_settings`, which words the faults."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+        populate_by_name=True,
+        validate_default=False,
+    )
+
+    billing_database_url: Annotated[str, _BillingUrl] = Field(repr=False)
+    yookassa_shop_id: Annotated[str, BeforeValidator(_shop_id)]
+    yookassa_secret_key: SecretStr
+    yookassa_api_url: Annotated[str, BeforeValidator(_api_url)] = PRODUCTION_API_URL
+    billing_timezone: Annotated[ZoneInfo, BeforeValidator(_timezone)] = ZoneInfo(DEFAULT_TIMEZONE)
+    pending_payment_ttl_days: Annotated[int, BeforeValidator(_days(1))] = 7
+    subscription_grace_days: Annotated[int, BeforeValidator(_days(0))] = 3
+    dagster_postgres_url: Annotated[str | None, _RunHistoryUrl] = Field(default=None, repr=False)
+    first_partition_day: Annotated[date, BeforeValidator(_day)] = Field(
+        default=DEFAULT_FIRST_DAY, validation_alias="BILLING_FIRST_DAY"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blank_is_missing(cls, values: dict[str, Any]) -> dict[str, Any]:
+        stripped = {name: value.strip() if isinstance(value, str) else value for name, value in values.items()}
+        return {name: value for name, value in stripped.items() if value not in ("", None)}
+
+    @field_validator("yookassa_secret_key", mode="before")
+    @classmethod
+    def _secret_key(cls, value: str | SecretStr) -> SecretStr:
+        return SecretStr(_credential(value.get_secret_value() if isinstance(value, SecretStr) else value))
+
+    @property
+    def is_live_shop(self) -> bool:
+        """Whether the secret key is one of a live shop: there, a test payment must never grant anything."""
+        return self.yookassa_secret_key.get_secret_value().startswith("live_")
+
+
+def load_settings() -> Settings:
+    """Read and check the environment. Raises SettingsError with every fault in one line."""
+    try:
+        return Settings()  # type: ignore[call-arg]  # its values come from the environment
+    except ValidationError as error:
+        raise SettingsError([_in_words(fault) for fault in error.errors()]) from None
+    except (OSError, UnicodeDecodeError):
+        raise SettingsError([_UNREADABLE_ENV_FILE]) from None
+
+
+_UNREADABLE_ENV_FILE = ".env cannot be read as UTF-8 text: mend it, or remove it and set the variables themselves"
+
+
+def _in_words(fault: Any) -> str:
+    variable = str(fault["loc"][0]).upper() if fault["loc"] else ".env"
+    if fault["type"] == "missing":
+        return f"{variable} is not set: put {_WAYS_OUT[variable]}, into the environment or .env"
+    return f"{variable} {fault['msg'].removeprefix('Value error, ')}"
+
+
+class _PartitionGrid(BaseSettings):
+    """The raw texts that the partition grid depends on, unchecked."""
+
+    model_config = Settings.model_config
+
+    billing_timezone: str = DEFAULT_TIMEZONE
+    billing_first_day: str = DEFAULT_FIRST_DAY.isoformat()
+
+
+def partition_timezone() -> str:
+    """Name the billing time zone for the partition grid: `BILLING_TIMEZONE` where it is valid, else UTC."""
+    try:
+        return _timezone(_PartitionGrid().billing_timezone.strip() or DEFAULT_TIMEZONE).key
+    except (ValueError, OSError):
+        return DEFAULT_TIMEZONE
+
+
+def partition_first_day() -> date:
+    """Tell the day on which the partition grid begins: `BILLING_FIRST_DAY` where it is valid, else the default."""
+    try:
+        return _day(_PartitionGrid().billing_first_day.strip() or DEFAULT_FIRST_DAY)
+    except (ValueError, OSError):
+        return DEFAULT_FIRST_DAY
