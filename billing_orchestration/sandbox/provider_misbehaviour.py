@@ -1,0 +1,185 @@
+"""How the sandbox provider misbehaves on request: rules that say which call, which occurrence, and what happens.
+
+A rule is looked for before each call of the API, in the order in which the rules were given; the first that fires is
+the only one that acts. "Before" and "after" tell on which side of the execution it strikes: after means that the
+money has moved and the client does not learn it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+CALLS = frozenset({"create", "list", "get", "any"})
+EFFECTS: Mapping[str, str] = {
+    "none": "only the delay, if one is given",
+    "cut_before": "the connection is closed without an answer; nothing was executed",
+    "cut_after": "the connection is closed without an answer; the call was executed",
+    "reset_before": "TCP RST; nothing was executed",
+    "reset_after": "TCP RST; the call was executed",
+    "error_before": "HTTP 500 in the provider's body form; nothing was executed",
+    "error_after": "HTTP 500 in the provider's body form; the call was executed",
+    "silence_before": "no byte for `seconds` (None: until the client gives up), then closed; nothing was executed",
+    "silence_after": "no byte for `seconds` (None: until the client gives up), then closed; the call was executed",
+    "too_many_requests": "HTTP 429, with `retry_after_s` if given; nothing was executed",
+    "processing_before": "HTTP 202 `processing`; nothing was executed",
+    "processing_after": "HTTP 202 `processing`; the call was executed",
+    "html_before": "a page of HTML with HTTP `status`; nothing was executed",
+    "html_after": "a page of HTML with HTTP `status`; the call was executed",
+    "body_before": "`body` verbatim with HTTP `status`; nothing was executed",
+    "body_after": "`body` verbatim with HTTP `status`; the call was executed",
+    "truncated": "the true answer, but the connection closes in the middle of its body",
+    "drip": "the true answer, its body byte by byte over `seconds`",
+    "change": "the true answer, changed: `set` and `remove` by dotted path, `transform` in Python",
+    "duplicate": "the request is delivered twice; the answer to the second is sent",
+    "forbidden": "HTTP 403 in the provider's body form; nothing was executed",
+}
+HTML = "<html><head><title>{status}</title></head><body><h1>{status}</h1><p>nginx</p></body></html>"
+
+
+@dataclass(slots=True)
+class Misbehaviour:
+    """One rule. The occurrences are counted over the calls that match it.
+
+    call: create | list | get | any. effect: see EFFECTS. delay_s: waited before anything is executed, whether or not
+    the client is still there. times: fires so often at most (None: always). skip: lets so many pass first. every:
+    then fires at each k-th. page: only at the n-th page of a list. payment_method_id, idempotence_key, payment_id,
+    metadata: only for that method, key, payment (get), or a charge whose metadata holds all of these.
+    """
+
+    call: str = "any"
+    effect: str = "none"
+    delay_s: float = 0.0
+    times: int | None = 1
+    skip: int = 0
+    every: int = 1
+    page: int | None = None
+    payment_method_id: str | None = None
+    idempotence_key: str | None = None
+    payment_id: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    retry_after_s: int | None = None
+    status: int = 502
+    body: str | None = None
+    content_type: str = "application/json"
+    set: Mapping[str, Any] = field(default_factory=dict)
+    remove: tuple[str, ...] = ()
+    transform: Callable[[Any], Any] | None = None
+    matched: int = 0
+    fired: int = 0
+
+    def __post_init__(self) -> None:
+        if self.call not in CALLS:
+            raise ValueError(f"call {self.call!r} is none of {', '.join(sorted(CALLS))}")
+        if self.effect not in EFFECTS:
+            raise ValueError(f"effect {self.effect!r} is none of {', '.join(EFFECTS)}")
+        if self.every < 1 or self.skip < 0 or (self.times is not None and self.times < 1):
+            raise ValueError("every and times are at least 1, skip is at least 0")
+        self.remove = tuple(self.remove)
+
+    def changed(self, document: Any) -> Any:
+        """The answer with `set`, `remove` and `transform` applied. A path: `items.0.amount.value`, `items.*.status`."""
+        for path, value in self.set.items():
+            _at(document, path.split("."), value)
+        for path in self.remove:
+            _at(document, path.split("."), _ABSENT)
+        return document if self.transform is None else self.transform(document)
+
+    def document(self) -> dict[str, Any]:
+        """The rule as JSON, with how often it matched and fired."""
+        shown = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "transform"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in shown.items()}
+
+
+_ABSENT = object()
+
+
+def _at(document: Any, path: list[str], value: Any) -> None:
+    name, rest = path[0], path[1:]
+    if name == "*":
+        keys: Iterable[Any] = range(len(document)) if isinstance(document, list) else list(document)
+    else:
+        keys = [int(name)] if isinstance(document, list) else [name]
+    for key in keys:
+        if rest:
+            _at(document[key], rest, value)
+        elif value is not _ABSENT:
+            document[key] = value
+        elif isinstance(document, list):
+            del document[key]
+        else:
+            document.pop(key, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a rule can ask about a request. `page` is 1 for a list without a cursor."""
+
+    name: str
+    page: int | None = None
+    payment_id: str | None = None
+    idempotence_key: str | None = None
+    body: bytes = b""
+
+
+class Misbehaviours:
+    """The rules in force."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rules: list[Misbehaviour] = []
+
+    def add(self, rule: Misbehaviour) -> Misbehaviour:
+        """Append a rule; the object tells afterwards how often it fired."""
+        with self._lock:
+            self._rules.append(rule)
+        return rule
+
+    def clear(self) -> None:
+        """Behave again."""
+        with self._lock:
+            self._rules.clear()
+
+    def rules(self) -> list[Misbehaviour]:
+        """The rules, used up or not."""
+        with self._lock:
+            return list(self._rules)
+
+    def pick(self, call: Call) -> Misbehaviour | None:
+        """The rule that acts on this call, if any. Every rule that matches counts it, until one fires."""
+        if not self._rules:
+            return None
+        with self._lock:
+            for rule in self._rules:
+                if not _matches(rule, call) or (rule.times is not None and rule.fired >= rule.times):
+                    continue
+                rule.matched += 1
+                if rule.matched > rule.skip and (rule.matched - rule.skip) % rule.every == 0:
+                    rule.fired += 1
+                    return rule
+        return None
+
+
+def _matches(rule: Misbehaviour, call: Call) -> bool:
+    if rule.call not in {"any", call.name}:
+        return False
+    if rule.page is not None and rule.page != call.page:
+        return False
+    if rule.payment_id is not None and rule.payment_id != call.payment_id:
+        return False
+    if rule.idempotence_key is not None and rule.idempotence_key != call.idempotence_key:
+        return False
+    if rule.payment_method_id is None and not rule.metadata:
+        return True
+    try:
+        body = json.loads(call.body)
+        metadata = body.get("metadata") or {}
+        return (rule.payment_method_id in {None, body.get("payment_method_id")}) and all(
+            metadata.get(name) == value for name, value in rule.metadata.items()
+        )
+    except (ValueError, AttributeError, TypeError):
+        return False
