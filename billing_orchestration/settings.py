@@ -26,10 +26,13 @@ LONGEST_SPAN_DAYS = 3650
 
 
 class SettingsError(ValueError):
-    """One or several settings are missing or wrong. Its text is one line: each fault names its variable."""
+    """One or several settings are missing or wrong. Its text is one line: each fault names its variable.
 
-    def __init__(self, faults: list[str]) -> None:
-        super().__init__("; ".join(faults))
+    `faults` has the same, by variable.
+    """
+
+    def __init__(self, faults: dict[str, str]) -> None:
+        super().__init__("; ".join(faults.values()))
         self.faults = faults
 
 
@@ -149,6 +152,14 @@ _WAYS_OUT = {
 }
 
 
+# Valid, and of no use to anybody.
+_STAND_INS = {
+    "billing_database_url": "postgresql://not-set.invalid/not_set",
+    "yookassa_shop_id": "not-set",
+    "yookassa_secret_key": "not-set",
+}
+
+
 class Settings(BaseSettings):
     """All settings, checked. Build it with `load_settings`, which words the faults."""
 
@@ -194,19 +205,56 @@ class Settings(BaseSettings):
 
 def load_settings() -> Settings:
     """Read and check the environment. Raises SettingsError with every fault in one line."""
+    settings, faults = load_what_is_right()
+    if faults:
+        raise SettingsError(faults)
+    return settings
+
+
+def load_database_url() -> str:
+    """Read the one setting that `migrate` needs. Raises SettingsError."""
+    settings, faults = load_what_is_right()
+    wrong = {variable: fault for variable, fault in faults.items() if variable in {"BILLING_DATABASE_URL", ".env"}}
+    if wrong:
+        raise SettingsError(wrong)
+    return settings.billing_database_url
+
+
+def load_what_is_right() -> tuple[Settings, dict[str, str]]:
+    """Read the environment for `doctor`: the settings, and the faults by variable.
+
+    A setting with a fault holds its default or, where it has none, a stand-in: it must not be used.
+    """
     try:
-        return Settings()  # type: ignore[call-arg]  # its values come from the environment
-    except ValidationError as error:
-        raise SettingsError([_in_words(fault) for fault in error.errors()]) from None
+        return _read(".env")
     except (OSError, UnicodeDecodeError):
-        raise SettingsError([_UNREADABLE_ENV_FILE]) from None
+        settings, _ = _read(None)
+        return settings, {
+            ".env": ".env cannot be read as UTF-8 text: mend it, or remove it and set the variables themselves"
+        }
 
 
-_UNREADABLE_ENV_FILE = ".env cannot be read as UTF-8 text: mend it, or remove it and set the variables themselves"
+def _read(env_file: str | None) -> tuple[Settings, dict[str, str]]:
+    try:
+        return Settings(_env_file=env_file), {}  # type: ignore[call-arg]  # of BaseSettings; the values come from the environment
+    except ValidationError as error:
+        faults = {_variable(fault): _in_words(fault) for fault in error.errors()}
+    fields = {str(field.validation_alias or name): field for name, field in Settings.model_fields.items()}
+    # What is given as an argument goes before the environment.
+    stand_ins: dict[str, Any] = {
+        name: _STAND_INS[name] if field.is_required() else field.default
+        for name, field in fields.items()
+        if name.upper() in faults
+    }
+    return Settings(_env_file=env_file, **stand_ins), faults  # type: ignore[call-arg]  # of BaseSettings
+
+
+def _variable(fault: Any) -> str:
+    return str(fault["loc"][0]).upper() if fault["loc"] else ".env"
 
 
 def _in_words(fault: Any) -> str:
-    variable = str(fault["loc"][0]).upper() if fault["loc"] else ".env"
+    variable = _variable(fault)
     if fault["type"] == "missing":
         return f"{variable} is not set: put {_WAYS_OUT[variable]}, into the environment or .env"
     return f"{variable} {fault['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,264 @@
+"""Settings: each fault named with its variable, all of them at once, and never the value of a secret."""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from billing_orchestration.settings import (
+    PRODUCTION_API_URL,
+    SettingsError,
+    load_database_url,
+    load_settings,
+    load_what_is_right,
+    partition_first_day,
+    partition_timezone,
+)
+
+REQUIRED = {
+    "BILLING_DATABASE_URL": "postgresql://billing:secret-word@db.example:5432/billing",
+    "YOOKASSA_SHOP_ID": "100500",
+    "YOOKASSA_SECRET_KEY": "test_secret-key",
+}
+VARIABLES = (
+    *REQUIRED,
+    "YOOKASSA_API_URL",
+    "BILLING_TIMEZONE",
+    "BILLING_FIRST_DAY",
+    "PENDING_PAYMENT_TTL_DAYS",
+    "SUBSCRIPTION_GRACE_DAYS",
+    "DAGSTER_POSTGRES_URL",
+)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """An environment of its own, in an empty working directory, with what has no default."""
+    monkeypatch.chdir(tmp_path)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in REQUIRED.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def fault() -> str:
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "secret" not in text.replace("SECRET_KEY", "").replace("secret key", "")
+    return text
+
+
+def test_three_settings_are_enough_and_the_rest_has_defaults() -> None:
+    settings = load_settings()
+    assert settings.billing_database_url == "postgresql+psycopg://billing:secret-word@db.example:5432/billing"
+    assert settings.yookassa_shop_id == "100500"
+    assert settings.yookassa_secret_key.get_secret_value() == "test_secret-key"
+    assert settings.yookassa_api_url == PRODUCTION_API_URL == "https://api.yookassa.ru/v3"
+    assert settings.billing_timezone.key == "UTC"
+    assert settings.pending_payment_ttl_days == 7
+    assert settings.subscription_grace_days == 3
+    assert settings.dagster_postgres_url is None
+    assert settings.first_partition_day == date(2026, 1, 1)
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("value", [None, "", "   "])
+def test_a_missing_setting_is_named_with_the_way_out_and_an_empty_one_counts_as_missing(
+    environment: pytest.MonkeyPatch, name: str, value: str | None
+) -> None:
+    if value is None:
+        environment.delenv(name)
+    else:
+        environment.setenv(name, value)
+    assert fault().startswith(f"{name} is not set: put ")
+
+
+def test_an_empty_setting_that_has_a_default_is_the_default(environment: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        if name not in REQUIRED:
+            environment.setenv(name, " ")
+    settings = load_settings()
+    assert settings.yookassa_api_url == PRODUCTION_API_URL
+    assert settings.first_partition_day == date(2026, 1, 1)
+    assert settings.dagster_postgres_url is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("BILLING_DATABASE_URL", "mysql://u:secret@h/db", "must begin with postgresql://"),
+        ("BILLING_DATABASE_URL", "postgresql+asyncpg://u:secret@h/db", "must begin with postgresql://"),
+        ("BILLING_DATABASE_URL", "u:secret@h/db", "must begin with postgresql://"),
+        ("BILLING_DATABASE_URL", "postgresql://u:secret@h:port/db", "cannot be read"),
+        ("BILLING_DATABASE_URL", "postgresql://u:secret@h", "names no database"),
+        ("BILLING_DATABASE_URL", "postgresql://u:secret@h/", "names no database"),
+        ("YOOKASSA_SHOP_ID", "100500:test_secret", "holds a colon"),
+        ("YOOKASSA_SHOP_ID", "100 500", "holds a space"),
+        ("YOOKASSA_SECRET_KEY", "test_secret key", "holds a space"),
+        ("YOOKASSA_SECRET_KEY", "тест_secret", "outside ASCII"),
+        ("YOOKASSA_SECRET_KEY", "test_secret\nX-Header: 1", "holds a space"),
+        ("YOOKASSA_API_URL", "api.yookassa.ru/v3", "not an http(s) URL"),
+        ("YOOKASSA_API_URL", "ftp://api.yookassa.ru/v3", "not an http(s) URL"),
+        ("YOOKASSA_API_URL", "https:///v3", "not an http(s) URL"),
+        ("YOOKASSA_API_URL", "https://[::1/v3", "not a URL"),
+        ("YOOKASSA_API_URL", "https://h:port/v3", "not a URL"),
+        ("YOOKASSA_API_URL", "https://shop:secret@h/v3", "no user and password"),
+        ("YOOKASSA_API_URL", "https://h/v3?x=secret", "without ? and #"),
+        ("YOOKASSA_API_URL", "http://api.yookassa.ru/v3", "would travel in clear"),
+        ("YOOKASSA_API_URL", "http://127.0.0.1.example.com/v3", "would travel in clear"),
+        ("YOOKASSA_API_URL", "http://10.0.0.1/v3", "would travel in clear"),
+        ("BILLING_TIMEZONE", "Moscow", "not a time zone"),
+        ("BILLING_TIMEZONE", "Europe", "not a time zone"),
+        ("BILLING_TIMEZONE", "../../etc/passwd", "not a time zone"),
+        ("BILLING_TIMEZONE", "/etc/localtime", "not a time zone"),
+        ("BILLING_TIMEZONE", "+03:00", "not a time zone"),
+        ("PENDING_PAYMENT_TTL_DAYS", "0", "from 1 to 3650"),
+        ("PENDING_PAYMENT_TTL_DAYS", "a week", "from 1 to 3650"),
+        ("PENDING_PAYMENT_TTL_DAYS", "7.5", "from 1 to 3650"),
+        ("PENDING_PAYMENT_TTL_DAYS", "999999999999", "from 1 to 3650"),
+        ("SUBSCRIPTION_GRACE_DAYS", "-1", "from 0 to 3650"),
+        ("BILLING_FIRST_DAY", "01.02.2026", "write it as 2026-01-31"),
+        ("BILLING_FIRST_DAY", "2026-02-30", "write it as 2026-01-31"),
+        ("DAGSTER_POSTGRES_URL", "postgres://u:secret@h/db", "must begin with postgresql:// or postgresql+psycopg2://"),
+        ("DAGSTER_POSTGRES_URL", "postgresql+psycopg://u:secret@h/db", "must begin with postgresql:// or"),
+        ("DAGSTER_POSTGRES_URL", "postgresql://u:secret@h", "names no database"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line_without_a_secret(
+    environment: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    environment.setenv(name, value)
+    text = fault()
+    assert text.startswith(f"{name} ")
+    assert words in text
+
+
+def test_all_faults_are_told_at_once(environment: pytest.MonkeyPatch) -> None:
+    environment.delenv("YOOKASSA_SHOP_ID")
+    environment.setenv("BILLING_TIMEZONE", "Moscow")
+    environment.setenv("SUBSCRIPTION_GRACE_DAYS", "many")
+    assert [part.split()[0] for part in fault().split("; ") if part.split()[0].isupper()] == [
+        "YOOKASSA_SHOP_ID",
+        "BILLING_TIMEZONE",
+        "SUBSCRIPTION_GRACE_DAYS",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("postgres://u:p@h/db", "postgresql+psycopg://u:p@h/db"),
+        ("postgresql+psycopg://u:p@h/db", "postgresql+psycopg://u:p@h/db"),
+        ("postgresql+psycopg2://u:p@h/db", "postgresql+psycopg://u:p@h/db"),
+        ("postgresql://u:p%40%2Fw@h:6543/db?sslmode=require", "postgresql+psycopg://u:p%40%2Fw@h:6543/db?sslmode=require"),
+        ("postgresql://postgres:@/db?host=/var/run/pg", "postgresql+psycopg://postgres:@/db?host=%2Fvar%2Frun%2Fpg"),
+    ],
+)  # fmt: skip
+def test_every_usual_form_of_a_database_url_is_read(environment: pytest.MonkeyPatch, given: str, read: str) -> None:
+    environment.setenv("BILLING_DATABASE_URL", given)
+    assert load_settings().billing_database_url == read
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("https://api.yookassa.ru/v3/", "https://api.yookassa.ru/v3"),
+        ("http://127.0.0.1:8080/v3//", "http://127.0.0.1:8080/v3"),
+        ("http://localhost:8080", "http://localhost:8080"),
+        ("http://[::1]:8080/v3", "http://[::1]:8080/v3"),
+    ],
+)
+def test_a_trailing_slash_goes_and_plain_http_is_for_this_machine(
+    environment: pytest.MonkeyPatch, given: str, read: str
+) -> None:
+    environment.setenv("YOOKASSA_API_URL", given)
+    assert load_settings().yookassa_api_url == read
+
+
+def test_an_env_file_is_read_and_the_environment_goes_before_it(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment.delenv("YOOKASSA_SHOP_ID")
+    (tmp_path / ".env").write_text(
+        "# the shop\nYOOKASSA_SHOP_ID=from-file\nYOOKASSA_SECRET_KEY=from-file\nBILLING_TIMEZONE='Asia/Tokyo'\n"
+        "BILLING_FIRST_DAY=2026-03-01\nSOMETHING_ELSE=1\n"
+    )
+    settings = load_settings()
+    assert settings.yookassa_shop_id == "from-file"
+    assert settings.yookassa_secret_key.get_secret_value() == "test_secret-key"
+    assert settings.billing_timezone.key == partition_timezone() == "Asia/Tokyo"
+    assert settings.first_partition_day == partition_first_day() == date(2026, 3, 1)
+
+
+def test_an_env_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"YOOKASSA_SHOP_ID=\xff\xfe\x00")
+    assert fault().startswith(".env cannot be read as UTF-8 text")
+    assert partition_timezone() == "UTC"
+
+
+def test_the_example_file_lists_every_setting_and_holds_the_defaults(environment: pytest.MonkeyPatch) -> None:
+    example = Path(__file__).parents[1] / ".env.example"
+    lines = [line for line in example.read_text().splitlines() if line and not line.startswith("#")]
+    assert sorted(line.split("=")[0] for line in lines) == sorted(VARIABLES)
+    without_file = load_settings()
+    Path(".env").write_text(example.read_text())
+    assert load_settings() == without_file
+
+
+def test_neither_text_nor_representation_of_the_settings_shows_a_secret(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("DAGSTER_POSTGRES_URL", "postgresql://u:secret-too@h/dagster")
+    settings = load_settings()
+    assert "secret-" not in f"{settings!r} {settings}"
+
+
+def test_settings_cannot_be_changed_after_they_were_checked() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings().billing_database_url = "postgresql://elsewhere/db"
+
+
+@pytest.mark.parametrize("value", ["Moscow", "Europe", "", "../x", "\x00"])
+def test_definitions_load_with_a_wrong_time_zone_and_the_run_names_it(
+    environment: pytest.MonkeyPatch, tmp_path: Path, value: str
+) -> None:
+    (tmp_path / ".env").write_text(f"BILLING_TIMEZONE={value}\nBILLING_FIRST_DAY={value}\n")
+    assert partition_timezone() == "UTC"
+    assert partition_first_day() == date(2026, 1, 1)
+
+
+def test_definitions_load_without_any_setting(environment: pytest.MonkeyPatch) -> None:
+    for name in REQUIRED:
+        environment.delenv(name)
+    assert partition_timezone() == "UTC"
+    assert partition_first_day() == date(2026, 1, 1)
+
+
+def test_migrate_needs_the_database_url_alone(environment: pytest.MonkeyPatch) -> None:
+    environment.delenv("YOOKASSA_SECRET_KEY")
+    environment.setenv("BILLING_TIMEZONE", "Moscow")
+    assert load_database_url() == "postgresql+psycopg://billing:secret-word@db.example:5432/billing"
+    environment.delenv("BILLING_DATABASE_URL")
+    with pytest.raises(SettingsError, match=r"^BILLING_DATABASE_URL is not set: put [^;]*$"):
+        load_database_url()
+
+
+def test_what_is_right_can_be_used_beside_what_is_wrong(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("BILLING_TIMEZONE", "Moscow")
+    environment.setenv("BILLING_FIRST_DAY", "soon")
+    environment.setenv("PENDING_PAYMENT_TTL_DAYS", "9")
+    environment.delenv("YOOKASSA_SECRET_KEY")
+    settings, faults = load_what_is_right()
+    assert set(faults) == {"BILLING_TIMEZONE", "BILLING_FIRST_DAY", "YOOKASSA_SECRET_KEY"}
+    assert settings.pending_payment_ttl_days == 9
+    assert settings.yookassa_shop_id == "100500"
+    assert settings.billing_timezone.key == "UTC"
+
+
+@pytest.mark.parametrize(("key", "live"), [("live_abc", True), ("test_abc", False), ("abc", False)])
+def test_a_live_shop_is_known_by_its_key(environment: pytest.MonkeyPatch, key: str, live: bool) -> None:
+    environment.setenv("YOOKASSA_SECRET_KEY", key)
+    assert load_settings().is_live_shop is live
