@@ -1,0 +1,86 @@
+# Everything runs from one environment, .venv, which the first command sets up. Nothing else needs to be installed.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.complete
+TESTS := billing_orchestration_tests
+# More words for pytest, for example: make test ARGS='-k refund'
+ARGS :=
+# How long `make torture` goes on (0: its own default).
+ROUNDS := 0
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help demo dev test check bench torture browser clean
+
+# Without compiled files every run of a job costs 2.5 times the CPU, so they are written whatever the caller's shell
+# says; and another Python's paths must not leak into .venv.
+unexport PYTHONDONTWRITEBYTECODE PYTHONHOME PYTHONPATH PIP_NO_COMPILE PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_VIRTUALENV
+
+help: ## This list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do \
+	  printf '%-16s %s\n' "$$name" "$$what"; done
+
+demo: $(STAMP) ## The five jobs on example data, and the books of both sides, in about a minute
+	@$(PYTHON) -m billing_orchestration.sandbox.demo $(ARGS)
+
+dev: $(STAMP) ## The same data with the Dagster UI open on http://localhost:3000, schedules on
+	@$(PYTHON) -m billing_orchestration.sandbox.dev $(ARGS)
+
+test: $(STAMP) ## All tests, on a real PostgreSQL and the sandbox provider over HTTP
+	@$(PYTHON) -m pytest $(TESTS) -n 2 $(ARGS)
+
+check: $(STAMP) ## Lint, format, types, layers, definitions, tracked files
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+	@$(VENV)/bin/lint-imports
+	@$(PYTHON) .ci/check_definitions
+	@$(PYTHON) .ci/check_tracked_files
+
+bench: $(STAMP) ## Speed against the physical limit (docs/performance.md)
+	@test -d bench || { echo 'There is no benchmark yet: it will live in bench/.' >&2; exit 1; }
+	@$(PYTHON) -m bench $(ARGS)
+
+torture: $(STAMP) ## The promise under seeded simulation, kills, faults and races; ROUNDS=n for a night
+	@test -d $(TESTS)/torture || { echo 'There is no torture suite yet: it will live in $(TESTS)/torture/.' >&2; exit 1; }
+	@TORTURE_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest $(TESTS)/torture $(ARGS)
+
+browser: $(STAMP) ## The Dagster UI, driven in a real browser
+	@test -d $(TESTS)/browser || { echo 'There is no browser suite yet: it will live in $(TESTS)/browser/.' >&2; exit 1; }
+	@$(PYTHON) -m pytest $(TESTS)/browser $(ARGS)
+
+clean: ## Remove .venv, the demo's data and all caches
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last and names the folder it was written in: an environment that was interrupted half-way,
+# moved, copied, or whose Python is gone is made anew. A changed pyproject.toml or constraints.txt is installed into it.
+ifneq ($(shell $(PYTHON) -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): FORCE
+endif
+.PHONY: FORCE
+FORCE:
+
+$(STAMP): pyproject.toml constraints.txt
+	@set -eu; \
+	if $(PYTHON) -c '' 2>/dev/null && [ "$$(cat $@ 2>/dev/null)" = "$$(pwd -P)" ]; then \
+	  rm -f $@; \
+	  echo 'Bringing .venv up to date ...'; \
+	else \
+	  python=; \
+	  for candidate in python3 python3.13 python3.12 python3.11 python3.10 python3.14 python; do \
+	    if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' \
+	        >/dev/null 2>&1; then python=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo 'No Python 3.10 to 3.14 with its venv module was found: install one (as python3), then repeat the command.' >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Setting up .venv with $$("$$python" --version) (once, a minute or two) ..."; \
+	  rm -rf $(VENV); \
+	  "$$python" -m venv $(VENV); \
+	fi; \
+	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	$(PYTHON) -m compileall -q billing_orchestration $(TESTS); \
+	pwd -P > $@
