@@ -16,9 +16,10 @@ import random
 import threading
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from billing_orchestration.sandbox.provider_records import (
@@ -52,6 +53,7 @@ from billing_orchestration.sandbox.provider_requests import (
     list_request,
     parse_body,
 )
+from billing_orchestration.sandbox.provider_state import IdempotenceRecord, ProviderState, read_state, write_state
 
 SHOP_ID = "100500"
 SECRET_KEY = "test_sandbox"  # noqa: S105 - the sandbox has no secrets
@@ -60,16 +62,6 @@ KEY_LIFETIME = timedelta(hours=24)
 HISTORY = timedelta(days=3 * 365)
 # (position in milliseconds, sequence, payment): sequences are unique, so payments themselves are never compared.
 _Index = list[tuple[int, int, Payment]]
-
-
-@dataclass(frozen=True, slots=True)
-class IdempotenceRecord:
-    """What was asked first under a key, when, and what was answered."""
-
-    body: str
-    first_at: datetime
-    answer: Answer
-    payment_id: str | None
 
 
 class SandboxProvider:
@@ -94,21 +86,34 @@ class SandboxProvider:
 
     def _clear(self) -> None:
         self._random = random.Random(self._seed) if self._seed is not None else random.Random()
-        self._payments: dict[str, Payment] = {}
-        self._methods: dict[str, SavedMethod] = {}
-        self._keys: dict[str, IdempotenceRecord] = {}
-        self._ledger: list[LedgerEntry] = []
-        self._by_created: _Index = []
-        self._by_captured: _Index = []
+        self._know(ProviderState())
+
+    def _know(self, state: ProviderState) -> None:
+        """Take a state over and build the two sorted indexes that lists are read from."""
+        self._state = state
+        created = ((milliseconds(p.created_at), p.sequence, p) for p in state.payments.values())
+        captured = (
+            (milliseconds(p.captured_at), p.sequence, p) for p in state.payments.values() if p.captured_at is not None
+        )
+        self._by_created: _Index = sorted(created, key=_place)
+        self._by_captured: _Index = sorted(captured, key=_place)
         self._captured_version = 0
         self._candidates: tuple[tuple[int, int, int], _Index] | None = None
-        self._agenda: list[tuple[int, int, str, Outcome]] = []
-        self._sequence = 0
 
     def reset(self) -> None:
         """Forget every payment, method, key and ledger entry. Credentials, clock and switches stay."""
         with self._lock:
             self._clear()
+
+    def save(self, path: Path) -> None:
+        """Write payments, methods, keys and ledger to a file."""
+        with self._lock:
+            write_state(self._state, path)
+
+    def load(self, path: Path) -> None:
+        """Take over what `save` wrote, in place of what is known."""
+        with self._lock:
+            self._know(read_state(path))
 
     @property
     def is_test_shop(self) -> bool:
@@ -141,12 +146,12 @@ class SandboxProvider:
             except Refused as refused:
                 return refused.answer()
             canonical = json.dumps(parsed, sort_keys=True)
-            record = self._keys.get(key)
+            record = self._state.keys.get(key)
             if record is not None and now - record.first_at < KEY_LIFETIME:
                 if record.body != canonical:
                     return invalid("Idempotence key duplicated", "Idempotence-Key").answer()
                 if self.switches.replay == "current" and record.payment_id is not None:
-                    return Answer(200, self._payments[record.payment_id].json())
+                    return Answer(200, self._state.payments[record.payment_id].json())
                 return record.answer
             payment_id = None
             try:
@@ -155,14 +160,14 @@ class SandboxProvider:
             except Refused as refused:
                 answer = refused.answer()
             if payment_id is not None or self.switches.remember_errors:
-                self._keys[key] = IdempotenceRecord(canonical, now, answer, payment_id)
+                self._state.keys[key] = IdempotenceRecord(canonical, now, answer, payment_id)
             return answer
 
     def get_payment(self, payment_id: str) -> Answer:
         """GET /payments/{id}."""
         with self._lock:
             self._catch_up()
-            payment = self._payments.get(payment_id)
+            payment = self._state.payments.get(payment_id)
             if payment is None:
                 return Refused(
                     404, "not_found", "Incorrect payment_id. Payment doesn't exist or access denied", "payment_id"
@@ -214,7 +219,7 @@ class SandboxProvider:
             payment.confirmation_url = f"https://confirmation.invalid/checkout?orderId={payment.id}"
             self._expire_unconfirmed(payment, now)
             return payment
-        method = self._methods.get(request.payment_method_id)
+        method = self._state.methods.get(request.payment_method_id)
         if method is None:
             raise invalid("Payment method doesn't exist or access denied", "payment_method_id")
         if not method.saved:
@@ -315,13 +320,13 @@ class SandboxProvider:
                 script=[outcome(item) for item in given],
                 card_last4=card_last4,
             )
-            self._methods[method.id] = method
+            self._state.methods[method.id] = method
             return method
 
     def methods(self) -> list[SavedMethod]:
         """All saved methods."""
         with self._lock:
-            return list(self._methods.values())
+            return list(self._state.methods.values())
 
     def purchase(
         self,
@@ -410,7 +415,8 @@ class SandboxProvider:
         (created_at, if succeeded), description, metadata, method_type, method_id (the payment's own id), saved,
         script (of the saved method; `saved` registers it), card_last4, refunded_amount, test, cancellation
         ({party, reason}), and for odd items: override (fields of the shown JSON replaced), without (fields left
-        out), raw (the whole item, verbatim). What succeeded and what was refunded is entered in the ledger.
+        out), raw (the whole item, verbatim). What succeeded and what was refunded is entered in the ledger. A pending
+        or held payment stays so until it is paid, captured or canceled: history does not run out by itself.
         """
         with self._lock:
             now = self._catch_up()
@@ -453,7 +459,7 @@ class SandboxProvider:
             test=bool(fields.pop("test", self.is_test_shop)),
         )
         if fields:
-            del self._payments[payment.id]
+            del self._state.payments[payment.id]
             raise ValueError(f"a payment has no field {', '.join(sorted(fields))}")
         payment.refunded = refunded
         self._by_created.append((milliseconds(created_at), payment.sequence, payment))
@@ -466,7 +472,7 @@ class SandboxProvider:
                 self._enter(payment, "refund", refunded, payment.changed_at)
         elif status == "canceled" and payment.cancellation is None:
             payment.cancellation = {"party": "yoo_money", "reason": "expired_on_confirmation"}
-        if saved and (script is not None or payment.method_id not in self._methods):
+        if saved and (script is not None or payment.method_id not in self._state.methods):
             self.add_method(
                 payment.method_id,
                 "succeeded" if script is None else script,
@@ -493,7 +499,7 @@ class SandboxProvider:
         """Every movement of money so far, in the order it happened here."""
         with self._lock:
             self._catch_up()
-            return list(self._ledger)
+            return list(self._state.ledger)
 
     def charges(self, *, payment_method_id: str | None = None, **metadata: str) -> list[LedgerEntry]:
         """Money taken by calls to the API (never customers' own purchases), narrowed by method and by metadata."""
@@ -509,34 +515,34 @@ class SandboxProvider:
     def known_keys(self) -> list[str]:
         """Idempotence keys that were ever accepted."""
         with self._lock:
-            return list(self._keys)
+            return list(self._state.keys)
 
     # ------------------------------------------------------------------------------------------------- inside
 
     def _existing(self, payment_id: str) -> Payment:
         try:
-            return self._payments[payment_id]
+            return self._state.payments[payment_id]
         except KeyError:
             raise KeyError(f"the sandbox has no payment {payment_id}") from None
 
     def _build(self, at: datetime, *, payment_id: str | None = None, **fields: Any) -> Payment:
         at = aware_utc(at)
-        self._sequence += 1
+        self._state.sequence += 1
         payment_id = payment_id or new_payment_id(at, self._random)
-        if payment_id in self._payments:
+        if payment_id in self._state.payments:
             raise ValueError(f"the sandbox has a payment {payment_id} already")
         fields.setdefault("test", self.is_test_shop)
         payment = Payment(
             id=payment_id,
             account_id=self.shop_id,
-            sequence=self._sequence,
+            sequence=self._state.sequence,
             created_at=at,
             changed_at=at,
             **fields,
         )
         if payment.method_id is None:
             payment.method_id = payment.id
-        self._payments[payment.id] = payment
+        self._state.payments[payment.id] = payment
         return payment
 
     def _new_payment(self, at: datetime, **fields: Any) -> Payment:
@@ -544,20 +550,20 @@ class SandboxProvider:
         insort(self._by_created, (milliseconds(payment.created_at), payment.sequence, payment), key=_place)
         return payment
 
-    def _catch_up(self) -> datetime:
-        """Let happen what is due by now; returns now."""
-        now = self.clock()
-        while self._agenda and self._agenda[0][0] <= milliseconds(now):
-            due, _, payment_id, result = heapq.heappop(self._agenda)
-            payment = self._payments.get(payment_id)
+    def _catch_up(self, until: datetime | None = None) -> datetime:
+        """Let happen what is due by now (or by an earlier instant); returns that instant."""
+        now = until or self.clock()
+        while self._state.agenda and self._state.agenda[0][0] <= milliseconds(now):
+            due, _, payment_id, result = heapq.heappop(self._state.agenda)
+            payment = self._state.payments.get(payment_id)
             expected = {"pending", "waiting_for_capture"} if result.reason == "expired_on_capture" else {"pending"}
             if payment is not None and payment.status in expected:
                 self._apply(payment, result, from_milliseconds(due))
         return now
 
     def _schedule(self, payment: Payment, due: datetime, result: Outcome) -> None:
-        self._sequence += 1
-        heapq.heappush(self._agenda, (milliseconds(due), self._sequence, payment.id, result))
+        self._state.sequence += 1
+        heapq.heappush(self._state.agenda, (milliseconds(due), self._state.sequence, payment.id, result))
 
     def _expire_unconfirmed(self, payment: Payment, at: datetime) -> None:
         seconds = CONFIRM_WITHIN_S.get(payment.method_type or "", CONFIRM_WITHIN_DEFAULT_S)
@@ -567,12 +573,12 @@ class SandboxProvider:
 
     def _move(self, payment_id: str, expected: str | None, result: Outcome, at: datetime | str | None) -> Payment:
         with self._lock:
-            now = self._catch_up()
+            now = self._catch_up(None if at is None else aware_utc(at))
             payment = self._existing(payment_id)
             allowed = {"pending", "waiting_for_capture"} if expected is None else {expected}
             if payment.status not in allowed:
                 raise ValueError(f"payment {payment_id} is {payment.status}, not {' or '.join(sorted(allowed))}")
-            self._apply(payment, result, aware_utc(at) if at is not None else now)
+            self._apply(payment, result, now)
             return payment
 
     def _apply(self, payment: Payment, result: Outcome, at: datetime) -> None:
@@ -599,11 +605,11 @@ class SandboxProvider:
     def _save_method_of(self, payment: Payment) -> None:
         if payment.save_method and not payment.method_saved:
             payment.method_saved = True
-            if payment.id not in self._methods:
+            if payment.id not in self._state.methods:
                 self.add_method(payment.id, method_type=payment.method_type or "bank_card")
 
     def _enter(self, payment: Payment, kind: str, amount: Decimal, at: datetime) -> None:
-        self._ledger.append(
+        self._state.ledger.append(
             LedgerEntry(
                 payment_id=payment.id,
                 kind=kind,

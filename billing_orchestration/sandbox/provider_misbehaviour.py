@@ -35,6 +35,7 @@ EFFECTS: Mapping[str, str] = {
     "drip": "the true answer, its body byte by byte over `seconds`",
     "change": "the true answer, changed: `set` and `remove` by dotted path, `transform` in Python",
     "duplicate": "the request is delivered twice; the answer to the second is sent",
+    "invalid_credentials": "HTTP 401 in the provider's body form; nothing was executed",
     "forbidden": "HTTP 403 in the provider's body form; nothing was executed",
 }
 HTML = "<html><head><title>{status}</title></head><body><h1>{status}</h1><p>nginx</p></body></html>"

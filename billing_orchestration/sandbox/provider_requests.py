@@ -124,7 +124,12 @@ def _no_constant(name: str) -> Any:
 def parse_body(body: bytes) -> Any:
     """The body as JSON, by the letter: no NaN, no field twice, UTF-8."""
     try:
-        return json.loads(body.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        text = body.decode("utf-8")
+        document = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        if "\\ud" in text.lower():
+            # Half a surrogate pair is JSON, but no text.
+            json.dumps(document, ensure_ascii=False).encode()
+        return document
     except (ValueError, RecursionError):
         raise invalid("Request body is not JSON") from None
 

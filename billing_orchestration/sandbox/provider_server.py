@@ -12,6 +12,7 @@ import binascii
 import contextlib
 import json
 import logging
+import signal
 import socket
 import struct
 import threading
@@ -20,6 +21,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -151,7 +153,7 @@ class ProviderApi:
                 await self._execute(exchange.request, call, rule.delay_s)
                 await exchange.strike(effect, rule)
                 return
-        if rule.effect in {"too_many_requests", "forbidden"}:
+        if rule.effect in {"too_many_requests", "forbidden", "invalid_credentials"}:
             if rule.delay_s:
                 await asyncio.sleep(rule.delay_s)
             await exchange.strike(rule.effect, rule)
@@ -238,8 +240,9 @@ class _Exchange:
         self.scope, self.receive, self.send, self.request, self.api = scope, receive, send, request, api
 
     @property
-    def transport(self) -> asyncio.Transport:
-        return self.api.transports[tuple(self.scope["client"])]
+    def transport(self) -> asyncio.Transport | None:
+        """None when the client is gone already."""
+        return self.api.transports.get(self.scope["client"])
 
     async def answer(self, answer: Answer) -> None:
         self.request.status = answer.status
@@ -255,14 +258,17 @@ class _Exchange:
         await self.send({"type": "http.response.start", "status": answer.status, "headers": headers})
 
     async def strike(self, effect: str, rule: Misbehaviour) -> None:
+        transport = self.transport
+        if transport is None:
+            return
         if effect == "cut":
-            self.transport.close()
+            transport.close()
             await self._gone()
         elif effect == "reset":
-            self._reset()
+            _reset(transport)
             await self._gone()
         elif effect == "silence":
-            await self._silence(rule.seconds)
+            await self._silence(transport, rule.seconds)
         elif effect == "error":
             await self.answer(_internal_error())
         elif effect == "processing":
@@ -271,20 +277,15 @@ class _Exchange:
             await self.answer(_too_many_requests(rule.retry_after_s))
         elif effect == "forbidden":
             await self.answer(Refused(403, "forbidden", "You can't make recurring payments").answer())
+        elif effect == "invalid_credentials":
+            await self.answer(Refused(401, "invalid_credentials", "Error in shopId or secret key").answer())
         elif effect == "html":
             page = rule.body if rule.body is not None else HTML.format(status=rule.status)
             await self.answer(Answer(rule.status, page.encode(), content_type="text/html; charset=utf-8"))
         else:
             await self.answer(Answer(rule.status, (rule.body or "").encode(), content_type=rule.content_type))
 
-    def _reset(self) -> None:
-        # Linger on, for no time: closing sends RST instead of FIN.
-        connection = self.transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.transport.abort()
-
-    async def _silence(self, seconds: float | None) -> None:
-        transport = self.transport
+    async def _silence(self, transport: asyncio.Transport, seconds: float | None) -> None:
         self.api._stalled.add(transport)
         try:
             # The client hung up, or the sandbox was told to let go: either ends the wait.
@@ -296,8 +297,10 @@ class _Exchange:
         await self._gone()
 
     async def truncated(self, answer: Answer) -> None:
-        self.request.status = answer.status
         transport = self.transport
+        if transport is None:
+            return
+        self.request.status = answer.status
         head = (
             f"HTTP/1.1 {answer.status} OK\r\ncontent-type: {answer.content_type}\r\n"
             f"content-length: {len(answer.body)}\r\n\r\n"
@@ -319,6 +322,13 @@ class _Exchange:
         """Wait until the connection is gone, so that the server does not add an answer of its own."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    # Linger on, for no time: closing sends RST instead of FIN.
+    connection = transport.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 async def _body(receive: Receive) -> bytes:
@@ -521,7 +531,9 @@ def _protocol_that_shows_its_transport(api: ProviderApi) -> type[asyncio.Protoco
             api.connections_opened += 1
 
         def connection_lost(self, exc: Exception | None) -> None:
-            api.transports.pop(self.client, None)
+            # The system may have given the client's port to a new connection already.
+            if api.transports.get(self.client) is self.transport:
+                del api.transports[self.client]
             super().connection_lost(exc)
 
     return ShowsItsTransport
@@ -564,15 +576,26 @@ def serve(
     port: int = DEFAULT_PORT,
     shop_id: str = SHOP_ID,
     secret_key: str = SECRET_KEY,
+    *,
     provider: SandboxProvider | None = None,
+    state_file: Path | None = None,
 ) -> None:
-    """Run the sandbox until it is interrupted; prints one line with its URL once it listens. Port 0: any free one."""
+    """Run the sandbox until it is interrupted; prints one line with its URL once it listens. Port 0: any free one.
+
+    `state_file`: read at the start if it is there, written at the end (Ctrl-C or SIGTERM).
+    """
     provider = provider or SandboxProvider(shop_id=shop_id, secret_key=secret_key)
+    if state_file is not None and state_file.exists():
+        provider.load(state_file)
     listening = _listen(host, port)
     host, port = listening.getsockname()[:2]
     print(f"Sandbox provider: http://{host}:{port}/v3 (shop {provider.shop_id})", flush=True)
+    # uvicorn ends its work on SIGTERM and then raises the signal again: end as from Ctrl-C, so that the state is kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         _server(ProviderApi(provider)).run(sockets=[listening])
+    if state_file is not None:
+        provider.save(state_file)
 
 
 @dataclass(slots=True)

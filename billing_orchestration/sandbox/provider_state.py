@@ -1,0 +1,135 @@
+"""The sandbox provider's state as a file, so that it outlives the process: the demo's data is still there in the UI."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from billing_orchestration.sandbox.provider_records import (
+    Answer,
+    LedgerEntry,
+    Outcome,
+    Payment,
+    SavedMethod,
+    aware_utc,
+    iso,
+    outcome,
+)
+
+_INSTANTS = frozenset({"created_at", "changed_at", "captured_at", "expires_at"})
+_AMOUNTS = frozenset({"amount", "refunded"})
+
+
+@dataclass(frozen=True, slots=True)
+class IdempotenceRecord:
+    """What was asked first under a key, when, and what was answered."""
+
+    body: str
+    first_at: datetime
+    answer: Answer
+    payment_id: str | None
+
+
+@dataclass(slots=True)
+class ProviderState:
+    """Everything the provider knows, but for what can be derived. The agenda holds (due in ms, order, id, outcome)."""
+
+    payments: dict[str, Payment] = field(default_factory=dict)
+    methods: dict[str, SavedMethod] = field(default_factory=dict)
+    keys: dict[str, IdempotenceRecord] = field(default_factory=dict)
+    ledger: list[LedgerEntry] = field(default_factory=list)
+    agenda: list[tuple[int, int, str, Outcome]] = field(default_factory=list)
+    sequence: int = 0
+
+
+def write_state(state: ProviderState, path: Path) -> None:
+    """Write the whole state, or leave the file as it was."""
+    document = {
+        "sequence": state.sequence,
+        "payments": [_payment_out(payment) for payment in state.payments.values()],
+        "methods": [
+            {**_plain(method), "script": [_plain(item) for item in method.script]} for method in state.methods.values()
+        ],
+        "keys": {
+            key: {
+                "body": record.body,
+                "first_at": iso(record.first_at),
+                "status": record.answer.status,
+                "answer": record.answer.body.decode(),
+                "payment_id": record.payment_id,
+            }
+            for key, record in state.keys.items()
+        },
+        "ledger": [entry.document() for entry in state.ledger],
+        "agenda": [[due, order, payment_id, _plain(result)] for due, order, payment_id, result in state.agenda],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(document), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_state(path: Path) -> ProviderState:
+    """The state that `write_state` wrote."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    payments = [_payment_in(item) for item in document["payments"]]
+    methods = [
+        SavedMethod(**{**item, "script": [outcome(step) for step in item["script"]]}) for item in document["methods"]
+    ]
+    return ProviderState(
+        payments={payment.id: payment for payment in payments},
+        methods={method.id: method for method in methods},
+        keys={
+            key: IdempotenceRecord(
+                item["body"],
+                aware_utc(item["first_at"]),
+                Answer(item["status"], item["answer"].encode()),
+                item["payment_id"],
+            )
+            for key, item in document["keys"].items()
+        },
+        ledger=[
+            LedgerEntry(**{**item, "amount": Decimal(item["amount"]), "at": aware_utc(item["at"])})
+            for item in document["ledger"]
+        ],
+        agenda=[(due, order, payment_id, outcome(result)) for due, order, payment_id, result in document["agenda"]],
+        sequence=document["sequence"],
+    )
+
+
+def _plain(record: SavedMethod | Outcome) -> dict[str, Any]:
+    return {
+        name: iso(value) if isinstance(value, datetime) else value
+        for name, value in asdict(record).items()
+        if value is not None
+    }
+
+
+def _payment_out(payment: Payment) -> dict[str, Any]:
+    shown: dict[str, Any] = {}
+    for item in fields(payment):
+        value = getattr(payment, item.name)
+        if value is None or item.name == "_json":
+            continue
+        if item.name in _INSTANTS:
+            value = iso(value)
+        elif item.name in _AMOUNTS:
+            value = str(value)
+        shown[item.name] = value
+    return shown
+
+
+def _payment_in(item: Mapping[str, Any]) -> Payment:
+    given = dict(item)
+    for name in _INSTANTS & given.keys():
+        given[name] = aware_utc(given[name])
+    for name in _AMOUNTS:
+        given[name] = Decimal(given[name])
+    given["without"] = tuple(given["without"])
+    return Payment(**given)
