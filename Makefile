@@ -81,6 +81,6 @@ $(STAMP): pyproject.toml constraints.txt
 	  rm -rf $(VENV); \
 	  "$$python" -m venv $(VENV); \
 	fi; \
-	$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
 	$(PYTHON) -m compileall -q billing_orchestration $(TESTS); \
 	pwd -P > $@
