@@ -97,17 +97,21 @@ def translate(error: BaseException) -> BillingDatabaseError:
         return error
     original = error.orig if isinstance(error, exc.DBAPIError) and error.orig is not None else error
     reason = _one_line(original)
-    state = getattr(original, "sqlstate", None) or ""
+    state = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None) or ""
     if isinstance(error, exc.TimeoutError):
         return DatabaseBusy("no connection of the pool became free in time: fewer threads, or a larger pool_size")
-    if isinstance(original, psycopg.Error) and not state:
-        return _no_connection(original, reason)
-    if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
+    if not state and re.search(_LOST, reason):
         return _lost(reason)
+    if not state and (
+        isinstance(error, exc.OperationalError)
+        or isinstance(original, psycopg.OperationalError)
+        or re.search(_BAD_OPTION, reason)
+    ):
+        return _no_connection(reason)
     if state.startswith("08") or state in {"57P01", "57P02", "57P03", "57P05", "25P03"}:
         return _lost(reason)
     if state.startswith(("28", "3D")) or state in {"53300"}:
-        return _no_connection(original, reason)
+        return _no_connection(reason)
     if state in {"55P03", "40P01", "40001", "57014"} or state.startswith("53"):
         return DatabaseBusy(f"the database was busy and changed nothing: {reason}; the next run tries again")
     if state == "42501":
@@ -125,6 +129,12 @@ def _lost(reason: str) -> DatabaseUnavailable:
     return DatabaseUnavailable(f"the connection to the database was lost: {reason}; the next run completes this one")
 
 
+# What psycopg says, without a code, when a connection that worked breaks.
+_LOST = (
+    "connection is lost|server closed the connection|connection is closed|connection already closed"
+    "|connection not open|Connection reset by peer|Broken pipe|terminating connection"
+)
+_BAD_OPTION = "invalid connection option|invalid URI query"
 # How PostgreSQL and libpq word it, and the way out. Other languages than English fall through to the last one.
 _WAYS_OUT = (
     ("password authentication failed", "the user or the password in it is wrong"),
@@ -139,15 +149,11 @@ _WAYS_OUT = (
     ("too many clients|remaining connection slots", "the server has no connection left: raise max_connections"),
     ("starting up|shutting down|recovery", "the server is starting or stopping: try again"),
     ("SSL|certificate", "correct `sslmode=` and the certificates"),
-    ("invalid connection option|invalid URI query", "remove that option after the `?`"),
+    (_BAD_OPTION, "remove that option after the `?`"),
 )  # fmt: skip
 
 
-def _no_connection(original: BaseException, reason: str) -> DatabaseUnavailable:
-    if isinstance(original, psycopg.OperationalError) and re.search(
-        r"connection is lost|server closed the connection|connection is closed|connection already closed", reason
-    ):
-        return _lost(reason)
+def _no_connection(reason: str) -> DatabaseUnavailable:
     ways_out = (way_out for words, way_out in _WAYS_OUT if re.search(words, reason))
     way_out = next(ways_out, "correct it, or start the server")
     return DatabaseUnavailable(f"cannot connect to the database of BILLING_DATABASE_URL: {reason}; {way_out}")

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
 import sqlalchemy as sa
 from sqlalchemy import exc
+from sqlalchemy.dialects import postgresql as pg
 
 from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import SchemaMissing, SchemaOutdated, SchemaTooNew, ServiceTablesMissing
@@ -61,3 +69,153 @@ def check_revisions(revisions: list[str]) -> None:
         raise SchemaOutdated(
             f"the schema {SCHEMA} is at revision {', '.join(revisions)}, this version needs {HEAD_REVISION}; {_MIGRATE}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What `doctor` wants to know of the server. `clock` is the server's, aware UTC."""
+
+    version: str
+    version_number: int
+    clock: datetime
+    role: str
+    database: str
+    read_only: bool
+
+
+def server_facts(connection: sa.Connection) -> ServerFacts:
+    """Ask the server about itself."""
+    row = connection.execute(
+        sa.text(
+            "SELECT current_setting('server_version'), CAST(current_setting('server_version_num') AS integer),"
+            " clock_timestamp(), current_user, current_database(),"
+            " pg_is_in_recovery() OR CAST(current_setting('default_transaction_read_only') AS boolean)"
+        )
+    ).one()
+    return ServerFacts(row[0], row[1], row[2].astimezone(timezone.utc), row[3], row[4], row[5])
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How the service's tables differ from SPEC 1. Not `harmful`: the jobs work all the same."""
+
+    text: str
+    harmful: bool
+
+
+_COLUMNS = sa.text(
+    """
+    SELECT t.name, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
+           a.atthasdef OR a.attidentity <> '' OR a.attgenerated <> ''
+    FROM unnest(CAST(:tables AS text[])) AS t (name)
+    JOIN pg_attribute a ON a.attrelid = to_regclass(quote_ident(t.name)) AND a.attnum > 0 AND NOT a.attisdropped
+    ORDER BY a.attrelid, a.attnum
+    """
+)
+_LABELS = sa.text(
+    """
+    SELECT t.typname, array_agg(CAST(e.enumlabel AS text) ORDER BY e.enumsortorder)
+    FROM pg_type t JOIN pg_enum e ON e.enumtypid = t.oid
+    WHERE pg_type_is_visible(t.oid) AND t.typname = ANY(CAST(:names AS text[])) GROUP BY t.typname
+    """
+)
+# The jobs insert into these two: an id without a default, or a mandatory column that they do not know, stops that.
+_INSERTED_INTO = ("payments", "subscriptions")
+
+
+def differences(connection: sa.Connection) -> list[Difference]:
+    """Compare the service's tables, columns, types and enum labels with SPEC 1, and name what differs."""
+    found: dict[str, dict[str, tuple[str, bool, bool]]] = {}
+    for table, column, kind, mandatory, has_default in connection.execute(_COLUMNS, {"tables": list(SERVICE_TABLES)}):
+        found.setdefault(table, {})[column] = (kind, mandatory, has_default)
+    result: list[Difference] = []
+    for name in SERVICE_TABLES:
+        if name not in found:
+            result.append(Difference(f"there is no table {name}", harmful=True))
+        else:
+            result += _column_differences(service.tables[name], found[name])
+    enums = {column.type.name: column.type.enums for column in _enum_columns()}
+    labels = {row[0]: row[1] for row in connection.execute(_LABELS, {"names": sorted(enums)})}
+    for name, expected in sorted(enums.items()):
+        if name not in labels:
+            result.append(Difference(f"there is no enum type {name}", harmful=True))
+            continue
+        missing = [label for label in expected if label not in labels[name]]
+        unknown = [label for label in labels[name] if label not in expected]
+        if missing:
+            result.append(Difference(f"the enum {name} lacks {', '.join(missing)}", harmful=True))
+        if unknown:
+            result.append(Difference(f"the enum {name} also has {', '.join(unknown)}", harmful=False))
+    return result
+
+
+def _enum_columns() -> Iterator[Any]:
+    for table in service.tables.values():
+        for column in table.columns:
+            if isinstance(column.type, pg.ENUM):
+                yield column
+
+
+def _column_differences(table: sa.Table, found: dict[str, tuple[str, bool, bool]]) -> Iterator[Difference]:
+    for column in table.columns:
+        name = f"{table.name}.{column.name}"
+        if column.name not in found:
+            yield Difference(f"there is no column {name}", harmful=True)
+            continue
+        kind, _, has_default = found[column.name]
+        expected = _expected_type(column)
+        if kind != expected:
+            yield Difference(
+                f"{name} is {kind}, not {expected}", harmful=not any(re.match(p, kind) for p in _ALSO_FINE[expected])
+            )
+        if column.primary_key and table.name in _INSERTED_INTO and not has_default:
+            yield Difference(f"{name} has no default: no row can be added", harmful=True)
+    if table.name in _INSERTED_INTO:
+        for column_name, (_, mandatory, has_default) in found.items():
+            if mandatory and not has_default and column_name not in table.columns:
+                yield Difference(
+                    f"{table.name}.{column_name} is mandatory and unknown here: no row can be added", harmful=True
+                )
+
+
+def _expected_type(column: sa.Column[Any]) -> str:
+    if isinstance(column.type, pg.ENUM):
+        return str(column.type.name)
+    compiled = column.type.compile(dialect=pg.dialect()).lower()  # type: ignore[no-untyped-call]
+    return {"varchar": "character varying", "numeric(8, 2)": "numeric(8,2)"}.get(compiled, compiled)
+
+
+# Types that serve as well as the expected one.
+_ALSO_FINE: defaultdict[str, tuple[str, ...]] = defaultdict(
+    tuple,
+    {
+        "character varying": (r"character varying\(\d+\)$", "text$"),
+        "integer": ("bigint$",),
+        "timestamp without time zone": (r"timestamp\(\d\) without time zone$",),
+    },
+)
+
+# What the jobs do with the service's tables and sequences, and with ours.
+_PRIVILEGES = sa.text(
+    f"""
+    SELECT 'SELECT on ' || n FROM unnest(CAST(:read AS text[])) AS n
+    WHERE NOT has_table_privilege(to_regclass(n), 'SELECT')
+    UNION ALL
+    SELECT p || ' on ' || n FROM unnest(CAST(:written AS text[])) AS n, unnest(ARRAY['INSERT', 'UPDATE']) AS p
+    WHERE NOT has_table_privilege(to_regclass(n), p)
+    UNION ALL
+    SELECT 'USAGE on ' || s FROM unnest(CAST(:written AS text[])) AS n, pg_get_serial_sequence(n, 'id') AS s
+    WHERE s IS NOT NULL AND NOT has_sequence_privilege(s, 'USAGE')
+    UNION ALL
+    SELECT 'USAGE on schema {SCHEMA}' WHERE NOT has_schema_privilege('{SCHEMA}', 'USAGE')
+    UNION ALL
+    SELECT p || ' on {SCHEMA}.' || c.relname
+    FROM pg_class c, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p
+    WHERE c.relnamespace = to_regnamespace('{SCHEMA}') AND c.relkind = 'r' AND NOT has_table_privilege(c.oid, p)
+    """
+)
+
+
+def missing_privileges(connection: sa.Connection) -> list[str]:
+    """Name what the role would have to be granted for the jobs. Ask it only where all the tables are there."""
+    return list(connection.scalars(_PRIVILEGES, {"read": list(SERVICE_TABLES), "written": list(_INSERTED_INTO)}))

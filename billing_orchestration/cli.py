@@ -1,0 +1,132 @@
+"""The command `billing-orchestration`: migrate, doctor, sandbox, demo.
+
+An expected failure is one line on stderr and an exit code other than 0 (1: it failed, 2: wrong usage). Each command
+imports only what it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+FAILED = 1
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and hand back its exit code."""
+    arguments = _parser().parse_args(argv)
+    commands = {"migrate": _migrate, "doctor": _doctor, "sandbox": _sandbox, "demo": _demo}
+    try:
+        return commands[arguments.command](arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="billing-orchestration", description="Keeps a billing database and its payment provider in agreement."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    migrate = commands.add_parser(
+        "migrate",
+        help="bring the database to the shape this version works on; may be run again at any time",
+        description="Creates our schema and adds indexes to the service's tables; never rewrites a row of theirs.",
+    )
+    migrate.add_argument(
+        "--downgrade",
+        action="store_true",
+        help="remove our schema with ALL ITS RECORDS, and our indexes; the service's tables stay",
+    )
+    commands.add_parser(
+        "doctor", help="check settings, database, schema and provider, and say how to mend what is wrong"
+    )
+    sandbox = commands.add_parser("sandbox", help="start the provider's sandbox on this machine")
+    sandbox.add_argument("--port", type=_port, default=8080, help="0 picks a free one (default: %(default)s)")
+    sandbox.add_argument("--shop-id", default="100500", help="the shop id it accepts (default: %(default)s)")
+    sandbox.add_argument(
+        "--secret-key", default="test_sandbox", help="the secret key it accepts (default: %(default)s)"
+    )
+    commands.add_parser("demo", help="run the five jobs on example data, and show what changed")
+    return parser
+
+
+def _port(text: str) -> int:
+    port = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
+    return port
+
+
+def _migrate(arguments: argparse.Namespace) -> int:
+    from billing_orchestration.settings import SettingsError, load_database_url
+
+    try:
+        url = load_database_url()
+    except SettingsError as error:
+        return _fail(error)
+    from billing_orchestration.database.engine import create_engine
+    from billing_orchestration.database.errors import BillingDatabaseError
+    from billing_orchestration.database.migrating import downgrade, migrate
+
+    engine = create_engine(url, application_name="billing-orchestration migrate")
+    try:
+        report = downgrade(engine, _say) if arguments.downgrade else migrate(engine, _say)
+    except BillingDatabaseError as error:
+        return _fail(error)
+    finally:
+        engine.dispose()
+    if not report.done:
+        _say("nothing to do" if not report.not_done else "nothing else to do")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
+    from billing_orchestration.doctor import Level, diagnose
+
+    faults = 0
+    for finding in diagnose():
+        _say(str(finding))
+        faults += finding.level is Level.FAULT
+    return FAILED if faults else 0
+
+
+def _sandbox(arguments: argparse.Namespace) -> int:
+    try:
+        from billing_orchestration.sandbox.provider_server import serve
+    except ModuleNotFoundError as error:
+        return _needs_extra(error)
+    try:
+        serve(port=arguments.port, shop_id=arguments.shop_id, secret_key=arguments.secret_key)
+    except OSError as error:
+        return _fail(f"the sandbox cannot listen on port {arguments.port}: {error.strerror}; give another --port")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:  # noqa: ARG001
+    try:
+        from billing_orchestration.sandbox.demo import main as demo
+    except ModuleNotFoundError as error:
+        return _needs_extra(error)
+    return int(demo() or 0)
+
+
+def _needs_extra(error: ModuleNotFoundError) -> int:
+    if (error.name or "").startswith("billing_orchestration"):
+        raise error
+    return _fail(f"{error.name} is not installed: this command needs pip install 'billing-orchestration[sandbox]'")
+
+
+def _say(line: str) -> None:
+    # A pipe shows each step when it is done, not all of them at the end.
+    print(line, flush=True)
+
+
+def _fail(reason: object) -> int:
+    print(f"billing-orchestration: {reason}", file=sys.stderr)
+    return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
