@@ -23,6 +23,7 @@ from billing_orchestration.domain.provider_payment import (
     SUCCEEDED,
     WAITING_FOR_CAPTURE,
     ProviderPayment,
+    UnusablePayment,
 )
 
 # Fixed for ever: another namespace would be another key for the same attempt, and so a second charge.
@@ -192,11 +193,13 @@ class ProviderView:
 
     `answers`: attempt id -> its payment, for those asked about by payment id or found by a scan.
     `scanned`: attempts whose surroundings were scanned completely. `silent`: attempt id -> why it could not be told.
+    `extra`: further successes that name an attempt which has its answer: settling puts them into quarantine.
     """
 
     answers: Mapping[uuid.UUID, ProviderPayment] = field(default_factory=dict)
     scanned: frozenset[uuid.UUID] = frozenset()
     silent: Mapping[uuid.UUID, str] = field(default_factory=dict)
+    extra: tuple[ProviderPayment, ...] = ()
 
 
 def plan_attempt(
@@ -490,3 +493,51 @@ def names_another_attempt(attempt: Attempt, payment: ProviderPayment) -> bool:
     """Whether an answer to this attempt's request speaks of something else: then the outcome is not known."""
     named = payment.metadata.get(ATTEMPT_KEY)
     return named is not None and named != str(attempt.id)
+
+
+def read_scan(
+    attempts: Sequence[Attempt], payments: Sequence[ProviderPayment], unusable: Sequence[UnusablePayment]
+) -> ProviderView:
+    """What a complete scan says about the attempts it was made for.
+
+    Found by the attempt's id in the metadata. An item that cannot be read proves nothing absent if it might be the
+    attempt's: it names it somewhere, or its metadata cannot be read either.
+    """
+    by_attempt: dict[str, list[ProviderPayment]] = {}
+    for payment in payments:
+        named = payment.metadata.get(ATTEMPT_KEY)
+        if isinstance(named, str):
+            by_attempt.setdefault(named, []).append(payment)
+    unreadable = [repr(item.evidence) for item in unusable if not _metadata_is_readable(item.evidence)]
+    odd = [repr(item.evidence) for item in unusable]
+    answers: dict[uuid.UUID, ProviderPayment] = {}
+    silent: dict[uuid.UUID, str] = {}
+    extra: list[ProviderPayment] = []
+    for attempt in attempts:
+        # A success speaks first; several payments of one key would be the provider's own fault.
+        found = sorted(by_attempt.get(str(attempt.id), ()), key=lambda p: (p.status != SUCCEEDED, p.created_at, p.id))
+        if found:
+            answers[attempt.id] = found[0]
+            extra.extend(payment for payment in found[1:] if payment.status == SUCCEEDED)
+        elif unreadable or any(str(attempt.id) in text for text in odd):
+            silent[attempt.id] = "the provider's list holds a record that cannot be read and may be this charge"
+    scanned = frozenset(attempt.id for attempt in attempts if attempt.id not in silent)
+    return ProviderView(answers, scanned, silent, tuple(extra))
+
+
+def _metadata_is_readable(evidence: object) -> bool:
+    return isinstance(evidence, Mapping) and isinstance(evidence.get("metadata"), Mapping)
+
+
+def merge_views(views: Iterable[ProviderView]) -> ProviderView:
+    """Several partial views as one."""
+    answers: dict[uuid.UUID, ProviderPayment] = {}
+    silent: dict[uuid.UUID, str] = {}
+    scanned: set[uuid.UUID] = set()
+    extra: list[ProviderPayment] = []
+    for view in views:
+        answers.update(view.answers)
+        silent.update(view.silent)
+        scanned |= view.scanned
+        extra.extend(view.extra)
+    return ProviderView(answers, frozenset(scanned), silent, tuple(extra))

@@ -1,0 +1,80 @@
+"""The code location: five jobs, five schedules, and the resources they share. The only place that wires."""
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from billing_orchestration.jobs import (
+    autopayment,
+    expire_payments,
+    expire_subscriptions,
+    matching_pending_payments,
+    matching_successful_payments,
+)
+from billing_orchestration.jobs.partitions import DAILY
+from billing_orchestration.resources import (
+    Clock,
+    RunSettings,
+    billing_database_resource,
+    payment_provider_resource,
+    utc_now,
+)
+from billing_orchestration.settings import load_settings
+
+if TYPE_CHECKING:
+    from billing_orchestration.provider.client import PaymentProvider
+    from billing_orchestration.settings import Settings
+
+
+def build_definitions(
+    *,
+    load: "Callable[[], Settings]" = load_settings,
+    now: Callable[[], datetime] = utc_now,
+    connect: "Callable[[Settings], PaymentProvider] | None" = None,
+) -> dg.Definitions:
+    """The definitions for given settings, clock and provider: the environment's, the real ones, by default.
+
+    Settings are read when a run first needs them, so the code location loads without any.
+    """
+    return dg.Definitions(
+        jobs=[
+            autopayment.autopayment_job,
+            expire_payments.expire_payments_job,
+            expire_subscriptions.expire_subscriptions_job,
+            matching_pending_payments.matching_pending_payments_job,
+            matching_successful_payments.matching_successful_payments_job,
+        ],
+        schedules=[
+            autopayment.autopayment_daily_schedule,
+            expire_payments.expire_payments_daily_schedule,
+            expire_subscriptions.expire_subscriptions_daily_schedule,
+            matching_pending_payments.matching_pending_payments_every_2_minutes_schedule,
+            matching_successful_payments.matching_successful_payments_every_2_minutes_schedule,
+        ],
+        assets=[
+            # What Dagster plots: one point a day, or one for each tick that changed something.
+            *(
+                dg.AssetSpec(
+                    dg.AssetKey(["billing", job]), description=f"Numbers of {job}, by day.", partitions_def=DAILY
+                )
+                for job in (autopayment.JOB, expire_payments.JOB, expire_subscriptions.JOB)
+            ),
+            *(
+                dg.AssetSpec(dg.AssetKey(["billing", job]), description=f"Corrections of {job}, by tick.")
+                for job in (matching_pending_payments.JOB, matching_successful_payments.JOB)
+            ),
+        ],
+        resources={
+            "run": RunSettings(),
+            "billing_database": billing_database_resource(load),
+            "payment_provider": payment_provider_resource(load, connect),
+            "clock": dg.ResourceDefinition.hardcoded_resource(Clock(now), "The time of the run."),
+            # Slices are handed over in memory: nothing of a run's data stays on a disk (docs/decisions/0002).
+            "io_manager": dg.mem_io_manager,
+        },
+    )
+
+
+defs = build_definitions()

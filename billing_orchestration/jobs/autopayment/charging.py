@@ -1,0 +1,513 @@
+"""The charging protocol (SPEC 5): how a renewal moves money, and how it survives being killed anywhere.
+
+One thread talks to the database, many talk to the provider. For each attempt, in this order:
+
+1. lock      a session lock on the attempt: no two processes send one key at the same time
+2. claim     one transaction, committed: the subscription is looked at again; the attempt is PLANNED with its exact
+             body, its key and `first_sent_at` (a new one), or its `last_sent_at` moves (one that is sent again)
+3. send      POST, with no transaction open
+4. conclude  one transaction, committed: success -> payment row, extension, settlement, attempt SUCCEEDED, together;
+             anything else -> the attempt's new state
+5. unlock
+
+Killed between 1 and 2: nothing happened. Between 2 and 3, or 3 and 4: the attempt is PLANNED or UNKNOWN with a
+`first_sent_at`; the next run sends the same key and body (the provider answers with the same payment), or, after
+23 h, searches for it; a success is also found by the matching jobs within minutes, by the attempt's id in its metadata.
+Between 4 and 5: the lock ends with the session.
+
+Many attempts share the statements of steps 1, 2, 4 and 5. The first charge of a run goes alone, so that a wrong shop key
+costs one request; then the width doubles with every answer up to `max_concurrency`, and halves with every failure.
+"""
+
+import heapq
+import itertools
+import queue
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from billing_orchestration.database.attempts import Closing, claim, close, open_and_claim, try_lock, unlock
+from billing_orchestration.database.audit import Stamp
+from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
+from billing_orchestration.domain.renewals import (
+    KEY_LIFETIME,
+    Attempt,
+    Charge,
+    Resend,
+    State,
+    judge_answer,
+    names_another_attempt,
+)
+from billing_orchestration.domain.settlement import CloseAsGranted, Leave, Quarantine, RecordRefund, Settle
+from billing_orchestration.jobs.settling import Failed, settle_all
+from billing_orchestration.provider.errors import (
+    Forbidden,
+    NeverSent,
+    OutcomeUnknown,
+    RateLimited,
+    RequestRejected,
+    WrongCredentials,
+)
+from billing_orchestration.resources import BillingDatabase
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from billing_orchestration.database.settling import Settled
+
+# So many sends in a row that brought no usable answer: the provider fails for everyone. Silence weighs double, since
+# each costs the whole read timeout.
+BREAKER_LIMIT = 6
+_WEIGHT_OF_SILENCE = 2
+# A provider that says 429 did not execute the request, so more tries than for other failures are harmless.
+_MOST_THROTTLED_SENDS = 10
+_WAIT_GROWTH = 3.0
+_LONGEST_WAIT_S = 60.0
+# Results of one transaction: enough to share its statements, few enough that the first of them does not wait.
+_MOST_RESULTS_AT_ONCE = 64
+_PROGRESS_EVERY_S = 10.0
+
+
+class ChargesPayments(Protocol):
+    """The part of the provider's client that charging needs."""
+
+    is_live: bool
+
+    def create_payment(self, body: str, idempotence_key: str) -> ProviderPayment:
+        """One POST of exactly these bytes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChargingLimits:
+    """How hard the provider is driven. `max_sends`: how often one attempt is sent in one run at most."""
+
+    max_concurrency: int
+    max_sends: int
+    resend_wait_s: float
+
+
+@dataclass(slots=True)
+class ChargeResult:
+    """What became of one attempt in this run.
+
+    `outcome`: charged | pending | declined | stopped | rejected | review | refunded | unknown | never sent | skipped.
+    `needs_retry`: the run ends red because of it.
+    """
+
+    attempt: Attempt
+    outcome: str
+    reason: str
+    decline_class: str | None = None
+    needs_retry: bool = False
+    newly_quarantined: bool = False
+
+
+@dataclass(slots=True)
+class _Work:
+    """An attempt on its way. `sent_before`: an earlier request may have been executed, in this run or another."""
+
+    attempt: Attempt
+    is_new: bool
+    sent_before: bool
+    sends: int = 0
+    throttled: int = 0
+    last_error: str = ""
+    order: int = 0
+
+
+class _Withheld(Exception):
+    """The worker did not send: charging had stopped by then."""
+
+
+@dataclass
+class Charging:
+    """One run of the protocol. Use `run` once.
+
+    `make_stamp` gives job, run id and the present moment; `log` takes progress lines; `monotonic` is the clock of waits.
+    """
+
+    database: BillingDatabase
+    provider: ChargesPayments
+    limits: ChargingLimits
+    make_stamp: Callable[[], Stamp]
+    log: Callable[[str], None]
+    monotonic: Callable[[], float] = time.monotonic
+    stop_reason: str | None = None
+    _ready: "deque[_Work]" = field(default_factory=deque)
+    _delayed: list[tuple[float, int, _Work]] = field(default_factory=list)
+    _answers: "queue.SimpleQueue[tuple[_Work, ProviderPayment | Exception]]" = field(default_factory=queue.SimpleQueue)
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _order: "itertools.count[int]" = field(default_factory=itertools.count)
+    _in_flight: int = 0
+    _width: int = 1
+    _failures: int = 0
+    _results: list[ChargeResult] = field(default_factory=list)
+
+    def run(self, decisions: Sequence[Charge | Resend]) -> list[ChargeResult]:
+        """Charge every decision; one result each.
+
+        What moves: the price of one period, from the saved method, per attempt; at most once per (subscription,
+        period), held by a partial unique index and the idempotence key. Raises BillingDatabaseError when the database
+        is gone: sends that were under way are waited for, and their attempts stay open for the next run.
+        """
+        # Attempts of earlier runs first: money may have moved by them already.
+        for decision in sorted(decisions, key=lambda decision: isinstance(decision, Charge)):
+            is_new = isinstance(decision, Charge)
+            sent_before = not is_new and decision.attempt.may_have_been_sent
+            self._ready.append(_Work(decision.attempt, is_new, sent_before, order=next(self._order)))
+        total = len(self._ready)
+        if not total:
+            return []
+        started = told = self.monotonic()
+        workers = ThreadPoolExecutor(min(self.limits.max_concurrency, total), thread_name_prefix="charge")
+        try:
+            with self._autocommit() as locks:
+                while self._ready or self._delayed or self._in_flight:
+                    self._send_more(locks, workers)
+                    if not self._in_flight and not self._wait_for_delayed():
+                        break
+                    self._conclude(locks, self._collect())
+                    if self.monotonic() - told >= _PROGRESS_EVERY_S:
+                        told = self.monotonic()
+                        self.log(self._progress(total, told - started))
+                self._give_up_the_rest(locks)
+        finally:
+            # Whatever happens here, nothing new is sent, and what was sent is waited for before the run ends.
+            self._stopped.set()
+            workers.shutdown(wait=True)
+        self.log(self._progress(total, self.monotonic() - started))
+        return self._results
+
+    # --- steps 1 to 3: lock, claim, send
+
+    def _send_more(self, locks: "sa.Connection", workers: ThreadPoolExecutor) -> None:
+        group = self._next_group()
+        if not group:
+            return
+        free = try_lock(locks, [work.attempt.id for work in group])
+        for work in group:
+            if work.attempt.id not in free:
+                self._finish(work, "skipped", "another run is charging it at this moment")
+        claimed = self._claim([work for work in group if work.attempt.id in free])
+        for work in group:
+            if work.attempt.id in claimed:
+                work.sends += 1
+                self._in_flight += 1
+                workers.submit(self._send, work)
+            elif work.attempt.id in free:
+                unlock(locks, [work.attempt.id])
+                self._finish(
+                    work,
+                    "skipped",
+                    "looked at again right before sending: renewed, canceled, paused or charged meanwhile"
+                    + (", its outcome stays open and is searched after 23 h" if work.sent_before else ", not charged"),
+                )
+
+    def _next_group(self) -> list[_Work]:
+        if self._stopped.is_set():
+            return []
+        # At full width a few more are claimed than can be sent, so that no worker waits for the database.
+        ahead = max(2, self._width // 4) if self._width == self.limits.max_concurrency > 1 else 0
+        room = self._width + ahead - self._in_flight
+        group: list[_Work] = []
+        while len(group) < room and self._delayed and self._delayed[0][0] <= self.monotonic():
+            group.append(heapq.heappop(self._delayed)[2])
+        while len(group) < room and self._ready:
+            group.append(self._ready.popleft())
+        return group
+
+    def _claim(self, group: Sequence[_Work]) -> set[uuid.UUID]:
+        """Step 2, committed: which of these may be sent now."""
+        from billing_orchestration.database.engine import translated
+
+        if not group:
+            return set()
+        stamp = self.make_stamp()
+        fresh = [work.attempt for work in group if work.is_new and not work.sends]
+        again = [work.attempt.id for work in group if not work.is_new or work.sends]
+        claimed: set[uuid.UUID] = set()
+        with translated(), self.database.engine.begin() as connection:
+            if fresh:
+                claimed |= open_and_claim(connection, stamp, fresh)
+            if again:
+                claimed |= claim(connection, stamp, again, stamp.at - KEY_LIFETIME)
+        return claimed
+
+    def _send(self, work: _Work) -> None:
+        """Step 3, in a worker: one POST, and its answer into the queue."""
+        answer: ProviderPayment | Exception
+        try:
+            if self._stopped.is_set():
+                raise _Withheld
+            answer = self.provider.create_payment(work.attempt.body, str(work.attempt.idempotence_key))
+        except Exception as error:  # noqa: BLE001 - judged by the coordinating thread; an unknown one counts as unknown
+            answer = error
+        self._answers.put((work, answer))
+
+    # --- step 4 and 5: conclude, unlock
+
+    def _collect(self) -> list[tuple[_Work, ProviderPayment | Exception]]:
+        if not self._in_flight:
+            return []
+        timeout = _PROGRESS_EVERY_S
+        if self._delayed and not self._stopped.is_set():
+            timeout = min(timeout, max(0.001, self._delayed[0][0] - self.monotonic()))
+        collected: list[tuple[_Work, ProviderPayment | Exception]] = []
+        try:
+            collected.append(self._answers.get(timeout=timeout))
+            while len(collected) < _MOST_RESULTS_AT_ONCE:
+                collected.append(self._answers.get_nowait())
+        except queue.Empty:
+            pass
+        self._in_flight -= len(collected)
+        return collected
+
+    def _conclude(self, locks: "sa.Connection", answers: Sequence[tuple[_Work, ProviderPayment | Exception]]) -> None:
+        successes: dict[str, tuple[_Work, ProviderPayment]] = {}
+        closings: list[tuple[_Work, Closing, str]] = []
+        waiting: list[tuple[_Work, float]] = []
+        for work, answer in answers:
+            if isinstance(answer, ProviderPayment) and names_another_attempt(work.attempt, answer):
+                answer = OutcomeUnknown(f"the answer speaks of another attempt (payment {answer.id})")  # noqa: PLW2901
+            if isinstance(answer, ProviderPayment):
+                self._heard()
+                if answer.status == SUCCEEDED and answer.id not in successes:
+                    successes[answer.id] = (work, answer)
+                    continue
+            closing, outcome, wait_s = self._judge(work, answer)
+            closings.append((work, closing, outcome))
+            if wait_s is not None:
+                waiting.append((work, wait_s))
+        results = self._write(successes, [closing for _, closing, _ in closings])
+        retried = {id(work) for work, _ in waiting}
+        done = [work.attempt.id for work, _ in successes.values()]
+        for work, payment in successes.values():
+            self._finish_success(work, results[payment.id])
+        for work, closing, outcome in closings:
+            if id(work) in retried:
+                continue
+            done.append(work.attempt.id)
+            self._finish(
+                work,
+                outcome,
+                closing.reason,
+                decline_class=closing.decline_class if outcome in ("declined", "stopped") else None,
+                needs_retry=outcome in ("unknown", "never sent", "rejected"),
+            )
+        for work, wait_s in waiting:
+            heapq.heappush(self._delayed, (self.monotonic() + wait_s, work.order, work))
+        if done:
+            unlock(locks, done)
+
+    def _judge(self, work: _Work, answer: ProviderPayment | Exception) -> tuple[Closing, str, float | None]:
+        """The attempt's next state, the word for the report, and how long to wait before it is sent again, if so."""
+        attempt = work.attempt
+        if isinstance(answer, ProviderPayment):
+            if answer.status == SUCCEEDED:  # a second answer of one batch with the same payment id
+                return Closing(attempt, State.UNKNOWN, f"payment {answer.id} answered two attempts"), "unknown", None
+            outcome = judge_answer(answer)
+            closing = Closing(
+                attempt,
+                outcome.state,
+                outcome.reason,
+                external_payment_id=answer.id,
+                decline_party=answer.cancellation_party,
+                decline_reason=answer.cancellation_reason,
+                decline_class=outcome.decline_class,
+            )
+            return closing, {State.PENDING: "pending", State.STOPPED: "stopped"}.get(outcome.state, "declined"), None
+        if isinstance(answer, _Withheld):
+            if work.sent_before:
+                return Closing(attempt, State.UNKNOWN, "not sent again: charging had stopped"), "unknown", None
+            return (
+                Closing(attempt, State.PLANNED, "not sent: charging had stopped", never_sent=True),
+                "never sent",
+                None,
+            )
+        if isinstance(answer, NeverSent):
+            self._failed(1, str(answer))
+            wait_s = self._next_wait(work, None)
+            if work.sent_before:
+                return Closing(attempt, State.UNKNOWN, str(answer)), "unknown", wait_s
+            return Closing(attempt, State.PLANNED, str(answer), never_sent=wait_s is None), "never sent", wait_s
+        if isinstance(answer, RequestRejected):
+            return self._judge_rejection(work, answer)
+        # Anything else may have been executed: unknown, never failed.
+        work.sent_before = True
+        if isinstance(answer, RateLimited):
+            self._width = max(1, self._width // 2)
+            work.throttled += 1
+            wait_s = self._next_wait(work, answer.retry_after_s)
+        elif isinstance(answer, OutcomeUnknown):
+            self._failed(_WEIGHT_OF_SILENCE if answer.timed_out else 1, str(answer))
+            wait_s = self._next_wait(work, answer.retry_after_s)
+        else:
+            self._failed(1, repr(answer))
+            wait_s = None
+        return Closing(attempt, State.UNKNOWN, str(answer) or repr(answer)), "unknown", wait_s
+
+    def _judge_rejection(self, work: _Work, answer: RequestRejected) -> tuple[Closing, str, float | None]:
+        if isinstance(answer, WrongCredentials):
+            self._stop(str(answer))
+        elif isinstance(answer, Forbidden):
+            self._failed(1, str(answer))
+        else:
+            self._heard()
+        if work.sent_before:
+            # It answers this request only. What became of the earlier one, with the same key, it does not say.
+            reason = f"an earlier send may have been executed, and this one was refused: {answer}"
+            return Closing(work.attempt, State.UNKNOWN, reason), "unknown", None
+        closing = Closing(
+            work.attempt,
+            State.REJECTED,
+            str(answer),
+            decline_reason=answer.code or None,
+            decline_class=str(answer.status_code),
+        )
+        return closing, "rejected", None
+
+    def _write(
+        self, successes: "dict[str, tuple[_Work, ProviderPayment]]", closings: Sequence[Closing]
+    ) -> "dict[str, Settled | Failed]":
+        """Step 4: everything of these answers in one transaction; if that will not go, each on its own."""
+        from billing_orchestration.database.engine import translated
+        from billing_orchestration.database.errors import DatabaseUnavailable
+        from billing_orchestration.database.settling import settle_batch
+
+        payments = [payment for _, payment in successes.values()]
+        try:
+            with translated(), self.database.engine.begin() as connection:
+                stamp = self.make_stamp()
+                settled = settle_batch(
+                    connection, payments, stamp=stamp, calendar=self.database.calendar, is_live=self.provider.is_live
+                )
+                close(connection, stamp, closings)
+            return {result.payment.id: result for result in settled}
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001 - each gets its own try and its own words below
+            self.log(f"a batch of {len(payments) + len(closings)} answers is written one by one: {error}")
+        for closing in closings:
+            with translated(), self.database.engine.begin() as connection:
+                close(connection, self.make_stamp(), [closing])
+        return {
+            result.payment.id: result
+            for result in settle_all(
+                self.database, payments, make_stamp=self.make_stamp, is_live=self.provider.is_live, dry_run=False
+            )
+        }
+
+    def _finish_success(self, work: _Work, result: "Settled | Failed") -> None:
+        if isinstance(result, Failed):
+            self._finish(
+                work,
+                "unknown",
+                f"paid at the provider ({result.payment.id}), not granted yet: {result.reason}; the matching jobs or the"
+                " next run settle it",
+                needs_retry=True,
+            )
+            return
+        decision = result.decision
+        if isinstance(decision, Quarantine):
+            self._finish(work, "review", decision.reason, newly_quarantined=result.newly_opened)
+        elif isinstance(decision, RecordRefund):
+            self._finish(work, "refunded", decision.reason)
+        elif isinstance(decision, Leave):
+            self._finish(work, "charged", f"{decision.reason}, by another run")
+        elif isinstance(decision, (Settle, CloseAsGranted)):
+            until = f", paid until {decision.period_end:%Y-%m-%d}" if isinstance(decision, Settle) else ""
+            self._finish(work, "charged", f"payment {result.payment.id}{until}")
+
+    # --- pace, breaker, end
+
+    def _next_wait(self, work: _Work, retry_after_s: float | None) -> float | None:
+        """How long an attempt waits before it is sent again; None when it had its tries."""
+        if self._stopped.is_set():
+            return None
+        allowed = max(self.limits.max_sends, _MOST_THROTTLED_SENDS if work.throttled else 0)
+        if work.sends - work.throttled >= self.limits.max_sends or work.sends >= allowed:
+            return None
+        wait_s = self.limits.resend_wait_s * _WAIT_GROWTH ** (work.sends - 1)
+        return min(max(wait_s, retry_after_s or 0.0), _LONGEST_WAIT_S)
+
+    def _heard(self) -> None:
+        self._failures = 0
+        self._width = min(self.limits.max_concurrency, self._width * 2)
+
+    def _failed(self, weight: int, reason: str) -> None:
+        self._failures += weight
+        self._width = max(1, self._width // 2)
+        if self._failures >= BREAKER_LIMIT:
+            self._stop(f"the provider fails for everyone ({self._failures} times in a row), last: {reason}")
+
+    def _stop(self, reason: str) -> None:
+        if self.stop_reason is None:
+            self.stop_reason = reason
+        self._stopped.set()
+
+    def _wait_for_delayed(self) -> bool:
+        """With nothing in flight: wait for the next resend. False when there is nothing to wait for."""
+        if self._stopped.is_set():
+            return False
+        if self._delayed and not self._ready:
+            # The event is set by a stop, so a wait ends early then.
+            self._stopped.wait(max(0.0, self._delayed[0][0] - self.monotonic()))
+        return bool(self._delayed or self._ready)
+
+    def _give_up_the_rest(self, locks: "sa.Connection") -> None:
+        """After a stop: attempts that wait for another send keep their state, charges that were not begun stay so."""
+        from billing_orchestration.database.engine import translated
+
+        left = [work for _, _, work in self._delayed]
+        withdrawn = [
+            Closing(work.attempt, State.PLANNED, "not sent: charging had stopped", never_sent=True)
+            for work in left
+            if not work.sent_before
+        ]
+        if withdrawn:
+            with translated(), self.database.engine.begin() as connection:
+                close(connection, self.make_stamp(), withdrawn)
+        for work in left:
+            outcome = "unknown" if work.sent_before else "never sent"
+            self._finish(work, outcome, f"charging stopped: {self.stop_reason}", needs_retry=True)
+        if left:
+            unlock(locks, [work.attempt.id for work in left])
+        for work in self._ready:
+            self._finish(work, "never sent", f"not begun, charging stopped: {self.stop_reason}", needs_retry=True)
+        self._delayed.clear()
+        self._ready.clear()
+
+    def _finish(
+        self,
+        work: _Work,
+        outcome: str,
+        reason: str,
+        *,
+        decline_class: str | None = None,
+        needs_retry: bool = False,
+        newly_quarantined: bool = False,
+    ) -> None:
+        self._results.append(ChargeResult(work.attempt, outcome, reason, decline_class, needs_retry, newly_quarantined))
+
+    def _progress(self, total: int, elapsed_s: float) -> str:
+        done = len(self._results)
+        rate = done / elapsed_s if elapsed_s > 0 else 0.0
+        remaining = f", about {(total - done) / rate:.0f} s to go" if rate and done < total else ""
+        counts = _count(result.outcome for result in self._results)
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts)
+        return f"{done} of {total} done ({told or 'no answer yet'}), {rate:.1f} a second{remaining}"
+
+    def _autocommit(self) -> "sa.Connection":
+        return self.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+
+
+def _count(outcomes: Iterable[str]) -> Iterator[tuple[str, int]]:
+    from collections import Counter
+
+    yield from sorted(Counter(outcomes).items())

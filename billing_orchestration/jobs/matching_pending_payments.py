@@ -1,0 +1,106 @@
+"""matching_pending_payments_job: PENDING here, paid at the provider: the customer gets what was paid for.
+
+Every two minutes. It reads the provider's successes of the last hour (created or captured), then the PENDING rows with
+those ids, of whatever age, and settles them. Harmless to repeat; an outage of up to seven days is caught up by the
+next tick.
+"""
+
+from dataclasses import dataclass
+
+import dagster as dg
+
+from billing_orchestration.domain.matching import by_provider_id, diff_pending
+from billing_orchestration.domain.settlement import PaymentRow
+from billing_orchestration.jobs.matching_slice import MatchingPlan, PaidSlice, apply_matching, fetch_paid, plan_matching
+from billing_orchestration.jobs.partitions import HOURLY, hour_key
+from billing_orchestration.jobs.run_report import told_plainly
+from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
+from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+
+JOB = "matching_pending_payments_job"
+# A tick takes seconds; one that catches up seven days takes minutes. Beyond this it hangs.
+MAX_RUNTIME_S = 1800
+
+
+@dataclass(frozen=True)
+class PendingMatch:
+    """Both slices of one run."""
+
+    paid: PaidSlice
+    rows: tuple[PaymentRow, ...]
+
+
+@dg.op(description="Read the provider's succeeded payments of the window, created or captured in it, to the last page.")
+def fetch_paid_for_pending(
+    context: dg.OpExecutionContext,
+    run: RunSettings,
+    billing_database: dg.ResourceParam[BillingDatabase],
+    payment_provider: dg.ResourceParam[ProviderConnection],
+    clock: dg.ResourceParam[Clock],
+) -> PaidSlice:
+    """The provider's slice, read before the database."""
+    with told_plainly():
+        return fetch_paid(context, JOB, run, billing_database, payment_provider, clock)
+
+
+@dg.op(description="Read the PENDING payments of the window, and those of any age that the provider says are paid.")
+def fetch_pending_payments(
+    context: dg.OpExecutionContext, paid: PaidSlice, billing_database: dg.ResourceParam[BillingDatabase]
+) -> PendingMatch:
+    """The database's slice."""
+    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.matching import fetch_pending
+
+    with told_plainly(), translated(), billing_database.engine.connect() as connection:
+        ids = [payment.id for payment in paid.slice.payments]
+        pending = fetch_pending(connection, paid.window.start, paid.window.end, ids)
+    context.add_output_metadata(
+        {
+            "PENDING in the window": dg.MetadataValue.int(pending.in_window),
+            "without a provider id": dg.MetadataValue.int(pending.without_provider_id),
+            "PENDING and paid at the provider": dg.MetadataValue.int(len(pending.paid_there)),
+        }
+    )
+    return PendingMatch(paid, pending.paid_there)
+
+
+@dg.op(description="Compare: PENDING here and succeeded there is to be settled.")
+def diff_pending_payments(context: dg.OpExecutionContext, match: PendingMatch) -> MatchingPlan:
+    """The diff of two complete slices."""
+    diff = diff_pending(match.paid.slice.payments, by_provider_id(match.rows))
+    return plan_matching(context, match.paid, diff)
+
+
+@dg.op(description="Settle each: re-read under lock, then payment SUCCEEDED and its subscription extended or created.")
+def apply_pending_matches(
+    context: dg.OpExecutionContext,
+    plan: MatchingPlan,
+    billing_database: dg.ResourceParam[BillingDatabase],
+    payment_provider: dg.ResourceParam[ProviderConnection],
+    clock: dg.ResourceParam[Clock],
+) -> None:
+    """Apply the plan, payment by payment; red at the end if something needs another try."""
+    with told_plainly():
+        apply_matching(context, JOB, plan, billing_database, payment_provider, clock)
+
+
+@dg.job(
+    name=JOB,
+    description="Settles payments that are PENDING here and succeeded at the provider.",
+    partitions_def=HOURLY,
+    executor_def=dg.in_process_executor,
+    tags=singleton_tags(JOB, MAX_RUNTIME_S),
+)
+def matching_pending_payments_job() -> None:
+    """Provider slice, database slice, diff, apply."""
+    apply_pending_matches(diff_pending_payments(fetch_pending_payments(fetch_paid_for_pending())))
+
+
+matching_pending_payments_every_2_minutes_schedule = tick_schedule(
+    matching_pending_payments_job,
+    name="matching_pending_payments_every_2_minutes_schedule",
+    cron="*/2 * * * *",
+    timezone="UTC",
+    partition_key=hour_key,
+    description="Every two minutes; after an outage one tick covers all of it, up to seven days.",
+)

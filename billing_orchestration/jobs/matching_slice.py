@@ -1,0 +1,164 @@
+"""What the two matching jobs share at Dagster's edge: the window they cover, the provider's slice, the watermark."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from billing_orchestration.database.audit import Problem, Stamp
+from billing_orchestration.domain.decisions import Decision
+from billing_orchestration.domain.matching import MatchingDiff
+from billing_orchestration.domain.provider_payment import UnusablePayment
+from billing_orchestration.domain.run_scope import RunScope, Window, covering_window, next_watermark
+from billing_orchestration.jobs.run_report import (
+    RunReport,
+    conclude,
+    describe_decisions,
+    describe_scope,
+    instant,
+    plot,
+    stop_before_applying,
+)
+from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
+from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+
+if TYPE_CHECKING:
+    from billing_orchestration.provider.client import Slice
+
+
+@dataclass(frozen=True)
+class PaidSlice:
+    """The provider's succeeded payments of a run's window, complete to the last page."""
+
+    scope: RunScope
+    window: Window
+    slice: "Slice"
+
+
+@dataclass(frozen=True)
+class MatchingPlan:
+    """What a matching run will apply."""
+
+    scope: RunScope
+    window: Window
+    diff: MatchingDiff
+    unusable: tuple[UnusablePayment, ...]
+
+
+def fetch_paid(
+    context: dg.OpExecutionContext,
+    job: str,
+    run: RunSettings,
+    database: BillingDatabase,
+    provider: ProviderConnection,
+    clock: Clock,
+) -> PaidSlice:
+    """Read the provider's slice: succeeded, created or captured in the window. Whole, or the run fails here."""
+    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.matching import read_watermark
+
+    # All settings are checked before the scope, and both before anything is read.
+    settings_checked = database.settings
+    scope = run.scope(context, clock, whole_days=False)
+    with translated(), database.engine.connect() as connection:
+        watermark = read_watermark(connection, job)
+    window = covering_window(scope, watermark)
+    paid = provider.client.fetch_slice(window.start, window.end)
+    context.add_output_metadata(
+        {
+            **describe_scope(scope),
+            "window": dg.MetadataValue.text(f"{instant(window.start)} to {instant(window.end)}"),
+            "succeeded payments": dg.MetadataValue.int(len(paid.payments)),
+            "unusable items": dg.MetadataValue.int(len(paid.unusable)),
+            "pages": dg.MetadataValue.int(paid.pages),
+            "billing time zone": dg.MetadataValue.text(str(settings_checked.billing_timezone)),
+        }
+    )
+    if watermark is not None and window.start < scope.as_of - (window.end - window.start):
+        context.log.info(f"catching up from {instant(window.start)}")
+    return PaidSlice(scope, window, paid)
+
+
+def plan_matching(context: dg.OpExecutionContext, paid: PaidSlice, diff: MatchingDiff) -> MatchingPlan:
+    """Attach the diff to the run; stop before applying when it is larger than allowed."""
+    from billing_orchestration.domain.expiry import over_limit
+
+    decisions = [
+        *(Decision("settle", f"payment {payment.id}", "differs", payment.money) for payment in diff.to_settle),
+        *diff.reported,
+    ]
+    stop_before_applying(over_limit(len(diff.to_settle), paid.scope.max_changes), decisions)
+    context.add_output_metadata(
+        {"both sides agree": dg.MetadataValue.int(diff.agreed), **describe_decisions(decisions)}
+    )
+    return MatchingPlan(paid.scope, paid.window, diff, paid.slice.unusable)
+
+
+def apply_matching(
+    context: dg.OpExecutionContext,
+    job: str,
+    plan: MatchingPlan,
+    database: BillingDatabase,
+    provider: ProviderConnection,
+    clock: Clock,
+) -> None:
+    """Settle what differs, quarantine what is odd, and move the watermark when everything of the window was applied."""
+    scope, window = plan.scope, plan.window
+
+    def stamp() -> Stamp:
+        return Stamp(job, scope.run_id, clock.now())
+
+    report = RunReport()
+    results = settle_all(
+        database, plan.diff.to_settle, make_stamp=stamp, is_live=provider.client.is_live, dry_run=scope.dry_run
+    )
+    report_settled(report, results, database=database, stamp=stamp(), dry_run=scope.dry_run)
+    report_unusable(report, plan.unusable, database=database, stamp=stamp(), dry_run=scope.dry_run)
+    report.decisions.extend(plan.diff.reported)
+    if not scope.dry_run:
+        if window.gap is not None:
+            _report_gap(context, job, window.gap, report, database, stamp())
+        if not report.again:
+            _advance(job, scope, window, database, stamp())
+        if report.applied or report.opened or report.again:
+            plot(
+                context,
+                ("billing", job),
+                {
+                    "corrections": report.applied,
+                    "quarantined": report.opened,
+                    "needs another try": len(report.again),
+                },
+            )
+    conclude(
+        context,
+        scope,
+        report,
+        retry_hint="Nothing was granted for them; the next tick tries again, and nothing is granted twice.",
+        job=job,
+    )
+
+
+def _advance(job: str, scope: RunScope, window: Window, database: BillingDatabase, stamp: Stamp) -> None:
+    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.matching import advance_watermark, read_watermark
+
+    with translated(), database.engine.begin() as connection:
+        covered_until = next_watermark(scope, window, read_watermark(connection, job))
+        if covered_until is not None:
+            advance_watermark(connection, stamp, covered_until)
+
+
+def _report_gap(
+    context: dg.OpExecutionContext,
+    job: str,
+    gap: tuple[object, object],
+    report: RunReport,
+    database: BillingDatabase,
+    stamp: Stamp,
+) -> None:
+    start, end = gap
+    reason = f"not covered: {start} to {end}, longer ago than a run reaches back. Backfill these hours of {job}"
+    context.log.warning(reason)
+    report.decisions.append(Decision("quarantine", job, reason))
+    report.opened += open_all(database, stamp, [Problem(f"job {job}", f"gap from {start}", reason)])

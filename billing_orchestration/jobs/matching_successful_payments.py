@@ -1,0 +1,132 @@
+"""matching_successful_payments_job: paid at the provider, not in the books: payment and subscription are created.
+
+Every two minutes. It reads the provider's successes of the last hour (created or captured), then the database *by
+those ids*, whatever a row's status or age: a window on the database's side would invent orphans at its edge.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import dagster as dg
+from pydantic import Field
+
+from billing_orchestration.domain.matching import by_provider_id, diff_successful
+from billing_orchestration.domain.settlement import PaymentRow
+from billing_orchestration.jobs.matching_slice import MatchingPlan, PaidSlice, apply_matching, fetch_paid, plan_matching
+from billing_orchestration.jobs.partitions import HOURLY, hour_key
+from billing_orchestration.jobs.run_report import told_plainly
+from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
+from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+
+JOB = "matching_successful_payments_job"
+# A tick takes seconds; one that catches up seven days takes minutes. Beyond this it hangs.
+MAX_RUNTIME_S = 1800
+# What a scheduled tick leaves to the service's own webhook, which usually comes within seconds.
+WEBHOOK_GRACE_S = 60
+
+
+class SuccessfulMatchingConfig(dg.Config):
+    """What only this job needs."""
+
+    webhook_grace_s: int = Field(
+        default=0,
+        ge=0,
+        description=(
+            "Leave payments without any row that succeeded less than this many seconds ago to the service's webhook."
+            f" Scheduled ticks use {WEBHOOK_GRACE_S}; a manual launch repairs at once (0)."
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class SuccessfulMatch:
+    """Both slices of one run."""
+
+    paid: PaidSlice
+    rows: tuple[PaymentRow, ...]
+    settled: frozenset[str]
+
+
+@dg.op(description="Read the provider's succeeded payments of the window, created or captured in it, to the last page.")
+def fetch_paid_for_successful(
+    context: dg.OpExecutionContext,
+    run: RunSettings,
+    billing_database: dg.ResourceParam[BillingDatabase],
+    payment_provider: dg.ResourceParam[ProviderConnection],
+    clock: dg.ResourceParam[Clock],
+) -> PaidSlice:
+    """The provider's slice, read before the database."""
+    with told_plainly():
+        return fetch_paid(context, JOB, run, billing_database, payment_provider, clock)
+
+
+@dg.op(description="Look the same payments up in the database by the provider's ids, whatever their status or age.")
+def fetch_known_payments(
+    context: dg.OpExecutionContext, paid: PaidSlice, billing_database: dg.ResourceParam[BillingDatabase]
+) -> SuccessfulMatch:
+    """The database's slice."""
+    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.matching import fetch_rows, fetch_settled
+
+    ids = [payment.id for payment in paid.slice.payments]
+    with told_plainly(), translated(), billing_database.engine.connect() as connection:
+        rows = tuple(fetch_rows(connection, ids))
+        settled = frozenset(fetch_settled(connection, ids))
+    context.add_output_metadata(
+        {"payment rows": dg.MetadataValue.int(len(rows)), "settled by these jobs": dg.MetadataValue.int(len(settled))}
+    )
+    return SuccessfulMatch(paid, rows, settled)
+
+
+@dg.op(description="Compare: succeeded there, and no row here or one that is not SUCCEEDED, is to be settled.")
+def diff_successful_payments(
+    context: dg.OpExecutionContext,
+    config: SuccessfulMatchingConfig,
+    match: SuccessfulMatch,
+    clock: dg.ResourceParam[Clock],
+) -> MatchingPlan:
+    """The diff of two complete slices."""
+    diff = diff_successful(
+        match.paid.slice.payments,
+        by_provider_id(match.rows),
+        match.settled,
+        now=clock.now(),
+        webhook_grace=timedelta(seconds=config.webhook_grace_s),
+    )
+    return plan_matching(context, match.paid, diff)
+
+
+@dg.op(description="Settle each: re-read under lock, then create or finish the payment and grant its subscription.")
+def apply_successful_matches(
+    context: dg.OpExecutionContext,
+    plan: MatchingPlan,
+    billing_database: dg.ResourceParam[BillingDatabase],
+    payment_provider: dg.ResourceParam[ProviderConnection],
+    clock: dg.ResourceParam[Clock],
+) -> None:
+    """Apply the plan, payment by payment; red at the end if something needs another try."""
+    with told_plainly():
+        apply_matching(context, JOB, plan, billing_database, payment_provider, clock)
+
+
+@dg.job(
+    name=JOB,
+    description="Creates what the provider has and the database lacks: succeeded payments and their subscriptions.",
+    partitions_def=HOURLY,
+    executor_def=dg.in_process_executor,
+    tags=singleton_tags(JOB, MAX_RUNTIME_S),
+)
+def matching_successful_payments_job() -> None:
+    """Provider slice, database slice, diff, apply."""
+    apply_successful_matches(diff_successful_payments(fetch_known_payments(fetch_paid_for_successful())))
+
+
+matching_successful_payments_every_2_minutes_schedule = tick_schedule(
+    matching_successful_payments_job,
+    name="matching_successful_payments_every_2_minutes_schedule",
+    cron="*/2 * * * *",
+    timezone="UTC",
+    partition_key=hour_key,
+    op_config={"diff_successful_payments": {"webhook_grace_s": WEBHOOK_GRACE_S}},
+    description="Every two minutes; after an outage one tick covers all of it, up to seven days.",
+)

@@ -1,0 +1,162 @@
+"""How a run tells its story: metadata for the UI, numbers over time, and failures in plain words."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import dagster as dg
+
+from billing_orchestration.domain.decisions import Decision, count_by_action, sum_by_currency
+from billing_orchestration.domain.run_scope import RunRefused, RunScope
+
+# Longer tables are slow to read and to load; the counts tell of all rows.
+ROWS_SHOWN = 100
+_FAILURES_TOLD = 5
+
+
+@dataclass
+class RunReport:
+    """What an applying op has done. `applied` counts changes that were committed, `opened` new quarantine entries,
+    `again` names what needs another try (the run then ends red), `numbers` are plotted over time."""
+
+    decisions: list[Decision] = field(default_factory=list)
+    applied: int = 0
+    skipped: int = 0
+    quarantined: int = 0
+    opened: int = 0
+    again: list[str] = field(default_factory=list)
+    numbers: dict[str, int | float] = field(default_factory=dict)
+
+
+def describe_decisions(decisions: Sequence[Decision]) -> dict[str, dg.MetadataValue[Any]]:
+    """Metadata: how many of each action, sums by currency, and the first rows with their reasons."""
+    metadata: dict[str, dg.MetadataValue[Any]] = {
+        f"count: {action}": dg.MetadataValue.int(count) for action, count in sorted(count_by_action(decisions).items())
+    }
+    for action in sorted({decision.action for decision in decisions if decision.money is not None}):
+        for currency, total in sorted(sum_by_currency(decisions, frozenset({action})).items()):
+            metadata[f"sum: {action}, {currency}"] = dg.MetadataValue.float(float(total))
+    if decisions:
+        metadata[f"decisions (first {ROWS_SHOWN} of {len(decisions)})"] = dg.MetadataValue.table(
+            records=[
+                dg.TableRecord(
+                    {
+                        "action": decision.action,
+                        "subject": decision.subject,
+                        "amount": str(decision.money) if decision.money else "",
+                        "reason": decision.reason,
+                    }
+                )
+                for decision in decisions[:ROWS_SHOWN]
+            ],
+            schema=dg.TableSchema(columns=[dg.TableColumn(name) for name in ("action", "subject", "amount", "reason")]),
+        )
+    return metadata
+
+
+def describe_scope(scope: RunScope) -> dict[str, dg.MetadataValue[Any]]:
+    """Metadata: what the run stands for."""
+    return {
+        "as_of": dg.MetadataValue.text(f"{scope.as_of.isoformat()} (from {scope.source})"),
+        "dry_run": dg.MetadataValue.bool(scope.dry_run),
+    }
+
+
+def conclude(context: dg.OpExecutionContext, scope: RunScope, report: RunReport, *, retry_hint: str, job: str) -> None:
+    """Attach an applying op's report; end the run red if something needs another try.
+
+    Raises dg.Failure whose first line says what to do and what is known about the money (`retry_hint`).
+    """
+    metadata = {
+        **describe_scope(scope),
+        "applied": dg.MetadataValue.int(report.applied),
+        "skipped": dg.MetadataValue.int(report.skipped),
+        "quarantined": dg.MetadataValue.int(report.quarantined),
+        "quarantined for the first time": dg.MetadataValue.int(report.opened),
+        "needs another try": dg.MetadataValue.int(len(report.again)),
+        **{name: _number(value) for name, value in report.numbers.items()},
+        **describe_decisions(report.decisions),
+    }
+    told = "would change" if scope.dry_run else "changed"
+    context.log.info(
+        f"{job}: {told} {report.applied}, skipped {report.skipped}, quarantined {report.quarantined}"
+        f" ({report.opened} new), needs another try {len(report.again)}"
+    )
+    if report.again:
+        shown = "; ".join(report.again[:_FAILURES_TOLD])
+        more = f"; and {len(report.again) - _FAILURES_TOLD} more" if len(report.again) > _FAILURES_TOLD else ""
+        raise dg.Failure(
+            f"{len(report.again)} need another try, everything else was applied. {retry_hint} In detail: {shown}{more}",
+            metadata=metadata,
+            allow_retries=False,
+        )
+    context.add_output_metadata(metadata)
+
+
+def plot(
+    context: dg.OpExecutionContext,
+    key: Sequence[str],
+    numbers: Mapping[str, int | float | Decimal],
+    day: str | None = None,
+) -> None:
+    """Log numbers of this run to the asset that Dagster plots them under, over time or over days."""
+    context.log_event(
+        dg.AssetMaterialization(
+            list(key), partition=day, metadata={name: _number(value) for name, value in numbers.items()}
+        )
+    )
+
+
+def _number(value: float | Decimal) -> dg.MetadataValue[Any]:
+    return dg.MetadataValue.int(value) if isinstance(value, int) else dg.MetadataValue.float(float(value))
+
+
+def stop_before_applying(verdict: str | None, decisions: Sequence[Decision]) -> None:
+    """Stop a run whose plan is too large. Raises dg.Failure that says what it would have done and how to go on."""
+    if verdict is not None:
+        raise dg.Failure(
+            f"stopped before anything was applied: {verdict}",
+            metadata=describe_decisions(decisions),
+            allow_retries=False,
+        )
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """Turn an expected failure into dg.Failure with one plain line; a fault of this program passes with its trace."""
+    try:
+        yield
+    except dg.Failure:
+        raise
+    except Exception as error:
+        words = _in_words(error)
+        if words is None:
+            raise
+        raise dg.Failure(words, allow_retries=False) from None
+
+
+def _in_words(error: Exception) -> str | None:
+    from billing_orchestration.database.errors import BillingDatabaseError
+    from billing_orchestration.provider.errors import ProviderError
+    from billing_orchestration.settings import SettingsError
+
+    if isinstance(error, SettingsError):
+        return f"{error} Nothing was read or written."
+    if isinstance(error, (RunRefused, BillingDatabaseError, ProviderError)):
+        return str(error)
+    import psycopg
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if isinstance(error, (SQLAlchemyError, psycopg.Error)):
+        from billing_orchestration.database.engine import translate
+
+        return str(translate(error))
+    return None
+
+
+def instant(at: datetime) -> str:
+    """An instant as an operator reads it."""
+    return at.strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -1,0 +1,74 @@
+"""Schedules: a tick stands for its own instant, marks the partition it covers, and never overlaps its predecessor."""
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import dagster as dg
+
+from billing_orchestration.resources import SCHEDULE_TAG
+
+_UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+# Ahead of backfills in the queue: the present comes first.
+_PRIORITY = "10"
+# One run of a job at a time (dagster.yaml): a courtesy on top of what the database's constraints hold.
+SINGLETON_TAG = "billing/singleton"
+
+
+def singleton_tags(job_name: str, max_runtime_s: int) -> dict[str, str]:
+    """The tags of a job: at most one run of it at a time, and a bound on a run that hangs."""
+    return {SINGLETON_TAG: job_name, "dagster/max_runtime": str(max_runtime_s)}
+
+
+def tick_schedule(
+    job: dg.JobDefinition,
+    *,
+    name: str,
+    cron: str,
+    timezone: str,
+    partition_key: Callable[[datetime], str | None],
+    op_config: dict[str, Any] | None = None,
+    description: str,
+) -> dg.ScheduleDefinition:
+    """A schedule of a job. A tick is skipped, with a reason, while the run of an earlier tick is unfinished.
+
+    Only runs of this schedule count for that, or a long backfill would silence it. Missed ticks are not made up: the
+    next one covers what they would have.
+    """
+
+    @dg.schedule(
+        job=job,
+        name=name,
+        cron_schedule=cron,
+        execution_timezone=timezone,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description=description,
+    )
+    def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        unfinished = context.instance.get_run_records(
+            dg.RunsFilter(job_name=job.name, statuses=_UNFINISHED, tags={SCHEDULE_TAG: name}), limit=1
+        )
+        if unfinished:
+            run = unfinished[0].dagster_run
+            return dg.SkipReason(
+                f"run {run.run_id[:8]} of an earlier tick is still {run.status.value}; the next tick covers this one"
+            )
+        tick = context.scheduled_execution_time
+        run_config: dict[str, Any] = {"resources": {"run": {"config": {"as_of": tick.isoformat()}}}}
+        if op_config:
+            run_config["ops"] = {op: {"config": config} for op, config in op_config.items()}
+        return dg.RunRequest(
+            # A tick that is evaluated twice (two daemons, a changed cron) is one run.
+            run_key=tick.isoformat(),
+            partition_key=partition_key(tick),
+            run_config=run_config,
+            tags={"dagster/priority": _PRIORITY},
+        )
+
+    return schedule

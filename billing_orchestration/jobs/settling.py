@@ -1,0 +1,232 @@
+"""Driving the settling function over many payments: batches first, one at a time where a batch will not go.
+
+One poisoned payment never stops the others: a batch that fails is settled payment by payment; what the database
+refuses for good goes to quarantine, what it was too busy for is named for another try.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from billing_orchestration.database.audit import Problem, Stamp, evidence_of, open_problems
+from billing_orchestration.domain.decisions import Decision
+from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
+from billing_orchestration.domain.settlement import (
+    CloseAsGranted,
+    Leave,
+    Quarantine,
+    RecordRefund,
+    Settle,
+    metadata_user,
+)
+from billing_orchestration.jobs.run_report import RunReport
+from billing_orchestration.resources import BillingDatabase
+
+if TYPE_CHECKING:
+    from billing_orchestration.database.settling import Settled
+
+# Large enough that the statements' round trips do not count, small enough that the service's webhook never waits long
+# for the rows a batch has locked.
+BATCH_SIZE = 200
+_TRIES_OF_ONE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A payment that could not be settled. `for_good`: the database refuses it, so another try would not help."""
+
+    payment: ProviderPayment
+    reason: str
+    for_good: bool
+
+
+def batches(payments: Sequence[ProviderPayment], size: int = BATCH_SIZE) -> Iterator[list[ProviderPayment]]:
+    """Cut payments into batches in which every user and every id occurs once; a user's payments keep their order."""
+    waves: list[list[ProviderPayment]] = []
+    seen: dict[str, int] = {}
+    ids: set[str] = set()
+    for payment in payments:
+        if payment.id in ids:
+            continue
+        ids.add(payment.id)
+        user = metadata_user(payment) or f"payment {payment.id}"
+        wave = seen.get(user, 0)
+        seen[user] = wave + 1
+        if wave == len(waves):
+            waves.append([])
+        waves[wave].append(payment)
+    for wave_payments in waves:
+        for start in range(0, len(wave_payments), size):
+            yield wave_payments[start : start + size]
+
+
+def settle_all(
+    database: BillingDatabase,
+    payments: Sequence[ProviderPayment],
+    *,
+    make_stamp: Callable[[], Stamp],
+    is_live: bool,
+    dry_run: bool,
+) -> "Iterator[Settled | Failed]":
+    """Settle payments, each batch in its own transaction. Raises when the database itself is gone.
+
+    With `dry_run` every decision is made from the same facts and nothing is written.
+    """
+    from billing_orchestration.database.errors import DatabaseUnavailable
+
+    for batch in batches(payments):
+        try:
+            results = _settle(database, batch, make_stamp(), is_live=is_live, dry_run=dry_run)
+        except DatabaseUnavailable:
+            raise
+        except Exception:  # noqa: BLE001 - whatever it is, each payment gets its own try and its own words below
+            for payment in batch:
+                yield _settle_one(database, payment, make_stamp, is_live=is_live, dry_run=dry_run)
+        else:
+            yield from results
+
+
+def _settle(
+    database: BillingDatabase, batch: Sequence[ProviderPayment], stamp: Stamp, *, is_live: bool, dry_run: bool
+) -> "list[Settled]":
+    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.settling import preview_batch, settle_batch
+
+    facts = {"stamp": stamp, "calendar": database.calendar, "is_live": is_live}
+    with translated(), database.engine.connect() as connection:
+        if dry_run:
+            results = preview_batch(connection, batch, **facts)  # type: ignore[arg-type]
+            connection.rollback()
+        else:
+            results = settle_batch(connection, batch, **facts)  # type: ignore[arg-type]
+            connection.commit()
+    return results
+
+
+def _settle_one(
+    database: BillingDatabase,
+    payment: ProviderPayment,
+    make_stamp: Callable[[], Stamp],
+    *,
+    is_live: bool,
+    dry_run: bool,
+) -> "Settled | Failed":
+    from billing_orchestration.database.errors import BillingDatabaseError, DatabaseBusy, DatabaseUnavailable
+    from billing_orchestration.database.settling import ChangedMeanwhile
+
+    reason = ""
+    for _ in range(_TRIES_OF_ONE):
+        try:
+            return _settle(database, [payment], make_stamp(), is_live=is_live, dry_run=dry_run)[0]
+        except DatabaseUnavailable:
+            raise
+        except (DatabaseBusy, ChangedMeanwhile) as error:
+            reason = str(error)
+        except BillingDatabaseError as error:
+            # A concurrent writer's row under our unique index is seen by the next try, which then finds it settled.
+            reason = str(error)
+            if not _is_conflict(error):
+                return Failed(payment, reason, for_good=True)
+        except (ValueError, TypeError, OverflowError) as error:
+            # A value of this payment or of its rows that the database or the calendar cannot hold.
+            return Failed(payment, f"{type(error).__name__}: {error}", for_good=True)
+    return Failed(payment, reason, for_good=False)
+
+
+def _is_conflict(error: BaseException) -> bool:
+    original = getattr(error.__cause__, "orig", None)
+    return getattr(original, "sqlstate", None) == "23505"
+
+
+def report_settled(
+    report: RunReport, results: "Iterator[Settled | Failed]", *, database: BillingDatabase, stamp: Stamp, dry_run: bool
+) -> None:
+    """Add what became of the payments to the report; put what the database refuses for good into the quarantine."""
+    refused: list[Problem] = []
+    for result in results:
+        payment = result.payment
+        subject = f"payment {payment.id}"
+        if isinstance(result, Failed):
+            if result.for_good:
+                report.quarantined += 1
+                report.decisions.append(Decision("quarantine", subject, result.reason, payment.money))
+                refused.append(
+                    Problem(
+                        subject,
+                        "not_writable",
+                        f"settling it failed: {result.reason}",
+                        external_payment_id=payment.id,
+                        evidence=evidence_of({"id": payment.id, "metadata": payment.metadata}),
+                    )
+                )
+            else:
+                report.again.append(f"{subject}: {result.reason}")
+                report.decisions.append(Decision("try again", subject, result.reason, payment.money))
+            continue
+        decision = result.decision
+        reason = decision.reason
+        if isinstance(decision, Settle):
+            report.applied += 1
+            if result.subscription_id is not None:
+                reason = f"{reason} (subscription {result.subscription_id}, until {decision.period_end:%Y-%m-%d})"
+            report.decisions.append(Decision(_VERBS[decision.kind], subject, reason, payment.money))
+        elif isinstance(decision, RecordRefund):
+            report.applied += 1
+            report.decisions.append(Decision("record refund", subject, reason, payment.money))
+        elif isinstance(decision, CloseAsGranted):
+            report.applied += 1
+            report.decisions.append(Decision("close attempt", subject, reason, payment.money))
+        elif isinstance(decision, Quarantine):
+            report.quarantined += 1
+            report.opened += result.newly_opened
+            report.decisions.append(Decision("quarantine", subject, reason, payment.money))
+        elif isinstance(decision, Leave):
+            report.skipped += 1
+            report.decisions.append(Decision("leave", subject, reason, payment.money))
+    if not dry_run:
+        report.opened += open_all(database, stamp, refused)
+
+
+_VERBS = {"created": "create subscription", "extended": "extend subscription", "renewed": "renew subscription"}
+
+
+def open_all(database: BillingDatabase, stamp: Stamp, problems: Sequence[Problem]) -> int:
+    """Put problems into the quarantine in a transaction of their own; give back how many are new."""
+    if not problems:
+        return 0
+    from billing_orchestration.database.engine import translated
+
+    with translated(), database.engine.begin() as connection:
+        return len(open_problems(connection, stamp, problems))
+
+
+def unusable_problems(unusable: Sequence[UnusablePayment]) -> list[Problem]:
+    """Odd items of a provider's answer, as problems for a person. One without an id is named by its contents."""
+    import hashlib
+    import json
+
+    problems = []
+    for item in unusable:
+        evidence = evidence_of(item.evidence)
+        name = item.payment_id or hashlib.sha256(json.dumps(evidence, sort_keys=True).encode()).hexdigest()[:16]
+        problems.append(
+            Problem(
+                subject=f"payment {name}",
+                kind="unreadable",
+                reason=f"the provider's record cannot be used: {item.reason}",
+                external_payment_id=item.payment_id,
+                evidence=evidence,
+            )
+        )
+    return problems
+
+
+def report_unusable(
+    report: RunReport, unusable: Sequence[UnusablePayment], *, database: BillingDatabase, stamp: Stamp, dry_run: bool
+) -> None:
+    """Quarantine odd items and tell of them."""
+    problems = unusable_problems(unusable)
+    report.quarantined += len(problems)
+    report.decisions.extend(Decision("quarantine", problem.subject, problem.reason) for problem in problems)
+    if not dry_run:
+        report.opened += open_all(database, stamp, problems)

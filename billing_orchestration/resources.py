@@ -1,0 +1,190 @@
+"""What every run is given: its scope, the database, the provider, the clock. No rules live here.
+
+Each resource does its work when it is first used, not when the run starts: a dry look at the definitions needs no
+settings, and a run that needs no provider never opens a connection to it.
+"""
+
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from pydantic import Field
+
+from billing_orchestration.domain.billing_calendar import BillingCalendar
+from billing_orchestration.domain.run_scope import RunRefused, RunScope, as_of_partition, check_max_changes, parse_as_of
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from billing_orchestration.provider.client import PaymentProvider
+    from billing_orchestration.settings import Settings
+
+PARTITION_TAG = "dagster/partition"
+SCHEDULE_TAG = "dagster/schedule_name"
+
+
+def utc_now() -> datetime:
+    """The real time, aware UTC."""
+    return datetime.now(timezone.utc)
+
+
+class Clock:
+    """The time of a run. `now` is replaced by a parameter in tests and simulations, never patched."""
+
+    def __init__(self, now: Callable[[], datetime] = utc_now) -> None:
+        self.now = now
+
+
+class RunSettings(dg.ConfigurableResource[None]):
+    """The run config that all five jobs share (SPEC 3). Every field is optional."""
+
+    as_of: str | None = Field(
+        default=None,
+        description=(
+            "The instant the run stands for, ISO 8601 with an offset, such as 2026-03-05T03:00:00Z. Left out: the end"
+            " of the partition, or now. A naive instant or one in the future is refused."
+        ),
+    )
+    dry_run: bool = Field(
+        default=False,
+        description="Show every decision and write nothing, neither to the database nor to the provider.",
+    )
+    max_changes: int | None = Field(
+        default=None,
+        description=(
+            "Stop before anything is applied if the run would make more changes than this. Left out: no limit, but"
+            " expire_subscriptions_job stops at more than 20 % of all ACTIVE subscriptions and more than 100."
+        ),
+    )
+
+    def scope(self, context: dg.OpExecutionContext, clock: Clock, *, whole_days: bool) -> RunScope:
+        """Resolve what the run stands for. Raises RunRefused before anything is read.
+
+        `whole_days`: the job's partition is a billing day, so its `as_of` is the last instant of that day.
+        """
+        now = clock.now()
+        check_max_changes(self.max_changes)
+        scheduled = SCHEDULE_TAG in context.run.tags
+        if self.as_of:
+            as_of, source = parse_as_of(self.as_of.strip(), now), "config"
+        elif context.has_partition_key:
+            try:
+                window = context.partition_time_window
+            except Exception as error:
+                raise RunRefused(
+                    f"the partition {context.run.tags.get(PARTITION_TAG)!r} is not one of this job's keys:"
+                    f" {error}. Nothing was read or written"
+                ) from error
+            as_of, source = as_of_partition(window.start, window.end, now, last_instant=whole_days), "partition"
+        else:
+            as_of, source = now, "now"
+        return RunScope(
+            as_of=as_of,
+            source=source,
+            heals=scheduled or source == "now",
+            dry_run=self.dry_run,
+            max_changes=self.max_changes,
+            run_id=context.run_id,
+        )
+
+
+class BillingDatabase:
+    """The service's database with our schema in it: checked and connected on first use, pooled, closed with the run."""
+
+    def __init__(self, load_settings: Callable[[], "Settings"]) -> None:
+        self._load_settings = load_settings
+
+    @cached_property
+    def settings(self) -> "Settings":
+        """All settings, checked as a whole. Raises SettingsError, one line."""
+        return self._load_settings()
+
+    @cached_property
+    def calendar(self) -> BillingCalendar:
+        """Billing days and periods in the billing time zone."""
+        return BillingCalendar(self.settings.billing_timezone)
+
+    @cached_property
+    def engine(self) -> "sa.Engine":
+        """The engine, after a look at the schema. Raises a BillingDatabaseError that names the way out."""
+        from billing_orchestration.database.engine import create_engine, translated
+        from billing_orchestration.database.health import check_schema
+
+        engine = create_engine(self.settings.billing_database_url)
+        try:
+            with translated(), engine.connect() as connection:
+                check_schema(connection)
+        except BaseException:
+            engine.dispose()
+            raise
+        return engine
+
+    def close(self) -> None:
+        """Give the connections back."""
+        engine = self.__dict__.pop("engine", None)
+        if engine is not None:
+            engine.dispose()
+
+
+class ProviderConnection:
+    """The payment provider. Connected on first use, pooled, closed with the run."""
+
+    def __init__(
+        self, load_settings: Callable[[], "Settings"], connect: "Callable[[Settings], PaymentProvider] | None"
+    ) -> None:
+        self._load_settings = load_settings
+        self._connect = connect or connect_provider
+
+    @cached_property
+    def client(self) -> "PaymentProvider":
+        """The provider's client. Raises SettingsError, one line."""
+        return self._connect(self._load_settings())
+
+    def close(self) -> None:
+        """Close the pooled connections."""
+        client = self.__dict__.pop("client", None)
+        if client is not None:
+            client.close()
+
+
+def connect_provider(settings: "Settings") -> "PaymentProvider":
+    """The client for the shop of these settings."""
+    from billing_orchestration.provider.client import PaymentProvider
+
+    return PaymentProvider(
+        shop_id=settings.yookassa_shop_id,
+        secret_key=settings.yookassa_secret_key.get_secret_value(),
+        api_url=settings.yookassa_api_url,
+    )
+
+
+def billing_database_resource(load_settings: Callable[[], "Settings"]) -> dg.ResourceDefinition:
+    """The resource `billing_database`."""
+
+    @dg.resource(description="The billing service's PostgreSQL database (BILLING_DATABASE_URL).")
+    def billing_database() -> Iterator[BillingDatabase]:
+        database = BillingDatabase(load_settings)
+        try:
+            yield database
+        finally:
+            database.close()
+
+    return billing_database
+
+
+def payment_provider_resource(
+    load_settings: Callable[[], "Settings"], connect: "Callable[[Settings], PaymentProvider] | None" = None
+) -> dg.ResourceDefinition:
+    """The resource `payment_provider`."""
+
+    @dg.resource(description="The payment provider over HTTP (YOOKASSA_API_URL, YOOKASSA_SHOP_ID).")
+    def payment_provider() -> Iterator[ProviderConnection]:
+        provider = ProviderConnection(load_settings, connect)
+        try:
+            yield provider
+        finally:
+            provider.close()
+
+    return payment_provider
