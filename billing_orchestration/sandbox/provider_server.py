@@ -86,6 +86,7 @@ class ProviderApi:
         self.connections_opened = 0
         self.transports: dict[Any, asyncio.Transport] = {}
         self._stalled: set[asyncio.Transport] = set()
+        self._delayed: set[asyncio.Future[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._epoch = 0
         self._working: dict[str, asyncio.Event] = {}
@@ -100,13 +101,26 @@ class ProviderApi:
         self.release()
 
     def release(self) -> None:
-        """Cut the connections that are kept waiting by a silence."""
-        if self._loop is not None and self._stalled:
-            self._loop.call_soon_threadsafe(self._cut_stalled)
+        """End every wait: connections kept waiting by a silence are cut, delayed calls go on at once."""
+        if self._loop is not None and (self._stalled or self._delayed):
+            self._loop.call_soon_threadsafe(self._end_waits)
 
-    def _cut_stalled(self) -> None:
+    def _end_waits(self) -> None:
         for transport in list(self._stalled):
             transport.abort()
+        for delayed in list(self._delayed):
+            _resolve(delayed)
+
+    async def _delay(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        delayed: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(seconds, _resolve, delayed)
+        self._delayed.add(delayed)
+        try:
+            await delayed
+        finally:
+            timer.cancel()
+            self._delayed.discard(delayed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._loop = asyncio.get_running_loop()
@@ -146,7 +160,7 @@ class ProviderApi:
         match rule.effect.rpartition("_"):
             case [effect, _, "before"]:
                 if rule.delay_s:
-                    await asyncio.sleep(rule.delay_s)
+                    await self._delay(rule.delay_s)
                 await exchange.strike(effect, rule)
                 return
             case [effect, _, "after"]:
@@ -155,7 +169,7 @@ class ProviderApi:
                 return
         if rule.effect in {"too_many_requests", "forbidden", "invalid_credentials"}:
             if rule.delay_s:
-                await asyncio.sleep(rule.delay_s)
+                await self._delay(rule.delay_s)
             await exchange.strike(rule.effect, rule)
             return
         answer = await self._execute(exchange.request, call, rule.delay_s)
@@ -190,7 +204,7 @@ class ProviderApi:
         if key is not None:
             self._working[key] = done
         try:
-            await asyncio.sleep(delay_s)
+            await self._delay(delay_s)
             if epoch != self._epoch:
                 return _internal_error()
             return self._process(request, call)
@@ -322,6 +336,11 @@ class _Exchange:
         """Wait until the connection is gone, so that the server does not add an answer of its own."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
+
+
+def _resolve(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():
+        waiting.set_result(None)
 
 
 def _reset(transport: asyncio.Transport) -> None:
@@ -643,7 +662,7 @@ class Sandbox:
         return self.api.misbehaviours.add(Misbehaviour(call, effect, **how))
 
     def behave(self) -> None:
-        """Drop all rules and let go of the connections that are kept waiting."""
+        """Drop all rules and end every wait: silent connections are cut, delayed calls go on at once."""
         self.api.misbehaviours.clear()
         self.api.release()
 
