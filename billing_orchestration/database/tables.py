@@ -190,7 +190,7 @@ settlements = sa.Table(
 saved_methods = sa.Table(
     "saved_methods",
     ours,
-    sa.Column("subscription_id", sa.Integer, primary_key=True),
+    sa.Column("subscription_id", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("payment_method_id", sa.Text, nullable=False),
     sa.Column("currency", sa.Text, nullable=False),
     sa.Column("payment_provider_id", sa.Integer, nullable=False),
