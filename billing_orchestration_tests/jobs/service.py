@@ -1,0 +1,351 @@
+"""A small subscription service for tests: its tables, its customers, its clock, and its jobs.
+
+`Service` writes rows as the service does (naive UTC, upper-case labels), talks to the sandbox over HTTP, runs whole
+jobs in process through Dagster, and compares both sides' books at the end. Time stands still unless a test moves it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from typing import Any
+
+import dagster as dg
+import sqlalchemy as sa
+
+from billing_orchestration.definitions import build_definitions
+from billing_orchestration.provider.client import PaymentProvider, Timeouts
+from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.settings import Settings
+
+UTC = timezone.utc
+# A Thursday in the middle of a month: neither a month's end nor a change of clocks is near.
+NOON = datetime(2026, 3, 12, 12, 0, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a job as an operator sees it."""
+
+    ok: bool
+    run_id: str
+    failure: str
+    metadata: dict[str, dict[str, Any]]
+    materialized: dict[str, dict[str, Any]]
+    log: list[str] = field(default_factory=list)
+
+    def number(self, op: str, name: str) -> Any:
+        """A number that an op has attached."""
+        return self.metadata[op][name]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The metadata of the applying op, whether it ended green or red."""
+        return next(
+            value
+            for key, value in self.metadata.items()
+            if key.startswith(("apply_", "charge_")) or key == "failure"
+        )
+
+    @property
+    def decisions(self) -> list[dict[str, Any]]:
+        """The rows of the decisions table of the applying op."""
+        for name, value in self.report.items():
+            if name.startswith("decisions"):
+                return list(value)
+        return []
+
+    def reasons(self, subject: str) -> list[str]:
+        """What the report says about one subject, as "action: reason"."""
+        return [f"{row['action']}: {row['reason']}" for row in self.decisions if row["subject"] == subject]
+
+
+class Service:
+    """The installation under test."""
+
+    def __init__(self, engine: sa.Engine, url: str, sandbox: Sandbox, now: datetime = NOON, **settings: Any) -> None:
+        self.engine = engine
+        self.sandbox = sandbox
+        self.provider = sandbox.provider
+        self.settings = Settings(
+            _env_file=None,  # type: ignore[call-arg]
+            billing_database_url=url,
+            yookassa_shop_id=sandbox.shop_id,
+            yookassa_secret_key=sandbox.secret_key,
+            yookassa_api_url=sandbox.url,
+            **settings,
+        )
+        self.timeouts = Timeouts(connect_s=2.0, charge_read_s=2.0, read_s=2.0)
+        self._instance: dg.DagsterInstance | None = None
+        self._numbers = itertools.count(1)
+        self.set_time(now)
+        self.yookassa = self._insert(
+            "payment_providers", name="YooKassa", description="cards", is_active=True, **self._touched()
+        )
+
+    # --- time
+
+    def set_time(self, now: datetime) -> None:
+        """Both sides' clocks, the service's and the provider's."""
+        self.now = now
+        self.sandbox.clock.set(now)
+
+    def advance(self, **delta: float) -> None:
+        """Both sides' clocks go on."""
+        self.set_time(self.now + timedelta(**delta))
+
+    # --- the service's rows
+
+    def plan(
+        self,
+        price: str | None = "299.00",
+        *,
+        currency: str = "RUB",
+        duration: int | None = 1,
+        unit: str | None = "month",
+        recurring: bool | None = True,
+    ) -> int:
+        """A plan with one price (None: without)."""
+        plan_id = self._insert(
+            "plans",
+            name=f"plan {next(self._numbers)}",
+            description="",
+            is_active=True,
+            is_recurring=recurring,
+            duration=duration,
+            duration_unit=unit,
+            **self._touched(),
+        )
+        if price is not None:
+            self.price(plan_id, price, currency)
+        return plan_id
+
+    def price(self, plan_id: int, amount: str, currency: str = "RUB") -> int:
+        """One more price of a plan."""
+        return self._insert("prices", plan_id=plan_id, amount=Decimal(amount), currency=currency)
+
+    def subscription(
+        self,
+        plan_id: int | None,
+        *,
+        ended_at: datetime | None,
+        started_at: datetime | None = None,
+        user: str | None = None,
+        status: str | None = "ACTIVE",
+    ) -> int:
+        """A subscription row."""
+        return self._insert(
+            "subscriptions",
+            user_id=user or f"user-{next(self._numbers)}",
+            status=status,
+            started_at=_naive(started_at or (ended_at - timedelta(days=60) if ended_at else self.now)),
+            ended_at=_naive(ended_at),
+            plan_id=plan_id,
+            **self._touched(),
+        )
+
+    def payment(
+        self,
+        subscription_id: int | None = None,
+        *,
+        external_id: str | None = None,
+        status: str | None = "SUCCEEDED",
+        amount: str = "299.00",
+        currency: str | None = "RUB",
+        created_at: datetime | None = None,
+        method: str | None = "BANK_CARD",
+    ) -> int:
+        """A payment row."""
+        return self._insert(
+            "payments",
+            subscription_id=subscription_id,
+            payment_provider_id=self.yookassa,
+            payment_method=method,
+            status=status,
+            currency=currency,
+            amount=Decimal(amount),
+            external_payment_id=external_id,
+            created_at=_naive(created_at or self.now - timedelta(days=30)),
+            updated_at=_naive(created_at or self.now),
+        )
+
+    def subscriber(
+        self,
+        plan_id: int | None = None,
+        *,
+        ended_at: datetime | None = None,
+        script: Any = "succeeded",
+        method: str | None = None,
+        **subscription: Any,
+    ) -> int:
+        """A customer with a subscription that ends today, paid once with a card that the provider has saved."""
+        plan_id = self.plan() if plan_id is None else plan_id
+        subscription_id = self.subscription(plan_id, ended_at=ended_at or self.now, **subscription)
+        method = method or f"method-{subscription_id}"
+        self.provider.add_method(method, script)
+        self.payment(subscription_id, external_id=method)
+        return subscription_id
+
+    def paid_there(self, payment_id: str | None = None, *, user: str = "anna", plan_id: int | None = None, **fields: Any) -> str:
+        """A payment that succeeded at the provider, with the metadata that the service writes."""
+        metadata = {"user_id": user, "payment_provider_id": str(self.yookassa)}
+        if plan_id is not None:
+            metadata["plan_id"] = str(plan_id)
+        fields.setdefault("metadata", metadata)
+        fields.setdefault("created_at", self.now - timedelta(minutes=20))
+        fields.setdefault("amount", "299.00")
+        return str(self.provider.add_payment(id=payment_id or f"paid-{next(self._numbers)}", **fields).id)
+
+    # --- running
+
+    def run(
+        self,
+        job: str,
+        *,
+        as_of: datetime | str | None = None,
+        dry_run: bool | None = None,
+        max_changes: int | None = None,
+        ops: dict[str, Any] | None = None,
+        tags: dict[str, str] | None = None,
+        partition: str | None = None,
+        load: Callable[[], Settings] | None = None,
+    ) -> Run:
+        """Run a whole job through Dagster, in this process."""
+        config: dict[str, Any] = {}
+        if as_of is not None:
+            config["as_of"] = as_of if isinstance(as_of, str) else as_of.isoformat()
+        if dry_run is not None:
+            config["dry_run"] = dry_run
+        if max_changes is not None:
+            config["max_changes"] = max_changes
+        run_config: dict[str, Any] = {"resources": {"run": {"config": config}}} if config else {}
+        op_config = {name: {"config": value} for name, value in (ops or {}).items()}
+        if job == "autopayment_job":
+            charging = op_config.setdefault("charge_renewals", {"config": {}})["config"]
+            charging.setdefault("resend_wait_s", 0.0)
+        if op_config:
+            run_config["ops"] = op_config
+        definitions = build_definitions(
+            load=load or (lambda: self.settings), now=lambda: self.now, connect=self.connect_provider
+        )
+        if self._instance is None:
+            self._instance = dg.DagsterInstance.ephemeral()
+        all_tags = {**(tags or {}), **({"dagster/partition": partition} if partition else {})}
+        result = definitions.get_job_def(job).execute_in_process(
+            instance=self._instance, run_config=run_config, raise_on_error=False, tags=all_tags
+        )
+        return _read(result, self._instance)
+
+    def connect_provider(self, settings: Settings) -> PaymentProvider:
+        """The client, with short waits."""
+        return PaymentProvider(
+            shop_id=settings.yookassa_shop_id,
+            secret_key=settings.yookassa_secret_key.get_secret_value(),
+            api_url=settings.yookassa_api_url,
+            timeouts=self.timeouts,
+            read_attempts=3,
+            read_backoff_s=0.01,
+        )
+
+    # --- the books
+
+    def row(self, table: str, row_id: Any) -> Any:
+        """One row."""
+        with self.engine.connect() as connection:
+            return connection.execute(sa.text(f"SELECT * FROM {table} WHERE id = :id"), {"id": row_id}).one()
+
+    def rows(self, table: str, where: str = "true", **values: Any) -> list[Any]:
+        """Rows of a table, by id where it has one."""
+        with self.engine.connect() as connection:
+            return list(connection.execute(sa.text(f"SELECT * FROM {table} WHERE {where} ORDER BY 1"), values))
+
+    def attempts(self, subscription_id: int) -> list[Any]:
+        """The renewal attempts of a subscription, oldest first."""
+        return self.rows("billing_orchestration.renewal_attempts", "subscription_id = :id", id=subscription_id)
+
+    def ended_at(self, subscription_id: int) -> datetime:
+        """Until when a subscription is paid, aware."""
+        ended_at: datetime = self.row("subscriptions", subscription_id).ended_at
+        return ended_at.replace(tzinfo=UTC)
+
+    def charges(self) -> list[Any]:
+        """What our own calls took from customers, by the provider's ledger."""
+        return self.provider.charges()
+
+    def snapshot(self) -> dict[str, list[Any]]:
+        """Everything that a repeated run must not change: the service's tables, and ours but for the watermarks."""
+        ours = ("renewal_attempts", "settlements", "saved_methods", "quarantine", "audit_trail")
+        tables = ["subscriptions", "payments", *(f"billing_orchestration.{name}" for name in ours)]
+        return {table: self.rows(table) for table in tables}
+
+    def check_books(self) -> None:
+        """Both sides agree: one grant for each success of ours in the ledger, none without, no period charged twice."""
+        charged = Counter(entry.payment_id for entry in self.charges())
+        granted = Counter(row.external_payment_id for row in self.rows("billing_orchestration.settlements"))
+        assert all(count == 1 for count in charged.values()), charged
+        missing = set(charged) - set(granted)
+        assert not missing, f"charged and not settled: {missing}"
+        periods = Counter(
+            (row.subscription_id, row.period_start)
+            for row in self.rows("billing_orchestration.renewal_attempts", "state = 'SUCCEEDED'")
+        )
+        assert all(count == 1 for count in periods.values()), periods
+        successes = {entry.payment_id for entry in self.provider.ledger() if entry.kind == "charge"}
+        unpaid = {payment_id for payment_id in granted if payment_id not in successes}
+        assert not unpaid, f"granted without a success: {unpaid}"
+
+    def execute(self, statement: str, **values: Any) -> None:
+        """A statement of the service, or of an operator."""
+        with self.engine.begin() as connection:
+            connection.execute(sa.text(statement), values)
+
+    def _insert(self, table: str, **values: Any) -> int:
+        names = ", ".join(values)
+        marks = ", ".join(f":{name}" for name in values)
+        with self.engine.begin() as connection:
+            return int(
+                connection.execute(
+                    sa.text(f"INSERT INTO {table} ({names}) VALUES ({marks}) RETURNING id"), values
+                ).scalar_one()
+            )
+
+    def _touched(self) -> dict[str, datetime | None]:
+        return {"created_at": _naive(self.now), "updated_at": _naive(self.now)}
+
+
+def _naive(instant: datetime | None) -> datetime | None:
+    return None if instant is None else instant.astimezone(UTC).replace(tzinfo=None)
+
+
+def _read(result: dg.ExecuteInProcessResult, instance: dg.DagsterInstance) -> Run:
+    failure = ""
+    metadata: dict[str, dict[str, Any]] = {}
+    materialized: dict[str, dict[str, Any]] = {}
+    for event in result.all_events:
+        if event.event_type_value == "STEP_OUTPUT":
+            op = event.step_key or ""
+            metadata.setdefault(op, {}).update(_plain(event.step_output_data.metadata))
+        elif event.event_type_value == "STEP_FAILURE":
+            data = event.step_failure_data
+            failure = data.user_failure_data.description if data.user_failure_data else data.error.message
+            if data.user_failure_data:
+                metadata["failure"] = _plain(data.user_failure_data.metadata)
+        elif event.event_type_value == "ASSET_MATERIALIZATION":
+            materialization = event.step_materialization_data.materialization
+            materialized[materialization.asset_key.path[-1]] = _plain(materialization.metadata)
+    log = [record.message for record in instance.all_logs(result.run_id) if record.dagster_event is None]
+    return Run(result.success, result.run_id, failure or "", metadata, materialized, log)
+
+
+def _plain(metadata: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for name, value in metadata.items():
+        if isinstance(value, dg.TableMetadataValue):
+            plain[name] = [dict(record.data) for record in value.records]
+        else:
+            plain[name] = value.value
+    return plain
