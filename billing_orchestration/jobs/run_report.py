@@ -20,7 +20,8 @@ _FAILURES_TOLD = 5
 @dataclass
 class RunReport:
     """What an applying op has done. `applied` counts changes that were committed, `opened` new quarantine entries,
-    `again` names what needs another try (the run then ends red), `numbers` are plotted over time."""
+    `again` names what needs another try (the run then ends red), `stopped_by` is what ended the applying early,
+    `numbers` are plotted over time."""
 
     decisions: list[Decision] = field(default_factory=list)
     applied: int = 0
@@ -28,6 +29,7 @@ class RunReport:
     quarantined: int = 0
     opened: int = 0
     again: list[str] = field(default_factory=list)
+    stopped_by: str | None = None
     numbers: dict[str, int | float] = field(default_factory=dict)
 
 
@@ -88,8 +90,11 @@ def conclude(context: dg.OpExecutionContext, scope: RunScope, report: RunReport,
     if report.again:
         shown = "; ".join(report.again[:_FAILURES_TOLD])
         more = f"; and {len(report.again) - _FAILURES_TOLD} more" if len(report.again) > _FAILURES_TOLD else ""
+        # What stopped everything comes first: it is what the person at night has to mend.
+        why = f"{report.stopped_by}. It stopped there. " if report.stopped_by else ""
         raise dg.Failure(
-            f"{len(report.again)} need another try, everything else was applied. {retry_hint} In detail: {shown}{more}",
+            f"{why}{len(report.again)} need another try, everything else was applied. {retry_hint}"
+            f" In detail: {shown}{more}",
             metadata=metadata,
             allow_retries=False,
         )

@@ -81,7 +81,7 @@ class ChargingConfig(dg.Config):
         default=3,
         ge=1,
         le=10,
-        description="How often one attempt is sent in one run at most (same key, same body) while its outcome is unknown.",
+        description="How often one attempt is sent in one run at most (same key and body) while it is unknown.",
     )
     resend_wait_s: float = Field(
         default=2.0,
@@ -327,16 +327,12 @@ def _conclude_open(
                     outcome.state.lower(),
                 )
             )
-    for decision in plan.decisions:
-        if isinstance(decision, Void):
-            closings.append((Closing(decision.attempt, State.VOID, decision.reason), "void"))
-        elif isinstance(decision, NoteAbsence):
-            closings.append(
-                (
-                    Closing(decision.attempt, decision.attempt.state, decision.reason, absent_since=stamp.at),
-                    "first absence",
-                )
-            )
+    for other in plan.decisions:
+        if isinstance(other, Void):
+            closings.append((Closing(other.attempt, State.VOID, other.reason), "void"))
+        elif isinstance(other, NoteAbsence):
+            closing = Closing(other.attempt, other.attempt.state, other.reason, absent_since=stamp.at)
+            closings.append((closing, "first absence"))
     with translated(), database.engine.begin() as connection:
         closed = close(connection, stamp, [closing for closing, _ in closings])
     for closing, word in closings:
@@ -394,9 +390,7 @@ def _charge(
         report.opened += result.newly_quarantined
         if result.needs_retry:
             report.again.append(f"subscription {attempt.subscription_id} ({result.outcome}): {result.reason}")
-    if charging.stop_reason is not None:
-        # The reason of the stop comes first: it is what the person at night has to mend.
-        report.again.insert(0, f"charging stopped: {charging.stop_reason}")
+    report.stopped_by = charging.stop_reason
 
 
 @dg.job(

@@ -15,8 +15,8 @@ Killed between 1 and 2: nothing happened. Between 2 and 3, or 3 and 4: the attem
 23 h, searches for it; a success is also found by the matching jobs within minutes, by the attempt's id in its metadata.
 Between 4 and 5: the lock ends with the session.
 
-Many attempts share the statements of steps 1, 2, 4 and 5. The first charge of a run goes alone, so that a wrong shop key
-costs one request; then the width doubles with every answer up to `max_concurrency`, and halves with every failure.
+Many attempts share the statements of steps 1, 2, 4 and 5. The first charge of a run goes alone, so that a wrong shop
+key costs one request; then the width doubles with every answer up to `max_concurrency`, and halves with every failure.
 """
 
 import heapq
@@ -129,7 +129,7 @@ class _Withheld(Exception):
 class Charging:
     """One run of the protocol. Use `run` once.
 
-    `make_stamp` gives job, run id and the present moment; `log` takes progress lines; `monotonic` is the clock of waits.
+    `make_stamp` gives job, run id and the present moment; `log` takes progress lines; `monotonic` times the waits.
     """
 
     database: BillingDatabase
@@ -408,8 +408,8 @@ class Charging:
             self._finish(
                 work,
                 "unknown",
-                f"paid at the provider ({result.payment.id}), not granted yet: {result.reason}; the matching jobs or the"
-                " next run settle it",
+                f"paid at the provider ({result.payment.id}), not granted yet: {result.reason}; the matching jobs or"
+                " the next run settle it",
                 needs_retry=True,
             )
             return
@@ -424,7 +424,7 @@ class Charging:
             until = f", paid until {decision.period_end:%Y-%m-%d}" if isinstance(decision, Settle) else ""
             self._finish(work, "charged", f"payment {result.payment.id}{until}")
 
-    # --- pace, breaker, end
+    # --- pace and breaker; the end of a run
 
     def _next_wait(self, work: _Work, retry_after_s: float | None) -> float | None:
         """How long an attempt waits before it is sent again; None when it had its tries."""
