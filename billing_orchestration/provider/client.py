@@ -1,0 +1,361 @@
+"""The payment provider for the jobs: the official SDK made safe for money and for threads.
+
+What an operator can rely on: a charge is one POST of exactly the frozen bytes and is never repeated in here; a read
+is repeated within a bound; a slice is whole or an error; every error says what is known about the money; credentials
+are in no text, no repr and no log; two shops in one process never mix.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
+
+from yookassa import Payment
+from yookassa.client import ApiClient
+from yookassa.domain.common import HttpVerb, UserAgent
+
+from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
+from billing_orchestration.provider.errors import (
+    IncompleteSlice,
+    NeverSent,
+    OutcomeUnknown,
+    ProviderError,
+    RateLimited,
+    RequestRejected,
+    WrongCredentials,
+)
+from billing_orchestration.provider.outcomes import Call, Outcomes
+from billing_orchestration.provider.pacing import Pace
+from billing_orchestration.provider.records import parse_payment, provider_instant, read_json
+from billing_orchestration.provider.slices import Collector, Slice
+from billing_orchestration.provider.wire import Answer, Wire
+
+__all__ = ["PaymentProvider", "Slice", "Timeouts"]
+
+Value = TypeVar("Value")
+
+# The provider takes 1 to 64 characters; beyond ASCII they would not survive an HTTP header.
+_KEY = re.compile(r"[\x21-\x7e]{1,64}")
+_PAGE_SIZE = "100"
+# A million payments. A provider that goes on beyond that with ever new cursors is not telling a slice.
+_MOST_PAGES = 10_000
+# Half a minute is long enough for a hiccup; a run every two minutes tries again anyway.
+_LONGEST_BACKOFF_S = 30.0
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long one request may take, in seconds."""
+
+    # A connection is made in milliseconds or not at all; a lost SYN is repeated after 1 s and 3 s.
+    connect_s: float = 5.0
+    # The provider answers a charge within 30 s or says HTTP 500; giving up earlier makes outcomes unknown for nothing.
+    charge_read_s: float = 40.0
+    # A page of 100 payments takes a fraction of a second; 15 s is silence.
+    read_s: float = 15.0
+
+
+class _ApiClient(ApiClient):
+    """The SDK's transport with our own wire: no global Configuration, and an answer instead of a guess."""
+
+    def __init__(self, *, api_url: str, authorization: str, wire: Wire, timeouts: Timeouts) -> None:
+        # No super().__init__: it reads the process-wide Configuration, in which two shops mix.
+        self.endpoint = api_url
+        self._wire = wire
+        self._timeouts = timeouts
+        agent = UserAgent().get_header_string()
+        common = {
+            "Accept": "application/json",
+            "Authorization": authorization,
+            "User-Agent": agent,
+            "YM-User-Agent": agent,
+        }
+        # Pages compress tenfold. A charge's answer is small, and its fate shall not hang on a decompressor.
+        self._get_headers = {**common, "Accept-Encoding": "gzip"}
+        self._post_headers = {**common, "Content-Type": "application/json"}
+
+    def request(
+        self,
+        method: str = "",
+        path: str = "",
+        query_params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> Answer:
+        """Send once; the answer as it came, whatever its status."""
+        return self.execute(body, method, path, query_params, self.prepare_request_headers(headers, method))
+
+    def prepare_request_headers(self, headers: Mapping[str, str] | None, method: str = HttpVerb.GET) -> dict[str, str]:
+        """A fresh dictionary for one request."""
+        ready = self._post_headers if method == HttpVerb.POST else self._get_headers
+        return {**ready, **headers} if headers else ready.copy()
+
+    def execute(
+        self,
+        body: bytes | None,
+        method: str,
+        path: str,
+        query_params: Mapping[str, str] | None,
+        request_headers: dict[str, str],
+    ) -> Answer:
+        """One request, exactly once. A charge may take longer than a read."""
+        is_charge = method == HttpVerb.POST
+        return self._wire.send(
+            method.upper(),
+            f"{path}?{urlencode(query_params)}" if query_params else path,
+            headers=request_headers,
+            body=body,
+            read_s=self._timeouts.charge_read_s if is_charge else self._timeouts.read_s,
+        )
+
+
+class _Payments(Payment):
+    """The SDK's paths and verbs of payments, bound to one client instead of the global one."""
+
+    def __init__(self, client: _ApiClient) -> None:
+        # No super().__init__: it makes a client of the global Configuration.
+        self.client = client
+
+    def post(self, body: bytes, idempotence_key: str) -> Answer:
+        """Exactly these bytes: the SDK's `create` would add `cms_name`, and make up a missing key."""
+        return self.client.request(HttpVerb.POST, self.base_path, None, {"Idempotence-Key": idempotence_key}, body)
+
+    def one(self, quoted_id: str) -> Answer:
+        """GET one payment."""
+        return self.client.request(HttpVerb.GET, f"{self.base_path}/{quoted_id}")
+
+    def page(self, query: Mapping[str, str]) -> Answer:
+        """GET one page of the list."""
+        return self.client.request(HttpVerb.GET, self.base_path, query)
+
+
+class PaymentProvider:
+    """One shop at the payment provider. One instance serves any number of threads.
+
+    `max_requests_per_second` caps all of them together; after a 429 all of them wait. `read_attempts` and
+    `read_backoff_s` bound how a read is repeated: the back-off doubles, and the provider's own wish is honoured.
+    """
+
+    def __init__(
+        self,
+        *,
+        shop_id: str,
+        secret_key: str,
+        api_url: str,
+        max_connections: int = 64,
+        timeouts: Timeouts = Timeouts(),
+        max_requests_per_second: float | None = None,
+        read_attempts: int = 4,
+        read_backoff_s: float = 0.5,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Sends nothing. Raises ValueError for what cannot work."""
+        if not shop_id or not secret_key:
+            raise ValueError("the shop id and the secret key must not be empty")
+        if read_attempts < 1:
+            raise ValueError(f"read_attempts is {read_attempts}; it must be at least 1")
+        self.api_url = api_url.rstrip("/")
+        self.shop_id = shop_id
+        self.is_live = secret_key.startswith("live_")
+        self._read_attempts = read_attempts
+        self._read_backoff_s = read_backoff_s
+        self._sleep = sleep
+        self._pace = Pace(max_requests_per_second, sleep=sleep)
+        self._wire = Wire(self.api_url, max_connections=max_connections, connect_s=timeouts.connect_s)
+        token = b64encode(f"{shop_id}:{secret_key}".encode()).decode("ascii")
+        self._outcomes = Outcomes(self.api_url, (secret_key, token))
+        self._payments = _Payments(
+            _ApiClient(api_url=self.api_url, authorization=f"Basic {token}", wire=self._wire, timeouts=timeouts)
+        )
+
+    def __repr__(self) -> str:
+        return f"PaymentProvider(api_url={self.api_url!r}, shop_id={self.shop_id!r})"
+
+    def close(self) -> None:
+        """Close the pooled connections."""
+        self._wire.close()
+
+    # --- Charges -------------------------------------------------------------------------------------------------
+
+    def create_payment(self, body: str, idempotence_key: str) -> ProviderPayment:
+        """Send one charge: ONE POST of exactly these bytes with this key, never repeated in here.
+
+        What moves: the amount in `body`, from the customer to the shop, if the answer's status is `succeeded`. The
+        caller committed body and key before (SPEC 5), so a process killed in here leaves an attempt whose outcome is
+        unknown and whose key may be sent again within 24 h. Other threads and a 429 may make it wait before it sends.
+
+        NeverSent, WrongCredentials, Forbidden, RequestRejected: no money moved by this request. RateLimited,
+        StillProcessing, OutcomeUnknown: it may have. Raises ValueError, before anything is sent, for a key that is
+        not 1 to 64 visible ASCII characters.
+        """
+        if not isinstance(idempotence_key, str) or not _KEY.fullmatch(idempotence_key):
+            raise ValueError("the idempotence key must be 1 to 64 visible ASCII characters; nothing was sent")
+        sent = body.encode("utf-8")
+        call = Call(f"charge with key {idempotence_key}", moves_money=True)
+        answer = self._send(call, lambda: self._payments.post(sent, idempotence_key))
+        payment = parse_payment(self._object(answer, call))
+        if isinstance(payment, UnusablePayment):
+            name = f"payment {payment.payment_id}" if payment.payment_id else "a payment without a readable id"
+            raise self._outcomes.of_unusable(answer, call, f"{name} that cannot be used: {payment.reason}")
+        return payment
+
+    # --- Reads ---------------------------------------------------------------------------------------------------
+
+    def get_payment(self, payment_id: str) -> ProviderPayment | UnusablePayment:
+        """Ask for one payment, repeating within the bound.
+
+        Raises PaymentNotFound when the provider says so, RequestRejected, Forbidden or WrongCredentials when it
+        refuses, NeverSent or OutcomeUnknown when it gives no usable answer.
+        """
+        call = Call(f"payment {self._outcomes.foreign(str(payment_id))}", by_id=True)
+        if not isinstance(payment_id, str) or not payment_id.strip():
+            raise RequestRejected(f"{call.what!r}: an empty id names no payment; nothing was asked", status_code=400)
+        quoted = quote(payment_id, safe="", errors="replace")
+        if not quoted.strip("."):  # "." and ".." would be steps in the path
+            quoted = quoted.replace(".", "%2E")
+
+        def ask() -> ProviderPayment | UnusablePayment:
+            answer = self._send(call, lambda: self._payments.one(quoted))
+            payment = parse_payment(self._object(answer, call))
+            told = payment.id if isinstance(payment, ProviderPayment) else payment.payment_id
+            if told not in (None, payment_id):
+                raise self._outcomes.of_unusable(answer, call, f"which is about another payment, {told}")
+            return payment
+
+        return self._within_bound(ask)[0]
+
+    def list_payments(self, filters: Mapping[str, str]) -> Slice:
+        """Every payment that the filters name, following the cursors to the end.
+
+        Raises IncompleteSlice when the end was not reached, with the reason as `__cause__`; WrongCredentials as it is.
+        """
+        return self._collect(filters, Collector()).whole()
+
+    def fetch_slice(self, start: datetime, end: datetime) -> Slice:
+        """The payments that succeeded and were created or captured in [start, end], each once. Whole, or an error.
+
+        Two lists, since a card may be paid in the 59th minute and cash on the eighth day. The bounds are widened to
+        whole milliseconds. A provider that ignores the status filter gets no pending payment settled: it is dropped.
+        """
+        slice_ = Collector(SUCCEEDED)
+        for instant in ("created_at", "captured_at"):
+            self._collect({"status": SUCCEEDED, **_window(instant, start, end)}, slice_)
+        return slice_.whole()
+
+    def scan(self, start: datetime, end: datetime) -> Slice:
+        """Every payment created in [start, end], whatever its status: where a lost charge is searched for."""
+        return self.list_payments(_window("created_at", start, end))
+
+    def check(self) -> None:
+        """The cheapest authenticated request, once. Raises the ProviderError that tells what is wrong."""
+        call = Call("the list of payments")
+        self._items(self._send(call, lambda: self._payments.page({"limit": "1"})), call)
+
+    def _collect(self, filters: Mapping[str, str], slice_: Collector) -> Collector:
+        cursor: str | None = None
+        seen: set[str] = set()
+        page = 0
+        while True:
+            page += 1
+            query = {"limit": _PAGE_SIZE, **filters}
+            if cursor is not None:
+                query["cursor"] = cursor
+            call = Call(f"page {page} of the list of payments")
+
+            def ask(call: Call = call, query: Mapping[str, str] = query) -> tuple[list[Any], Any]:
+                return self._items(self._send(call, lambda: self._payments.page(query)), call)
+
+            try:
+                (items, following), requests = self._within_bound(ask)
+            except WrongCredentials:
+                raise
+            except ProviderError as fault:
+                raise IncompleteSlice(
+                    f"the list of payments broke off at page {page}: {fault} Nothing was decided from it."
+                ) from fault
+            slice_.requests += requests
+            slice_.add_page(items)
+            if following in (None, ""):
+                return slice_
+            if not isinstance(following, str) or following in seen or page == _MOST_PAGES:
+                shown = self._outcomes.foreign(repr(following))
+                fault_text = (
+                    f"goes on after {_MOST_PAGES} pages" if page == _MOST_PAGES else f"repeats the cursor {shown}"
+                    if isinstance(following, str) else f"names {shown} as its cursor"
+                )  # fmt: skip
+                raise IncompleteSlice(
+                    f"the list of payments {fault_text} (page {page}), so its end cannot be reached. "
+                    f"Nothing was decided from it."
+                )
+            seen.add(following)
+            cursor = following
+
+    # --- One request ---------------------------------------------------------------------------------------------
+
+    def _send(self, call: Call, request: Callable[[], Answer]) -> Answer:
+        """Wait for the turn, send once; an answer other than HTTP 200 is raised as what it means."""
+        self._pace.wait_turn()
+        try:
+            answer = request()
+        except Exception as fault:
+            raise self._outcomes.of_wire(fault, call) from fault
+        if answer.status == 200:
+            self._pace.answered()
+            return answer
+        error = self._outcomes.of_answer(answer, call, datetime.now(timezone.utc))
+        if isinstance(error, RateLimited):
+            self._pace.slow_down(error.retry_after_s)
+        else:
+            self._pace.answered()
+        raise error
+
+    def _within_bound(self, ask: Callable[[], Value]) -> tuple[Value, int]:
+        """Repeat a read while its outcome is unknown. Not for a charge. Returns the value and how often was asked.
+
+        A dozen lines instead of a library: `sleep` is ours, and the waiting after a 429 is shared by all threads.
+        """
+        attempt = 1
+        while True:
+            try:
+                return ask(), attempt
+            except (NeverSent, OutcomeUnknown) as fault:
+                if attempt >= self._read_attempts:
+                    raise
+                if not isinstance(fault, RateLimited):  # after a 429 the next turn is the wait
+                    backoff_s = min(self._read_backoff_s * 2 ** (attempt - 1), _LONGEST_BACKOFF_S)
+                    # Spread, so that 64 threads do not come back in step.
+                    backoff_s *= random.uniform(0.75, 1.25)  # noqa: S311 - not a secret
+                    self._sleep(max(backoff_s, getattr(fault, "retry_after_s", None) or 0.0))
+            attempt += 1
+
+    def _object(self, answer: Answer, call: Call) -> dict[str, Any]:
+        """The JSON object of an HTTP 200."""
+        try:
+            document = read_json(answer.body)
+        except ValueError as fault:
+            raise self._outcomes.of_unusable(answer, call, "which is not whole JSON") from fault
+        if not isinstance(document, dict):
+            raise self._outcomes.of_unusable(answer, call, "which is not a JSON object")
+        return document
+
+    def _items(self, answer: Answer, call: Call) -> tuple[list[Any], Any]:
+        """A page's items and its cursor."""
+        page = self._object(answer, call)
+        items = page.get("items")
+        if not isinstance(items, list):
+            hint = f"which holds no list of items; is YOOKASSA_API_URL right? It is {self.api_url}"
+            raise self._outcomes.of_unusable(answer, call, hint)
+        return items, page.get("next_cursor")
+
+
+def _window(name: str, start: datetime, end: datetime) -> dict[str, str]:
+    if start > end:
+        raise ValueError(f"the window begins at {start} and ends before that, at {end}")
+    return {f"{name}.gte": provider_instant(start), f"{name}.lte": provider_instant(end, round_up=True)}

@@ -1,0 +1,198 @@
+"""A tiny HTTP server over raw sockets, for what a decent server never does: resets, silence, halves of an answer."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+SHOP_ID = "100500"
+SECRET_KEY = "test_a-secret-nobody-may-see"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it arrived; header names in lower case."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes
+    connection: int
+
+
+# What the server does with a request: bytes to send back, or a function that misuses the socket itself.
+Reaction = bytes | Callable[[socket.socket], None]
+
+
+@dataclass
+class WireServer:
+    """Answers request after request with `react`, and keeps what arrived."""
+
+    react: Callable[[Request, int], Reaction]
+    url: str = ""
+    requests: list[Request] = field(default_factory=list)
+    connections: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    busy: int = 0
+    most_busy: int = 0
+
+    def serve(self, client: socket.socket, number: int) -> None:
+        """Serve one connection until either side is done with it."""
+        with client, client.makefile("rb") as incoming:
+            while (request := _read_request(incoming, number)) is not None:
+                with self.lock:
+                    self.requests.append(request)
+                    index = len(self.requests)
+                    self.busy += 1
+                    self.most_busy = max(self.most_busy, self.busy)
+                try:
+                    reaction = self.react(request, index)
+                finally:
+                    with self.lock:
+                        self.busy -= 1
+                if isinstance(reaction, bytes):
+                    client.sendall(reaction)
+                else:
+                    reaction(client)
+                    return
+
+
+def _read_request(incoming: Any, connection: int) -> Request | None:
+    try:
+        first = incoming.readline().decode("latin-1").split()
+        if len(first) != 3:
+            return None
+        headers: dict[str, str] = {}
+        while (line := incoming.readline().decode("latin-1").strip()) != "":
+            name, _, value = line.partition(":")
+            headers[name.lower()] = value.strip()
+        body = incoming.read(int(headers.get("content-length", "0")))
+    except OSError:
+        return None
+    return Request(first[0], first[1], headers, body, connection)
+
+
+@contextmanager
+def wire_server(react: Callable[[Request, int], Reaction]) -> Iterator[WireServer]:
+    """Run it on a free port of this machine."""
+    server = WireServer(react)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    server.url = f"http://127.0.0.1:{listener.getsockname()[1]}/v3"
+    clients: list[socket.socket] = []
+
+    def accept() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            clients.append(client)
+            server.connections += 1
+            threading.Thread(target=_quietly, args=(server, client, server.connections), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        for client in clients:
+            try:
+                client.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+        thread.join()
+
+
+def _quietly(server: WireServer, client: socket.socket, number: int) -> None:
+    try:
+        server.serve(client, number)
+    except OSError:
+        return
+
+
+def answer(
+    status: int, body: bytes | str | dict[str, Any] | list[Any], *headers: str, kind: str = "application/json"
+) -> bytes:
+    """A whole HTTP answer."""
+    content = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
+    lines = [f"HTTP/1.1 {status} Reason", f"Content-Type: {kind}", f"Content-Length: {len(content)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + content
+
+
+def html(status: int) -> bytes:
+    """A proxy's error page."""
+    return answer(status, "<!DOCTYPE html><html><body>Sorry</body></html>", kind="text/html")
+
+
+def error(status: int, code: str, *headers: str, **more: Any) -> bytes:
+    """The provider's own error JSON."""
+    return answer(status, {"type": "error", "id": "ab5a11cd", "code": code, "description": "Words.", **more}, *headers)
+
+
+def page(*items: Any, cursor: object = None) -> bytes:
+    """A page of the list."""
+    document: dict[str, Any] = {"type": "list", "items": list(items)}
+    if cursor is not None:
+        document["next_cursor"] = cursor
+    return answer(200, document)
+
+
+def reset(client: socket.socket) -> None:
+    """RST instead of an answer."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def hang_up(client: socket.socket) -> None:
+    """FIN instead of an answer."""
+    client.shutdown(socket.SHUT_RDWR)
+
+
+def silence(client: socket.socket) -> None:
+    """Nothing, until the other side gives up."""
+    client.recv(1)
+
+
+def half_of(whole: bytes) -> Callable[[socket.socket], None]:
+    """An answer that is cut off in its body."""
+
+    def send_half(client: socket.socket) -> None:
+        client.sendall(whole[:-20])
+        client.shutdown(socket.SHUT_RDWR)
+
+    return send_half
+
+
+def payment(payment_id: str = "2d0e7f6a-0001", status: str = "succeeded", **other: Any) -> dict[str, Any]:
+    """A payment as the provider writes it; `other` replaces fields."""
+    return {
+        "id": payment_id,
+        "status": status,
+        "paid": status == "succeeded",
+        "amount": {"value": "499.00", "currency": "RUB"},
+        "income_amount": {"value": "482.53", "currency": "RUB"},
+        "created_at": "2026-03-01T09:59:30.125Z",
+        "captured_at": "2026-03-01T10:00:00.500Z",
+        "description": "Renewal",
+        "metadata": {"user_id": "u-1", "plan_id": "7", "payment_provider_id": "1"},
+        "payment_method": {
+            "type": "bank_card",
+            "id": "2a0b4c6d-saved",
+            "saved": True,
+            "title": "Bank card *4444",
+            "card": {"first6": "555555", "last4": "4444", "expiry_month": "07", "expiry_year": "2028"},
+        },
+        "recipient": {"account_id": SHOP_ID, "gateway_id": "1"},
+        "refundable": True,
+        "refunded_amount": {"value": "0.00", "currency": "RUB"},
+        "test": False,
+        **other,
+    }
