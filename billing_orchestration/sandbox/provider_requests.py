@@ -47,10 +47,8 @@ CREATE_FIELDS = frozenset(
 )
 CURRENCIES = frozenset({"RUB", "USD", "EUR", "BYN", "CNY", "KZT", "UAH", "UZS", "TRY", "INR", "MDL", "AZN", "AMD"})
 STATUSES = frozenset({"pending", "waiting_for_capture", "succeeded", "canceled"})
-AMOUNT = re.compile(r"(0|[1-9][0-9]{0,11})\.[0-9]{2}", re.ASCII)
-INSTANT = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]{1,3})?(Z|[+-][0-9]{2}:[0-9]{2})", re.ASCII
-)
+AMOUNT = re.compile(r"(0|[1-9][0-9]{0,11})\.[0-9]{2}")
+INSTANT = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]{1,3})?(Z|[+-][0-9]{2}:[0-9]{2})")
 BOUNDS = frozenset(f"{name}.{bound}" for name in ("created_at", "captured_at") for bound in ("gte", "gt", "lte", "lt"))
 DESCRIPTION_LENGTH = 128
 METADATA_KEYS = 16
@@ -316,7 +314,7 @@ def list_request(query: Sequence[tuple[str, str]], switches: Switches) -> ListRe
     if method_type is not None and method_type not in METHOD_TYPES:
         raise invalid("Unknown payment method", "payment_method")
     limit = given.get("limit", str(DEFAULT_PAGE))
-    if not re.fullmatch(r"[0-9]{1,3}", limit, re.ASCII) or not 1 <= int(limit) <= LARGEST_PAGE:
+    if not re.fullmatch(r"[0-9]{1,3}", limit) or not 1 <= int(limit) <= LARGEST_PAGE:
         raise invalid(f"Limit is not within 1 and {LARGEST_PAGE}", "limit")
     filters = zlib.crc32(
         repr(sorted((name, value) for name, value in given.items() if name not in {"limit", "cursor"})).encode()
