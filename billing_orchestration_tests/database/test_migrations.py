@@ -281,6 +281,16 @@ def test_an_index_that_the_service_has_already_is_not_built_twice(
     assert valid_indexes(new_engine) == (expected if unique else expected | {UNIQUE})
 
 
+def test_an_invalid_index_of_the_services_is_not_relied_on(empty_database_url: str, new_engine: sa.Engine) -> None:
+    create_service_database(empty_database_url, with_flaws=False)
+    with new_engine.begin() as connection:
+        connection.execute(sa.text("CREATE UNIQUE INDEX theirs ON payments (external_payment_id)"))
+        connection.execute(sa.text("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'theirs'::regclass"))
+    quietly(new_engine)
+    assert valid_indexes(new_engine) == OTHERS | {UNIQUE}
+    assert catalog(empty_database_url, "SELECT to_regclass('theirs') IS NOT NULL") == [(True,)]
+
+
 def test_some_of_the_services_tables_without_the_others_stop_it(
     service_engine: sa.Engine, empty_database_url: str
 ) -> None:
@@ -300,6 +310,7 @@ def test_a_schema_of_the_roles_own_name_is_not_taken_for_public(postgres_server:
     with postgres_server.database() as url:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("CREATE ROLE billing_orchestration LOGIN SUPERUSER")
+            connection.execute("CREATE SCHEMA billing_orchestration AUTHORIZATION billing_orchestration")
         try:
             engine = create_engine(
                 sa.make_url(url).set(username="billing_orchestration").render_as_string(hide_password=False)
