@@ -280,6 +280,8 @@ def decide_open_attempt(
 ) -> RenewalDecision:
     """What to do with an attempt of an earlier run whose outcome is open. `due` is its subscription if still due."""
     answer = view.answers.get(attempt.id)
+    if answer is not None and attempt.state == State.PENDING and judge_answer(answer).state == State.PENDING:
+        return NotCharged(attempt.subject, f"an open attempt is still {answer.status} at the provider", attempt.money)
     if answer is not None:
         return Conclude(attempt, answer, f"the provider says {answer.status}")
     if attempt.id in view.silent:

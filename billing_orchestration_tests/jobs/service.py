@@ -46,9 +46,7 @@ class Run:
     def report(self) -> dict[str, Any]:
         """The metadata of the applying op, whether it ended green or red."""
         return next(
-            value
-            for key, value in self.metadata.items()
-            if key.startswith(("apply_", "charge_")) or key == "failure"
+            value for key, value in self.metadata.items() if key.startswith(("apply_", "charge_")) or key == "failure"
         )
 
     @property
@@ -190,7 +188,9 @@ class Service:
         self.payment(subscription_id, external_id=method)
         return subscription_id
 
-    def paid_there(self, payment_id: str | None = None, *, user: str = "anna", plan_id: int | None = None, **fields: Any) -> str:
+    def paid_there(
+        self, payment_id: str | None = None, *, user: str = "anna", plan_id: int | None = None, **fields: Any
+    ) -> str:
         """A payment that succeeded at the provider, with the metadata that the service writes."""
         metadata = {"user_id": user, "payment_provider_id": str(self.yookassa)}
         if plan_id is not None:
