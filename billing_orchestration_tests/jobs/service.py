@@ -18,6 +18,7 @@ import dagster as dg
 import sqlalchemy as sa
 
 from billing_orchestration.definitions import build_definitions
+from billing_orchestration.jobs.matching_successful_payments import WEBHOOK_GRACE_S
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.sandbox.provider_server import Sandbox
 from billing_orchestration.settings import Settings
@@ -213,6 +214,7 @@ class Service:
         tags: dict[str, str] | None = None,
         partition: str | None = None,
         load: Callable[[], Settings] | None = None,
+        instance: dg.DagsterInstance | None = None,
     ) -> Run:
         """Run a whole job through Dagster, in this process."""
         config: dict[str, Any] = {}
@@ -232,13 +234,22 @@ class Service:
         definitions = build_definitions(
             load=load or (lambda: self.settings), now=lambda: self.now, connect=self.connect_provider
         )
-        if self._instance is None:
-            self._instance = dg.DagsterInstance.ephemeral()
+        if instance is None:
+            if self._instance is None:
+                self._instance = dg.DagsterInstance.ephemeral()
+            instance = self._instance
         all_tags = {**(tags or {}), **({"dagster/partition": partition} if partition else {})}
         result = definitions.get_job_def(job).execute_in_process(
-            instance=self._instance, run_config=run_config, raise_on_error=False, tags=all_tags
+            instance=instance, run_config=run_config, raise_on_error=False, tags=all_tags
         )
-        return _read(result, self._instance)
+        return _read(result, instance)
+
+    def tick(self, job: str, **given: Any) -> Run:
+        """Run a job as a tick of its schedule does: `as_of` is the tick's own time (now, unless given)."""
+        given.setdefault("as_of", self.now)
+        if job == "matching_successful_payments_job":
+            given.setdefault("ops", {"diff_successful_payments": {"webhook_grace_s": WEBHOOK_GRACE_S}})
+        return self.run(job, tags={"dagster/schedule_name": f"{job}_schedule"}, **given)
 
     def connect_provider(self, settings: Settings) -> PaymentProvider:
         """The client, with short waits."""
@@ -281,6 +292,27 @@ class Service:
         ours = ("renewal_attempts", "settlements", "saved_methods", "quarantine", "audit_trail")
         tables = ["subscriptions", "payments", *(f"billing_orchestration.{name}" for name in ours)]
         return {table: self.rows(table) for table in tables}
+
+    def quarantined(self, external_id: str) -> list[str]:
+        """The kinds of problem for which a provider payment waits for a person."""
+        found = self.rows(
+            "billing_orchestration.quarantine", "external_payment_id = :id AND resolved_at IS NULL", id=external_id
+        )
+        return [row.kind for row in found]
+
+    def settled(self, external_id: str) -> list[str]:
+        """How often, and as what, a provider payment was settled."""
+        found = self.rows("billing_orchestration.settlements", "external_payment_id = :id", id=external_id)
+        return [row.kind for row in found]
+
+    def audit(self, run: Run) -> list[Any]:
+        """The audit trail of a run, in the order it was written."""
+        return self.rows("billing_orchestration.audit_trail", "run_id = :run_id", run_id=run.run_id)
+
+    def watermark(self, job: str) -> datetime | None:
+        """Until when a job has covered time."""
+        found = self.rows("billing_orchestration.watermarks", "job = :job", job=job)
+        return found[0].covered_until if found else None
 
     def check_books(self) -> None:
         """Both sides agree: one grant for each success of ours in the ledger, none without, no period charged twice."""
