@@ -43,11 +43,9 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="check settings, database, schema and provider, and say how to mend what is wrong"
     )
     sandbox = commands.add_parser("sandbox", help="start the provider's sandbox on this machine")
-    sandbox.add_argument("--port", type=_port, default=8080, help="0 picks a free one (default: %(default)s)")
-    sandbox.add_argument("--shop-id", default="100500", help="the shop id it accepts (default: %(default)s)")
-    sandbox.add_argument(
-        "--secret-key", default="test_sandbox", help="the secret key it accepts (default: %(default)s)"
-    )
+    sandbox.add_argument("--port", type=_port, help="the port to listen on, 0 for any free one (default: 8071)")
+    sandbox.add_argument("--shop-id", help="the shop id it accepts (default: 100500)")
+    sandbox.add_argument("--secret-key", help="the secret key it accepts (default: test_sandbox)")
     commands.add_parser("demo", help="run the five jobs on example data, and show what changed")
     return parser
 
@@ -97,10 +95,8 @@ def _sandbox(arguments: argparse.Namespace) -> int:
         from billing_orchestration.sandbox.provider_server import serve
     except ModuleNotFoundError as error:
         return _needs_extra(error)
-    try:
-        serve(port=arguments.port, shop_id=arguments.shop_id, secret_key=arguments.secret_key)
-    except OSError as error:
-        return _fail(f"the sandbox cannot listen on port {arguments.port}: {error.strerror}; give another --port")
+    given = {name: getattr(arguments, name) for name in ("port", "shop_id", "secret_key")}
+    serve(**{name: value for name, value in given.items() if value is not None})
     return 0
 
 

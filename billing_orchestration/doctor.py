@@ -226,14 +226,20 @@ def _provider(settings: Settings) -> Iterator[Finding]:
             Level.FAULT, "provider", "it refuses the credentials: correct YOOKASSA_SHOP_ID and YOOKASSA_SECRET_KEY"
         )
     except Forbidden as error:
-        yield Finding(Level.FAULT, "provider", f"this shop may not use the API ({error}): ask the provider's manager")
+        yield Finding(
+            Level.FAULT, "provider", f"this shop may not use the API ({_stop_less(error)}): ask the provider's manager"
+        )
     except NeverSent as error:
         yield Finding(
-            Level.FAULT, "provider", f"it cannot be reached: {error}; correct YOOKASSA_API_URL, or look at the network"
+            Level.FAULT,
+            "provider",
+            f"it cannot be reached: {_stop_less(error)}; correct YOOKASSA_API_URL, or look at the network",
         )
     except ProviderError as error:
         yield Finding(
-            Level.FAULT, "provider", f"it does not answer as it should: {error}; correct YOOKASSA_API_URL, or try later"
+            Level.FAULT,
+            "provider",
+            f"it does not answer as it should: {_stop_less(error)}; correct YOOKASSA_API_URL, or try later",
         )
     else:
         yield Finding(Level.OK, "provider", f"reached, and it accepts the credentials: {settings.yookassa_api_url}")
@@ -253,6 +259,10 @@ def _provider(settings: Settings) -> Iterator[Finding]:
             "provider",
             "the key begins with neither live_ nor test_: it is taken for a test shop's, so test payments are granted",
         )
+
+
+def _stop_less(error: Exception) -> str:
+    return str(error).rstrip(". ")
 
 
 def _run_history(settings: Settings) -> Iterator[Finding]:

@@ -156,6 +156,8 @@ _WAYS_OUT = (
 def _no_connection(reason: str) -> DatabaseUnavailable:
     ways_out = (way_out for words, way_out in _WAYS_OUT if re.search(words, reason))
     way_out = next(ways_out, "correct it, or start the server")
+    # libpq asks back, in a line of its own, what the way out says.
+    reason = re.sub(r"\s*Is the server running [^?]*\?", "", reason).removeprefix("connection failed: ")
     return DatabaseUnavailable(f"cannot connect to the database of BILLING_DATABASE_URL: {reason}; {way_out}")
 
 

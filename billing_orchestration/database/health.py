@@ -207,7 +207,7 @@ _PRIVILEGES = sa.text(
     SELECT 'USAGE on ' || s FROM unnest(CAST(:written AS text[])) AS n, pg_get_serial_sequence(n, 'id') AS s
     WHERE s IS NOT NULL AND NOT has_sequence_privilege(s, 'USAGE')
     UNION ALL
-    SELECT 'USAGE on schema {SCHEMA}' WHERE NOT has_schema_privilege('{SCHEMA}', 'USAGE')
+    SELECT 'USAGE on schema {SCHEMA}' WHERE NOT has_schema_privilege(to_regnamespace('{SCHEMA}'), 'USAGE')
     UNION ALL
     SELECT p || ' on {SCHEMA}.' || c.relname
     FROM pg_class c, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p
