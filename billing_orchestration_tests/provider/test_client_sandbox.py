@@ -1,0 +1,254 @@
+"""The client against the sandbox provider: the provider's own ledger says whether money moved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.provider_payment import UnusablePayment
+from billing_orchestration.provider.client import PaymentProvider, Timeouts
+from billing_orchestration.provider.errors import (
+    Forbidden,
+    IncompleteSlice,
+    OutcomeUnknown,
+    PaymentNotFound,
+    RateLimited,
+    RequestRejected,
+    StillProcessing,
+    WrongCredentials,
+)
+from billing_orchestration.provider.pacing import map_concurrently
+from billing_orchestration.sandbox.provider_server import Sandbox
+
+METADATA = {"attempt_id": "a-1", "subscription_id": "7", "user_id": "u-1", "plan_id": "3", "payment_provider_id": "1"}
+NOW = datetime(2026, 3, 1, 10, 0, tzinfo=timezone.utc)
+MINUTE = timedelta(minutes=1)
+
+
+def renewal(method_id: str, **other: Any) -> str:
+    return json.dumps(
+        {
+            "amount": {"value": "499.00", "currency": "RUB"},
+            "capture": True,
+            "payment_method_id": method_id,
+            "description": "Продление подписки",
+            "metadata": METADATA,
+            **other,
+        },
+        ensure_ascii=False,
+    )
+
+
+@pytest.fixture
+def waits() -> list[float]:
+    return []
+
+
+@pytest.fixture
+def provider(sandbox: Sandbox, waits: list[float]) -> Iterator[PaymentProvider]:
+    client = PaymentProvider(
+        shop_id=sandbox.shop_id,
+        secret_key=sandbox.secret_key,
+        api_url=sandbox.url,
+        timeouts=Timeouts(connect_s=2, charge_read_s=0.8, read_s=0.8),
+        sleep=waits.append,
+    )
+    yield client
+    client.close()
+
+
+def test_a_renewal_is_charged_and_tells_its_new_id_and_its_old_method(
+    sandbox: Sandbox, provider: PaymentProvider
+) -> None:
+    method = sandbox.provider.add_method("saved-1")
+    told = provider.create_payment(renewal(method.id), "key-1")
+    assert (told.status, told.money) == ("succeeded", Money(Decimal("499.00"), "RUB"))
+    assert (told.method_id, told.method_type, told.method_saved) == ("saved-1", "bank_card", True)
+    assert told.id != "saved-1"
+    assert told.metadata == METADATA
+    assert told.captured_at is not None
+    assert provider.get_payment(told.id) == told
+    (charge,) = sandbox.provider.charges()
+    assert (charge.payment_id, charge.idempotence_key) == (told.id, "key-1")
+    assert sandbox.requests[0].body == renewal(method.id).encode()
+
+
+def test_the_same_key_and_bytes_charge_once_whatever_the_first_answer_was(
+    sandbox: Sandbox, provider: PaymentProvider
+) -> None:
+    method = sandbox.provider.add_method()
+    effects = [
+        "cut_before", "cut_after", "reset_before", "reset_after", "error_before", "error_after", "silence_before",
+        "silence_after", "processing_before", "processing_after", "html_before", "html_after", "truncated", "drip",
+    ]  # fmt: skip
+    for effect in effects:
+        rule = sandbox.misbehave("create", effect, seconds=3.0)
+        with pytest.raises(OutcomeUnknown) as raised:
+            provider.create_payment(renewal(method.id), f"key-{effect}")
+        assert rule.fired == 1, effect
+        assert raised.value.timed_out == (effect.startswith("silence") or effect == "drip"), effect
+        assert isinstance(raised.value, StillProcessing) == effect.startswith("processing")
+        assert sandbox.count("create") == 1, "a charge is never repeated by the client"
+        moved_before = len(sandbox.provider.charges())
+        assert moved_before == (0 if effect.endswith("before") else 1), effect
+
+        told = provider.create_payment(renewal(method.id), f"key-{effect}")
+        assert told.status == "succeeded"
+        assert [charge.payment_id for charge in sandbox.provider.charges()] == [told.id], effect
+        first, second = sandbox.requests
+        assert first.body == second.body
+        sandbox.reset()
+        method = sandbox.provider.add_method()
+
+
+def test_a_429_moves_nothing_and_is_told_with_the_wish(
+    sandbox: Sandbox, provider: PaymentProvider, waits: list[float]
+) -> None:
+    method = sandbox.provider.add_method()
+    sandbox.misbehave("create", "too_many_requests", retry_after_s=3)
+    with pytest.raises(RateLimited) as raised:
+        provider.create_payment(renewal(method.id), "key-1")
+    assert raised.value.retry_after_s == 3
+    assert sandbox.provider.charges() == []
+    provider.create_payment(renewal(method.id), "key-1")
+    assert waits == [pytest.approx(3, abs=0.5)]
+
+
+def test_a_decline_is_an_answer_not_an_error(sandbox: Sandbox, provider: PaymentProvider) -> None:
+    method = sandbox.provider.add_method(script="canceled:insufficient_funds")
+    told = provider.create_payment(renewal(method.id), "key-1")
+    assert (told.status, told.cancellation_reason) == ("canceled", "insufficient_funds")
+    assert told.cancellation_party
+    assert sandbox.provider.charges() == []
+
+
+def test_what_the_provider_rejects_moves_nothing(sandbox: Sandbox, provider: PaymentProvider) -> None:
+    method = sandbox.provider.add_method()
+    with pytest.raises(RequestRejected, match="metadata"):
+        provider.create_payment(renewal(method.id, metadata={f"k{n}": "v" for n in range(17)}), "key-1")
+    sandbox.misbehave("create", "forbidden")
+    with pytest.raises(Forbidden):
+        provider.create_payment(renewal(method.id), "key-2")
+    assert sandbox.provider.charges() == []
+
+
+def test_a_used_key_with_other_bytes_is_unknown_for_the_first_may_have_charged(
+    sandbox: Sandbox, provider: PaymentProvider
+) -> None:
+    method = sandbox.provider.add_method()
+    provider.create_payment(renewal(method.id), "key-1")
+    with pytest.raises(OutcomeUnknown, match="knows this key already"):
+        provider.create_payment(renewal(method.id, description="Other"), "key-1")
+
+
+def test_wrong_credentials_stop_after_one_request(sandbox: Sandbox) -> None:
+    stranger = PaymentProvider(shop_id=sandbox.shop_id, secret_key="test_not-the-key", api_url=sandbox.url)
+    with pytest.raises(WrongCredentials):
+        list(map_concurrently(stranger.get_payment, [f"id-{n}" for n in range(50)], 8))
+    assert sandbox.count() == 1
+    with pytest.raises(WrongCredentials):
+        stranger.fetch_slice(NOW, NOW)
+    with pytest.raises(WrongCredentials):
+        stranger.check()
+    assert sandbox.count() == 3
+
+
+def test_a_wrong_path_is_told_with_a_hint_at_the_url(sandbox: Sandbox, provider: PaymentProvider) -> None:
+    provider.check()
+    lost = PaymentProvider(
+        shop_id=sandbox.shop_id, secret_key=sandbox.secret_key, api_url=sandbox.url.replace("/v3", "/v4")
+    )
+    with pytest.raises(OutcomeUnknown, match="YOOKASSA_API_URL"):
+        lost.check()
+
+
+def test_a_payment_of_nobody_is_not_found(provider: PaymentProvider) -> None:
+    with pytest.raises(PaymentNotFound):
+        provider.get_payment("2d0e7f6a-000f-5000-8000-000000000000")
+
+
+def test_a_read_gets_over_three_faults_of_any_kind_and_not_over_four(
+    sandbox: Sandbox, provider: PaymentProvider
+) -> None:
+    known = sandbox.provider.add_payment(created_at=NOW)
+    faults = ["cut_before", "reset_after", "error_before", "silence_before", "processing_before", "html_before"]
+    for fault in [*faults, "truncated", "too_many_requests"]:
+        sandbox.misbehave("get", fault, times=3)
+        told = provider.get_payment(known.id)
+        assert not isinstance(told, UnusablePayment)
+        assert told.id == known.id
+        sandbox.misbehave("get", fault, times=4)
+        with pytest.raises(OutcomeUnknown):
+            provider.get_payment(known.id)
+    assert sandbox.count("get") == (4 + 4) * (len(faults) + 2)
+
+
+def test_every_page_of_a_long_list_is_read_once(sandbox: Sandbox, provider: PaymentProvider) -> None:
+    many = [{"created_at": NOW - timedelta(seconds=n), "metadata": METADATA} for n in range(1, 951)]
+    known = sandbox.provider.add_payments(many)
+    told = provider.scan(NOW - 60 * MINUTE, NOW)
+    assert [payment.id for payment in told.payments] == [payment.id for payment in known]
+    assert (told.pages, told.requests) == (10, 10)
+    assert sandbox.count("list") == 10
+
+
+@pytest.mark.parametrize("fault", ["cut_before", "error_before", "truncated", "html_before", "silence_before"])
+def test_a_list_that_breaks_off_on_page_7_is_asked_again_and_then_given_up(
+    sandbox: Sandbox, provider: PaymentProvider, fault: str
+) -> None:
+    sandbox.provider.add_payments([{"created_at": NOW - timedelta(seconds=n)} for n in range(850)])
+    sandbox.misbehave("list", fault, page=7, times=2)
+    told = provider.scan(NOW - 60 * MINUTE, NOW)
+    assert (len(told.payments), told.pages, told.requests) == (850, 9, 11)
+    sandbox.behave()
+    sandbox.misbehave("list", fault, page=7, times=None)
+    with pytest.raises(IncompleteSlice, match="page 7"):
+        provider.scan(NOW - 60 * MINUTE, NOW)
+
+
+def test_a_slice_holds_what_was_created_or_captured_in_the_window_each_once(
+    sandbox: Sandbox, provider: PaymentProvider
+) -> None:
+    window = (NOW - 60 * MINUTE, NOW)
+    add = sandbox.provider.add_payment
+    add(id="within", created_at=NOW - 30 * MINUTE)
+    add(id="on-the-first-instant", created_at=NOW - 60 * MINUTE)
+    add(id="on-the-last-instant", created_at=NOW)
+    add(id="captured-late", created_at=NOW - timedelta(days=9), captured_at=NOW - MINUTE)
+    add(id="captured-after", created_at=NOW - MINUTE, captured_at=NOW + MINUTE)
+    add(id="before", created_at=NOW - 61 * MINUTE)
+    add(id="after", created_at=NOW + timedelta(milliseconds=1))
+    add(id="pending", status="pending", created_at=NOW - MINUTE)
+    told = provider.fetch_slice(*window)
+    assert sorted(payment.id for payment in told.payments) == [
+        "captured-after", "captured-late", "on-the-first-instant", "on-the-last-instant", "within",
+    ]  # fmt: skip
+
+
+def test_odd_items_of_a_page_leave_the_other_99(sandbox: Sandbox, provider: PaymentProvider) -> None:
+    add = sandbox.provider.add_payment
+    sandbox.provider.add_payments([{"created_at": NOW - timedelta(seconds=n)} for n in range(99)])
+    add(id="nulls", created_at=NOW, override={"amount": None, "payment_method": None, "recipient": None})
+    add(id="card-nulls", created_at=NOW, override={"recipient": None, "payment_method": {"type": "bank_card"}})
+    told = provider.scan(NOW - 60 * MINUTE, NOW)
+    assert len(told.payments) == 100
+    assert [(one.payment_id, one.reason) for one in told.unusable] == [("nulls", "amount is missing, not an object")]
+
+
+def test_sixty_four_threads_charge_each_key_once(sandbox: Sandbox, provider: PaymentProvider) -> None:
+    patient = PaymentProvider(shop_id=sandbox.shop_id, secret_key=sandbox.secret_key, api_url=sandbox.url)
+    method = sandbox.provider.add_method()
+    sandbox.misbehave("create", "none", delay_s=0.02, times=None)
+    with ThreadPoolExecutor(64) as threads:
+        told = list(threads.map(lambda n: patient.create_payment(renewal(method.id), f"key-{n}"), range(256)))
+    assert len({payment.id for payment in told}) == 256
+    assert len(sandbox.provider.charges()) == 256
+    assert sandbox.peak_in_flight > 16
+    patient.close()
