@@ -16,11 +16,15 @@ from billing_orchestration.domain.renewals import Attempt, DueSubscription
 
 @dataclass(frozen=True, slots=True)
 class DueSlice:
-    """What the database says about renewals. The counts are of due rows that are not fetched one by one."""
+    """What the database says about renewals. The counts are of due rows that are not fetched one by one.
+
+    `too_old_examples`: (subscription id, its end as text) of the latest ones among those.
+    """
 
     due: tuple[DueSubscription, ...]
     open_attempts: tuple[Attempt, ...]
     too_old: int
+    too_old_examples: tuple[tuple[int, str], ...]
     not_recurring: int
     without_end: int
 
@@ -77,6 +81,15 @@ _COUNTS = sa.text("""
     FROM subscriptions s LEFT JOIN plans pl ON pl.id = s.plan_id
     WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before
 """)
+
+_TOO_OLD_EXAMPLES = sa.text("""
+    SELECT s.id, s.ended_at::text AS ended_at
+    FROM subscriptions s LEFT JOIN plans pl ON pl.id = s.plan_id
+    WHERE s.status = 'ACTIVE' AND s.ended_at < :oldest AND (pl.id IS NULL OR pl.is_recurring)
+    ORDER BY s.ended_at DESC, s.id LIMIT :size
+""")
+# As many as a report shows.
+_EXAMPLES = 100
 
 _TRIED_TODAY = sa.text("""
     SELECT subscription_id, max(last_sent_at) AS at
@@ -138,7 +151,15 @@ def fetch_due(connection: sa.Connection, *, over_before: datetime, oldest: datet
     without_end = connection.execute(
         sa.text("SELECT count(*) FROM subscriptions WHERE status = 'ACTIVE' AND ended_at IS NULL")
     ).scalar_one()
-    return DueSlice(due, tuple(open_attempts(connection)), counts.too_old, counts.not_recurring, without_end)
+    examples = connection.execute(_TOO_OLD_EXAMPLES, {"oldest": bounds["oldest"], "size": _EXAMPLES}).all()
+    return DueSlice(
+        due=due,
+        open_attempts=tuple(open_attempts(connection)),
+        too_old=counts.too_old,
+        too_old_examples=tuple((row.id, row.ended_at) for row in examples),
+        not_recurring=counts.not_recurring,
+        without_end=without_end,
+    )
 
 
 def _instants(connection: sa.Connection, query: sa.TextClause, today: datetime) -> Mapping[Any, datetime]:

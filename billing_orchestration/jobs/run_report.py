@@ -149,7 +149,7 @@ def _in_words(error: Exception) -> str | None:
     from billing_orchestration.settings import SettingsError
 
     if isinstance(error, SettingsError):
-        return f"{error} Nothing was read or written."
+        return f"{error}. Nothing was read or written"
     if isinstance(error, (RunRefused, BillingDatabaseError, ProviderError)):
         return str(error)
     import psycopg

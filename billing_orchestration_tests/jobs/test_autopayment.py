@@ -107,14 +107,17 @@ def test_each_refusal_is_reported_with_its_reason(service: Service) -> None:
     }
 
 
-def test_one_overdue_by_more_than_max_overdue_days_is_counted_and_not_charged(service: Service) -> None:
+def test_one_overdue_by_more_than_max_overdue_days_is_reported_and_not_charged(service: Service) -> None:
     thirty = service.subscriber(ended_at=NOON - timedelta(days=30))
-    service.subscriber(ended_at=NOON - timedelta(days=31))
+    older = service.subscriber(ended_at=NOON - timedelta(days=31))
 
     run = service.run(JOB)
 
     assert [charge.metadata["subscription_id"] for charge in service.charges()] == [str(thirty)]
     assert run.number("fetch_due_subscriptions", "not charged: overdue by more than 30 days") == 1
+    assert run.reasons(f"subscription {older}") == [
+        "leave: ended 2026-02-09 12:00:00 UTC: overdue by more than max_overdue_days (30)"
+    ]
 
 
 def test_max_overdue_days_is_the_jobs_own_config(service: Service) -> None:

@@ -239,6 +239,13 @@ def diff_renewals(context: dg.OpExecutionContext, asked: AskedRenewals, clock: d
         now=clock.now(),
         rules=renewals.rules,
     )
+    decisions.extend(
+        NotCharged(
+            f"subscription {subscription_id}",
+            f"ended {ended_at} UTC: overdue by more than max_overdue_days ({renewals.rules.max_overdue_days})",
+        )
+        for subscription_id, ended_at in renewals.slice.too_old_examples
+    )
     shown = [_shown(decision) for decision in decisions]
     changes = sum(not isinstance(decision, NotCharged) for decision in decisions)
     stop_before_applying(over_limit(changes, renewals.scope.max_changes), shown)
