@@ -1,0 +1,297 @@
+"""The books of both sides laid beside each other, and the verdict. It reads; it knows no job and no decision of theirs.
+
+The provider's side is the sandbox's ledger, in which every movement of money stands whoever caused it; ours is the
+service's payments and subscriptions, with the settlements and the quarantine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import pandas as pd
+import sqlalchemy as sa
+
+from billing_orchestration.sandbox.example_data import Case, Item, Subscription
+
+GRANTED = "paid, and granted once"
+REFUNDED = "paid, refunded in full, nothing granted"
+QUARANTINED = "paid, in quarantine: a person decides"
+LOST = "PAID AND NOT GRANTED"
+FREE = "GRANTED WITHOUT A SUCCESS"
+TWICE = "GRANTED TWICE"
+DIFFERENT = "GRANTED FOR ANOTHER AMOUNT"
+GOOD = (GRANTED, REFUNDED, QUARANTINED)
+BAD = (LOST, FREE, TWICE, DIFFERENT)
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """Both sides at one moment: the provider's ledger, and our tables as lists of rows."""
+
+    ledger: Sequence[Mapping[str, Any]]
+    payments: Sequence[Any]
+    subscriptions: Mapping[int, Any]
+    settlements: Sequence[Any]
+    attempts: Sequence[Any]
+    quarantine: Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One sentence of the verdict. `faults` are the exceptions, in words."""
+
+    promise: str
+    looked_at: str
+    faults: tuple[str, ...]
+
+
+def read_books(engine: sa.Engine, ledger: Sequence[Mapping[str, Any]]) -> Books:
+    """Read our side in one snapshot."""
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+
+        def rows(query: str) -> Sequence[Any]:
+            return connection.execute(sa.text(query)).all()
+
+        return Books(
+            ledger,
+            rows("SELECT id, status::text AS status, amount, currency::text AS currency, subscription_id,"
+                 " external_payment_id FROM payments ORDER BY id"),
+            {row.id: row for row in rows("SELECT id, status::text AS status, ended_at FROM subscriptions")},
+            rows("SELECT * FROM billing_orchestration.settlements ORDER BY period_start, settled_at"),
+            rows("SELECT * FROM billing_orchestration.renewal_attempts ORDER BY subscription_id, period_start, number"),
+            rows("SELECT * FROM billing_orchestration.quarantine WHERE resolved_at IS NULL ORDER BY id"),
+        )  # fmt: skip
+
+
+def compare(books: Books) -> pd.DataFrame:
+    """One line per provider payment that moved money or counts as paid here: `there`, `here` (sums), `verdict`."""
+    ledger = pd.DataFrame(
+        [
+            {
+                "payment": entry["payment_id"],
+                "currency": entry["currency"],
+                entry["kind"]: Decimal(entry["amount"]),
+            }
+            for entry in books.ledger
+        ],
+        columns=["payment", "currency", "charge", "refund"],
+    )
+    there = ledger.groupby("payment", sort=False).agg(
+        currency=("currency", "first"), charged=("charge", _total), refunded=("refund", _total)
+    )
+    rows = pd.DataFrame(
+        [
+            {"payment": row.external_payment_id, "status": row.status, "money": f"{row.amount} {row.currency}",
+             "amount": row.amount, "row_currency": row.currency}
+            for row in books.payments
+            if row.external_payment_id is not None and row.status in ("SUCCEEDED", "REFUNDED")
+        ],
+        columns=["payment", "status", "money", "amount", "row_currency"],
+    )  # fmt: skip
+    here = rows.groupby("payment", sort=False).agg(
+        succeeded=("status", lambda column: int((column == "SUCCEEDED").sum())),
+        rows=("status", "size"),
+        amount=("amount", "first"),
+        row_currency=("row_currency", "first"),
+    )
+    both = there.join(here, how="outer")
+    quarantined = {row.external_payment_id for row in books.quarantine}
+    both["verdict"] = [_verdict(line, line.Index in quarantined) for line in both.itertuples()]
+    both["currency"] = both["currency"].fillna(both["row_currency"])
+    return both
+
+
+def _total(column: Any) -> Decimal:
+    return sum((value for value in column if isinstance(value, Decimal)), Decimal(0))
+
+
+def _number(value: Any) -> int:
+    return 0 if pd.isna(value) else int(value)
+
+
+def _verdict(line: Any, is_quarantined: bool) -> str:
+    charged = Decimal(0) if pd.isna(line.charged) else line.charged
+    succeeded = _number(line.succeeded)
+    if not charged:
+        return FREE if succeeded else REFUNDED
+    if succeeded > 1:
+        return TWICE
+    if succeeded == 1:
+        same = (line.amount, line.row_currency) == (charged, line.currency)
+        return GRANTED if same else DIFFERENT
+    if line.refunded >= charged:
+        return REFUNDED
+    return QUARANTINED if is_quarantined else LOST
+
+
+def verdict(books: Books, before: Sequence[Subscription]) -> list[Check]:
+    """The promises, each with what was looked at and every exception."""
+    both = compare(books)
+    bad = {name: [str(payment) for payment in both.index[both["verdict"] == name]] for name in BAD}
+    grants = [row for row in books.settlements if row.kind != "refunded"]
+    charged_ids = {entry["payment_id"] for entry in books.ledger if entry["kind"] == "charge"}
+    periods: dict[tuple[str, str], int] = {}
+    for entry in books.ledger:
+        if entry["kind"] == "charge" and "period_start" in entry["metadata"]:
+            period = (entry["metadata"]["subscription_id"], entry["metadata"]["period_start"])
+            periods[period] = periods.get(period, 0) + 1
+    return [
+        Check(
+            "every provider success is exactly one grant, refunded, or in front of a person",
+            f"{len(charged_ids)} successes",
+            tuple(f"{name.lower()}: payment {payment}" for name in (LOST, TWICE, DIFFERENT) for payment in bad[name]),
+        ),
+        Check(
+            "nothing is granted without a success",
+            f"{len(grants)} grants, {len(books.subscriptions)} subscriptions",
+            (
+                *(f"payment {payment} counts as paid here only" for payment in bad[FREE]),
+                *(
+                    f"settlement of {row.external_payment_id}: the provider took no money"
+                    for row in grants
+                    if row.external_payment_id not in charged_ids
+                ),
+                *_unpaid_time(books, before),
+            ),
+        ),
+        Check(
+            "no period is charged twice",
+            f"{len(periods)} periods charged by us",
+            tuple(
+                f"subscription {subscription}, period from {start}: charged {count} times"
+                for (subscription, start), count in periods.items()
+                if count > 1
+            ),
+        ),
+    ]
+
+
+def _unpaid_time(books: Books, before: Sequence[Subscription]) -> list[str]:
+    """Subscriptions whose end is not where their settlements, period after period, lead to."""
+    grants: dict[int, list[Any]] = {}
+    for row in books.settlements:
+        if row.kind != "refunded" and row.subscription_id is not None:
+            grants.setdefault(row.subscription_id, []).append(row)
+    ends: dict[int, datetime | None] = {
+        subscription.id: subscription.ended_at.replace(tzinfo=None) for subscription in before
+    }
+    faults = []
+    for identity, row in books.subscriptions.items():
+        end = ends.get(identity)
+        for grant in grants.get(identity, []):
+            if end is not None and grant.period_start != end:
+                faults.append(f"subscription {identity}: a period begins at {grant.period_start}, not at {end}")
+            end = grant.period_end
+        if end != row.ended_at:
+            faults.append(f"subscription {identity} ends {row.ended_at}, paid until {end}")
+    return faults
+
+
+def fingerprint(engine: sa.Engine) -> dict[str, str]:
+    """A checksum of every table's rows; the watermarks are left out, they move with time."""
+    tables = ["public.subscriptions", "public.payments"]
+    tables += [f"billing_orchestration.{name}" for name in
+               ("renewal_attempts", "settlements", "saved_methods", "quarantine", "audit_trail")]  # fmt: skip
+    with engine.connect() as connection:
+        return {
+            table: str(
+                connection.execute(
+                    sa.text(f"SELECT md5(coalesce(string_agg(t::text, '|' ORDER BY t::text), '')) FROM {table} t")
+                ).scalar_one()
+            )
+            for table in tables
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one case: whether it is what was expected, and in words."""
+
+    as_expected: bool
+    told: str
+
+
+class CaseReader:
+    """Reads from the books what became of the example cases. `reported`: subject -> what the runs said of it."""
+
+    def __init__(self, books: Books, reported: Mapping[str, str]) -> None:
+        self._books = books
+        self._reported = reported
+        self._rows = {row.id: row for row in books.payments}
+        self._by_external: dict[str, list[Any]] = {}
+        for row in books.payments:
+            if row.external_payment_id is not None:
+                self._by_external.setdefault(row.external_payment_id, []).append(row)
+        self._settled = {row.external_payment_id: row for row in books.settlements}
+        self._renewed = {
+            (row.subscription_id, row.period_start): row for row in books.settlements if row.attempt_id is not None
+        }
+        self._attempts = {(row.subscription_id, row.period_start): row for row in books.attempts}  # the newest wins
+        self._quarantined = {row.external_payment_id: row for row in books.quarantine}
+
+    def read(self, case: Case) -> Outcome:
+        """All instances of a case; those that differ from the expectation are named."""
+        told: dict[str, int] = {}
+        wrong = 0
+        for item in case.items:
+            faults, words = self._item(case, item)
+            wrong += bool(faults)
+            text = f"{words} (expected {', '.join(faults)})" if faults else words
+            told[text] = told.get(text, 0) + 1
+        parts = [text if count == len(case.items) else f"{count}: {text}" for text, count in told.items()]
+        if len(parts) > 3:
+            parts = [*parts[:2], f"and {len(parts) - 2} more alike"]
+        return Outcome(not wrong, "; ".join(parts))
+
+    def _item(self, case: Case, item: Item) -> tuple[list[str], str]:
+        want, faults, words = case.want, [], []
+        subscription = item.subscription
+        period = None if subscription is None else (subscription.id, subscription.ended_at.replace(tzinfo=None))
+        grant = self._settled.get(item.external_id) if item.external_id else self._renewed.get(period)  # type: ignore[arg-type]
+        attempt = self._attempts.get(period) if period else None
+        trouble = self._quarantined.get(item.external_id) if item.external_id else None
+        found: dict[str, Any] = {"grant": grant.kind if grant else "", "quarantine": trouble.kind if trouble else ""}
+        if grant is not None and grant.period_end is not None:
+            words.append(
+                f"{'subscription ' if grant.kind == 'created' else ''}{grant.kind}, until {grant.period_end:%Y-%m-%d}"
+            )
+        if item.row is not None or item.external_id is not None:
+            row = self._rows.get(item.row.id) if item.row else self._by_external.get(item.external_id or "", [None])[0]
+            found["row"] = row.status if row else None
+            words.append(f"payment {row.status}" if row else "no payment here")
+        if subscription is not None and period is not None:
+            now = self._books.subscriptions[subscription.id]
+            found |= {"status": now.status, "until": f"{now.ended_at:%Y-%m-%d}", "charges": self._charges(period)}
+            found["attempt"] = attempt.state if attempt else ""
+            if now.status != subscription.status:
+                words.append(str(now.status))
+            if attempt is not None and attempt.state != "SUCCEEDED":
+                words.append(
+                    f"{attempt.state.lower()}: {attempt.decline_reason or attempt.last_error or 'sent, no answer'}"
+                )
+            elif attempt is not None and attempt.sends > 1:
+                words.append(f"sent {attempt.sends} times, charged {found['charges']} time")
+            if not words and (reason := self._reported.get(f"subscription {subscription.id}")):
+                words.append(f"not charged: {reason}")
+        if trouble is not None:
+            words.append(f"quarantine: {trouble.reason}")
+        elif not grant and item.row and (reason := self._reported.get(f"payment {item.row.id}")):
+            words.append(reason)
+        for name in ("status", "until", "attempt", "charges", "row", "grant", "quarantine"):
+            wanted = getattr(want, name)
+            if wanted is not None and found.get(name) != wanted:
+                faults.append(f"{name} {wanted or 'none'}, found {found.get(name) or 'none'}")
+        return faults, ", ".join(words) or "untouched"
+
+    def _charges(self, period: tuple[int, datetime]) -> int:
+        identity, start = str(period[0]), period[1].isoformat()
+        return sum(
+            entry["kind"] == "charge"
+            and entry["metadata"].get("subscription_id") == identity
+            and entry["metadata"].get("period_start", "").startswith(start)
+            for entry in self._books.ledger
+        )
