@@ -7,6 +7,7 @@ imports only what it needs.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -115,8 +116,11 @@ def _needs_extra(error: ModuleNotFoundError) -> int:
 
 
 def _say(line: str) -> None:
-    # A pipe shows each step when it is done, not all of them at the end.
-    print(line, flush=True)
+    # A pipe shows each step when it is done, not all of them at the end; nobody reading it stops nothing.
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(reason: object) -> int:

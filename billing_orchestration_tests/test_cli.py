@@ -368,6 +368,24 @@ def test_an_expected_failure_is_one_line_on_stderr_without_a_secret(
     assert "word-of-the-database" not in line
 
 
+def test_migrate_goes_on_when_nobody_reads_what_it_says(
+    environment: pytest.MonkeyPatch, empty_database_url: str
+) -> None:
+    environment.setenv("BILLING_DATABASE_URL", empty_database_url)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    process = subprocess.run(
+        [sys.executable, "-m", "billing_orchestration.cli", "migrate"],
+        check=False,
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    os.close(write_end)
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert run("migrate").stdout == "nothing to do\n"
+
+
 # sandbox, and the command line itself
 
 
