@@ -293,6 +293,11 @@ class Service:
         tables = ["subscriptions", "payments", *(f"billing_orchestration.{name}" for name in ours)]
         return {table: self.rows(table) for table in tables}
 
+    def tolerate_duplicates(self) -> None:
+        """Be a database in which `migrate` found several payments with one provider id: no unique index on it."""
+        self.execute("DROP INDEX bo_payments_external_payment_id_unique")
+        self.execute("CREATE INDEX ON payments (external_payment_id)")
+
     def quarantined(self, external_id: str) -> list[str]:
         """The kinds of problem for which a provider payment waits for a person."""
         found = self.rows(
@@ -347,6 +352,11 @@ class Service:
 
     def _touched(self) -> dict[str, datetime | None]:
         return {"created_at": _naive(self.now), "updated_at": _naive(self.now)}
+
+
+def stored(*when: int) -> datetime:
+    """An instant as the service's columns hold it: naive UTC."""
+    return datetime(*when, tzinfo=UTC).replace(tzinfo=None)  # type: ignore[arg-type, misc]
 
 
 def _naive(instant: datetime | None) -> datetime | None:

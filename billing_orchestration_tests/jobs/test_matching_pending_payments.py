@@ -1,0 +1,746 @@
+"""matching_pending_payments_job, whole: which PENDING payments are settled, which never are, and what nothing stops."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from typing import Any
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+
+from billing_orchestration_tests.jobs.service import NOON, Run, Service, stored
+from billing_orchestration_tests.jobs.waiting import wait_for_a_blocked_session
+
+UTC = timezone.utc
+JOB = "matching_pending_payments_job"
+OTHER_JOB = "matching_successful_payments_job"
+
+
+def begun(service: Service, external_id: str | None, **row: Any) -> int:
+    """A purchase as the service begins it: a PENDING row, ten minutes old, not linked to a subscription yet."""
+    row.setdefault("created_at", service.now - timedelta(minutes=10))
+    row.setdefault("method", None)
+    return service.payment(external_id=external_id, status="PENDING", **row)
+
+
+def bought(service: Service, plan: int, external_id: str, *, user: str | None = None, **there: Any) -> int:
+    """A purchase that was paid and that the service did not hear of: PENDING here, succeeded there."""
+    there.setdefault("created_at", service.now - timedelta(minutes=10))
+    service.paid_there(external_id, user=user or f"user of {external_id}", plan_id=plan, **there)
+    return begun(service, external_id, created_at=there["created_at"])
+
+
+def status(service: Service, payment: int) -> str | None:
+    """The status of a payment row."""
+    found: str | None = service.row("payments", payment).status
+    return found
+
+
+def subscriptions(service: Service) -> list[Any]:
+    """All subscriptions, oldest first."""
+    return service.rows("subscriptions")
+
+
+# --- What is settled
+
+
+def test_pending_here_and_succeeded_there_is_settled_and_a_subscription_is_created(service: Service) -> None:
+    plan = service.plan("299.00")
+    payment = bought(service, plan, "paid", user="anna", method_type="sbp")
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    [subscription] = subscriptions(service)
+    assert (subscription.user_id, subscription.plan_id, subscription.status) == ("anna", plan, "ACTIVE")
+    # From the moment of settling, not from the payment's: the customer loses nothing by our being late.
+    assert subscription.started_at == stored(2026, 3, 12, 12, 0)
+    assert subscription.ended_at == stored(2026, 4, 12, 12, 0)
+    row = service.row("payments", payment)
+    assert (row.status, row.subscription_id, row.payment_method) == ("SUCCEEDED", subscription.id, "SBP")
+    assert row.created_at == stored(2026, 3, 12, 11, 50)
+    assert service.settled("paid") == ["created"]
+    assert len(service.rows("payments")) == 1
+    assert service.charges() == []
+    service.check_books()
+
+
+def test_an_active_subscription_on_that_plan_is_extended_from_its_own_end_and_keeps_its_anchor_day(
+    service: Service,
+) -> None:
+    plan = service.plan()
+    subscription = service.subscription(
+        plan,
+        user="anna",
+        started_at=datetime(2026, 1, 31, 10, 0, tzinfo=UTC),
+        ended_at=datetime(2026, 4, 30, 10, 0, tzinfo=UTC),
+    )
+    payment = bought(service, plan, "paid", user="anna")
+
+    assert service.run(JOB).ok
+
+    assert service.ended_at(subscription) == datetime(2026, 5, 31, 10, 0, tzinfo=UTC)
+    assert [row.id for row in subscriptions(service)] == [subscription]
+    assert service.row("payments", payment).subscription_id == subscription
+    assert service.settled("paid") == ["extended"]
+
+
+@pytest.mark.parametrize("state", ["CREATED", "EXPIRED", "CANCELED", "PAUSED", "DELETED", None])
+def test_only_an_active_subscription_is_extended_else_a_new_one_is_created(service: Service, state: str | None) -> None:
+    plan = service.plan()
+    old = service.subscription(plan, user="anna", status=state, ended_at=NOON - timedelta(days=40))
+    before = service.row("subscriptions", old)
+    bought(service, plan, "paid", user="anna")
+
+    assert service.run(JOB).ok
+
+    assert service.row("subscriptions", old) == before
+    [_, new] = subscriptions(service)
+    assert (new.user_id, new.status, new.ended_at) == ("anna", "ACTIVE", stored(2026, 4, 12, 12, 0))
+
+
+def test_an_active_subscription_on_another_plan_or_of_another_user_is_not_touched(service: Service) -> None:
+    plan, other_plan = service.plan(), service.plan()
+    hers = service.subscription(other_plan, user="anna", ended_at=NOON + timedelta(days=3))
+    his = service.subscription(plan, user="boris", ended_at=NOON + timedelta(days=3))
+    before = [service.row("subscriptions", hers), service.row("subscriptions", his)]
+    bought(service, plan, "paid", user="anna")
+
+    assert service.run(JOB).ok
+
+    assert [service.row("subscriptions", hers), service.row("subscriptions", his)] == before
+    assert len(subscriptions(service)) == 3
+
+
+def test_several_purchases_of_one_user_extend_one_subscription_one_after_the_other(service: Service) -> None:
+    plan = service.plan()
+    for name in ("first", "second", "third"):
+        bought(service, plan, name, user="anna")
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    [subscription] = subscriptions(service)
+    assert subscription.ended_at == stored(2026, 6, 12, 12, 0)
+    assert [service.settled(name) for name in ("first", "second", "third")] == [["created"], ["extended"], ["extended"]]
+    assert {row.subscription_id for row in service.rows("payments")} == {subscription.id}
+
+
+def test_the_period_of_a_purchase_is_counted_in_the_billing_time_zone(service_with: Callable[..., Service]) -> None:
+    # 22:30 UTC on 30 January is half past one on the 31st in Moscow: a month later is 28 February there.
+    service = service_with(billing_timezone="Europe/Moscow", now=datetime(2026, 1, 30, 22, 30, tzinfo=UTC))
+    bought(service, service.plan(), "paid")
+
+    assert service.run(JOB).ok
+
+    [subscription] = subscriptions(service)
+    assert subscription.ended_at == stored(2026, 2, 27, 22, 30)
+
+
+# --- The window
+
+
+def test_a_card_that_is_paid_in_the_fifty_ninth_minute_is_settled(service: Service) -> None:
+    plan = service.plan()
+    purchase = service.provider.purchase(
+        "299.00", metadata={"user_id": "anna", "plan_id": str(plan), "payment_provider_id": str(service.yookassa)}
+    )
+    payment = begun(service, purchase.id, created_at=service.now)
+    service.advance(minutes=59)
+    service.provider.pay(purchase.id)
+    service.advance(minutes=2)
+
+    assert service.run(JOB).ok
+
+    assert status(service, payment) == "SUCCEEDED"
+    assert len(subscriptions(service)) == 1
+
+
+def test_cash_that_is_paid_on_the_eighth_day_is_settled(service: Service) -> None:
+    plan = service.plan()
+    purchase = service.provider.purchase(
+        "299.00",
+        method_type="cash",
+        metadata={"user_id": "anna", "plan_id": str(plan), "payment_provider_id": str(service.yookassa)},
+    )
+    payment = begun(service, purchase.id, created_at=service.now)
+    service.advance(days=8)
+    service.provider.pay(purchase.id)
+    service.advance(minutes=1)
+
+    assert service.run(JOB).ok
+
+    row = service.row("payments", payment)
+    # The service has no label for cash: such a payment is as paid as any other.
+    assert (row.status, row.payment_method) == ("SUCCEEDED", None)
+    assert len(subscriptions(service)) == 1
+
+
+def test_a_row_of_any_age_counts_when_its_provider_payment_is_in_the_window(service: Service) -> None:
+    payment = bought(service, service.plan(), "paid")
+    service.execute("UPDATE payments SET created_at = '2024-02-29 00:00:00'")
+
+    assert service.run(JOB).ok
+
+    assert status(service, payment) == "SUCCEEDED"
+
+
+def test_the_window_ends_at_as_of_and_begins_an_hour_before_it_both_ends_included(service: Service) -> None:
+    plan = service.plan()
+    hour_ago, millisecond = NOON - timedelta(hours=1), timedelta(milliseconds=1)
+    at_start = bought(service, plan, "at the start", created_at=hour_ago)
+    too_early = bought(service, plan, "before the start", created_at=hour_ago - millisecond)
+    at_end = bought(service, plan, "at the end", created_at=NOON)
+    too_late = bought(service, plan, "after the end", created_at=NOON + millisecond)
+    captured_at_start = bought(
+        service, plan, "captured at the start", created_at=NOON - timedelta(days=9), captured_at=hour_ago
+    )
+    captured_too_early = bought(
+        service, plan, "captured before", created_at=NOON - timedelta(days=9), captured_at=hour_ago - millisecond
+    )
+    service.advance(minutes=5)
+
+    assert service.run(JOB, as_of=NOON).ok
+
+    assert {status(service, payment) for payment in (at_start, at_end, captured_at_start)} == {"SUCCEEDED"}
+    assert {status(service, payment) for payment in (too_early, too_late, captured_too_early)} == {"PENDING"}
+    assert len(subscriptions(service)) == 3
+
+
+# --- What is not settled
+
+
+@pytest.mark.parametrize("there", ["pending", "canceled", "waiting_for_capture"])
+def test_what_is_not_paid_at_the_provider_stays_pending(service: Service, there: str) -> None:
+    plan = service.plan()
+    service.paid_there("unpaid", plan_id=plan, status=there)
+    payment = begun(service, "unpaid")
+    before = service.snapshot()
+
+    assert service.run(JOB).ok
+
+    assert service.snapshot() == before
+    assert status(service, payment) == "PENDING"
+
+
+def test_what_the_provider_does_not_know_stays_pending(service: Service) -> None:
+    begun(service, "never arrived there")
+    before = service.snapshot()
+
+    assert service.run(JOB).ok
+
+    assert service.snapshot() == before
+
+
+@pytest.mark.parametrize("state", ["CREATED", "EXPIRED", "CANCELED", "SUCCEEDED", "REFUNDED", None])
+def test_only_pending_rows_are_this_jobs_business(service: Service, state: str | None) -> None:
+    service.paid_there("paid", plan_id=service.plan())
+    service.payment(external_id="paid", status=state)
+    before = service.snapshot()
+
+    assert service.run(JOB).ok
+
+    assert service.snapshot() == before
+
+
+def test_a_provider_that_ignores_the_status_filter_gets_no_pending_payment_settled(service: Service) -> None:
+    payment = bought(service, service.plan(), "unpaid", status="pending")
+    service.sandbox.misbehave(
+        "list",
+        "change",
+        times=None,
+        transform=lambda page: {**page, "items": [service.provider.payment("unpaid").document()]},
+    )
+
+    assert service.run(JOB).ok
+
+    assert status(service, payment) == "PENDING"
+    assert subscriptions(service) == []
+
+
+def test_a_pending_row_without_a_provider_id_is_reported_with_the_reason_and_others_go_on(service: Service) -> None:
+    nameless = begun(service, None)
+    payment = bought(service, service.plan(), "paid")
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [status(service, nameless), status(service, payment)] == ["PENDING", "SUCCEEDED"]
+    [reason] = run.reasons(f"payment {nameless}")
+    assert "no provider id" in reason
+
+
+def test_of_several_rows_with_one_provider_id_one_is_settled_and_the_others_are_reported(service: Service) -> None:
+    service.tolerate_duplicates()
+    first = bought(service, service.plan(), "paid")
+    second = begun(service, "paid")
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [status(service, first), status(service, second)] == ["SUCCEEDED", "PENDING"]
+    assert len(subscriptions(service)) == 1
+    assert service.settled("paid") == ["created"]
+    [reason] = run.reasons(f"payment {second}")
+    assert "duplicate" in reason
+    before = service.snapshot()
+    assert service.run(JOB).ok
+    assert service.snapshot() == before
+
+
+def test_of_several_rows_the_one_that_agrees_on_the_money_is_settled(service: Service) -> None:
+    service.tolerate_duplicates()
+    plan = service.plan()
+    service.paid_there("paid", plan_id=plan, amount="299.00")
+    wrong = begun(service, "paid", amount="1.00")
+    right = begun(service, "paid", amount="299.00")
+
+    assert service.run(JOB).ok
+
+    assert [status(service, wrong), status(service, right)] == ["PENDING", "SUCCEEDED"]
+
+
+# --- Settling, step by step
+
+
+def test_one_refunded_in_full_is_recorded_as_refunded_and_grants_nothing(service: Service) -> None:
+    payment = bought(service, service.plan(), "returned", refunded_amount="299.00")
+
+    assert service.run(JOB).ok
+
+    assert status(service, payment) == "REFUNDED"
+    assert subscriptions(service) == []
+    assert service.settled("returned") == ["refunded"]
+    service.check_books()
+
+
+def test_one_refunded_in_part_is_granted(service: Service) -> None:
+    payment = bought(service, service.plan(), "partly returned", refunded_amount="298.99")
+
+    assert service.run(JOB).ok
+
+    assert status(service, payment) == "SUCCEEDED"
+    assert len(subscriptions(service)) == 1
+
+
+def in_a_live_shop(service: Service) -> None:
+    service.provider.secret_key = "live_sandbox"
+    service.settings = service.settings.model_copy(
+        update={"yookassa_secret_key": type(service.settings.yookassa_secret_key)("live_sandbox")}
+    )
+
+
+def test_a_test_payment_in_a_live_shop_grants_nothing_and_goes_to_a_person(service: Service) -> None:
+    in_a_live_shop(service)
+    plan = service.plan()
+    fake = bought(service, plan, "fake", test=True)
+    real = bought(service, plan, "real", test=False)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [status(service, fake), status(service, real)] == ["PENDING", "SUCCEEDED"]
+    assert service.quarantined("fake") == ["test_payment"]
+    assert [row.user_id for row in subscriptions(service)] == ["user of real"]
+
+
+def test_a_test_payment_in_a_test_shop_is_granted(service: Service) -> None:
+    payment = bought(service, service.plan(), "paid", test=True)
+
+    assert service.run(JOB).ok
+
+    assert status(service, payment) == "SUCCEEDED"
+
+
+@pytest.mark.parametrize(
+    "here",
+    [{"amount": "298.99"}, {"amount": "999999.99"}, {"currency": "USD"}, {"currency": None}],
+    ids=["a kopeck less", "far more", "another currency", "no currency"],
+)
+def test_an_amount_or_a_currency_that_differs_goes_to_a_person(service: Service, here: dict[str, Any]) -> None:
+    service.paid_there("paid", plan_id=service.plan(), amount="299.00")
+    payment = begun(service, "paid", **here)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, payment) == "PENDING"
+    assert service.quarantined("paid") == ["amount_differs"]
+    assert subscriptions(service) == []
+
+
+def metadata_flaws(service: Service, plan: int) -> dict[str, Any]:
+    """Metadata that must not grant anything, by what is wrong with it."""
+    right = {"user_id": "anna", "plan_id": str(plan), "payment_provider_id": str(service.yookassa)}
+
+    def without(key: str) -> dict[str, str]:
+        return {name: value for name, value in right.items() if name != key}
+
+    return {
+        "no metadata": None,
+        "not an object": ["user_id", "anna"],
+        "no user": without("user_id"),
+        "a blank user": {**right, "user_id": " "},
+        "a null user": {**right, "user_id": None},
+        "no plan": without("plan_id"),
+        "a plan that is no number": {**right, "plan_id": "gold"},
+        "a negative plan": {**right, "plan_id": "-1"},
+        "a plan beyond the type": {**right, "plan_id": "99999999999999999999"},
+        "a plan that is not there": {**right, "plan_id": "31337"},
+        "a plan in other digits": {**right, "plan_id": "\u0661"},
+        "no payment provider": without("payment_provider_id"),
+        "a payment provider that is not there": {**right, "payment_provider_id": "31337"},
+        "an injection": {**right, "plan_id": f"{plan}; DROP TABLE payments"},
+    }
+
+
+def test_metadata_that_is_missing_malformed_or_unknown_goes_to_a_person_and_others_go_on(service: Service) -> None:
+    plan = service.plan()
+    flaws = metadata_flaws(service, plan)
+    rows = {}
+    for flaw, metadata in flaws.items():
+        service.paid_there(flaw, override={"metadata": metadata})
+        rows[flaw] = begun(service, flaw)
+    right = bought(service, plan, "right")
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, right) == "SUCCEEDED"
+    assert {flaw: (status(service, row), service.quarantined(flaw)) for flaw, row in rows.items()} == {
+        flaw: ("PENDING", ["metadata"]) for flaw in flaws
+    }
+    assert len(subscriptions(service)) == 1
+
+
+def test_metadata_of_another_user_than_the_rows_own_goes_to_a_person(service: Service) -> None:
+    plan = service.plan()
+    boris = service.subscription(plan, user="boris", ended_at=NOON + timedelta(days=1))
+    service.paid_there("paid", user="anna", plan_id=plan)
+    payment = service.payment(boris, external_id="paid", status="PENDING")
+    before = service.row("subscriptions", boris)
+
+    assert service.run(JOB).ok
+
+    assert status(service, payment) == "PENDING"
+    assert service.quarantined("paid") == ["foreign_metadata"]
+    assert service.row("subscriptions", boris) == before
+
+
+@pytest.mark.parametrize(("duration", "unit"), [(None, "month"), (1, None), (0, "days"), (-1, "days"), (1, "weeks"),
+                                                (2_000_000_000, "year")])  # fmt: skip
+def test_a_plan_without_a_usable_period_goes_to_a_person(service: Service, duration: int | None, unit: str) -> None:
+    payment = bought(service, service.plan(duration=duration, unit=unit), "paid")
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, payment) == "PENDING"
+    assert service.quarantined("paid") == ["period"]
+
+
+def test_a_problem_alerts_once_however_many_ticks_see_it(service: Service) -> None:
+    service.paid_there("odd", plan_id=service.plan())
+    begun(service, "odd", amount="1.00")
+
+    runs = [service.tick(JOB) for _ in range(3)]
+
+    assert [run.report["quarantined for the first time"] for run in runs] == [1, 0, 0]
+    assert [run.report["quarantined"] for run in runs] == [1, 1, 1]
+    assert len(service.rows("billing_orchestration.quarantine")) == 1
+    assert [len(service.audit(run)) for run in runs] == [1, 0, 0]
+    assert [bool(run.materialized) for run in runs] == [True, False, False]
+
+
+def test_a_problem_that_a_person_mended_is_settled_and_closed_by_the_next_tick(service: Service) -> None:
+    service.paid_there("odd", plan_id=service.plan())
+    payment = begun(service, "odd", amount="1.00")
+    service.run(JOB)
+    service.execute("UPDATE payments SET amount = 299.00 WHERE id = :id", id=payment)
+
+    assert service.run(JOB).ok
+
+    assert status(service, payment) == "SUCCEEDED"
+    assert service.quarantined("odd") == []
+
+
+# --- What stops nobody
+
+
+def test_one_poisoned_row_goes_to_a_person_and_never_stops_the_others(service: Service) -> None:
+    plan = service.plan()
+    eternal = service.subscription(plan, user="eva", ended_at=None)
+    service.execute("UPDATE subscriptions SET ended_at = 'infinity' WHERE id = :id", id=eternal)
+    endless = service.subscription(plan, user="ina", ended_at=None)
+    payments = {
+        name: bought(service, plan, name, user=user)
+        for name, user in (("one", "anna"), ("eternal", "eva"), ("endless", "ina"), ("two", "boris"))
+    }
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert {name: status(service, row) for name, row in payments.items()} == {
+        "one": "SUCCEEDED", "eternal": "PENDING", "endless": "PENDING", "two": "SUCCEEDED",
+    }  # fmt: skip
+    assert service.quarantined("eternal") == ["not_writable"]
+    assert service.quarantined("endless") == ["no_end"]
+    assert service.row("subscriptions", endless).ended_at is None
+    again = service.run(JOB)
+    assert again.ok, again.failure
+    assert again.report["quarantined for the first time"] == 0
+
+
+def test_a_row_that_the_services_own_trigger_refuses_never_stops_the_others(service: Service) -> None:
+    plan = service.plan()
+    payments = [bought(service, plan, name) for name in ("one", "refused", "two")]
+    service.execute("""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN IF new.external_payment_id = 'refused' THEN RAISE EXCEPTION 'not this one'; END IF; RETURN new; END $$
+    """)
+    service.execute("CREATE TRIGGER refuse BEFORE UPDATE ON payments FOR EACH ROW EXECUTE FUNCTION refuse()")
+
+    run = service.run(JOB)
+
+    assert [status(service, payment) for payment in payments] == ["SUCCEEDED", "PENDING", "SUCCEEDED"]
+    assert service.quarantined("refused") == ["not_writable"]
+    assert "not this one" in run.reasons("payment refused")[0]
+    assert len(subscriptions(service)) == 2
+
+
+ODD_ITEMS: dict[str, dict[str, Any]] = {
+    "a null amount": {"override": {"amount": None}},
+    "a null in the amount": {"override": {"amount": {"value": None, "currency": "RUB"}}},
+    "an absurd amount": {"override": {"amount": {"value": "1e400", "currency": "RUB"}}},
+    "an amount beyond the column": {"override": {"amount": {"value": "1000000.00", "currency": "RUB"}}},
+    "a negative amount": {"override": {"amount": {"value": "-299.00", "currency": "RUB"}}},
+    "nothing paid": {"override": {"amount": {"value": "0.00", "currency": "RUB"}}},
+    "not a number": {"override": {"amount": {"value": "NaN", "currency": "RUB"}}},
+    "an unknown currency": {"override": {"amount": {"value": "299.00", "currency": "KZT"}}},
+    "an unknown status": {"override": {"status": "half_paid"}},
+    "a null status": {"override": {"status": None}},
+    "an unknown method": {"override": {"payment_method": {"type": "seashells", "id": "1", "saved": False}}},
+    "a null time": {"override": {"created_at": None}},
+    "no time": {"without": ["created_at"]},
+    "a naive time": {"override": {"created_at": "2026-03-12T11:50:00"}},
+    "a null id": {"override": {"id": None}},
+    "a null item": {"raw": [None]},
+    "a refund in another currency": {"override": {"refunded_amount": {"value": "1.00", "currency": "USD"}}},
+}
+
+
+def test_one_odd_item_goes_to_a_person_and_the_other_payments_of_its_page_are_used(service: Service) -> None:
+    plan = service.plan()
+    for name, odd in ODD_ITEMS.items():
+        service.paid_there(name, plan_id=plan, **odd)
+        begun(service, name)
+    payments = [bought(service, plan, f"right {number}") for number in range(30)]
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert {status(service, payment) for payment in payments} == {"SUCCEEDED"}
+    assert len(subscriptions(service)) == 30
+    problems = service.rows("billing_orchestration.quarantine")
+    assert {row.kind for row in problems} == {"unreadable"}
+    assert len(problems) == len(ODD_ITEMS)
+    again = service.run(JOB)
+    assert again.report["quarantined for the first time"] == 0
+
+
+def test_a_list_that_breaks_off_on_page_seven_fails_the_run_before_anything_is_applied(service: Service) -> None:
+    plan = service.plan()
+    service.provider.add_payments(
+        {
+            "id": f"paid-{number}",
+            "created_at": NOON - timedelta(seconds=number),
+            "amount": "299.00",
+            "metadata": {"user_id": f"user-{number}", "plan_id": str(plan), "payment_provider_id": "1"},
+        }
+        for number in range(650)
+    )
+    first, last = begun(service, "paid-0"), begun(service, "paid-649")
+    service.sandbox.misbehave("list", "truncated", page=7, times=None)
+    before = service.snapshot()
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert "page 7" in run.failure
+    assert service.snapshot() == before
+    assert service.watermark(JOB) is None
+    service.sandbox.behave()
+    assert service.run(JOB).ok
+    assert [status(service, first), status(service, last)] == ["SUCCEEDED", "SUCCEEDED"]
+
+
+# --- Repeated, raced, changed meanwhile
+
+
+def test_a_second_run_changes_nothing(service: Service) -> None:
+    plan = service.plan()
+    service.subscription(plan, user="anna", ended_at=NOON + timedelta(days=4))
+    bought(service, plan, "extends", user="anna")
+    bought(service, plan, "creates")
+    bought(service, plan, "returned", refunded_amount="299.00")
+    bought(service, plan, "odd", override={"metadata": {}})
+    assert service.run(JOB).ok
+    before = service.snapshot()
+
+    for _ in range(2):
+        assert service.run(JOB).ok
+
+    assert service.snapshot() == before
+    assert service.run(OTHER_JOB).ok
+    assert service.snapshot() == before
+
+
+def at_once(*jobs: Callable[[], Run]) -> list[Run]:
+    """Run several jobs at the same time, each as an instance of its own would."""
+    runs: list[Run] = []
+    threads = [threading.Thread(target=lambda job=job: runs.append(job())) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return runs
+
+
+@pytest.mark.parametrize("unique", [True, False], ids=["with the unique index", "without it"])
+def test_both_matching_jobs_at_once_grant_each_payment_once(service: Service, unique: bool) -> None:
+    if not unique:
+        service.tolerate_duplicates()
+    plan = service.plan()
+    names = [f"paid-{number}" for number in range(60)]
+    for number, name in enumerate(names):
+        # Twelve users with five payments each: batches of both jobs meet at the same users.
+        bought(service, plan, name, user=f"user-{number % 12}")
+    # Both have read their slices before either applies.
+    service.sandbox.misbehave("list", "none", delay_s=0.2, times=4)
+    instances = [dg.DagsterInstance.ephemeral() for _ in range(2)]
+
+    runs = at_once(
+        lambda: service.run(JOB, instance=instances[0]), lambda: service.run(OTHER_JOB, instance=instances[1])
+    )
+
+    assert [run.failure for run in runs] == ["", ""]
+    assert all(len(service.settled(name)) == 1 for name in names)
+    assert len(service.rows("payments")) == 60
+    assert {row.status for row in service.rows("payments")} == {"SUCCEEDED"}
+    # One subscription for each user, extended once for each of the five payments: 12 March to 12 August.
+    assert [row.ended_at for row in subscriptions(service)] == [stored(2026, 8, 12, 12, 0)] * 12
+    service.check_books()
+
+
+def test_a_row_that_changes_between_reading_and_applying_is_decided_anew_under_lock(
+    service: Service, engine: sa.Engine
+) -> None:
+    plan = service.plan()
+    canceled, paid = bought(service, plan, "canceled meanwhile"), bought(service, plan, "paid")
+    runs: list[Run] = []
+    with engine.connect() as service_session:
+        # The service's own transaction is under way when the job wants the row.
+        service_session.execute(sa.text("UPDATE payments SET status = 'CANCELED' WHERE id = :id"), {"id": canceled})
+        job = threading.Thread(target=lambda: runs.append(service.run(JOB)))
+        job.start()
+        wait_for_a_blocked_session(engine)
+        service_session.commit()
+    job.join()
+
+    [run] = runs
+    assert run.ok, run.failure
+    assert [status(service, canceled), status(service, paid)] == ["CANCELED", "SUCCEEDED"]
+    assert service.quarantined("canceled meanwhile") == ["canceled_here"]
+    assert [row.user_id for row in subscriptions(service)] == ["user of paid"]
+
+
+def test_a_row_that_somebody_keeps_locked_is_left_for_another_try_and_the_others_are_settled(
+    service: Service, engine: sa.Engine, database_url: str
+) -> None:
+    plan = service.plan()
+    locked, paid = bought(service, plan, "locked"), bought(service, plan, "paid")
+    impatient = service.settings.model_copy(
+        update={"billing_database_url": f"{database_url}&options=-c%20lock_timeout%3D150ms"}
+    )
+    with engine.connect() as service_session:
+        service_session.execute(sa.text("SELECT FROM payments WHERE id = :id FOR UPDATE"), {"id": locked})
+        run = service.run(JOB, load=lambda: impatient)
+        service_session.rollback()
+
+    assert not run.ok
+    assert "payment locked" in run.failure
+    assert "1 need another try" in run.failure
+    assert [status(service, locked), status(service, paid)] == ["PENDING", "SUCCEEDED"]
+    assert service.watermark(JOB) is None
+    assert service.run(JOB).ok
+    assert status(service, locked) == "SUCCEEDED"
+
+
+# --- What a run tells
+
+
+def test_every_change_is_in_the_audit_trail_with_run_id_old_and_new_value_and_reason(service: Service) -> None:
+    plan = service.plan()
+    subscription = service.subscription(plan, user="anna", ended_at=NOON + timedelta(days=4))
+    extends = bought(service, plan, "extends", user="anna")
+    creates = bought(service, plan, "creates", user="boris")
+
+    run = service.run(JOB)
+
+    [_, new] = subscriptions(service)
+    entries = {(entry.entity, entry.entity_id, entry.action): entry for entry in service.audit(run)}
+    assert set(entries) == {
+        ("subscription", str(subscription), "extended"), ("subscription", str(new.id), "created"),
+        ("payment", str(extends), "succeeded"), ("payment", str(creates), "succeeded"),
+    }  # fmt: skip
+    extended = entries["subscription", str(subscription), "extended"]
+    assert (extended.old["ended_at"], extended.new["ended_at"]) == (
+        "2026-03-16T12:00:00+00:00", "2026-04-16T12:00:00+00:00",
+    )  # fmt: skip
+    succeeded = entries["payment", str(creates), "succeeded"]
+    assert (succeeded.old["status"], succeeded.new["status"], succeeded.new["subscription_id"]) == (
+        "PENDING", "SUCCEEDED", new.id,
+    )  # fmt: skip
+    assert {(entry.job, entry.external_payment_id, entry.at) for entry in entries.values()} == {
+        (JOB, "extends", NOON), (JOB, "creates", NOON),
+    }  # fmt: skip
+    assert all(entry.reason for entry in entries.values())
+
+
+def test_a_run_shows_its_slices_decisions_sums_and_what_was_applied(service: Service) -> None:
+    plan = service.plan("299.00")
+    bought(service, plan, "one")
+    bought(service, plan, "two")
+    bought(service, plan, "odd", override={"metadata": {}})
+
+    run = service.run(JOB)
+
+    assert run.number("fetch_paid_for_pending", "succeeded payments") == 3
+    assert run.number("fetch_pending_payments", "PENDING in the window") == 3
+    assert (run.report["applied"], run.report["quarantined"]) == (2, 1)
+    assert run.report["sum: create subscription, RUB"] == pytest.approx(float(Decimal("598.00")))
+    assert run.reasons("payment one")[0].startswith("create subscription: PENDING here, paid at the provider")
+    assert run.reasons("payment odd")[0].startswith("quarantine: ")
+
+
+def test_a_tick_without_anything_to_do_plots_nothing(service: Service) -> None:
+    plan = service.plan()
+    busy = bought(service, plan, "paid")
+    assert service.tick(JOB).materialized == {JOB: {"corrections": 1, "quarantined": 0, "needs another try": 0}}
+    assert status(service, busy) == "SUCCEEDED"
+
+    assert service.tick(JOB).materialized == {}
+
+
+def test_no_text_of_a_run_holds_the_secret_key_or_the_databases_password(service: Service) -> None:
+    bought(service, service.plan(), "paid")
+    service.sandbox.misbehave("list", "html_before", times=None, body=f"<html>{service.sandbox.secret_key}</html>")
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert service.sandbox.secret_key not in repr(run)
