@@ -15,26 +15,43 @@ from billing_orchestration.domain.settlement import PaymentRow
 
 @dataclass(frozen=True, slots=True)
 class PendingSlice:
-    """PENDING rows: how many were created in the window, and those (of any age) that the provider says are paid."""
+    """PENDING rows: how many were created in the window, and those (of any age) that the provider says are paid.
+
+    `nameless`: the first rows of the window without a provider id, of which there are `without_provider_id`.
+    """
 
     in_window: int
     without_provider_id: int
+    nameless: tuple[PaymentRow, ...]
     paid_there: tuple[PaymentRow, ...]
 
 
-def fetch_pending(connection: sa.Connection, start: datetime, end: datetime, paid_ids: Sequence[str]) -> PendingSlice:
+def fetch_pending(
+    connection: sa.Connection, start: datetime, end: datetime, paid_ids: Sequence[str], sample_size: int = 100
+) -> PendingSlice:
     """PENDING rows created in [start, end], counted; and every PENDING row whose provider payment is in `paid_ids`."""
+    window = {"start": start.replace(tzinfo=None), "end": end.replace(tzinfo=None)}
     counts = connection.execute(
         sa.text("""
             SELECT count(*) AS rows, count(*) FILTER (WHERE external_payment_id IS NULL) AS without_id
             FROM payments WHERE status = 'PENDING' AND created_at >= :start AND created_at <= :end
         """),
-        {"start": start.replace(tzinfo=None), "end": end.replace(tzinfo=None)},
+        window,
     ).one()
+    nameless = (
+        select_rows(
+            connection,
+            """status = 'PENDING' AND created_at >= :start AND created_at <= :end AND external_payment_id IS NULL
+               ORDER BY id LIMIT :size""",
+            {**window, "size": sample_size},
+        )
+        if counts.without_id
+        else []
+    )
     rows = select_rows(
         connection, "external_payment_id = ANY(:ids) AND status = 'PENDING' ORDER BY id", {"ids": list(paid_ids)}
     )
-    return PendingSlice(counts.rows, counts.without_id, tuple(rows))
+    return PendingSlice(counts.rows, counts.without_id, tuple(nameless), tuple(rows))
 
 
 def fetch_rows(connection: sa.Connection, provider_ids: Sequence[str]) -> list[PaymentRow]:

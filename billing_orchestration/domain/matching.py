@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.settlement import PaymentRow, named_attempt_id
+from billing_orchestration.domain.settlement import PaymentRow, choose_row, named_attempt_id
 
 _FINAL = ("SUCCEEDED", "REFUNDED")
 
@@ -34,10 +34,23 @@ def by_provider_id(rows: Iterable[PaymentRow]) -> dict[str, list[PaymentRow]]:
     return found
 
 
-def diff_pending(paid: Sequence[ProviderPayment], pending: Mapping[str, Sequence[PaymentRow]]) -> MatchingDiff:
-    """PENDING here and succeeded there: every payment of the slice that has a PENDING row, whatever that row's age."""
+def diff_pending(
+    paid: Sequence[ProviderPayment],
+    pending: Mapping[str, Sequence[PaymentRow]],
+    nameless: Sequence[PaymentRow] = (),
+) -> MatchingDiff:
+    """PENDING here and succeeded there: every payment of the slice that has a PENDING row, whatever that row's age.
+
+    `nameless`: PENDING rows without a provider id, which nothing can be matched by.
+    """
     differing = [payment for payment in paid if payment.id in pending]
-    return MatchingDiff(_by_success(differing), (), len(paid) - len(differing))
+    reported = [
+        Decision("leave", row.subject, "PENDING with no provider id: it cannot be matched", row.money)
+        for row in nameless
+    ]
+    for payment in differing:
+        reported += _duplicates(payment, pending[payment.id])
+    return MatchingDiff(_by_success(differing), tuple(reported), len(paid) - len(differing))
 
 
 def diff_successful(
@@ -57,6 +70,7 @@ def diff_successful(
     agreed = 0
     for payment in paid:
         found = rows.get(payment.id, ())
+        reported += _duplicates(payment, found)
         final = next((row for row in found if row.status in _FINAL), None)
         # The service's webhook may have written the row of a renewal of ours: the attempt still has to be closed.
         names_open_attempt = payment.id not in settled and named_attempt_id(payment) is not None
@@ -80,6 +94,17 @@ def diff_successful(
         else:
             differing.append(payment)
     return MatchingDiff(_by_success(differing), tuple(reported), agreed)
+
+
+def _duplicates(payment: ProviderPayment, rows: Sequence[PaymentRow]) -> Iterator[Decision]:
+    """Rows that carry the provider id of another row: a payment is settled once, into one of them."""
+    if len(rows) > 1:
+        final = next((row for row in rows if row.status in _FINAL), None)
+        holder = final or choose_row(rows, payment.money) or rows[0]
+        for row in rows:
+            if row is not holder:
+                reason = f"a duplicate: {holder.subject} has the same provider id {payment.id}, only one is settled"
+                yield Decision("leave", row.subject, reason, row.money)
 
 
 def _by_success(payments: Iterable[ProviderPayment]) -> tuple[ProviderPayment, ...]:

@@ -13,7 +13,7 @@ from billing_orchestration.domain.matching import by_provider_id, diff_pending
 from billing_orchestration.domain.settlement import PaymentRow
 from billing_orchestration.jobs.matching_slice import MatchingPlan, PaidSlice, apply_matching, fetch_paid, plan_matching
 from billing_orchestration.jobs.partitions import HOURLY, hour_key
-from billing_orchestration.jobs.run_report import told_plainly
+from billing_orchestration.jobs.run_report import ROWS_SHOWN, told_plainly
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
 
@@ -28,6 +28,7 @@ class PendingMatch:
 
     paid: PaidSlice
     rows: tuple[PaymentRow, ...]
+    nameless: tuple[PaymentRow, ...]
 
 
 @dg.op(description="Read the provider's succeeded payments of the window, created or captured in it, to the last page.")
@@ -53,7 +54,7 @@ def fetch_pending_payments(
 
     with told_plainly(), translated(), billing_database.engine.connect() as connection:
         ids = [payment.id for payment in paid.slice.payments]
-        pending = fetch_pending(connection, paid.window.start, paid.window.end, ids)
+        pending = fetch_pending(connection, paid.window.start, paid.window.end, ids, ROWS_SHOWN)
     context.add_output_metadata(
         {
             "PENDING in the window": dg.MetadataValue.int(pending.in_window),
@@ -61,13 +62,13 @@ def fetch_pending_payments(
             "PENDING and paid at the provider": dg.MetadataValue.int(len(pending.paid_there)),
         }
     )
-    return PendingMatch(paid, pending.paid_there)
+    return PendingMatch(paid, pending.paid_there, pending.nameless)
 
 
 @dg.op(description="Compare: PENDING here and succeeded there is to be settled.")
 def diff_pending_payments(context: dg.OpExecutionContext, match: PendingMatch) -> MatchingPlan:
     """The diff of two complete slices."""
-    diff = diff_pending(match.paid.slice.payments, by_provider_id(match.rows))
+    diff = diff_pending(match.paid.slice.payments, by_provider_id(match.rows), match.nameless)
     return plan_matching(context, match.paid, diff)
 
 
