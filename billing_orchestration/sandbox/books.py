@@ -252,6 +252,8 @@ class CaseReader:
         subscription = item.subscription
         period = None if subscription is None else (subscription.id, subscription.ended_at.replace(tzinfo=None))
         grant = self._settled.get(item.external_id) if item.external_id else self._renewed.get(period)  # type: ignore[arg-type]
+        if grant is not None and item.row is not None and grant.payment_id != item.row.id:
+            grant = None  # it settled another row with the same provider id
         attempt = self._attempts.get(period) if period else None
         trouble = self._quarantined.get(item.external_id) if item.external_id else None
         found: dict[str, Any] = {"grant": grant.kind if grant else "", "quarantine": trouble.kind if trouble else ""}

@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from decimal import Decimal
+from functools import cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -38,6 +40,7 @@ STORY = (
     ("expire_subscriptions_job", "daily: 3 days past the end, and not renewed"),
 )
 _WIDTH_OF_A_FILE = 150
+_ROOM_FOR_EXAMPLES = 120
 INTERRUPTED = 130
 
 
@@ -81,8 +84,8 @@ def play(stage: Stage, console: Console) -> bool:
     try:
         story = fill(engine, stage.control, datetime.now(timezone.utc))
         _introduce(console, story)
-        with _run_history(stage) as history:
-            good = _Play(stage, console, engine, history, story).run()
+        with ExitStack() as stack:
+            good = _Play(stage, console, engine, story, lambda: stack.enter_context(_run_history(stage))).run()
     finally:
         engine.dispose()
     mark_complete(stage)
@@ -117,11 +120,22 @@ class _Play:
     """One performance."""
 
     def __init__(
-        self, stage: Stage, console: Console, engine: sa.Engine, history: dg.DagsterInstance, story: Story
+        self,
+        stage: Stage,
+        console: Console,
+        engine: sa.Engine,
+        story: Story,
+        open_history: Callable[[], dg.DagsterInstance],
     ) -> None:
-        self.stage, self.console, self.engine, self.history, self.story = stage, console, engine, history, story
+        self.stage, self.console, self.engine, self.story = stage, console, engine, story
+        self.open_history = open_history
         self.runs = 0
         self.stories: list[RunStory] = []
+
+    @cached_property
+    def history(self) -> dg.DagsterInstance:
+        """Opened after the first run, which creates its tables."""
+        return self.open_history()
 
     def run(self) -> bool:
         """All acts, in order."""
@@ -155,7 +169,11 @@ class _Play:
     def _run(self, job: str) -> JobRun:
         self.runs += 1
         with self.console.status(f"{job} runs …"):
-            return self.stage.start_job(job, self.runs).wait()
+            started = self.stage.start_job(job, self.runs)
+            # Seconds of imports that the report needs, while the job's process does its own.
+            import_module("billing_orchestration.sandbox.run_history")
+            import_module("billing_orchestration.sandbox.books")
+            return started.wait()
 
     def _report(self, run: JobRun, question: str) -> None:
         from billing_orchestration.sandbox.run_history import grouped, read_run
@@ -168,11 +186,19 @@ class _Play:
             return
         self.stories.append(told)
         self.console.print("found: " + _numbers(told.found))
-        table = _table("what was done", "how many", "sum", "why", "for example")
+        wide = self.console.width >= _ROOM_FOR_EXAMPLES
+        table = _table("what was done", "how many", "sum", "why", *(["for example"] if wide else []))
         table.columns[1].justify = table.columns[2].justify = "right"
         for group in grouped(told.decisions):
             style = "dim" if group.action in ("leave", "skip", "report") else ""
-            table.add_row(group.action, str(group.count), _sums(group.sums), group.reason, group.example, style=style)
+            table.add_row(
+                group.action,
+                str(group.count),
+                _sums(group.sums),
+                group.reason,
+                *([group.example] if wide else []),
+                style=style,
+            )
         if told.decisions:
             self.console.print(table)
         if told.more_decisions:

@@ -579,7 +579,7 @@ def _long_pending(book: _Book) -> None:
     item = book.purchase("PENDING", days=9)
     group.items.append(item)
     copy = book.copy_of(item)
-    group = case("the second of these two rows", "EXPIRED as a duplicate", row="EXPIRED")
+    group = case("the second of these two rows", "EXPIRED as a duplicate", row="EXPIRED", grant="")
     group.items.append(copy)
     group = book.case(
         PAYMENTS_JOB, "PENDING for six days and 23 hours", "left PENDING: not seven days yet", row="PENDING", grant=""

@@ -31,6 +31,10 @@ class RunStory:
     failure: str | None
 
 
+# A reason of several sentences is cut in the table; the run's page in the UI has all of it.
+_LONGEST_REASON = 240
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Decisions of one kind for one reason, with an example and their sums by currency."""
@@ -94,7 +98,7 @@ def grouped(decisions: Sequence[Mapping[str, Any]]) -> list[Group]:
     told = [
         Group(
             action,
-            str(rows[0]["reason"]) if len(rows) == 1 else reason,
+            _shortened(str(rows[0]["reason"]) if len(rows) == 1 else reason),
             len(rows),
             _sums(rows),
             str(rows[0]["subject"]),
@@ -102,6 +106,10 @@ def grouped(decisions: Sequence[Mapping[str, Any]]) -> list[Group]:
         for (action, reason), rows in groups.items()
     ]
     return sorted(told, key=lambda group: (group.action in ("leave", "skip", "report"), group.action, -group.count))
+
+
+def _shortened(reason: str) -> str:
+    return reason if len(reason) <= _LONGEST_REASON else reason[:_LONGEST_REASON].rsplit(" ", 1)[0] + " …"
 
 
 def _sums(rows: Sequence[Mapping[str, Any]]) -> dict[str, Decimal]:
