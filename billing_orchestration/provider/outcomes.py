@@ -12,8 +12,6 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, TypedDict
 
-import urllib3.exceptions
-
 from billing_orchestration.provider.errors import (
     Forbidden,
     NeverSent,
@@ -33,8 +31,6 @@ from billing_orchestration.provider.wire import Answer, NotConnected
 LONGEST_FOREIGN_TEXT = 300
 # Shorter "secrets" occur in ordinary words and would blank out half of a message.
 _SHORTEST_SECRET = 6
-
-_BEFORE_ANY_BYTE = (NotConnected, urllib3.exceptions.PoolError, urllib3.exceptions.LocationValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +57,15 @@ class Outcomes:
 
     def of_wire(self, fault: Exception, call: Call) -> ProviderError:
         """The error for an exception on the way; the caller raises it `from` that exception."""
-        # ReadTimeoutError is a PoolError by its class, and far from harmless.
-        timed_out = _is_silence(fault)
-        if isinstance(fault, _BEFORE_ANY_BYTE) and not timed_out:
-            reason = self.foreign(_innermost(fault))
-            if isinstance(fault.__cause__, (ssl.SSLError, urllib3.exceptions.SSLError)):
+        reason = self.foreign(_innermost(fault))
+        if isinstance(fault, NotConnected):
+            if isinstance(fault.__cause__, ssl.SSLError):
                 hint = "the TLS connection was not trusted: check the certificates (REQUESTS_CA_BUNDLE, SSL_CERT_FILE)"
             else:
                 hint = "check YOOKASSA_API_URL, the network and HTTPS_PROXY"
             return NeverSent(f"{call.what}: {self._api_url} cannot be reached ({reason}); {hint}. {_never_sent(call)}")
-        if timed_out:
+        if isinstance(fault, TimeoutError):
             return OutcomeUnknown(f"{call.what}: no answer within the time allowed. {_unknown(call)}", timed_out=True)
-        reason = self.foreign(_innermost(fault))
         return OutcomeUnknown(f"{call.what}: the connection broke before a whole answer ({reason}). {_unknown(call)}")
 
     def of_answer(self, answer: Answer, call: Call, now: datetime) -> ProviderError:
@@ -144,7 +137,7 @@ class Outcomes:
 
 def retry_after_s(answer: Answer, document: Any, now: datetime) -> float | None:
     """The provider's wish, in seconds: the header (seconds or a date), else the body's `retry_after` (ms). Capped."""
-    header = answer.headers.get("Retry-After") or answer.headers.get("retry-after")
+    header = answer.headers.get("Retry-After")
     if header:
         try:
             return _capped(float(header))
@@ -184,24 +177,10 @@ def _text(document: Any, name: str) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _is_silence(fault: BaseException | None) -> bool:
-    if isinstance(fault, NotConnected):
-        return False
-    if isinstance(fault, (urllib3.exceptions.ReadTimeoutError, TimeoutError)):
-        return True
-    # ProtocolError("Connection aborted.", TimeoutError()): the send itself stalled.
-    return isinstance(fault, urllib3.exceptions.ProtocolError) and any(
-        isinstance(part, TimeoutError) for part in fault.args
-    )
-
-
 def _innermost(fault: BaseException) -> str:
-    """The plainest words in the chain: `[Errno 111] Connection refused` rather than two wrappings of it."""
+    """The plainest words in the chain: `[Errno 111] Connection refused` rather than a wrapping of it."""
     while fault.__cause__ is not None:
         fault = fault.__cause__
-    parts = [part for part in fault.args if isinstance(part, BaseException)]
-    if parts:
-        fault = parts[-1]
     return f"{type(fault).__name__}: {fault}" if str(fault) else type(fault).__name__
 
 

@@ -39,9 +39,9 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        if max_requests_per_second is not None and not max_requests_per_second > 0:
-            raise ValueError(f"max_requests_per_second is {max_requests_per_second}; it must be above zero or unset")
-        self._interval_s = 1.0 / max_requests_per_second if max_requests_per_second else 0.0
+        self._interval_s = 0.0
+        if max_requests_per_second is not None:
+            self.limit(max_requests_per_second)
         self._clock = clock
         self._sleep = sleep
         self._lock = threading.Lock()
@@ -49,6 +49,12 @@ class Pace:
         self._paused_until = float("-inf")
         self._pause_s = FIRST_PAUSE_S
         self._spacing_s = 0.0
+
+    def limit(self, max_requests_per_second: float) -> None:
+        """Cap the requests from now on. Raises ValueError for a cap that lets nothing through."""
+        if not max_requests_per_second > 0:
+            raise ValueError(f"max_requests_per_second is {max_requests_per_second}; it must be above zero or unset")
+        self._interval_s = 1.0 / max_requests_per_second
 
     def wait_turn(self) -> None:
         """Return when this thread may send one request; sleep until then."""

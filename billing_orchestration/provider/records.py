@@ -41,7 +41,7 @@ _INSTANT = re.compile(
 )
 # What JSON can hold and PostgreSQL's text and jsonb cannot: NUL, and halves of surrogate pairs.
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
-_MAYBE_UNSTORABLE = re.compile(rb"\x00|\\u0000|\\u[dD][89a-fA-F]")
+_UNSTORABLE_ESCAPE = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 
 
 class _Odd(Exception):
@@ -68,7 +68,9 @@ def read_json(body: bytes) -> Any:
     """Decode an answer's body. Raises ValueError when it is not JSON (HTML, cut off, nested beyond any sense)."""
     try:
         document = _decoder.decode(body.decode("utf-8-sig", "replace"))
-        return _storable(document) if _MAYBE_UNSTORABLE.search(body) else document
+        # Two plain searches first: a regular expression over a whole page costs as much as decoding it.
+        suspect = b"\0" in body or (b"\\u" in body and _UNSTORABLE_ESCAPE.search(body))
+        return _storable(document) if suspect else document
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -232,6 +232,28 @@ def test_a_slice_holds_what_was_created_or_captured_in_the_window_each_once(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_a_slice_read_in_parts_side_by_side_is_the_same_slice(
+    sandbox: Sandbox, provider: PaymentProvider, parts: int
+) -> None:
+    start = NOW - 60 * MINUTE
+    history = [{"id": f"each-second-{n}", "created_at": start + timedelta(seconds=n)} for n in range(0, 3601, 10)]
+    bounds = [start + (NOW - start) / parts * n for n in range(parts + 1)]
+    history += [{"id": f"bound-{n}", "created_at": bound} for n, bound in enumerate(bounds)]
+    history += [
+        {"id": f"late-{n}", "created_at": start - timedelta(days=n + 1), "captured_at": bound}
+        for n, bound in enumerate(bounds)
+    ]
+    sandbox.provider.add_payments(history)
+    whole = provider.fetch_slice(start, NOW)
+    told = provider.fetch_slice(start, NOW, parallel_windows=parts)
+    assert {payment.id for payment in told.payments} == {str(one["id"]) for one in history}
+    assert sorted(told.payments, key=lambda one: one.id) == sorted(whole.payments, key=lambda one: one.id)
+    sandbox.misbehave("list", "html_before", times=None, skip=parts)
+    with pytest.raises(IncompleteSlice):
+        provider.fetch_slice(start, NOW, parallel_windows=parts)
+
+
 def test_odd_items_of_a_page_leave_the_other_99(sandbox: Sandbox, provider: PaymentProvider) -> None:
     add = sandbox.provider.add_payment
     sandbox.provider.add_payments([{"created_at": NOW - timedelta(seconds=n)} for n in range(99)])
