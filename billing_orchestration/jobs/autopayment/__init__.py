@@ -213,7 +213,8 @@ def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection) -> Prov
 def _search(lost: Sequence[Attempt], provider: ProviderConnection) -> tuple[ProviderView, list[UnusablePayment]]:
     from billing_orchestration.provider.errors import ProviderError, WrongCredentials
 
-    views, unusable = [], []
+    views: list[ProviderView] = []
+    unusable: list[UnusablePayment] = []
     for start, end, attempts in scan_windows(lost):
         try:
             scan = provider.client.scan(start, end)
