@@ -62,15 +62,17 @@ class BillingCalendar:
 
         Raises UnusablePeriod when the result lies outside the calendar.
         """
-        local = _aware(start).astimezone(self.zone)
+        _aware(start)
         try:
+            local = start.astimezone(self.zone)
             if period.unit in _DAY_UNITS:
                 day = local.date() + timedelta(days=period.count)
             else:
                 months = local.year * 12 + local.month - 1 + period.count * _MONTHS_IN_UNIT[period.unit]
                 day = _clamped(months // 12, months % 12 + 1, anchor_day or local.day)
-            # Through UTC, so that a wall-clock time that does not exist on that day (spring) lands on a real instant.
-            return datetime.combine(day, local.timetz().replace(tzinfo=None), self.zone).astimezone(UTC)
+            # Through UTC, so that a wall-clock time that does not exist on that day (spring) lands on a real instant,
+            # after the gap (fold=0), even if `start` was the second of two equal wall-clock times (autumn).
+            return datetime.combine(day, local.time().replace(fold=0), self.zone).astimezone(UTC)
         except (OverflowError, ValueError) as error:
             raise UnusablePeriod(
                 f"a period of {period.count} {period.unit} after {start} is outside the calendar"
@@ -81,15 +83,20 @@ class BillingCalendar:
 
         The anchor is `started_at`'s day of month when `ended_at` is its clamped anniversary, else `ended_at`'s own
         (SPEC 4): 31 January -> 28 February -> 31 March, but a subscription that support moved to the 12th stays there.
+        Raises UnusablePeriod when any of it lies outside the calendar.
         """
         return self.add_period(ended_at, period, self._anchor_day(started_at, ended_at))
 
     def _anchor_day(self, started_at: datetime | None, ended_at: datetime) -> int:
-        end = _aware(ended_at).astimezone(self.zone).date()
-        if started_at is None:
-            return end.day
-        # By date, not by instant: the service computes ended_at and started_at from two looks at its clock.
-        start_day = _aware(started_at).astimezone(self.zone).day
+        _aware(ended_at)
+        try:
+            end = ended_at.astimezone(self.zone).date()
+            if started_at is None:
+                return end.day
+            # By date, not by instant: the service computes ended_at and started_at from two looks at its clock.
+            start_day = _aware(started_at).astimezone(self.zone).day
+        except OverflowError as error:  # a row that says "for ever", at the calendar's very edge
+            raise UnusablePeriod(f"{started_at} to {ended_at} is outside the calendar") from error
         clamped = end.day == calendar.monthrange(end.year, end.month)[1] and start_day > end.day
         return start_day if clamped else end.day
 
