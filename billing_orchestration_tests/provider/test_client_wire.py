@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
 import socket
+import ssl
 import threading
 import time
 import traceback
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +58,15 @@ START = datetime(2026, 3, 1, 9, 0, tzinfo=timezone.utc)
 END = datetime(2026, 3, 1, 10, 0, tzinfo=timezone.utc)
 ID = "2d0e7f6a-0001"
 PAID = answer(200, payment())
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy and no certificates of the machine's."""
+    names = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_dir", "curl_ca_bundle")
+    for name in (*names, "ssl_cert_file", "requests_ca_bundle"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
 
 
 class Shop:
@@ -563,16 +576,10 @@ def test_literals_that_are_not_json_spoil_their_item_only() -> None:
         '{"id": "infinite", "status": "succeeded", "amount": {"value": 1e999, "currency": "RUB"}}',
     ]
     good = payment("good", metadata={"user_id": "nul\0and half a pair\ud83d", "share": float("inf")})
-    with shop(answer(200, f'{{"items": [{",".join(items)}, {_json(good)}]}}')) as (provider, _, _):
+    with shop(answer(200, f'{{"items": [{",".join(items)}, {json.dumps(good)}]}}')) as (provider, _, _):
         told = provider.list_payments({})
     assert [one.payment_id for one in told.unusable] == ["nan", "huge", "infinite"]
     assert told.payments[0].metadata == {"user_id": "nul\ufffdand half a pair\ufffd", "share": "Infinity"}
-
-
-def _json(value: object) -> str:
-    import json
-
-    return json.dumps(value)
 
 
 def test_a_slice_holds_what_was_created_or_captured_in_the_window_once() -> None:
@@ -763,6 +770,67 @@ def test_a_proxy_that_refuses_the_tunnel_means_that_no_money_moved(monkeypatch: 
             Shop("https://api.invalid/v3").provider.create_payment(BODY, KEY)
         assert [request.method for request in proxy.requests] == ["CONNECT"]
         assert "authorization" not in proxy.requests[0].headers
+
+
+# A self-signed certificate of the name `localhost` with its key, made for these tests: it opens nothing.
+LOCALHOST = Path(__file__).with_name("localhost.pem")
+
+
+@contextmanager
+def tls_server() -> Iterator[WireServer]:
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(LOCALHOST)
+    with wire_server(lambda _request, _index: PAID, tls) as server:
+        yield server
+
+
+def test_a_trusted_certificate_is_accepted_and_its_connection_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tls_server() as server:
+        for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+            monkeypatch.setenv(variable, str(LOCALHOST))
+            provider = Shop(server.url, timeouts=Timeouts()).provider
+            for _ in range(5):
+                assert provider.create_payment(BODY, KEY).id == ID
+            provider.close()
+            monkeypatch.delenv(variable)
+    assert len(server.requests) == 10
+    assert server.connections == 2
+
+
+def test_a_certificate_of_nobody_known_gets_nothing() -> None:
+    with tls_server() as server:
+        with pytest.raises(NeverSent, match="REQUESTS_CA_BUNDLE"):
+            Shop(server.url).provider.create_payment(BODY, KEY)
+        assert server.requests == []
+
+
+def test_a_certificate_of_another_name_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(LOCALHOST))
+    with tls_server() as server:
+        with pytest.raises(NeverSent, match="TLS"):
+            Shop(server.url.replace("localhost", "127.0.0.1")).provider.create_payment(BODY, KEY)
+        assert server.requests == []
+
+
+def test_a_compressed_page_is_read_and_half_of_one_is_not() -> None:
+    document = gzip.compress(json.dumps({"items": [payment()]}).encode())
+    whole = answer(200, document, "Content-Encoding: gzip")
+    for damaged in (answer(200, document[:-9], "Content-Encoding: gzip"), answer(200, b"no", "Content-Encoding: gzip")):
+        with shop(damaged, whole) as (provider, server, _):
+            assert len(provider.list_payments({}).payments) == 1
+            assert len(server.requests) == 2
+            assert server.requests[0].headers["accept-encoding"] == "gzip"
+
+
+def test_an_answer_in_chunks_is_read_and_half_of_one_is_unknown() -> None:
+    content = json.dumps(payment()).encode()
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (content[:50], content[50:]))
+    with shop(head + chunks + b"0\r\n\r\n") as (provider, server, _):
+        assert [provider.create_payment(BODY, KEY).id for _ in range(3)] == [ID] * 3
+        assert server.connections == 1
+    with shop(half_of(head + chunks)) as (provider, _, _), pytest.raises(OutcomeUnknown):
+        provider.create_payment(BODY, KEY)
 
 
 def test_a_certificate_bundle_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -79,11 +80,12 @@ def _read_request(incoming: Any, connection: int) -> Request | None:
 
 
 @contextmanager
-def wire_server(react: Callable[[Request, int], Reaction]) -> Iterator[WireServer]:
+def wire_server(react: Callable[[Request, int], Reaction], tls: ssl.SSLContext | None = None) -> Iterator[WireServer]:
     """Run it on a free port of this machine."""
     server = WireServer(react)
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-    server.url = f"http://127.0.0.1:{listener.getsockname()[1]}/v3"
+    address = f"{'127.0.0.1' if tls is None else 'localhost'}:{listener.getsockname()[1]}"
+    server.url = f"{'http' if tls is None else 'https'}://{address}/v3"
     clients: list[socket.socket] = []
 
     def accept() -> None:
@@ -94,7 +96,7 @@ def wire_server(react: Callable[[Request, int], Reaction]) -> Iterator[WireServe
                 return
             clients.append(client)
             server.connections += 1
-            threading.Thread(target=_quietly, args=(server, client, server.connections), daemon=True).start()
+            threading.Thread(target=_quietly, args=(server, client, server.connections, tls), daemon=True).start()
 
     thread = threading.Thread(target=accept, daemon=True)
     thread.start()
@@ -111,9 +113,9 @@ def wire_server(react: Callable[[Request, int], Reaction]) -> Iterator[WireServe
         thread.join()
 
 
-def _quietly(server: WireServer, client: socket.socket, number: int) -> None:
+def _quietly(server: WireServer, client: socket.socket, number: int, tls: ssl.SSLContext | None) -> None:
     try:
-        server.serve(client, number)
+        server.serve(client if tls is None else tls.wrap_socket(client, server_side=True), number)
     except OSError:
         return
 
