@@ -11,6 +11,7 @@ import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.domain.matching import by_provider_id, diff_successful
+from billing_orchestration.domain.run_scope import CATCH_UP_OVERLAP
 from billing_orchestration.domain.settlement import PaymentRow
 from billing_orchestration.jobs.matching_slice import MatchingPlan, PaidSlice, apply_matching, fetch_paid, plan_matching
 from billing_orchestration.jobs.partitions import HOURLY, hour_key
@@ -31,6 +32,8 @@ class SuccessfulMatchingConfig(dg.Config):
     webhook_grace_s: int = Field(
         default=0,
         ge=0,
+        # What is left now must lie in what the next run covers again, also when that run comes after an outage.
+        le=int(CATCH_UP_OVERLAP.total_seconds()),
         description=(
             "Leave payments without any row that succeeded less than this many seconds ago to the service's webhook."
             f" Scheduled ticks use {WEBHOOK_GRACE_S}; a manual launch repairs at once (0)."

@@ -373,7 +373,10 @@ def _read(result: dg.ExecuteInProcessResult, instance: dg.DagsterInstance) -> Ru
             metadata.setdefault(op, {}).update(_plain(event.step_output_data.metadata))
         elif event.event_type_value == "STEP_FAILURE":
             data = event.step_failure_data
-            failure = data.user_failure_data.description if data.user_failure_data else data.error.message
+            if data.user_failure_data:
+                failure = data.user_failure_data.description
+            else:
+                failure = data.error.message + (data.error.cause.message if data.error.cause else "")
             if data.user_failure_data:
                 metadata["failure"] = _plain(data.user_failure_data.metadata)
         elif event.event_type_value == "ASSET_MATERIALIZATION":

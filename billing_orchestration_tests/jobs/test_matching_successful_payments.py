@@ -1,0 +1,610 @@
+"""matching_successful_payments_job, whole: what is paid there and missing here is created, and only once."""
+
+from __future__ import annotations
+
+import threading
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+
+from billing_orchestration.domain.renewals import ATTEMPT_KEY
+from billing_orchestration_tests.jobs.service import NOON, Run, Service, stored
+from billing_orchestration_tests.jobs.waiting import wait_for_a_blocked_session
+
+UTC = timezone.utc
+JOB = "matching_successful_payments_job"
+
+
+def subscriptions(service: Service) -> list[Any]:
+    """All subscriptions, oldest first."""
+    return service.rows("subscriptions")
+
+
+def status(service: Service, payment: int) -> str | None:
+    """The status of a payment row."""
+    found: str | None = service.row("payments", payment).status
+    return found
+
+
+# --- No row at all
+
+
+def test_a_payment_without_any_row_gets_its_payment_and_its_subscription(service: Service) -> None:
+    plan = service.plan()
+    at = NOON - timedelta(minutes=20, seconds=1)
+    service.paid_there("orphan", user="anna", plan_id=plan, amount="299.00", method_type="yoo_money", created_at=at)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    [subscription] = subscriptions(service)
+    assert (subscription.user_id, subscription.plan_id, subscription.status) == ("anna", plan, "ACTIVE")
+    assert (subscription.started_at, subscription.ended_at) == (stored(2026, 3, 12, 12, 0), stored(2026, 4, 12, 12, 0))
+    [row] = service.rows("payments")
+    assert (row.status, row.external_payment_id, row.subscription_id) == ("SUCCEEDED", "orphan", subscription.id)
+    assert (row.amount, row.currency, row.payment_method) == (299, "RUB", "YOO_MONEY")
+    assert row.payment_provider_id == service.yookassa
+    # A created row takes the provider's instant of creation; that we wrote it now is in updated_at.
+    assert (row.created_at, row.updated_at) == (stored(2026, 3, 12, 11, 39, 59), stored(2026, 3, 12, 12, 0))
+    assert service.settled("orphan") == ["created"]
+    assert service.charges() == []
+    service.check_books()
+
+
+def test_a_payment_without_any_row_extends_the_users_active_subscription_on_that_plan(service: Service) -> None:
+    plan = service.plan()
+    subscription = service.subscription(
+        plan,
+        user="anna",
+        started_at=datetime(2025, 12, 31, 8, 0, tzinfo=UTC),
+        ended_at=datetime(2026, 2, 28, 8, 0, tzinfo=UTC),
+    )
+    service.paid_there("orphan", user="anna", plan_id=plan)
+
+    assert service.run(JOB).ok
+
+    # From its old end, although that is past: as a renewal would, back on the anchor day.
+    assert service.ended_at(subscription) == datetime(2026, 3, 31, 8, 0, tzinfo=UTC)
+    assert len(subscriptions(service)) == 1
+    assert service.settled("orphan") == ["extended"]
+
+
+def test_a_purchase_that_saved_its_method_is_renewed_with_that_method(service: Service) -> None:
+    plan = service.plan("299.00")
+    service.paid_there("orphan", user="anna", plan_id=plan, method_id="her card", saved=True)
+    assert service.run(JOB).ok
+    [subscription] = subscriptions(service)
+    service.set_time(subscription.ended_at.replace(tzinfo=UTC))
+
+    assert service.run("autopayment_job").ok
+
+    [charge] = service.charges()
+    assert charge.payment_method_id == "her card"
+    service.check_books()
+
+
+def test_one_refunded_in_full_is_recorded_as_refunded_and_grants_nothing(service: Service) -> None:
+    service.paid_there("returned", plan_id=service.plan(), refunded_amount="299.00")
+
+    assert service.run(JOB).ok
+
+    [row] = service.rows("payments")
+    assert (row.status, row.subscription_id, row.external_payment_id) == ("REFUNDED", None, "returned")
+    assert subscriptions(service) == []
+    assert service.settled("returned") == ["refunded"]
+    before = service.snapshot()
+    assert service.run(JOB).ok
+    assert service.snapshot() == before
+
+
+def test_one_refunded_after_it_was_granted_stays_as_it_is(service: Service) -> None:
+    service.paid_there("orphan", plan_id=service.plan())
+    service.run(JOB)
+    service.provider.refund("orphan")
+    before = service.snapshot()
+
+    assert service.run(JOB).ok
+
+    assert service.snapshot() == before
+
+
+@pytest.mark.parametrize("missing", ["user_id", "plan_id", "payment_provider_id"])
+def test_metadata_that_lacks_something_creates_nothing_and_goes_to_a_person(service: Service, missing: str) -> None:
+    plan = service.plan()
+    metadata = {"user_id": "anna", "plan_id": str(plan), "payment_provider_id": str(service.yookassa)}
+    del metadata[missing]
+    service.paid_there("odd", metadata=metadata)
+    service.paid_there("right", plan_id=plan)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.quarantined("odd") == ["metadata"]
+    assert missing in run.reasons("payment odd")[0]
+    assert [row.external_payment_id for row in service.rows("payments")] == ["right"]
+
+
+def test_a_charge_of_another_installation_creates_nothing_and_goes_to_a_person(service: Service) -> None:
+    plan = service.plan()
+    metadata = {"user_id": "anna", "plan_id": str(plan), "payment_provider_id": str(service.yookassa)}
+    service.paid_there("foreign", metadata={**metadata, ATTEMPT_KEY: "7c8a7b52-53a9-5d5c-9a0c-0f3f58e3f4a1"})
+
+    assert service.run(JOB).ok
+
+    assert service.quarantined("foreign") == ["unknown_attempt"]
+    assert service.rows("payments") == []
+
+
+# --- A row in any status, of any age
+
+
+@pytest.mark.parametrize("state", ["CREATED", "PENDING", "EXPIRED"])
+def test_a_row_that_is_created_pending_or_expired_is_settled_itself(service: Service, state: str) -> None:
+    plan = service.plan()
+    service.paid_there("paid", user="anna", plan_id=plan)
+    payment = service.payment(external_id="paid", status=state, created_at=NOON - timedelta(minutes=20))
+
+    assert service.run(JOB).ok
+
+    [row] = service.rows("payments")
+    [subscription] = subscriptions(service)
+    assert (row.id, row.status, row.subscription_id) == (payment, "SUCCEEDED", subscription.id)
+    assert service.settled("paid") == ["created"]
+    service.check_books()
+
+
+def test_a_late_success_revives_an_expired_payment(service: Service) -> None:
+    plan = service.plan()
+    purchase = service.provider.purchase(
+        "299.00",
+        method_type="cash",
+        metadata={"user_id": "anna", "plan_id": str(plan), "payment_provider_id": str(service.yookassa)},
+    )
+    payment = service.payment(external_id=purchase.id, status="PENDING", created_at=service.now)
+    service.advance(days=8)
+    assert service.run("expire_payments_job").ok
+    assert status(service, payment) == "EXPIRED"
+    service.advance(days=1)
+    service.provider.pay(purchase.id)
+    service.advance(minutes=1)
+
+    assert service.run(JOB).ok
+
+    assert status(service, payment) == "SUCCEEDED"
+    assert len(subscriptions(service)) == 1
+    service.check_books()
+
+
+@pytest.mark.parametrize("state", ["SUCCEEDED", "REFUNDED"])
+def test_a_row_that_is_succeeded_or_refunded_is_left(service: Service, state: str) -> None:
+    plan = service.plan()
+    subscription = service.subscription(plan, user="anna", ended_at=NOON + timedelta(days=30))
+    service.paid_there("paid", user="anna", plan_id=plan)
+    service.payment(subscription, external_id="paid", status=state)
+    before = service.snapshot()
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.snapshot() == before
+    assert run.number("diff_successful_payments", "both sides agree") == 1
+
+
+def test_a_row_that_is_canceled_goes_to_a_person(service: Service) -> None:
+    service.paid_there("paid", plan_id=service.plan())
+    payment = service.payment(external_id="paid", status="CANCELED")
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, payment) == "CANCELED"
+    assert service.quarantined("paid") == ["canceled_here"]
+    assert subscriptions(service) == []
+    assert service.run(JOB).report["quarantined for the first time"] == 0
+
+
+def test_a_row_without_a_status_goes_to_a_person(service: Service) -> None:
+    service.paid_there("paid", plan_id=service.plan())
+    payment = service.payment(external_id="paid", status=None)
+
+    assert service.run(JOB).ok
+
+    assert status(service, payment) is None
+    assert service.quarantined("paid") == ["status_unknown"]
+
+
+def test_rows_are_looked_up_by_id_so_that_no_orphan_is_invented_at_the_edge_of_the_window(service: Service) -> None:
+    plan = service.plan()
+    subscription = service.subscription(plan, user="anna", ended_at=NOON + timedelta(days=30))
+    ages = {
+        "at the start": timedelta(hours=1),
+        "just before the start": timedelta(hours=1, milliseconds=1),
+        "a week ago": timedelta(days=7),
+        "two years ago": timedelta(days=730),
+        "in the future": -timedelta(days=1),
+    }
+    for name, age in ages.items():
+        service.paid_there(name, user="anna", plan_id=plan, created_at=NOON - timedelta(hours=1))
+        service.payment(subscription, external_id=name, created_at=NOON - age)
+    before = service.snapshot()
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.snapshot() == before
+
+
+def test_the_window_is_by_created_or_captured_both_ends_included(service: Service) -> None:
+    plan = service.plan()
+    hour_ago, millisecond, long_ago = NOON - timedelta(hours=1), timedelta(milliseconds=1), NOON - timedelta(days=9)
+    for name, created_at, captured_at in (
+        ("created at the start", hour_ago, hour_ago),
+        ("created before the start", hour_ago - millisecond, hour_ago - millisecond),
+        ("created at the end", NOON, NOON),
+        ("created after the end", NOON + millisecond, NOON + millisecond),
+        ("captured at the start", long_ago, hour_ago),
+        ("captured before the start", long_ago, hour_ago - millisecond),
+        ("captured at the end", long_ago, NOON),
+    ):
+        service.paid_there(name, user=name, plan_id=plan, created_at=created_at, captured_at=captured_at)
+    service.advance(minutes=5)
+
+    assert service.run(JOB, as_of=NOON).ok
+
+    assert {row.user_id for row in subscriptions(service)} == {
+        "created at the start", "created at the end", "captured at the start", "captured at the end",
+    }  # fmt: skip
+
+
+def test_of_several_rows_with_one_id_a_settled_one_speaks_for_all(service: Service) -> None:
+    service.tolerate_duplicates()
+    plan = service.plan()
+    subscription = service.subscription(plan, user="anna", ended_at=NOON + timedelta(days=30))
+    service.paid_there("twice", user="anna", plan_id=plan)
+    twin = service.payment(external_id="twice", status="PENDING")
+    service.payment(subscription, external_id="twice", status="SUCCEEDED")
+    before = service.snapshot()
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.snapshot() == before
+    assert "duplicate" in run.reasons(f"payment {twin}")[0]
+
+
+def test_a_success_without_a_subscription_is_reported(service: Service) -> None:
+    service.paid_there("paid", plan_id=service.plan())
+    payment = service.payment(external_id="paid", status="SUCCEEDED")
+    before = service.snapshot()
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert "linked to no subscription" in run.reasons(f"payment {payment}")[0]
+    assert service.snapshot() == before
+
+
+# --- Our own renewals
+
+
+def with_a_lost_answer(service: Service) -> int:
+    """A subscription whose renewal was charged, and nobody here knows it."""
+    subscription = service.subscriber(ended_at=service.now - timedelta(hours=1), user="anna")
+    service.sandbox.misbehave("create", "cut_after", times=None)
+    assert not service.run("autopayment_job").ok
+    service.sandbox.behave()
+    assert [attempt.state for attempt in service.attempts(subscription)] == ["UNKNOWN"]
+    assert len(service.charges()) == 1
+    service.advance(minutes=2)
+    return subscription
+
+
+def test_a_success_of_our_own_renewal_closes_its_attempt_and_extends_that_subscription(service: Service) -> None:
+    subscription = with_a_lost_answer(service)
+    # Another one of the same user on the same plan, which lasts longer: the renewal is not its.
+    other = service.subscription(
+        service.row("subscriptions", subscription).plan_id, user="anna", ended_at=NOON + timedelta(days=90)
+    )
+    before = service.row("subscriptions", other)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    [attempt] = service.attempts(subscription)
+    [charge] = service.charges()
+    assert (attempt.state, attempt.external_payment_id) == ("SUCCEEDED", charge.payment_id)
+    assert service.ended_at(subscription) == datetime(2026, 4, 12, 11, 0, tzinfo=UTC)
+    assert service.row("subscriptions", other) == before
+    assert service.settled(charge.payment_id) == ["renewed"]
+    service.check_books()
+    after = service.snapshot()
+    assert service.run("autopayment_job").ok
+    assert service.snapshot() == after
+    assert len(service.charges()) == 1
+
+
+def test_a_renewal_that_the_services_webhook_has_granted_only_closes_the_attempt(service: Service) -> None:
+    subscription = with_a_lost_answer(service)
+    [charge] = service.charges()
+    service.payment(subscription, external_id=charge.payment_id, created_at=service.now)
+    service.execute("UPDATE subscriptions SET ended_at = ended_at + interval '1 month'")
+    granted = service.ended_at(subscription)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.ended_at(subscription) == granted
+    assert [attempt.state for attempt in service.attempts(subscription)] == ["SUCCEEDED"]
+    assert len(service.rows("payments", "external_payment_id = :id", id=charge.payment_id)) == 1
+    service.check_books()
+
+
+# --- The webhook
+
+
+def test_a_scheduled_run_leaves_a_payment_younger_than_a_minute_to_the_webhook(service: Service) -> None:
+    plan = service.plan()
+    service.paid_there("fresh", user="anna", plan_id=plan, created_at=NOON - timedelta(seconds=59))
+    service.paid_there("older", user="boris", plan_id=plan, created_at=NOON - timedelta(seconds=60))
+    service.paid_there("long begun, just paid", user="vera", plan_id=plan, created_at=NOON - timedelta(days=2),
+                       captured_at=NOON - timedelta(seconds=59))  # fmt: skip
+
+    run = service.tick(JOB)
+
+    assert run.ok, run.failure
+    assert [row.external_payment_id for row in service.rows("payments")] == ["older"]
+    assert "webhook" in run.reasons("payment fresh")[0]
+    service.advance(minutes=2)
+    assert service.tick(JOB).ok
+    assert {row.user_id for row in subscriptions(service)} == {"anna", "boris", "vera"}
+
+
+def test_a_manual_launch_repairs_a_payment_of_any_youth(service: Service) -> None:
+    service.paid_there("fresh", plan_id=service.plan(), created_at=NOON)
+
+    assert service.run(JOB).ok
+
+    assert service.settled("fresh") == ["created"]
+
+
+def test_a_fresh_payment_with_a_row_is_not_left_to_the_webhook(service: Service) -> None:
+    service.paid_there("fresh", plan_id=service.plan(), created_at=NOON)
+    payment = service.payment(external_id="fresh", status="PENDING", created_at=NOON)
+
+    assert service.tick(JOB).ok
+
+    assert status(service, payment) == "SUCCEEDED"
+
+
+def test_a_row_that_the_webhook_writes_while_the_provider_is_read_is_seen_and_nothing_is_granted_twice(
+    service: Service,
+) -> None:
+    plan = service.plan()
+    subscription = service.subscription(plan, user="anna", ended_at=NOON + timedelta(days=30))
+    service.paid_there("paid", user="anna", plan_id=plan)
+
+    def webhook(page: Any) -> Any:
+        service.payment(subscription, external_id="paid", status="SUCCEEDED")
+        return page
+
+    service.sandbox.misbehave("list", "change", transform=webhook)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.ended_at(subscription) == NOON + timedelta(days=30)
+    assert len(service.rows("payments")) == 1
+    assert service.settled("paid") == []
+
+
+@pytest.mark.parametrize("unique", [True, False], ids=["with the unique index", "without it"])
+def test_a_webhook_that_commits_while_the_job_applies_wins_and_nothing_is_granted_twice(
+    service: Service, engine: sa.Engine, unique: bool
+) -> None:
+    if not unique:
+        service.tolerate_duplicates()
+    plan = service.plan()
+    subscription = service.subscription(plan, user="anna", ended_at=NOON + timedelta(days=30))
+    payment = service.payment(external_id="paid", status="PENDING")
+    service.paid_there("paid", user="anna", plan_id=plan)
+    runs: list[Run] = []
+    with engine.connect() as webhook:
+        webhook.execute(
+            sa.text("UPDATE payments SET status = 'SUCCEEDED', subscription_id = :subscription WHERE id = :id"),
+            {"subscription": subscription, "id": payment},
+        )
+        webhook.execute(sa.text("UPDATE subscriptions SET ended_at = ended_at + interval '1 month'"))
+        job = threading.Thread(target=lambda: runs.append(service.run(JOB)))
+        job.start()
+        wait_for_a_blocked_session(engine)
+        webhook.commit()
+    job.join()
+
+    assert runs[0].ok, runs[0].failure
+    assert service.ended_at(subscription) == datetime(2026, 5, 11, 12, 0, tzinfo=UTC)
+    assert len(service.rows("payments")) == 1
+    assert len(subscriptions(service)) == 1
+
+
+def test_a_webhook_that_inserts_the_row_while_the_job_applies_is_found_by_the_unique_index(
+    service: Service, engine: sa.Engine
+) -> None:
+    plan = service.plan()
+    subscription = service.subscription(plan, user="anna", ended_at=NOON + timedelta(days=30))
+    service.paid_there("paid", user="anna", plan_id=plan)
+    service.paid_there("another", user="boris", plan_id=plan)
+    runs: list[Run] = []
+    with engine.connect() as webhook:
+        webhook.execute(
+            sa.text("""
+                INSERT INTO payments (subscription_id, payment_provider_id, status, currency, amount,
+                                      external_payment_id, created_at, updated_at)
+                VALUES (:subscription, :provider, 'SUCCEEDED', 'RUB', 299, 'paid', '2026-03-12', '2026-03-12')
+            """),
+            {"subscription": subscription, "provider": service.yookassa},
+        )
+        job = threading.Thread(target=lambda: runs.append(service.run(JOB)))
+        job.start()
+        wait_for_a_blocked_session(engine)
+        webhook.commit()
+    job.join()
+
+    assert runs[0].ok, runs[0].failure
+    assert service.ended_at(subscription) == NOON + timedelta(days=30)
+    assert service.settled("paid") == []
+    assert service.settled("another") == ["created"]
+    assert len(service.rows("payments")) == 2
+
+
+# --- Repeated, raced, broken
+
+
+def test_a_second_run_changes_nothing(service: Service) -> None:
+    plan = service.plan()
+    service.subscription(plan, user="anna", ended_at=NOON + timedelta(days=4))
+    service.paid_there("extends", user="anna", plan_id=plan)
+    service.paid_there("creates", user="boris", plan_id=plan)
+    service.paid_there("returned", user="vera", plan_id=plan, refunded_amount="299.00")
+    service.paid_there("odd", metadata={})
+    assert service.run(JOB).ok
+    before = service.snapshot()
+
+    for _ in range(2):
+        assert service.run(JOB).ok
+
+    assert service.snapshot() == before
+
+
+def test_two_runs_of_it_at_once_create_each_payment_once(service: Service) -> None:
+    service.tolerate_duplicates()
+    plan = service.plan()
+    for number in range(30):
+        service.paid_there(f"paid-{number}", user=f"user-{number % 5}", plan_id=plan)
+    service.sandbox.misbehave("list", "none", delay_s=0.2, times=4)
+    runs: list[Run] = []
+    threads = [
+        threading.Thread(target=lambda: runs.append(service.run(JOB, instance=dg.DagsterInstance.ephemeral())))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [run.failure for run in runs] == ["", ""]
+    assert sorted(row.external_payment_id for row in service.rows("payments")) == sorted(
+        f"paid-{number}" for number in range(30)
+    )
+    assert [row.ended_at for row in subscriptions(service)] == [stored(2026, 9, 12, 12, 0)] * 5
+    service.check_books()
+
+
+def test_a_list_that_breaks_off_on_page_seven_creates_nothing(service: Service) -> None:
+    plan = service.plan()
+    service.provider.add_payments(
+        {
+            "id": f"paid-{number}",
+            "created_at": NOON - timedelta(seconds=number + 1),
+            "amount": "299.00",
+            "metadata": {"user_id": f"user-{number}", "plan_id": str(plan), "payment_provider_id": "1"},
+        }
+        for number in range(601)
+    )
+    service.sandbox.misbehave("list", "error_before", page=7, times=None)
+    before = service.snapshot()
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert "page 7" in run.failure
+    assert service.snapshot() == before
+    assert service.watermark(JOB) is None
+    service.sandbox.behave()
+    assert service.run(JOB).ok
+    assert len(subscriptions(service)) == 601
+    assert len(service.rows("payments")) == 601
+
+
+def test_one_poisoned_payment_never_stops_the_others(service: Service) -> None:
+    plan = service.plan()
+    eternal = service.subscription(plan, user="eva", ended_at=None)
+    service.execute("UPDATE subscriptions SET ended_at = 'infinity' WHERE id = :id", id=eternal)
+    for name, user in (("one", "anna"), ("eternal", "eva"), ("two", "boris")):
+        service.paid_there(name, user=user, plan_id=plan)
+    service.paid_there("nulls", override={"amount": None, "created_at": None, "metadata": None})
+    service.paid_there("nameless", raw=[])
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert {row.external_payment_id for row in service.rows("payments")} == {"one", "two"}
+    assert service.quarantined("eternal") == ["not_writable"]
+    assert service.quarantined("nulls") == ["unreadable"]
+    assert len(service.rows("billing_orchestration.quarantine")) == 3
+    assert service.run(JOB).report["quarantined for the first time"] == 0
+
+
+def test_a_user_id_that_the_database_cannot_hold_stops_nobody(service: Service) -> None:
+    plan = service.plan()
+    service.paid_there("nul", user="an\x00na", plan_id=plan)
+    service.paid_there("right", user="anna", plan_id=plan)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert "right" in {row.external_payment_id for row in service.rows("payments")}
+
+
+def test_a_service_that_knows_no_such_payment_provider_gets_nothing_created(service: Service) -> None:
+    plan = service.plan()
+    service.paid_there(
+        "paid", metadata={"user_id": "anna", "plan_id": str(plan), "payment_provider_id": str(service.yookassa + 1)}
+    )
+
+    assert service.run(JOB).ok
+
+    assert service.quarantined("paid") == ["metadata"]
+    assert service.rows("payments") == []
+
+
+# --- What a run tells
+
+
+def test_every_change_is_in_the_audit_trail_with_run_id_new_value_and_reason(service: Service) -> None:
+    plan = service.plan()
+    service.paid_there("orphan", user="anna", plan_id=plan)
+
+    run = service.run(JOB)
+
+    [subscription] = subscriptions(service)
+    [payment] = service.rows("payments")
+    entries = {(entry.entity, entry.entity_id, entry.action): entry for entry in service.audit(run)}
+    assert set(entries) == {
+        ("subscription", str(subscription.id), "created"), ("payment", str(payment.id), "created"),
+    }  # fmt: skip
+    assert entries["payment", str(payment.id), "created"].new == {
+        "status": "SUCCEEDED", "amount": "299.00", "currency": "RUB", "subscription_id": subscription.id,
+    }  # fmt: skip
+    assert {(entry.job, entry.external_payment_id) for entry in entries.values()} == {(JOB, "orphan")}
+    assert all("unknown here" in entry.reason for entry in entries.values())
+
+
+def test_a_tick_that_only_agrees_plots_nothing(service: Service) -> None:
+    service.paid_there("orphan", plan_id=service.plan())
+    assert service.tick(JOB).materialized == {JOB: {"corrections": 1, "quarantined": 0, "needs another try": 0}}
+
+    assert service.tick(JOB).materialized == {}
+
+
+def test_a_webhook_grace_that_is_negative_or_longer_than_what_an_outage_covers_again_is_refused(
+    service: Service,
+) -> None:
+    service.paid_there("orphan", plan_id=service.plan())
+    for grace in (-1, 15 * 60 + 1):
+        run = service.run(JOB, ops={"diff_successful_payments": {"webhook_grace_s": grace}})
+        assert not run.ok
+        assert "webhook_grace_s" in run.failure
+    assert service.rows("payments") == []
