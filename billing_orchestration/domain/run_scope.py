@@ -8,9 +8,11 @@ from datetime import datetime, timedelta, timezone
 # The window of a matching run (SPEC 4), and how far one that follows an outage reaches back.
 MATCHING_WINDOW = timedelta(hours=1)
 LONGEST_CATCH_UP = timedelta(days=7)
-# How much of what was covered already is covered again after an outage: the lag of the provider's list is not
-# documented, and the two clocks may differ.
+# How much of what was covered already is covered again: a run leaves the youngest payments to the service's webhook,
+# the lag of the provider's list is not documented, and the two clocks may differ.
 CATCH_UP_OVERLAP = timedelta(minutes=15)
+# Long before the provider existed, and far from the edges of what can be computed with.
+_EARLIEST_AS_OF = datetime(2000, 1, 1, tzinfo=timezone.utc)
 
 
 class RunRefused(ValueError):
@@ -43,7 +45,7 @@ class Window:
 
 
 def parse_as_of(text: str, now: datetime) -> datetime:
-    """Read an explicit `as_of`. Raises RunRefused for one that is unparsable, naive, or in the future."""
+    """Read an explicit `as_of`. Raises RunRefused for one that is unparsable, naive, in the future, or absurdly old."""
     example = f"use ISO 8601 with an offset, such as {now.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
     try:
         as_of = datetime.fromisoformat(text[:-1] + "+00:00" if text[-1:] in ("Z", "z") else text)
@@ -53,6 +55,8 @@ def parse_as_of(text: str, now: datetime) -> datetime:
         raise RunRefused(f"as_of {text!r} has no time zone; {example}. Nothing was read or written")
     if as_of > now:
         raise RunRefused(f"as_of {text!r} lies in the future (now is {now.isoformat()}). Nothing was read or written")
+    if as_of < _EARLIEST_AS_OF:
+        raise RunRefused(f"as_of {text!r} lies before {_EARLIEST_AS_OF:%Y}; {example}. Nothing was read or written")
     return as_of.astimezone(timezone.utc)
 
 
@@ -76,23 +80,29 @@ def check_max_changes(max_changes: int | None) -> int | None:
 
 
 def covering_window(scope: RunScope, watermark: datetime | None) -> Window:
-    """The window of a matching run: an hour, or back to the last covered instant when that is longer ago (SPEC 4)."""
+    """The window of a matching run: an hour, or back to the last covered instant when that is longer ago (SPEC 4).
+
+    "Back to" always includes the overlap: without it, a payment that the last run left to the webhook would be lost
+    when the next run comes just an hour later.
+    """
     start = scope.as_of - MATCHING_WINDOW
-    if not scope.heals or watermark is None or watermark >= start:
+    if not scope.heals or watermark is None:
         return Window(start, scope.as_of)
+    wanted = min(start, watermark - CATCH_UP_OVERLAP)
     earliest = scope.as_of - LONGEST_CATCH_UP
-    if watermark < earliest:
-        return Window(earliest, scope.as_of, gap=(watermark, earliest))
-    return Window(max(watermark - CATCH_UP_OVERLAP, earliest), scope.as_of)
+    if wanted < earliest:
+        return Window(earliest, scope.as_of, gap=(wanted, earliest))
+    return Window(wanted, scope.as_of)
 
 
 def next_watermark(scope: RunScope, window: Window, watermark: datetime | None) -> datetime | None:
     """Where the watermark moves after everything of the window was applied; None: it stays.
 
-    It moves only over time that was covered without a gap, so a backfill of last month moves nothing.
+    It moves only over time that was covered without a gap, the overlap included, so a backfill of last month moves
+    nothing, nor does one that only joins the covered time end to end.
     """
     if watermark is not None and watermark >= window.end:
         return None
-    if scope.heals or (watermark is not None and window.start <= watermark):
+    if scope.heals or (watermark is not None and window.start <= watermark - CATCH_UP_OVERLAP):
         return window.end
     return None
