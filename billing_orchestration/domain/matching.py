@@ -82,7 +82,7 @@ def diff_successful(
                         "report", final.subject, "SUCCEEDED on both sides, but linked to no subscription", payment.money
                     )
                 )
-        elif not found and now - (payment.captured_at or payment.created_at) < webhook_grace:
+        elif not found and _age(payment, now) < webhook_grace:
             reported.append(
                 Decision(
                     "leave",
@@ -94,6 +94,11 @@ def diff_successful(
         else:
             differing.append(payment)
     return MatchingDiff(_by_success(differing), tuple(reported), agreed)
+
+
+def _age(payment: ProviderPayment, now: datetime) -> timedelta:
+    """How long ago it succeeded; a provider whose clock is ahead says "now", never "in the future"."""
+    return max(now - (payment.captured_at or payment.created_at), timedelta(0))
 
 
 def _duplicates(payment: ProviderPayment, rows: Sequence[PaymentRow]) -> Iterator[Decision]:
