@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 # payments.amount is numeric(8,2): six digits before the point.
 LARGEST_AMOUNT = Decimal("999999.99")
 # The labels of the service's enum `currencyenum`.
 CURRENCIES = frozenset({"RUB", "USD", "EUR"})
+# Decimal knows more notations (1e2, 1_000, other scripts' digits) than a provider may mean.
+_PLAIN = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +33,9 @@ def parse_amount(value: object) -> Decimal:
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, Decimal)):
         raise ValueError(f"amount {value!r} is not a decimal string")
-    try:
-        amount = Decimal(value.strip() if isinstance(value, str) else value)
-    except InvalidOperation:
-        raise ValueError(f"amount {value!r} is not a number") from None
+    if isinstance(value, str) and not _PLAIN.fullmatch(value.strip()):
+        raise ValueError(f"amount {value!r} is not a number")
+    amount = Decimal(value.strip() if isinstance(value, str) else value)
     if not amount.is_finite():
         raise ValueError(f"amount {value!r} is not finite")
     if abs(amount) > LARGEST_AMOUNT:
