@@ -1,0 +1,196 @@
+"""When a subscription or a payment is over, and the guard that stops a run which would end too many."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from fractions import Fraction
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from billing_orchestration.domain.expiry import (
+    ExpirePayment,
+    KeepPending,
+    NoAnswer,
+    NotFoundThere,
+    SettleLate,
+    changes_of,
+    decide_payment_expiry,
+    guard_verdict,
+    over_limit,
+    payments_over_before,
+    subscriptions_over_before,
+)
+from billing_orchestration.domain.provider_payment import (
+    CANCELED,
+    PENDING,
+    STATUSES,
+    WAITING_FOR_CAPTURE,
+    UnusablePayment,
+)
+from billing_orchestration_tests.domain.given import (
+    FIRST_MOMENT,
+    IN_UTC,
+    LAST_MOMENT,
+    NOW,
+    UTC,
+    a_payment,
+    a_row,
+    at,
+    calendar_of,
+)
+
+TTL_DAYS = 7
+
+
+# --- expire_subscriptions_job
+
+
+@pytest.mark.parametrize(
+    ("ended_at", "over"),
+    [
+        ("2026-03-09T00:00:00", True),
+        ("2026-03-09T23:59:59.999999", True),
+        ("2026-03-10T00:00:00", False),
+        ("2026-03-08T12:00:00", True),
+        ("2026-03-12T02:59:00", False),
+    ],
+)
+def test_a_subscription_is_over_when_the_billing_day_of_its_end_is_three_days_ago(ended_at: str, over: bool) -> None:
+    assert (at(ended_at) < subscriptions_over_before(NOW, IN_UTC, grace_days=3)) is over
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    zone=st.sampled_from(["UTC", "Europe/Moscow", "America/New_York", "Asia/Kolkata"]),
+    as_of=st.datetimes(FIRST_MOMENT, LAST_MOMENT, timezones=st.just(UTC)),
+    ago=st.timedeltas(timedelta(0), timedelta(days=8)),
+    grace_days=st.integers(0, 7),
+)
+def test_the_grace_is_counted_in_billing_days_of_the_billing_time_zone(
+    zone: str, as_of: datetime, ago: timedelta, grace_days: int
+) -> None:
+    billing = calendar_of(zone)
+    ended_at = as_of - ago
+    over = ended_at < subscriptions_over_before(as_of, billing, grace_days)
+    assert over is (billing.day_of(ended_at) <= billing.day_of(as_of) - timedelta(days=grace_days))
+
+
+@pytest.mark.parametrize(
+    ("changes", "active", "stops"),
+    [
+        (0, 0, False),
+        (100, 100, False),  # all of them, but not more than a hundred
+        (101, 101, True),
+        (101, 505, False),  # exactly a fifth is not more than a fifth
+        (101, 504, True),
+        (102, 505, True),
+        (200_000, 1_000_000, False),
+        (200_001, 1_000_000, True),
+    ],
+)
+def test_a_run_that_would_expire_more_than_a_fifth_and_more_than_a_hundred_stops(
+    changes: int, active: int, stops: bool
+) -> None:
+    verdict = guard_verdict(changes, active, None)
+    assert (verdict is not None) is stops
+    if verdict is not None:
+        # A stopped run says what it would have done and how to go on.
+        assert f"would expire {changes} of {active} ACTIVE subscriptions" in verdict
+        assert f"max_changes: {changes}" in verdict
+
+
+@settings(max_examples=200, deadline=None)
+@given(active=st.integers(0, 3_000_000), changes=st.integers(0, 3_000_000))
+@example(active=5 * 35, changes=35)
+def test_a_fifth_is_exact_whatever_the_number(active: int, changes: int) -> None:
+    stops = guard_verdict(changes, active, None) is not None
+    assert stops is (changes > 100 and Fraction(changes) > Fraction(active, 5))
+    fifth = active // 5
+    assert (guard_verdict(fifth, fifth * 5, None)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_changes", "stops"),
+    [(5, None, False), (0, 0, False), (1, 0, True), (5, 5, False), (6, 5, True)],
+)
+def test_a_run_stops_when_it_would_make_more_than_max_changes(
+    changes: int, max_changes: int | None, stops: bool
+) -> None:
+    verdict = over_limit(changes, max_changes)
+    assert (verdict is not None) is stops
+    if verdict is not None:
+        assert f"would make {changes} changes, max_changes is {max_changes}" in verdict
+        assert f"max_changes: {changes}" in verdict
+
+
+def test_an_explicit_max_changes_takes_the_guards_place_in_both_directions() -> None:
+    assert guard_verdict(500, 500, max_changes=500) is None
+    assert guard_verdict(500, 500, max_changes=499) is not None
+    assert guard_verdict(2, 1_000_000, max_changes=1) is not None
+
+
+# --- expire_payments_job
+
+
+@pytest.mark.parametrize(("age", "over"), [(timedelta(days=7), False), (timedelta(days=7, microseconds=1), True)])
+def test_a_payment_is_stale_when_it_was_created_more_than_seven_days_before(age: timedelta, over: bool) -> None:
+    assert (NOW - age < payments_over_before(NOW, TTL_DAYS)) is over
+
+
+def test_a_stale_payment_that_succeeded_there_is_settled() -> None:
+    row, payment = a_row(), a_payment()
+    assert decide_payment_expiry(row, payment, TTL_DAYS) == SettleLate(row, payment)
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [
+        (a_payment(status=PENDING), "pending at the provider"),
+        (a_payment(status=CANCELED), "canceled at the provider"),
+        (NotFoundThere(), "does not know it"),
+        (None, "never got a payment"),
+    ],
+)
+def test_a_stale_payment_that_is_pending_canceled_or_not_found_there_expires(answer: object, word: str) -> None:
+    decision = decide_payment_expiry(a_row(), answer, TTL_DAYS)  # type: ignore[arg-type]
+    assert isinstance(decision, ExpirePayment)
+    assert word in decision.reason
+    assert "7 days" in decision.reason
+
+
+def test_a_stale_payment_whose_money_is_held_stays_pending_and_is_reported() -> None:
+    decision = decide_payment_expiry(a_row(), a_payment(status=WAITING_FOR_CAPTURE), TTL_DAYS)
+    assert isinstance(decision, KeepPending)
+    assert "held" in decision.reason
+    assert (decision.needs_retry, decision.quarantine) == (False, None)
+
+
+def test_a_stale_payment_about_which_the_provider_does_not_answer_stays_pending_and_makes_the_run_red() -> None:
+    decision = decide_payment_expiry(a_row(), NoAnswer("HTTP 502"), TTL_DAYS)
+    assert isinstance(decision, KeepPending)
+    assert decision.needs_retry
+    assert "HTTP 502" in decision.reason
+
+
+def test_a_stale_payment_whose_record_cannot_be_read_stays_pending_and_goes_to_a_person() -> None:
+    odd = UnusablePayment("pay-1", "amount is missing", {"id": "pay-1"})
+    decision = decide_payment_expiry(a_row(), odd, TTL_DAYS)
+    assert isinstance(decision, KeepPending)
+    assert decision.quarantine == odd
+    assert not decision.needs_retry
+
+
+def test_every_status_of_the_provider_has_an_answer_and_only_unpaid_ones_expire() -> None:
+    expired = {
+        status
+        for status in STATUSES
+        if isinstance(decide_payment_expiry(a_row(), a_payment(status=status), TTL_DAYS), ExpirePayment)
+    }
+    assert expired == {PENDING, CANCELED}
+
+
+def test_what_is_kept_pending_is_no_change() -> None:
+    answers = [a_payment(), None, NoAnswer("silence"), a_payment(status=WAITING_FOR_CAPTURE), NotFoundThere()]
+    assert changes_of([decide_payment_expiry(a_row(), answer, TTL_DAYS) for answer in answers]) == 3
