@@ -36,6 +36,9 @@ _SESSION = {
     # The service's tables live in public. Without this a schema named like the role would come first, and
     # the role may well be named billing_orchestration.
     "search_path": "public",
+    # What is read after a lock must be newer than the lock: a database or role that defaults to another level would
+    # decide from a snapshot taken before it.
+    "default_transaction_isolation": r"read\ committed",
     "lock_timeout": f"{LOCK_TIMEOUT_S}s",
     "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
     "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_TIMEOUT_S}s",
