@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.payment_rows import select_rows
+from billing_orchestration.database.tables import naive_utc
 from billing_orchestration.domain.settlement import PaymentRow
 
 
@@ -30,7 +31,7 @@ def fetch_pending(
     connection: sa.Connection, start: datetime, end: datetime, paid_ids: Sequence[str], sample_size: int = 100
 ) -> PendingSlice:
     """PENDING rows created in [start, end], counted; and every PENDING row whose provider payment is in `paid_ids`."""
-    window = {"start": start.replace(tzinfo=None), "end": end.replace(tzinfo=None)}
+    window = {"start": naive_utc(start), "end": naive_utc(end)}
     counts = connection.execute(
         sa.text("""
             SELECT count(*) AS rows, count(*) FILTER (WHERE external_payment_id IS NULL) AS without_id

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.attempts import attempt_of, open_attempts, select_attempts
-from billing_orchestration.database.tables import UtcNaive, renewal_attempts, subscriptions
+from billing_orchestration.database.tables import UtcNaive, naive_utc, readable, renewal_attempts, subscriptions
 from billing_orchestration.domain.renewals import Attempt, DueSubscription
 
 
@@ -31,9 +31,9 @@ class DueSlice:
 
 # One pass: each due subscription with its plan, the method our own records hold for it or else its latest SUCCEEDED
 # payment that is not one of our renewals (a renewal's id is not chargeable), and the plan's prices in that currency.
-_DUE = sa.text("""
-    SELECT s.id, s.user_id, s.plan_id, s.started_at, s.ended_at, pl.duration, pl.duration_unit,
-           method.id AS method_id, method.currency AS method_currency, method.provider_id AS method_provider_id,
+_DUE = sa.text(f"""
+    SELECT s.id, s.user_id, s.plan_id, {readable("s.started_at")} AS started_at, s.ended_at,
+           pl.duration, pl.duration_unit, method.id AS method_id, method.currency AS method_currency, method.provider_id AS method_provider_id,
            price.amounts
     FROM subscriptions s
     LEFT JOIN plans pl ON pl.id = s.plan_id
@@ -114,13 +114,14 @@ def fetch_due(connection: sa.Connection, *, over_before: datetime, oldest: datet
     Those that ended before `oldest` are only counted: months of stale rows cost nothing. `today` is the first instant
     of the billing day on the wall.
     """
-    bounds = {"over_before": _naive(over_before), "oldest": _naive(oldest)}
+    bounds = {"over_before": naive_utc(over_before), "oldest": naive_utc(oldest)}
     attempts: dict[tuple[int, datetime], list[Attempt]] = {}
     of_due_periods = select_attempts(
         sa.exists().where(
             subscriptions.c.id == renewal_attempts.c.subscription_id,
             subscriptions.c.ended_at == renewal_attempts.c.period_start,
             subscriptions.c.status == "ACTIVE",
+            subscriptions.c.ended_at >= oldest,
             subscriptions.c.ended_at < over_before,
         )
     )
@@ -164,7 +165,3 @@ def fetch_due(connection: sa.Connection, *, over_before: datetime, oldest: datet
 
 def _instants(connection: sa.Connection, query: sa.TextClause, today: datetime) -> Mapping[Any, datetime]:
     return {row[0]: row[1] for row in connection.execute(query, {"today": today})}
-
-
-def _naive(instant: datetime) -> datetime:
-    return instant.replace(tzinfo=None)

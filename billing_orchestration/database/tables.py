@@ -17,6 +17,18 @@ from sqlalchemy.dialects import postgresql as pg
 SCHEMA = "billing_orchestration"
 
 
+def naive_utc(instant: datetime) -> datetime:
+    """An aware instant as the service's `timestamp without time zone` columns hold it. Refuses a naive one."""
+    if instant.tzinfo is None:
+        raise ValueError("a naive instant must not reach the database")
+    return instant.astimezone(timezone.utc).replace(tzinfo=None)
+
+
+def readable(column: str) -> str:
+    """SQL for a timestamp that Python can compute with in any zone, else NULL: real data has 'infinity' and worse."""
+    return f"CASE WHEN {column} >= '0002-01-01' AND {column} < '9999-01-01' THEN {column} END"
+
+
 class UtcNaive(sa.types.TypeDecorator[datetime]):
     """`timestamp without time zone` holding UTC <-> aware UTC datetime."""
 
@@ -25,11 +37,7 @@ class UtcNaive(sa.types.TypeDecorator[datetime]):
 
     def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:  # noqa: ARG002  # SQLAlchemy's signature
         """Refuse a naive instant, store an aware one as naive UTC."""
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("a naive instant must not reach the database")
-        return value.astimezone(timezone.utc).replace(tzinfo=None)
+        return None if value is None else naive_utc(value)
 
     def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:  # noqa: ARG002  # SQLAlchemy's signature
         """Give back an aware UTC instant."""
