@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes
 from billing_orchestration.database.payment_rows import select_rows
+from billing_orchestration.database.tables import naive_utc
 from billing_orchestration.domain.settlement import PaymentRow
 
 # States of an attempt that hold a subscription back from expiry: what became of the customer's money is not known, or
@@ -43,7 +44,7 @@ class OverSlice:
 
 def fetch_over(connection: sa.Connection, over_before: datetime, sample_size: int) -> OverSlice:
     """Count what is over, without fetching it, and show the first few of each kind."""
-    bound = {"over_before": over_before.replace(tzinfo=None)}
+    bound = {"over_before": naive_utc(over_before)}
     # Two counts, each by its own index: one over all ACTIVE rows, one over those that are over.
     active = connection.execute(
         sa.text("""
@@ -64,12 +65,12 @@ def fetch_over(connection: sa.Connection, over_before: datetime, sample_size: in
     # As text: a real database may hold dates that Python has no datetime for.
     rows = connection.execute(
         sa.text(f"""
-            (SELECT s.id, s.user_id, s.ended_at::text AS ended_at, s.ended_at AS ended, false AS held
+            (SELECT s.id, s.user_id, s.ended_at::text AS ended_at, false AS held
              FROM subscriptions s
              WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND NOT {_HELD}
              ORDER BY s.ended_at, s.id LIMIT :size)
             UNION ALL
-            (SELECT s.id, s.user_id, s.ended_at::text, s.ended_at, true
+            (SELECT s.id, s.user_id, s.ended_at::text, true
              FROM subscriptions s
              WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND {_HELD}
              ORDER BY s.ended_at, s.id LIMIT :size)
@@ -85,15 +86,28 @@ def fetch_over(connection: sa.Connection, over_before: datetime, sample_size: in
     return OverSlice(active.active, over, held, active.without_end, samples)
 
 
-_EXPIRE_SUBSCRIPTIONS = f"""
-    WITH over AS (
+# The oldest first. Those that somebody has locked are passed over, without a wait nothing can deadlock.
+_LOCK_FREE = sa.text(f"""
+    SELECT s.id FROM subscriptions s
+    WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND NOT {_HELD}
+    ORDER BY s.ended_at, s.id LIMIT :size FOR NO KEY UPDATE OF s SKIP LOCKED
+""")
+# Chosen in the same order, locked (waited for) by id: as settling and charging lock them.
+_LOCK_ALL = sa.text(f"""
+    SELECT s.id FROM subscriptions s
+    WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND s.id IN (
         SELECT s.id FROM subscriptions s
         WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND NOT {_HELD}
-        ORDER BY s.ended_at, s.id LIMIT :size
-        FOR NO KEY UPDATE OF s {{skip}}
-    ), expired AS (
+        ORDER BY s.ended_at, s.id LIMIT :size)
+    ORDER BY s.id FOR NO KEY UPDATE OF s
+""")
+# A statement of its own: it sees the attempts that were committed while the locks were waited for. No recheck inside
+# the locking statement would: PostgreSQL rechecks the locked row alone, and not even that if it was only locked, as
+# charging does.
+_EXPIRE_LOCKED = sa.text(f"""
+    WITH expired AS (
         UPDATE subscriptions s SET status = 'EXPIRED', updated_at = :naive_at
-        FROM over WHERE s.id = over.id
+        WHERE s.id = ANY(:ids) AND s.status = 'ACTIVE' AND s.ended_at < :over_before AND NOT {_HELD}
         RETURNING s.id, s.ended_at
     )
     INSERT INTO billing_orchestration.audit_trail (at, job, run_id, entity, entity_id, action, old, new, reason)
@@ -101,7 +115,7 @@ _EXPIRE_SUBSCRIPTIONS = f"""
            jsonb_build_object('status', 'ACTIVE'), jsonb_build_object('status', 'EXPIRED'),
            'ended ' || ended_at::text || ', ' || :reason
     FROM expired
-"""
+""")
 
 
 def expire_subscriptions(
@@ -112,20 +126,24 @@ def expire_subscriptions(
     The precondition is read under lock: one that was renewed meanwhile is not over any more, one that is being charged
     is held. Without `wait_for_locks`, rows that somebody else has locked are passed over. Returns how many expired.
     """
-    statement = _EXPIRE_SUBSCRIPTIONS.format(skip="" if wait_for_locks else "SKIP LOCKED")
-    result = connection.execute(
-        sa.text(statement),
-        {
-            "over_before": over_before.replace(tzinfo=None),
-            "size": size,
-            "at": stamp.at,
-            "naive_at": stamp.at.replace(tzinfo=None),
-            "job": stamp.job,
-            "run_id": stamp.run_id,
-            "reason": reason,
-        },
-    )
-    return int(result.rowcount)
+    bound = {"over_before": naive_utc(over_before)}
+    while True:
+        ids = list(connection.execute(_LOCK_ALL if wait_for_locks else _LOCK_FREE, {**bound, "size": size}).scalars())
+        result = connection.execute(
+            _EXPIRE_LOCKED,
+            {
+                **bound,
+                "ids": ids,
+                "at": stamp.at,
+                "naive_at": naive_utc(stamp.at),
+                "job": stamp.job,
+                "run_id": stamp.run_id,
+                "reason": reason,
+            },
+        )
+        # All of a chunk may be held or renewed by now while others are left: the next look does not see it as over.
+        if result.rowcount or not ids:
+            return int(result.rowcount)
 
 
 def fetch_stale_payments(connection: sa.Connection, created_before: datetime) -> list[PaymentRow]:
@@ -133,7 +151,7 @@ def fetch_stale_payments(connection: sa.Connection, created_before: datetime) ->
     return select_rows(
         connection,
         "status = 'PENDING' AND created_at < :created_before ORDER BY created_at, id",
-        {"created_before": created_before.replace(tzinfo=None)},
+        {"created_before": naive_utc(created_before)},
     )
 
 
@@ -159,7 +177,7 @@ def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[t
             {
                 "ids": [row.id for row, _ in reasons],
                 "external_ids": [row.external_payment_id for row, _ in reasons],
-                "naive_at": stamp.at.replace(tzinfo=None),
+                "naive_at": naive_utc(stamp.at),
             },
         ).scalars()
     )
