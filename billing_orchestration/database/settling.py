@@ -25,8 +25,8 @@ from billing_orchestration.database.audit import (
     to_json,
 )
 from billing_orchestration.database.payment_rows import select_rows
+from billing_orchestration.database.tables import naive_utc, readable, renewal_attempts
 from billing_orchestration.database.tables import payments as payments_table
-from billing_orchestration.database.tables import renewal_attempts
 from billing_orchestration.database.tables import subscriptions as subscriptions_table
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.provider_payment import ProviderPayment
@@ -88,15 +88,19 @@ _KNOWN = sa.text("""
     FROM billing_orchestration.quarantine WHERE external_payment_id = ANY(:ids) AND resolution = 'ignored'
 """)
 
-_SUBSCRIPTIONS = sa.text("""
-    SELECT s.id, s.user_id, s.plan_id, s.status::text AS status, s.started_at, s.ended_at
+# An end that Python has no datetime for ('infinity') reads as none: nothing can be added to it.
+_SUBSCRIPTIONS = sa.text(f"""
+    SELECT s.id, s.user_id, s.plan_id, s.status::text AS status,
+           {readable("s.started_at")} AS started_at, {readable("s.ended_at")} AS ended_at
     FROM subscriptions s
-    WHERE s.id = ANY(:ids) OR s.id IN (
+    WHERE s.id IN (
+        SELECT unnest(CAST(:ids AS int[]))
+        UNION
         SELECT a.id FROM subscriptions a
         JOIN (SELECT * FROM unnest(CAST(:users AS text[]), CAST(:plans AS int[])) AS w (user_id, plan_id)) w
           ON a.user_id = w.user_id AND a.plan_id = w.plan_id
         WHERE a.status = 'ACTIVE')
-    ORDER BY s.id FOR NO KEY UPDATE
+    ORDER BY s.id FOR NO KEY UPDATE OF s
 """).columns(
     sa.column("id", sa.Integer),
     sa.column("user_id", sa.String),
@@ -111,7 +115,7 @@ def _read_facts(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> 
     """Everything that decides about each payment of the batch, read under lock.
 
     Users, payment rows, attempts, subscriptions: always in that order and each sorted, so that two settlers wait for
-    each other instead of deadlocking.
+    each other instead of deadlocking. Raises ChangedMeanwhile when the service writes a payment row in between.
     """
     ids = [payment.id for payment in batch]
     users = {payment.id: metadata_user(payment) for payment in batch}
@@ -147,6 +151,7 @@ def _read_facts(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> 
             },
         )
     }
+    _refuse_new_rows(connection, ids, rows)
     plan_ids = {plan for _, plan in wanted} | {attempt.plan_id for attempt in attempts.values()}
     plans = {
         row.id: PlanRow(row.id, row.duration, row.duration_unit)
@@ -175,6 +180,19 @@ def _read_facts(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> 
             provider_ids=provider_ids,
         )
     return facts
+
+
+def _refuse_new_rows(connection: sa.Connection, ids: Sequence[str], rows: Mapping[str, Sequence[PaymentRow]]) -> None:
+    """Look for payment rows that were committed after these were read.
+
+    The service's webhook writes a row and extends the subscription in one transaction. Its new row cannot be waited
+    for, the subscription can: when that wait is over, the row is there, and its period must not be granted again.
+    """
+    known = {row.id for found in rows.values() for row in found}
+    now = connection.execute(sa.text("SELECT id FROM payments WHERE external_payment_id = ANY(:ids)"), {"ids": ids})
+    appeared = set(now.scalars()) - known
+    if appeared:
+        raise ChangedMeanwhile(f"payment rows of this batch appeared while it was read: {sorted(appeared)}")
 
 
 def _read_periods(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> Mapping[uuid.UUID, Attempt]:
@@ -291,14 +309,14 @@ def _write_subscriptions(
         rows = [
             {
                 "id": subscription.id,
-                "ended_at": grant.period_end.replace(tzinfo=None),
-                "old_ended_at": grant.period_start.replace(tzinfo=None),
+                "ended_at": naive_utc(grant.period_end),
+                "old_ended_at": naive_utc(grant.period_start),
                 "old_status": subscription.status,
                 "reactivate": grant.reactivate,
             }
             for grant, subscription in extended
         ]
-        result = connection.execute(_EXTEND, {"rows": to_json(rows), "naive_at": stamp.at.replace(tzinfo=None)})
+        result = connection.execute(_EXTEND, {"rows": to_json(rows), "naive_at": naive_utc(stamp.at)})
         if result.rowcount != len(rows):
             raise ChangedMeanwhile(f"{len(rows)} subscriptions were to be extended, {result.rowcount} could be")
         changes += [
@@ -416,9 +434,7 @@ def _write_payments(
         }
         inserts.append((values, decision.reason))
     if updates:
-        result = connection.execute(
-            _FINISH_PAYMENT, {"rows": to_json(updates), "naive_at": stamp.at.replace(tzinfo=None)}
-        )
+        result = connection.execute(_FINISH_PAYMENT, {"rows": to_json(updates), "naive_at": naive_utc(stamp.at)})
         if result.rowcount != len(updates):
             raise ChangedMeanwhile(f"{len(updates)} payment rows were to be finished, {result.rowcount} could be")
     if inserts:
@@ -557,8 +573,8 @@ def _write_settlements(
                 "plan_id": grant.plan_id if grant else metadata_int(payment, "plan_id"),
                 "amount": payment.money.amount,
                 "currency": payment.money.currency,
-                "period_start": grant.period_start.replace(tzinfo=None) if grant else None,
-                "period_end": grant.period_end.replace(tzinfo=None) if grant else None,
+                "period_start": naive_utc(grant.period_start) if grant else None,
+                "period_end": naive_utc(grant.period_end) if grant else None,
             }
         )
         # Only a purchase saves a method; a renewal carries the id of one that was saved before (YOOKASSA.md).
