@@ -42,6 +42,7 @@ STORY = (
 _WIDTH_OF_A_FILE = 150
 _ROOM_FOR_EXAMPLES = 120
 INTERRUPTED = 130
+_LONGEST_PLAY_S = 120
 
 
 def main(argv: Sequence[str] = ()) -> int:
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] = ()) -> int:
         print(f"demo takes no arguments, not {' '.join(argv)}", file=sys.stderr)
         return 2
     console = make_console()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell's background job ignores Ctrl-C
+        signal.signal(name, signal.default_int_handler)
     try:
         with open_stage(project_root(), fresh=True) as stage:
             good = play(stage, console)
@@ -82,6 +84,7 @@ def play(stage: Stage, console: Console) -> bool:
     began = time.monotonic()
     engine = create_engine(stage.billing_url, application_name="demo")
     try:
+        _let_midnight_pass(console)
         story = fill(engine, stage.control, datetime.now(timezone.utc))
         _introduce(console, story)
         with ExitStack() as stack:
@@ -91,6 +94,15 @@ def play(stage: Stage, console: Console) -> bool:
     mark_complete(stage)
     console.print(f"\n{time.monotonic() - began:.0f} seconds. Logs of the runs: {stage.folder.name}/logs/", style="dim")
     return good
+
+
+def _let_midnight_pass(console: Console) -> None:
+    """What is due today must be due today when the jobs run, too."""
+    now = datetime.now(timezone.utc)
+    left_s = 86_400 - (now.hour * 3600 + now.minute * 60 + now.second)
+    if left_s < _LONGEST_PLAY_S:
+        console.print(f"The billing day (UTC) ends in {left_s} s: the demo begins after that, on one day.")
+        time.sleep(left_s + 1)
 
 
 @contextmanager

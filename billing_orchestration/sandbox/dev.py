@@ -36,7 +36,8 @@ def main(argv: Sequence[str] = ()) -> int:
     parser.add_argument("--fresh", action="store_true", help="begin anew, even if there is data of an earlier demo")
     arguments = parser.parse_args(argv)
     console = make_console()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell's background job ignores Ctrl-C
+        signal.signal(name, signal.default_int_handler)
     try:
         root = project_root()
         _refuse_busy(arguments.port)

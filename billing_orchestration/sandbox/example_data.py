@@ -642,8 +642,8 @@ _MONTHS = {"month": 1, "year": 12}
 
 
 def _month_ends(now: datetime) -> tuple[datetime, datetime]:
-    """The latest last day of a month, at most 31 days ago, and the end of the month after it."""
-    last = now - timedelta(hours=1)
+    """The latest last day of a month (today, if it is one), and the end of the month after it."""
+    last = now
     if last.day != calendar.monthrange(last.year, last.month)[1]:
         last = last.replace(day=1) - timedelta(days=1)
     return last, _months(last, 1, 31)
