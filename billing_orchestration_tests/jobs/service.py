@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -339,6 +340,19 @@ class Service:
         """A statement of the service, or of an operator."""
         with self.engine.begin() as connection:
             connection.execute(sa.text(statement), values)
+
+    def execute_scalars(self, statement: str, **values: Any) -> list[Any]:
+        """The first column of a query: for rows that hold what Python cannot read."""
+        with self.engine.connect() as connection:
+            return list(connection.execute(sa.text(statement), values).scalars())
+
+    @contextmanager
+    def locking(self, table: str, row_id: int) -> Iterator[None]:
+        """Somebody's transaction, which hangs, holds a row."""
+        with self.engine.connect() as connection:
+            connection.execute(sa.text(f"SELECT FROM {table} WHERE id = :id FOR UPDATE"), {"id": row_id})
+            yield
+            connection.rollback()
 
     def _insert(self, table: str, **values: Any) -> int:
         names = ", ".join(values)

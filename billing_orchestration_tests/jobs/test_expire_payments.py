@@ -1,0 +1,498 @@
+"""expire_payments_job, whole: what becomes of a PENDING payment that nobody finished, by what the provider says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+
+from billing_orchestration_tests.jobs.service import NOON, Service, stored
+
+UTC = timezone.utc
+JOB = "expire_payments_job"
+
+
+def stale(service: Service, external_id: str | None, *, days: float = 8, **row: Any) -> int:
+    """A payment that has been PENDING for more than seven days."""
+    row.setdefault("created_at", service.now - timedelta(days=days))
+    return service.payment(external_id=external_id, status=row.pop("status", "PENDING"), **row)
+
+
+def there(service: Service, external_id: str, status: str = "succeeded", **fields: Any) -> str:
+    """What the provider knows of it."""
+    fields.setdefault("created_at", service.now - timedelta(days=8))
+    return service.paid_there(external_id, status=status, **fields)
+
+
+def status(service: Service, payment: int) -> str | None:
+    """The status of a payment row."""
+    found: str | None = service.row("payments", payment).status
+    return found
+
+
+def subscriptions(service: Service) -> list[Any]:
+    """All subscriptions, oldest first."""
+    return service.rows("subscriptions")
+
+
+# --- Which rows
+
+
+def test_more_than_seven_days_means_more_than_seven_times_24_hours_before_as_of(service: Service) -> None:
+    week_ago = NOON - timedelta(days=7)
+    older = stale(service, None, created_at=week_ago - timedelta(microseconds=1))
+    exactly = stale(service, None, created_at=week_ago)
+    younger = stale(service, None, created_at=week_ago + timedelta(hours=1))
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [status(service, payment) for payment in (older, exactly, younger)] == ["EXPIRED", "PENDING", "PENDING"]
+
+
+def test_the_days_until_expiry_are_a_setting(service_with: Callable[..., Service]) -> None:
+    service = service_with(pending_payment_ttl_days=30)
+    older, younger = stale(service, None, days=30.01), stale(service, None, days=29.99)
+
+    assert service.run(JOB).ok
+
+    assert [status(service, older), status(service, younger)] == ["EXPIRED", "PENDING"]
+
+
+@pytest.mark.parametrize("state", ["CREATED", "SUCCEEDED", "EXPIRED", "CANCELED", "REFUNDED", None])
+def test_only_a_pending_payment_expires(service: Service, state: str | None) -> None:
+    stale(service, None, status=state)
+    before = service.snapshot()
+
+    assert service.run(JOB).ok
+
+    assert service.snapshot() == before
+
+
+def test_dates_that_python_has_no_datetime_for_stop_nobody(service: Service) -> None:
+    oldest, usual = stale(service, None), stale(service, None)
+    service.execute("UPDATE payments SET created_at = '-infinity' WHERE id = :id", id=oldest)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    states = service.execute_scalars("SELECT status::text FROM payments ORDER BY id")
+    assert states == ["EXPIRED", "EXPIRED"], usual
+
+
+# --- By what the provider says
+
+
+def test_one_that_never_got_a_provider_id_expires_without_asking(service: Service) -> None:
+    payments = [stale(service, None), stale(service, "")]
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [status(service, payment) for payment in payments] == ["EXPIRED", "EXPIRED"]
+    assert "never got a payment at the provider" in run.reasons(f"payment {payments[0]}")[0]
+    assert service.sandbox.count() == 0
+
+
+@pytest.mark.parametrize("said", ["pending", "canceled"])
+def test_one_that_is_pending_or_canceled_there_expires(service: Service, said: str) -> None:
+    payment = stale(service, there(service, "unpaid", said))
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, payment) == "EXPIRED"
+    assert f"{said} at the provider" in run.reasons(f"payment {payment}")[0]
+    assert subscriptions(service) == []
+
+
+def test_one_that_the_provider_does_not_find_expires(service: Service) -> None:
+    payment = stale(service, "never arrived")
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, payment) == "EXPIRED"
+    assert "does not know it" in run.reasons(f"payment {payment}")[0]
+
+
+def test_one_whose_money_is_held_stays_pending_and_is_reported(service: Service) -> None:
+    payment = stale(service, there(service, "held", "waiting_for_capture"))
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, payment) == "PENDING"
+    assert "money is held" in run.reasons(f"payment {payment}")[0]
+
+
+def test_one_that_is_paid_there_is_settled_as_the_matching_jobs_would(service: Service) -> None:
+    plan = service.plan()
+    payment = stale(service, there(service, "paid", user="anna", plan_id=plan, method_type="sberbank"))
+    subscription = service.subscription(plan, user="boris", ended_at=NOON + timedelta(days=1))
+    renewed = stale(service, there(service, "paid too", user="boris", plan_id=plan))
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    [his, hers] = subscriptions(service)
+    assert (his.id, his.ended_at) == (subscription, stored(2026, 4, 13, 12, 0))
+    assert (hers.user_id, hers.status, hers.ended_at) == ("anna", "ACTIVE", stored(2026, 4, 12, 12, 0))
+    row = service.row("payments", payment)
+    assert (row.status, row.subscription_id, row.payment_method) == ("SUCCEEDED", hers.id, "SBERBANK")
+    assert service.row("payments", renewed).subscription_id == subscription
+    assert [service.settled("paid"), service.settled("paid too")] == [["created"], ["extended"]]
+    service.check_books()
+
+
+def test_one_that_was_paid_and_refunded_in_full_is_recorded_as_refunded(service: Service) -> None:
+    payment = stale(service, there(service, "returned", plan_id=service.plan(), refunded_amount="299.00"))
+
+    assert service.run(JOB).ok
+
+    assert status(service, payment) == "REFUNDED"
+    assert subscriptions(service) == []
+
+
+def test_one_that_is_paid_with_another_amount_goes_to_a_person_and_does_not_expire(service: Service) -> None:
+    payment = stale(service, there(service, "paid", plan_id=service.plan()), amount="1.00")
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, payment) == "PENDING"
+    assert service.quarantined("paid") == ["amount_differs"]
+
+
+def test_one_whose_record_cannot_be_used_goes_to_a_person_once_and_stays_pending(service: Service) -> None:
+    payment = stale(service, there(service, "odd", plan_id=service.plan(), override={"amount": None}))
+
+    runs = [service.run(JOB) for _ in range(2)]
+
+    assert all(run.ok for run in runs)
+    assert status(service, payment) == "PENDING"
+    assert service.quarantined("odd") == ["unreadable"]
+    assert [run.report["quarantined for the first time"] for run in runs] == [1, 0]
+
+
+def test_an_unknown_status_there_goes_to_a_person(service: Service) -> None:
+    payment = stale(service, there(service, "odd", override={"status": "half_paid"}))
+
+    assert service.run(JOB).ok
+
+    assert status(service, payment) == "PENDING"
+    assert service.quarantined("odd") == ["unreadable"]
+
+
+def test_an_answer_about_another_payment_is_no_answer(service: Service) -> None:
+    payment = stale(service, there(service, "asked", "canceled"))
+    service.sandbox.misbehave("get", "change", times=None, set={"id": "another"})
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert status(service, payment) == "PENDING"
+
+
+NO_ANSWERS: dict[str, dict[str, Any]] = {
+    "an HTML 404": {"effect": "html_before", "status": 404},
+    "an HTML 403": {"effect": "html_before", "status": 403},
+    "HTML instead of JSON": {"effect": "html_before", "status": 200},
+    "a 500": {"effect": "error_before"},
+    "a 429": {"effect": "too_many_requests", "retry_after_s": 0},
+    "a 202": {"effect": "body_before", "status": 202, "body": '{"type": "processing"}'},
+    "a 403": {"effect": "forbidden"},
+    "a reset": {"effect": "reset_before"},
+    "a cut": {"effect": "cut_before"},
+    "a truncated answer": {"effect": "truncated"},
+    "an empty answer": {"effect": "body_before", "status": 200, "body": ""},
+    "a list instead of a payment": {"effect": "body_before", "status": 200, "body": "[]"},
+}
+
+
+def test_about_which_the_provider_does_not_answer_stays_pending_and_the_run_is_red_at_its_end(service: Service) -> None:
+    plan = service.plan()
+    silent = {}
+    for name, effect in NO_ANSWERS.items():
+        payment_id = there(service, name.replace(" ", "-"), "canceled")
+        service.sandbox.misbehave("get", times=None, payment_id=payment_id, **effect)
+        silent[name] = stale(service, payment_id)
+        # So that no ten of them come in a row: that would be a provider which fails for everyone.
+        stale(service, there(service, f"answered-after-{payment_id}", "canceled"))
+    paid = stale(service, there(service, "paid", plan_id=plan))
+    unpaid = stale(service, there(service, "unpaid", "canceled"))
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert f"{len(NO_ANSWERS)} need another try" in run.failure
+    assert "everything else was applied" in run.failure
+    assert {name: status(service, payment) for name, payment in silent.items()} == dict.fromkeys(silent, "PENDING")
+    assert [status(service, paid), status(service, unpaid)] == ["SUCCEEDED", "EXPIRED"]
+    service.sandbox.behave()
+    assert service.run(JOB).ok
+    assert {status(service, payment) for payment in silent.values()} == {"EXPIRED"}
+
+
+def test_silence_about_one_is_no_answer(service: Service) -> None:
+    service.timeouts = type(service.timeouts)(connect_s=1.0, charge_read_s=0.2, read_s=0.2)
+    silent = stale(service, there(service, "silent", "canceled"))
+    other = stale(service, there(service, "other", "canceled"))
+    service.sandbox.misbehave("get", "silence_before", times=None, payment_id="silent")
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert [status(service, silent), status(service, other)] == ["PENDING", "EXPIRED"]
+
+
+def test_an_answer_that_comes_after_a_hiccup_counts(service: Service) -> None:
+    payment = stale(service, there(service, "unpaid", "canceled"))
+    service.sandbox.misbehave("get", "error_before", times=2)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, payment) == "EXPIRED"
+    assert service.sandbox.count("get") == 3
+
+
+def test_a_400_about_one_goes_to_a_person_and_does_not_expire_it(service: Service) -> None:
+    payment = stale(service, "odd")
+    body = '{"type": "error", "id": "1", "code": "invalid_request", "description": "payment_id is malformed"}'
+    service.sandbox.misbehave("get", "body_before", times=None, status=400, body=body)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, payment) == "PENDING"
+    assert service.quarantined("odd") == ["unreadable"]
+
+
+def test_ids_that_would_be_another_path_ask_about_themselves_alone(service: Service) -> None:
+    odd = ["../payments", "a/b", "?status=succeeded", "..", "%2e", "пла тёж", "x" * 300]
+    payments = [stale(service, name) for name in odd]
+
+    run = service.run(JOB)
+
+    # Whatever the provider makes of them: none is taken for paid, and none is answered by a list.
+    assert {status(service, payment) for payment in payments} <= {"EXPIRED", "PENDING"}
+    assert service.sandbox.count("list") == 0
+    assert subscriptions(service) == []
+    assert run.report["applied"] == sum(status(service, payment) == "EXPIRED" for payment in payments)
+
+
+def test_a_wrong_shop_key_fails_the_run_after_one_request_and_changes_nothing(service: Service) -> None:
+    for number in range(20):
+        stale(service, there(service, f"unpaid-{number}", "canceled"))
+    stale(service, None)
+    service.provider.secret_key = "test_another"
+    before = service.snapshot()
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert "YOOKASSA_SECRET_KEY" in run.failure
+    assert service.sandbox.count() == 1
+    assert service.snapshot() == before
+
+
+def test_a_provider_that_fails_for_everyone_is_not_asked_about_everyone(service: Service) -> None:
+    payments = [stale(service, there(service, f"unpaid-{number}", "canceled")) for number in range(60)]
+    nameless = stale(service, None)
+    service.sandbox.misbehave("get", "error_before", times=None)
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert "60 need another try" in run.failure
+    assert {status(service, payment) for payment in payments} == {"PENDING"}
+    assert status(service, nameless) == "EXPIRED"
+    # Ten silences in a row, each asked three times, and what was in flight meanwhile.
+    assert service.sandbox.count("get") <= 3 * (10 + 8)
+
+
+def test_the_provider_is_asked_about_several_at_a_time_and_never_about_more_than_configured(service: Service) -> None:
+    for number in range(24):
+        stale(service, there(service, f"unpaid-{number}", "canceled"))
+    service.sandbox.misbehave("get", "none", delay_s=0.02, times=None)
+
+    run = service.run(JOB, ops={"fetch_stale_at_provider": {"max_concurrency": 3}})
+
+    assert run.ok, run.failure
+    assert 1 < service.sandbox.peak_in_flight <= 3
+    assert service.sandbox.count("get") == 24
+
+
+# --- Duplicates
+
+
+def test_of_several_rows_with_one_paid_id_one_is_settled_and_the_others_expire_as_duplicates(service: Service) -> None:
+    service.tolerate_duplicates()
+    plan = service.plan()
+    there(service, "paid", plan_id=plan)
+    payments = [stale(service, "paid") for _ in range(3)]
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [status(service, payment) for payment in payments] == ["SUCCEEDED", "EXPIRED", "EXPIRED"]
+    assert len(subscriptions(service)) == 1
+    assert "duplicate" in run.reasons(f"payment {payments[1]}")[0]
+    assert service.sandbox.count("get") == 1
+    service.check_books()
+
+
+def test_a_duplicate_of_a_payment_that_was_settled_before_expires_whichever_row_is_older(service: Service) -> None:
+    service.tolerate_duplicates()
+    plan = service.plan()
+    there(service, "paid", plan_id=plan)
+    older = stale(service, "paid", amount="1.00")
+    settled = stale(service, "paid")
+    younger = stale(service, "paid")
+    # As if a matching job had settled it long ago.
+    service.run("matching_pending_payments_job", as_of=NOON - timedelta(days=8))
+    assert status(service, settled) == "SUCCEEDED"
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [status(service, payment) for payment in (older, settled, younger)] == ["EXPIRED", "SUCCEEDED", "EXPIRED"]
+    assert f"payment {settled} holds" in run.reasons(f"payment {older}")[0]
+    assert len(subscriptions(service)) == 1
+
+
+def test_duplicates_of_a_payment_that_goes_to_a_person_stay_pending(service: Service) -> None:
+    service.tolerate_duplicates()
+    there(service, "odd", metadata={})
+    payments = [stale(service, "odd") for _ in range(2)]
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [status(service, payment) for payment in payments] == ["PENDING", "PENDING"]
+    assert service.quarantined("odd") == ["metadata"]
+
+
+# --- Changed meanwhile, refused, repeated
+
+
+def test_a_row_that_the_webhook_finishes_while_the_provider_is_asked_is_skipped_and_reported(service: Service) -> None:
+    payment = stale(service, there(service, "unpaid", "canceled"))
+    reassigned = stale(service, there(service, "unpaid too", "canceled"))
+
+    def webhook(document: Any) -> Any:
+        service.execute("UPDATE payments SET status = 'SUCCEEDED' WHERE id = :id", id=payment)
+        service.execute("UPDATE payments SET external_payment_id = 'a new one' WHERE id = :id", id=reassigned)
+        return document
+
+    service.sandbox.misbehave("get", "change", transform=webhook)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [status(service, payment), status(service, reassigned)] == ["SUCCEEDED", "PENDING"]
+    assert run.reasons(f"payment {payment}") == ["skip: changed meanwhile, not PENDING any more"]
+    assert run.report["skipped"] == 2
+    # What is plotted is what happened.
+    assert run.materialized[JOB]["expired"] == 0
+
+
+def test_one_row_that_the_database_refuses_goes_to_a_person_once_and_never_stops_the_others(service: Service) -> None:
+    payments = [stale(service, None) for _ in range(5)]
+    service.execute(f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN IF new.id = {payments[2]} THEN RAISE EXCEPTION 'not this one'; END IF; RETURN new; END $$
+    """)
+    service.execute("CREATE TRIGGER refuse BEFORE UPDATE ON payments FOR EACH ROW EXECUTE FUNCTION refuse()")
+
+    runs = [service.run(JOB) for _ in range(2)]
+
+    assert [run.failure for run in runs] == ["", ""]
+    assert [status(service, payment) for payment in payments] == ["EXPIRED", "EXPIRED", "PENDING", "EXPIRED", "EXPIRED"]
+    assert "not this one" in runs[0].reasons(f"payment {payments[2]}")[0]
+    assert [run.report["quarantined for the first time"] for run in runs] == [1, 0]
+    [problem] = service.rows("billing_orchestration.quarantine")
+    assert (problem.kind, problem.payment_id) == ("not_writable", payments[2])
+
+
+def test_a_row_that_somebody_keeps_locked_is_left_for_another_try(service: Service, database_url: str) -> None:
+    locked, free = stale(service, None), stale(service, None)
+    impatient = service.settings.model_copy(
+        update={"billing_database_url": f"{database_url}&options=-c%20lock_timeout%3D150ms"}
+    )
+    with service.locking("payments", locked):
+        run = service.run(JOB, load=lambda: impatient)
+
+    assert not run.ok
+    assert f"payment {locked}" in run.failure
+    assert [status(service, locked), status(service, free)] == ["PENDING", "EXPIRED"]
+    assert service.run(JOB).ok
+    assert status(service, locked) == "EXPIRED"
+
+
+def test_a_second_run_changes_nothing(service: Service) -> None:
+    plan = service.plan()
+    stale(service, None)
+    stale(service, there(service, "paid", plan_id=plan))
+    stale(service, there(service, "unpaid", "canceled"))
+    stale(service, there(service, "held", "waiting_for_capture"))
+    stale(service, there(service, "odd", plan_id=plan, metadata={}))
+    assert service.run(JOB).ok
+    before = service.snapshot()
+
+    assert service.run(JOB).ok
+
+    assert service.snapshot() == before
+
+
+# --- What a run tells
+
+
+def test_every_change_is_in_the_audit_trail_with_run_id_old_and_new_value_and_reason(service: Service) -> None:
+    payment = stale(service, there(service, "unpaid", "canceled"))
+
+    run = service.run(JOB)
+
+    [entry] = service.audit(run)
+    assert (entry.job, entry.entity, entry.entity_id, entry.action) == (JOB, "payment", str(payment), "expired")
+    assert (entry.old, entry.new) == ({"status": "PENDING"}, {"status": "EXPIRED"})
+    assert entry.external_payment_id == "unpaid"
+    assert "PENDING for more than 7 days, and canceled at the provider" in entry.reason
+    assert entry.at == NOON
+    assert service.row("payments", payment).updated_at == stored(2026, 3, 12, 12, 0)
+
+
+def test_a_run_shows_its_slices_sums_and_numbers_of_the_day(service: Service) -> None:
+    stale(service, None, amount="100.00")
+    stale(service, None, amount="50.50")
+    stale(service, there(service, "paid", plan_id=service.plan()))
+    stale(service, there(service, "held", "waiting_for_capture"))
+
+    run = service.run(JOB)
+
+    assert run.number("fetch_stale_payments", "stale PENDING payments") == 4
+    assert run.number("fetch_stale_at_provider", "asked") == 2
+    assert run.report["sum: expire, RUB"] == pytest.approx(150.5)
+    assert (run.report["applied"], run.report["skipped"]) == (3, 1)
+    assert run.materialized == {JOB: {"expired": 2, "settled late": 1, "kept pending": 1}}
+
+
+def test_an_amount_that_is_no_number_stops_neither_the_run_nor_its_report(service: Service) -> None:
+    odd, usual = stale(service, None), stale(service, None)
+    service.execute("UPDATE payments SET amount = 'NaN' WHERE id = :id", id=odd)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [status(service, odd), status(service, usual)] == ["EXPIRED", "EXPIRED"]
+
+
+def test_as_of_is_what_decides_and_not_the_clock_on_the_wall(service: Service) -> None:
+    early, late = stale(service, None, days=20), stale(service, None, days=10)
+
+    assert service.run(JOB, as_of=datetime(2026, 3, 4, 4, 0, tzinfo=UTC)).ok
+
+    assert [status(service, early), status(service, late)] == ["EXPIRED", "PENDING"]
