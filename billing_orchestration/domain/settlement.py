@@ -198,9 +198,9 @@ def decide_settlement(
         raise ValueError(f"payment {payment.id} is {payment.status}, only a success is settled")
     attempt = facts.attempt
     if facts.settled_as is not None:
-        return Leave(payment, f"settled before ({facts.settled_as})", facts.rows[0] if facts.rows else None)
+        return Leave(payment, f"settled before ({facts.settled_as})", _holder(facts.rows))
     if facts.set_aside:
-        return Leave(payment, "ignored by a person's decision (quarantine)", facts.rows[0] if facts.rows else None)
+        return Leave(payment, "ignored by a person's decision (quarantine)", _holder(facts.rows))
     if named_attempt_id(payment) is not None and attempt is None:
         return Quarantine(
             payment,
@@ -245,6 +245,12 @@ def decide_settlement(
             payment, "amount_differs", f"{row.money or 'no currency'} here, {payment.money} at the provider", row
         )
     return _decide_purchase(payment, row, facts, now=now, calendar=calendar)
+
+
+def _holder(rows: Sequence[PaymentRow]) -> PaymentRow | None:
+    """The row that holds a payment which was settled: real data may have older ones with the same provider id."""
+    final = (row for row in rows if row.status in ("SUCCEEDED", "REFUNDED"))
+    return next(final, rows[0] if rows else None)
 
 
 def _decide_purchase(

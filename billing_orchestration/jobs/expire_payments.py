@@ -6,11 +6,12 @@ provider does not answer, stays PENDING. A success that arrives after expiry is 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import dagster as dg
 from pydantic import Field
 
-from billing_orchestration.database.audit import Stamp
+from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.expiry import (
     ExpirePayment,
@@ -40,8 +41,11 @@ from billing_orchestration.jobs.run_report import (
     told_plainly,
 )
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
-from billing_orchestration.jobs.settling import Failed, report_settled, report_unusable, settle_all
+from billing_orchestration.jobs.settling import Failed, open_all, report_settled, report_unusable, settle_all
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+
+if TYPE_CHECKING:
+    from billing_orchestration.database.settling import Settled
 
 JOB = "expire_payments_job"
 MAX_RUNTIME_S = 6 * 3600
@@ -205,28 +209,19 @@ def apply_payment_expiry(
         expiries = [decision for decision in plan.decisions if isinstance(decision, ExpirePayment)]
         late = [decision for decision in plan.decisions if isinstance(decision, SettleLate)]
         kept = [decision for decision in plan.decisions if isinstance(decision, KeepPending)]
-        settled_rows: dict[str, int] = {}
         is_live = bool(late) and payment_provider.client.is_live
         paid = {decision.payment.id: decision.payment for decision in late}
         results = list(
             settle_all(billing_database, list(paid.values()), make_stamp=stamp, is_live=is_live, dry_run=scope.dry_run)
         )
-        for result in results:
-            if not isinstance(result, Failed) and isinstance(
-                result.decision, (Settle, RecordRefund, CloseAsGranted, Leave)
-            ):
-                row_id = result.payment_row_id or (result.decision.row.id if result.decision.row else None)
-                if row_id is not None:
-                    settled_rows[result.payment.id] = row_id
         report_settled(report, iter(results), database=billing_database, stamp=stamp(), dry_run=scope.dry_run)
+        settled = report.applied
+        holders = {result.payment.id: _holder_of(result) for result in results}
         # Several rows with one provider id: one of them holds the payment, the others will never be paid.
         duplicates = [
-            ExpirePayment(
-                decision.row,
-                f"a duplicate: payment {settled_rows[decision.payment.id]} holds the provider's payment",
-            )
+            ExpirePayment(decision.row, f"a duplicate: payment {holder} holds the provider's payment")
             for decision in late
-            if settled_rows.get(decision.payment.id, decision.row.id) != decision.row.id
+            if (holder := holders[decision.payment.id]) is not None and holder != decision.row.id
         ]
         _expire(report, [*expiries, *duplicates], billing_database, stamp(), dry_run=scope.dry_run)
         for decision in kept:
@@ -247,8 +242,8 @@ def apply_payment_expiry(
                 context,
                 ("billing", JOB),
                 {
-                    "expired": len(expiries) + len(duplicates),
-                    "settled late": len(settled_rows),
+                    "expired": report.applied - settled,
+                    "settled late": settled,
                     "kept pending": len(kept),
                 },
                 day=str(billing_database.calendar.day_of(scope.as_of)),
@@ -262,11 +257,23 @@ def apply_payment_expiry(
     )
 
 
+def _holder_of(result: "Settled | Failed") -> int | None:
+    """The row that holds a paid payment now; None while none does."""
+    if isinstance(result, Failed):
+        return None
+    if isinstance(result.decision, Leave):
+        row = result.decision.row
+        return row.id if row is not None and row.status in ("SUCCEEDED", "REFUNDED") else None
+    if isinstance(result.decision, (Settle, RecordRefund, CloseAsGranted)):
+        return result.payment_row_id or (result.decision.row.id if result.decision.row else None)
+    return None
+
+
 def _expire(
     report: RunReport, expiries: Sequence[ExpirePayment], database: BillingDatabase, stamp: Stamp, *, dry_run: bool
 ) -> None:
     from billing_orchestration.database.engine import translated
-    from billing_orchestration.database.errors import BillingDatabaseError, DatabaseUnavailable
+    from billing_orchestration.database.errors import BillingDatabaseError, DatabaseBusy, DatabaseUnavailable
     from billing_orchestration.database.expiry import expire_payments
 
     def apply(group: Sequence[ExpirePayment]) -> None:
@@ -284,6 +291,7 @@ def _expire(
                     Decision("skip", expiry.row.subject, "changed meanwhile, not PENDING any more", expiry.row.money)
                 )
 
+    refused: list[Problem] = []
     for start in range(0, len(expiries), CHUNK):
         chunk = expiries[start : start + CHUNK]
         try:
@@ -296,9 +304,25 @@ def _expire(
                     apply([expiry])
                 except DatabaseUnavailable:
                     raise
-                except BillingDatabaseError as error:
+                except DatabaseBusy as error:
                     report.again.append(f"{expiry.row.subject}: {error}")
                     report.decisions.append(Decision("try again", expiry.row.subject, str(error), expiry.row.money))
+                except BillingDatabaseError as error:
+                    # Another try would be refused as well (the service's own trigger or constraint): for a person.
+                    refused.append(_refused(expiry.row, str(error)))
+    report.quarantined += len(refused)
+    report.decisions.extend(Decision("quarantine", problem.subject, problem.reason) for problem in refused)
+    report.opened += open_all(database, stamp, refused)
+
+
+def _refused(row: PaymentRow, error: str) -> Problem:
+    return Problem(
+        row.subject,
+        "not_writable",
+        f"expiring it failed: {error}",
+        external_payment_id=row.external_payment_id,
+        payment_id=row.id,
+    )
 
 
 @dg.job(
