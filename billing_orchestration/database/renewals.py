@@ -33,8 +33,8 @@ class DueSlice:
 # payment that is not one of our renewals (a renewal's id is not chargeable), and the plan's prices in that currency.
 _DUE = sa.text(f"""
     SELECT s.id, s.user_id, s.plan_id, {readable("s.started_at")} AS started_at, s.ended_at,
-           pl.duration, pl.duration_unit, method.id AS method_id, method.currency AS method_currency, method.provider_id AS method_provider_id,
-           price.amounts
+           pl.duration, pl.duration_unit, price.amounts,
+           method.id AS method_id, method.currency AS method_currency, method.provider_id AS method_provider_id
     FROM subscriptions s
     LEFT JOIN plans pl ON pl.id = s.plan_id
     LEFT JOIN billing_orchestration.saved_methods sm ON sm.subscription_id = s.id
