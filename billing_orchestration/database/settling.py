@@ -25,12 +25,12 @@ from billing_orchestration.database.audit import (
     to_json,
 )
 from billing_orchestration.database.payment_rows import select_rows
-from billing_orchestration.database.tables import naive_utc, readable, renewal_attempts
+from billing_orchestration.database.tables import BLOCKING_STATES, naive_utc, readable, renewal_attempts
 from billing_orchestration.database.tables import payments as payments_table
 from billing_orchestration.database.tables import subscriptions as subscriptions_table
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.renewals import Attempt, State
+from billing_orchestration.domain.renewals import TAKEN, Attempt, State
 from billing_orchestration.domain.settlement import (
     CloseAsGranted,
     Facts,
@@ -64,7 +64,7 @@ class ChangedMeanwhile(RuntimeError):
 @dataclass(frozen=True, slots=True)
 class Settled:
     """What became of one payment. `subscription_id` and `payment_row_id` where there are such;
-    `newly_opened`: the quarantine did not know this problem yet."""
+    `newly_opened`: the quarantine did not know its problem (or a grant's notice) yet."""
 
     payment: ProviderPayment
     decision: SettlementDecision
@@ -232,7 +232,7 @@ def settle_batch(
     _refuse_collisions(decisions)
     created = _write_subscriptions(connection, stamp, decisions)
     payment_rows = _write_payments(connection, stamp, decisions, created)
-    _write_attempts(connection, stamp, decisions)
+    _write_attempts(connection, stamp, decisions, facts)
     _write_settlements(connection, stamp, decisions, created, payment_rows)
     opened = _write_problems(connection, stamp, decisions)
     settled_ids = [d.payment.id for d in decisions if isinstance(d, (Settle, RecordRefund, CloseAsGranted))]
@@ -243,7 +243,7 @@ def settle_batch(
             decision=decision,
             subscription_id=_subscription_of(decision, created),
             payment_row_id=payment_rows.get(decision.payment.id),
-            newly_opened=isinstance(decision, Quarantine) and _problem(decision).key in opened,
+            newly_opened=(problem := _problem(decision)) is not None and problem.key in opened,
         )
         for decision in decisions
     ]
@@ -473,19 +473,34 @@ _CLOSE_ATTEMPTS = sa.text("""
 """)
 
 
-def _write_attempts(connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision]) -> None:
-    """Close the attempts whose payments are settled, refunded or in review; void the ones that must give way."""
+def _write_attempts(
+    connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision], facts: Mapping[str, Facts]
+) -> None:
+    """Close the attempts whose payments are settled, refunded or in review.
+
+    At most one attempt of a period is live (a unique index). So one that was planned and certainly never sent gives
+    way to whichever becomes live again, and one whose money is in question stays as it is beside any other live one:
+    the problem in the quarantine names it, and the period is not charged again either way.
+    """
     closings: list[tuple[Attempt, str, str | None, str]] = []
     voids: list[tuple[Attempt, str, str | None, str]] = []
     for decision in decisions:
-        if isinstance(decision, Settle) and decision.void_first is not None:
-            voids.append((decision.void_first, State.VOID, None, "never sent: a late success has paid its period"))
-        if isinstance(decision, (Settle, CloseAsGranted)) and decision.attempt is not None:
-            closings.append((decision.attempt, State.SUCCEEDED, decision.payment.id, decision.reason))
-        elif isinstance(decision, RecordRefund) and decision.attempt is not None:
-            closings.append((decision.attempt, State.REFUNDED, decision.payment.id, decision.reason))
-        elif isinstance(decision, Quarantine) and decision.review is not None and decision.review.state != State.REVIEW:
-            closings.append((decision.review, State.REVIEW, decision.payment.id, decision.reason))
+        if isinstance(decision, (Settle, CloseAsGranted)):
+            attempt, state = decision.attempt, State.SUCCEEDED
+        elif isinstance(decision, RecordRefund):
+            attempt, state = decision.attempt, State.REFUNDED
+        elif isinstance(decision, Quarantine):
+            attempt, state = decision.review, State.REVIEW
+        else:
+            continue
+        if attempt is None:
+            continue
+        live = [rival for rival in facts[decision.payment.id].rivals if rival.state in BLOCKING_STATES]
+        unsent = [rival for rival in live if rival.state == State.PLANNED and not rival.may_have_been_sent]
+        if state == State.REVIEW and (attempt.state in TAKEN or len(unsent) < len(live)):
+            continue
+        voids += [(rival, State.VOID, None, "never sent: a late success came for its period") for rival in unsent]
+        closings.append((attempt, state, decision.payment.id, decision.reason))
     # The voids first: at most one live attempt per period, at every moment (a unique index).
     for group in (voids, closings):
         if not group:
@@ -535,13 +550,16 @@ _INSERT_SETTLEMENTS = sa.text("""
 _SAVE_METHODS = sa.text("""
     INSERT INTO billing_orchestration.saved_methods
         (subscription_id, payment_method_id, currency, payment_provider_id, saved_by_external_payment_id, saved_at)
-    SELECT x.subscription_id, x.payment_method_id, x.currency, x.payment_provider_id, x.external_payment_id, :at
+    SELECT x.subscription_id, x.payment_method_id, x.currency, x.payment_provider_id, x.external_payment_id, x.saved_at
     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
-        subscription_id int, payment_method_id text, currency text, payment_provider_id int, external_payment_id text)
+        subscription_id int, payment_method_id text, currency text, payment_provider_id int, external_payment_id text,
+        saved_at timestamptz)
     ON CONFLICT (subscription_id) DO UPDATE
     SET payment_method_id = excluded.payment_method_id, currency = excluded.currency,
         payment_provider_id = excluded.payment_provider_id,
         saved_by_external_payment_id = excluded.saved_by_external_payment_id, saved_at = excluded.saved_at
+    -- A purchase that is settled late does not bring an older card back.
+    WHERE saved_methods.saved_at <= excluded.saved_at
 """)
 
 
@@ -591,42 +609,44 @@ def _write_settlements(
                 "currency": payment.money.currency,
                 "payment_provider_id": grant.payment_provider_id,
                 "external_payment_id": payment.id,
+                "saved_at": payment.captured_at or payment.created_at,
             }
     if rows:
         connection.execute(_INSERT_SETTLEMENTS, {"rows": to_json(rows), "at": stamp.at, "run_id": stamp.run_id})
     if methods:
-        connection.execute(_SAVE_METHODS, {"rows": to_json(list(methods.values())), "at": stamp.at})
+        connection.execute(_SAVE_METHODS, {"rows": to_json(list(methods.values()))})
 
 
 def _write_problems(connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision]) -> set[str]:
-    problems = [_problem(decision) for decision in decisions if isinstance(decision, Quarantine)]
-    problems += [
-        Problem(
-            subject=f"payment {decision.payment.id}",
+    problems = (_problem(decision) for decision in decisions)
+    return open_problems(connection, stamp, [problem for problem in problems if problem is not None])
+
+
+def _problem(decision: SettlementDecision) -> Problem | None:
+    """What a person has to look at: everything in quarantine, and grants that come with a notice."""
+    payment = decision.payment
+    if isinstance(decision, Quarantine):
+        return Problem(
+            subject=f"payment {payment.id}",
+            kind=decision.kind,
+            reason=decision.reason,
+            external_payment_id=payment.id,
+            payment_id=decision.row.id if decision.row else None,
+            subscription_id=decision.subscription_id,
+            attempt_id=decision.review.id if decision.review else named_attempt_id(payment),
+            evidence=evidence_of(_facts_of(payment)),
+        )
+    if isinstance(decision, Settle) and decision.notice and decision.subscription:
+        return Problem(
+            subject=f"payment {payment.id}",
             kind="unwanted_renewal",
             reason=decision.notice,
-            external_payment_id=decision.payment.id,
+            external_payment_id=payment.id,
             subscription_id=decision.subscription.id,
             attempt_id=decision.attempt.id if decision.attempt else None,
-            evidence=evidence_of(_facts_of(decision.payment)),
+            evidence=evidence_of(_facts_of(payment)),
         )
-        for decision in decisions
-        if isinstance(decision, Settle) and decision.notice and decision.subscription
-    ]
-    return open_problems(connection, stamp, problems)
-
-
-def _problem(decision: Quarantine) -> Problem:
-    return Problem(
-        subject=f"payment {decision.payment.id}",
-        kind=decision.kind,
-        reason=decision.reason,
-        external_payment_id=decision.payment.id,
-        payment_id=decision.row.id if decision.row else None,
-        subscription_id=decision.subscription_id,
-        attempt_id=decision.review.id if decision.review else named_attempt_id(decision.payment),
-        evidence=evidence_of(_facts_of(decision.payment)),
-    )
+    return None
 
 
 def _facts_of(payment: ProviderPayment) -> dict[str, Any]:

@@ -257,7 +257,10 @@ class Books:
 
     def ended_at(self, subscription_id: int) -> datetime:
         """Until when a subscription is paid, aware."""
-        ended_at: datetime = self.row("subscriptions", subscription_id).ended_at
+        with self.engine.connect() as connection:
+            ended_at: datetime = connection.execute(
+                sa.text("SELECT ended_at FROM subscriptions WHERE id = :id"), {"id": subscription_id}
+            ).scalar_one()
         return ended_at.replace(tzinfo=UTC)
 
     def snapshot(self) -> dict[str, list[Any]]:
