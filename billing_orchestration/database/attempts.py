@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes, to_json
-from billing_orchestration.database.tables import renewal_attempts
+from billing_orchestration.database.tables import naive_utc, renewal_attempts
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.renewals import OPEN, Attempt
 
@@ -34,6 +34,7 @@ _COLUMNS = (
     renewal_attempts.c.payment_method_id,
     renewal_attempts.c.first_sent_at,
     renewal_attempts.c.last_sent_at,
+    renewal_attempts.c.sends,
     renewal_attempts.c.external_payment_id,
     renewal_attempts.c.decline_class,
     renewal_attempts.c.decline_reason,
@@ -58,6 +59,7 @@ def attempt_of(row: Any) -> Attempt:
         payment_method_id=row.payment_method_id,
         first_sent_at=row.first_sent_at,
         last_sent_at=row.last_sent_at,
+        sends=row.sends,
         external_payment_id=row.external_payment_id,
         decline_class=row.decline_class,
         decline_reason=row.decline_reason,
@@ -88,7 +90,13 @@ _OPEN_AND_CLAIM = sa.text("""
         JOIN subscriptions s ON s.id = w.subscription_id
         WHERE s.status = 'ACTIVE' AND s.ended_at = w.period_start
           AND s.plan_id = w.plan_id AND s.user_id = w.user_id
-        FOR SHARE OF s
+          -- Its end was moved while a charge was under way: that charge may have paid for this very time.
+          AND NOT EXISTS (
+              SELECT FROM billing_orchestration.renewal_attempts a
+              WHERE a.subscription_id = w.subscription_id AND a.period_start <> w.period_start
+                AND a.state IN ('PLANNED', 'UNKNOWN', 'PENDING'))
+        -- By id, as settling and expiry lock them: so two transactions wait for each other instead of deadlocking.
+        ORDER BY s.id FOR SHARE OF s
     )
     INSERT INTO billing_orchestration.renewal_attempts
         (id, subscription_id, period_start, number, state, idempotence_key, body, amount, currency, user_id, plan_id,
@@ -105,7 +113,8 @@ def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[A
     """Write new attempts ahead of their first send, with `first_sent_at`; give back those that may be sent.
 
     The subscription is looked at again here, under lock: one that was renewed, canceled or paused since it was read
-    gets no attempt, nor does a period that has a live attempt already (a partial unique index says so, not Python).
+    gets no attempt, nor does a period that has a live attempt already (a partial unique index says so, not Python),
+    nor a subscription that has an open attempt of another period.
     Commit before the first send. Killed after the commit: the next run finds PLANNED with `first_sent_at` set, takes
     it as "may have been sent" and uses the same key and body.
     """
@@ -113,7 +122,7 @@ def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[A
         {
             "id": attempt.id,
             "subscription_id": attempt.subscription_id,
-            "period_start": attempt.period_start.replace(tzinfo=None),
+            "period_start": naive_utc(attempt.period_start),
             "number": attempt.number,
             "idempotence_key": attempt.idempotence_key,
             "body": attempt.body,
@@ -133,36 +142,42 @@ def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[A
 
 
 _CLAIM = sa.text("""
+    WITH before AS (
+        SELECT a.id, a.first_sent_at FROM billing_orchestration.renewal_attempts a
+        WHERE a.id = ANY(:ids) AND a.state IN ('PLANNED', 'UNKNOWN')
+          AND (a.first_sent_at IS NULL OR a.first_sent_at > :oldest_key)
+        ORDER BY a.subscription_id, a.period_start, a.number FOR UPDATE
+    )
     UPDATE billing_orchestration.renewal_attempts a
-    SET first_sent_at = coalesce(a.first_sent_at, :at), last_sent_at = :at, sends = a.sends + 1
-    FROM subscriptions s
-    WHERE a.id = ANY(:ids) AND s.id = a.subscription_id
-      AND a.state IN ('PLANNED', 'UNKNOWN')
-      AND (a.first_sent_at IS NULL OR a.first_sent_at > :oldest_key)
+    SET first_sent_at = coalesce(before.first_sent_at, :at), last_sent_at = :at, sends = a.sends + 1
+    FROM before, subscriptions s
+    WHERE a.id = before.id AND s.id = a.subscription_id
       AND s.status = 'ACTIVE' AND s.ended_at = a.period_start
       AND s.plan_id = a.plan_id AND s.user_id = a.user_id
-    RETURNING a.id
+    RETURNING a.id, before.first_sent_at IS NOT NULL AS sent_before
 """)
 
 
 def claim(
     connection: sa.Connection, stamp: Stamp, attempt_ids: Sequence[uuid.UUID], oldest_key: datetime
-) -> set[uuid.UUID]:
-    """Note that open attempts are about to be sent (again), after another look at each; give back those that may be.
+) -> dict[uuid.UUID, bool]:
+    """Note that open attempts are about to be sent (again), after another look at each; give back those that may be,
+    each with whether it may have been sent before.
 
-    An attempt whose first send was at `oldest_key` or before is never sent again: the provider may have forgotten its
-    key. Commit before sending.
+    That is told from the row as it is now: another run may have sent an attempt since it was read, and an answer
+    that says "not this time" must not be taken for "never". An attempt whose first send was at `oldest_key` or before
+    is never sent again: the provider may have forgotten its key. Commit before sending.
     """
-    return set(
-        connection.execute(_CLAIM, {"ids": list(attempt_ids), "at": stamp.at, "oldest_key": oldest_key}).scalars()
-    )
+    claimed = connection.execute(_CLAIM, {"ids": list(attempt_ids), "at": stamp.at, "oldest_key": oldest_key})
+    return {row.id: row.sent_before for row in claimed}
 
 
 @dataclass(frozen=True, slots=True)
 class Closing:
     """What became of an attempt, other than a success (successes are settled, see `settling`).
 
-    `never_sent` withdraws the claim of a first send that certainly did not leave this machine.
+    `never_sent` withdraws the claim of a first send that certainly did not leave this machine. `as_read`: only if the
+    attempt is still what it was when it was read; for whoever decides without holding the attempt's lock.
     """
 
     attempt: Attempt
@@ -173,6 +188,7 @@ class Closing:
     decline_reason: str | None = None
     decline_class: str | None = None
     never_sent: bool = False
+    as_read: bool = False
     absent_since: datetime | None = None
 
 
@@ -180,11 +196,14 @@ _CLOSE = sa.text("""
     WITH x AS (
         SELECT * FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
             id uuid, state text, reason text, external_payment_id text, decline_party text, decline_reason text,
-            decline_class text, never_sent boolean, absent_since timestamptz)
+            decline_class text, never_sent boolean, absent_since timestamptz, as_read boolean, read_state text,
+            read_sends int)
     ), before AS (
         SELECT a.id, a.state FROM billing_orchestration.renewal_attempts a JOIN x ON x.id = a.id
         WHERE a.state IN ('PLANNED', 'UNKNOWN', 'PENDING')
-        ORDER BY a.id FOR UPDATE OF a
+          -- A send counts up, so the same state with the same number of sends is the attempt as it was read.
+          AND (NOT x.as_read OR (a.state = x.read_state AND a.sends = x.read_sends))
+        ORDER BY a.subscription_id, a.period_start, a.number FOR UPDATE OF a
     )
     UPDATE billing_orchestration.renewal_attempts a
     SET state = x.state, last_error = x.reason,
@@ -203,7 +222,8 @@ _CLOSE = sa.text("""
 def close(connection: sa.Connection, stamp: Stamp, closings: Sequence[Closing]) -> set[uuid.UUID]:
     """Write down what became of attempts that are still open, with the audit trail; give back those it changed.
 
-    An attempt that somebody closed meanwhile (a matching job that saw its success) is not touched. A change of
+    An attempt that somebody closed meanwhile (a matching job that saw its success) is not touched, nor is one with
+    `as_read` that another run has claimed since: it may be on its way to the provider at this moment. A change of
     nothing but the last error's words is written, but is no entry in the audit trail.
     """
     if not closings:
@@ -220,6 +240,9 @@ def close(connection: sa.Connection, stamp: Stamp, closings: Sequence[Closing]) 
             "decline_class": closing.decline_class,
             "never_sent": closing.never_sent,
             "absent_since": closing.absent_since,
+            "as_read": closing.as_read,
+            "read_state": closing.attempt.state,
+            "read_sends": closing.attempt.sends,
         }
         for closing in by_id.values()
     ]

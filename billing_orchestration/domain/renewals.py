@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 
@@ -79,6 +79,7 @@ class Attempt:
     payment_method_id: str
     first_sent_at: datetime | None = None
     last_sent_at: datetime | None = None
+    sends: int = 0
     external_payment_id: str | None = None
     decline_class: str | None = None
     decline_reason: str | None = None
@@ -497,13 +498,25 @@ def names_another_attempt(attempt: Attempt, payment: ProviderPayment) -> bool:
     return named is not None and named != str(attempt.id)
 
 
+def as_answer_to(attempt: Attempt, payment: ProviderPayment) -> ProviderPayment:
+    """What answered an attempt's own request (by its key, or by the id it was given) is about that attempt.
+
+    A provider that leaves the metadata out of an answer must not make a paid renewal look like a stranger's purchase.
+    """
+    if ATTEMPT_KEY in payment.metadata:
+        return payment
+    own: dict[str, str] = json.loads(attempt.body)["metadata"]
+    return replace(payment, metadata={**payment.metadata, **own})
+
+
 def read_scan(
     attempts: Sequence[Attempt], payments: Sequence[ProviderPayment], unusable: Sequence[UnusablePayment]
 ) -> ProviderView:
     """What a complete scan says about the attempts it was made for.
 
-    Found by the attempt's id in the metadata. An item that cannot be read proves nothing absent if it might be the
-    attempt's: it names it somewhere, or its metadata cannot be read either.
+    Found by the attempt's id in the metadata. An item proves nothing absent if it might be the attempt's: it cannot
+    be read and names it somewhere, or its metadata cannot be read either; or it moved money by the same saved method
+    and names no attempt at all.
     """
     by_attempt: dict[str, list[ProviderPayment]] = {}
     for payment in payments:
@@ -516,15 +529,32 @@ def read_scan(
     silent: dict[uuid.UUID, str] = {}
     extra: list[ProviderPayment] = []
     for attempt in attempts:
-        # A success speaks first; several payments of one key would be the provider's own fault.
-        found = sorted(by_attempt.get(str(attempt.id), ()), key=lambda p: (p.status != SUCCEEDED, p.created_at, p.id))
+        # Who may have the money speaks first; several payments of one key would be the provider's own fault.
+        found = sorted(
+            by_attempt.get(str(attempt.id), ()),
+            key=lambda p: (p.status != SUCCEEDED, p.status == CANCELED, p.created_at, p.id),
+        )
         if found:
             answers[attempt.id] = found[0]
             extra.extend(payment for payment in found[1:] if payment.status == SUCCEEDED)
         elif unreadable or any(str(attempt.id) in text for text in odd):
             silent[attempt.id] = "the provider's list holds a record that cannot be read and may be this charge"
+        elif stranger := next((payment for payment in payments if _may_be_nameless(attempt, payment)), None):
+            silent[attempt.id] = (
+                f"payment {stranger.id} at the provider is of the same payment method and names no attempt: it may be"
+                " this charge, a person has to look"
+            )
     scanned = frozenset(attempt.id for attempt in attempts if attempt.id not in silent)
     return ProviderView(answers, scanned, silent, tuple(extra))
+
+
+def _may_be_nameless(attempt: Attempt, payment: ProviderPayment) -> bool:
+    return (
+        ATTEMPT_KEY not in payment.metadata
+        and payment.status != CANCELED
+        and payment.method_id == attempt.payment_method_id
+        and payment.id != attempt.payment_method_id  # the purchase that saved the method
+    )
 
 
 def _metadata_is_readable(evidence: object) -> bool:

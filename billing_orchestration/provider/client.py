@@ -189,12 +189,15 @@ class PaymentProvider:
 
     # --- Charges -------------------------------------------------------------------------------------------------
 
-    def create_payment(self, body: str, idempotence_key: str) -> ProviderPayment:
+    def create_payment(
+        self, body: str, idempotence_key: str, before_send: Callable[[], None] | None = None
+    ) -> ProviderPayment:
         """Send one charge: ONE POST of exactly these bytes with this key, never repeated in here.
 
         What moves: the amount in `body`, from the customer to the shop, if the answer's status is `succeeded`. The
         caller committed body and key before (SPEC 5), so a process killed in here leaves an attempt whose outcome is
-        unknown and whose key may be sent again within 24 h. Other threads and a 429 may make it wait before it sends.
+        unknown and whose key may be sent again within 24 h. Other threads and a 429 may make it wait before it sends:
+        `before_send` is called when its turn has come, and what it raises goes through with nothing sent.
 
         NeverSent, WrongCredentials, Forbidden, RequestRejected: no money moved by this request. RateLimited,
         StillProcessing, OutcomeUnknown: it may have. Raises ValueError, before anything is sent, for a key that is
@@ -204,7 +207,7 @@ class PaymentProvider:
             raise ValueError("the idempotence key must be 1 to 64 visible ASCII characters; nothing was sent")
         sent = body.encode("utf-8")
         call = Call(f"charge with key {idempotence_key}", moves_money=True)
-        answer = self._send(call, lambda: self._payments.post(sent, idempotence_key))
+        answer = self._send(call, lambda: self._payments.post(sent, idempotence_key), before_send)
         payment = parse_payment(self._object(answer, call))
         if isinstance(payment, UnusablePayment):
             name = f"payment {payment.payment_id}" if payment.payment_id else "a payment without a readable id"
@@ -327,9 +330,11 @@ class PaymentProvider:
 
     # --- One request ---------------------------------------------------------------------------------------------
 
-    def _send(self, call: Call, request: Callable[[], Answer]) -> Answer:
+    def _send(self, call: Call, request: Callable[[], Answer], before_send: Callable[[], None] | None = None) -> Answer:
         """Wait for the turn, send once; an answer other than HTTP 200 is raised as what it means."""
         self._pace.wait_turn()
+        if before_send is not None:
+            before_send()
         try:
             answer = request()
         except Exception as fault:

@@ -5,6 +5,7 @@ attempt by the protocol of `charging`. Harmless to repeat: a period is charged a
 most once a day.
 """
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +30,7 @@ from billing_orchestration.domain.renewals import (
     Resend,
     State,
     Void,
+    as_answer_to,
     attempts_to_search,
     decide_renewals,
     judge_answer,
@@ -206,7 +208,7 @@ def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection) -> Prov
         elif names_another_attempt(attempt, result):
             silent[attempt.id] = f"payment {payment_id} names another attempt in its metadata"
         else:
-            answers[attempt.id] = result
+            answers[attempt.id] = as_answer_to(attempt, result)
     return ProviderView(answers, frozenset(), silent)
 
 
@@ -314,6 +316,7 @@ def _conclude_open(
     """Apply what the provider told about open attempts, and close those by which no money moved."""
     from billing_orchestration.database.attempts import Closing, close
     from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.errors import BillingDatabaseError, DatabaseUnavailable
 
     told = [decision for decision in plan.decisions if isinstance(decision, Conclude)]
     successes = [decision.payment for decision in told if decision.payment.status == SUCCEEDED]
@@ -331,18 +334,33 @@ def _conclude_open(
                         decline_party=decision.payment.cancellation_party,
                         decline_reason=decision.payment.cancellation_reason,
                         decline_class=outcome.decline_class,
+                        as_read=True,
                     ),
                     outcome.state.lower(),
                 )
             )
     for other in plan.decisions:
         if isinstance(other, Void):
-            closings.append((Closing(other.attempt, State.VOID, other.reason), "void"))
+            closings.append((Closing(other.attempt, State.VOID, other.reason, as_read=True), "void"))
         elif isinstance(other, NoteAbsence):
-            closing = Closing(other.attempt, other.attempt.state, other.reason, absent_since=stamp.at)
+            closing = Closing(other.attempt, other.attempt.state, other.reason, as_read=True, absent_since=stamp.at)
             closings.append((closing, "first absence"))
-    with translated(), database.engine.begin() as connection:
-        closed = close(connection, stamp, [closing for closing, _ in closings])
+    closed: set[uuid.UUID] = set()
+    try:
+        with translated(), database.engine.begin() as connection:
+            closed = close(connection, stamp, [closing for closing, _ in closings])
+    except DatabaseUnavailable:
+        raise
+    except BillingDatabaseError:
+        # One row that somebody keeps locked does not hold up the others.
+        for closing, _ in closings:
+            try:
+                with translated(), database.engine.begin() as connection:
+                    closed |= close(connection, stamp, [closing])
+            except DatabaseUnavailable:
+                raise
+            except BillingDatabaseError as error:
+                report.again.append(f"{closing.attempt.subject}: {error}")
     for closing, word in closings:
         if closing.attempt.id in closed:
             changed = closing.state != closing.attempt.state

@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
 from billing_orchestration.database.attempts import Closing, claim, close, open_and_claim, try_lock, unlock
@@ -40,6 +41,7 @@ from billing_orchestration.domain.renewals import (
     Charge,
     Resend,
     State,
+    as_answer_to,
     judge_answer,
     names_another_attempt,
 )
@@ -68,6 +70,10 @@ _WEIGHT_OF_SILENCE = 2
 _MOST_THROTTLED_SENDS = 10
 _WAIT_GROWTH = 3.0
 _LONGEST_WAIT_S = 60.0
+# A claim that was committed longer ago than this is not sent by, but made anew: the process may have been suspended,
+# or have waited for its turn behind many 429. The hour between KEY_LIFETIME and the provider's 24 h, and the margin
+# of a search (SCAN_MARGIN), both count on a send following its claim soon.
+_CLAIM_LIFETIME = timedelta(minutes=10)
 # Results of one transaction: enough to share its statements, few enough that the first of them does not wait.
 _MOST_RESULTS_AT_ONCE = 64
 _PROGRESS_EVERY_S = 10.0
@@ -78,8 +84,10 @@ class ChargesPayments(Protocol):
 
     is_live: bool
 
-    def create_payment(self, body: str, idempotence_key: str) -> ProviderPayment:
-        """One POST of exactly these bytes."""
+    def create_payment(
+        self, body: str, idempotence_key: str, before_send: Callable[[], None] | None = None
+    ) -> ProviderPayment:
+        """One POST of exactly these bytes, right after `before_send`; what that raises goes through, nothing sent."""
         ...
 
 
@@ -117,12 +125,12 @@ class _Work:
     sent_before: bool
     sends: int = 0
     throttled: int = 0
-    last_error: str = ""
     order: int = 0
+    claimed_at: datetime | None = None
 
 
 class _Withheld(Exception):
-    """The worker did not send: charging had stopped by then."""
+    """The worker did not send: charging had stopped by then, or its claim was too old."""
 
 
 @dataclass
@@ -190,16 +198,25 @@ class Charging:
         group = self._next_group()
         if not group:
             return
-        free = try_lock(locks, [work.attempt.id for work in group])
+        # What waits for another send has kept its lock.
+        free = try_lock(locks, [work.attempt.id for work in group if not work.sends])
+        free |= {work.attempt.id for work in group if work.sends}
         for work in group:
             if work.attempt.id not in free:
                 self._finish(work, "skipped", "another run is charging it at this moment")
-        claimed = self._claim([work for work in group if work.attempt.id in free])
+        claimed, busy = self._claim([work for work in group if work.attempt.id in free])
         for work in group:
             if work.attempt.id in claimed:
+                # What this run itself has sent is known better than by the row: it may be certain that it never left.
+                if not work.sends:
+                    work.sent_before = claimed[work.attempt.id]
                 work.sends += 1
                 self._in_flight += 1
                 workers.submit(self._send, work)
+            elif work.attempt.id in busy:
+                unlock(locks, [work.attempt.id])
+                outcome = "unknown" if work.sent_before else "never sent"
+                self._finish(work, outcome, f"not sent: {busy[work.attempt.id]}", needs_retry=True)
             elif work.attempt.id in free:
                 unlock(locks, [work.attempt.id])
                 self._finish(
@@ -222,30 +239,60 @@ class Charging:
             group.append(self._ready.popleft())
         return group
 
-    def _claim(self, group: Sequence[_Work]) -> set[uuid.UUID]:
-        """Step 2, committed: which of these may be sent now."""
+    def _claim(self, group: Sequence[_Work]) -> tuple[dict[uuid.UUID, bool], dict[uuid.UUID, str]]:
+        """Step 2, committed: which of these may be sent now, each with whether it may have been sent before.
+
+        Second: those that the database would not let us look at again (a row that somebody keeps locked), with the
+        reason. One such row does not hold up the others of its group.
+        """
+        from billing_orchestration.database.errors import BillingDatabaseError, DatabaseUnavailable
+
+        try:
+            return self._claim_together(group), {}
+        except DatabaseUnavailable:
+            raise
+        except BillingDatabaseError as error:
+            if len(group) == 1:
+                return {}, {group[0].attempt.id: str(error)}
+        claimed: dict[uuid.UUID, bool] = {}
+        busy: dict[uuid.UUID, str] = {}
+        for work in group:
+            one, refused = self._claim([work])
+            claimed.update(one)
+            busy.update(refused)
+        return claimed, busy
+
+    def _claim_together(self, group: Sequence[_Work]) -> dict[uuid.UUID, bool]:
         from billing_orchestration.database.engine import translated
 
         if not group:
-            return set()
+            return {}
         stamp = self.make_stamp()
+        for work in group:
+            work.claimed_at = stamp.at
         fresh = [work.attempt for work in group if work.is_new and not work.sends]
         again = [work.attempt.id for work in group if not work.is_new or work.sends]
-        claimed: set[uuid.UUID] = set()
+        claimed: dict[uuid.UUID, bool] = {}
         with translated(), self.database.engine.begin() as connection:
             if fresh:
-                claimed |= open_and_claim(connection, stamp, fresh)
+                claimed.update(dict.fromkeys(open_and_claim(connection, stamp, fresh), False))
             if again:
-                claimed |= claim(connection, stamp, again, stamp.at - KEY_LIFETIME)
+                claimed.update(claim(connection, stamp, again, stamp.at - KEY_LIFETIME))
         return claimed
 
     def _send(self, work: _Work) -> None:
         """Step 3, in a worker: one POST, and its answer into the queue."""
         answer: ProviderPayment | Exception
-        try:
+
+        def before_send() -> None:
             if self._stopped.is_set():
-                raise _Withheld
-            answer = self.provider.create_payment(work.attempt.body, str(work.attempt.idempotence_key))
+                raise _Withheld("charging had stopped")
+            if work.claimed_at is None or self.make_stamp().at - work.claimed_at > _CLAIM_LIFETIME:
+                raise _Withheld("its turn came too long after it was looked at")
+
+        try:
+            before_send()
+            answer = self.provider.create_payment(work.attempt.body, str(work.attempt.idempotence_key), before_send)
         except Exception as error:  # noqa: BLE001 - judged by the coordinating thread; an unknown one counts as unknown
             answer = error
         self._answers.put((work, answer))
@@ -276,6 +323,7 @@ class Charging:
             if isinstance(answer, ProviderPayment) and names_another_attempt(work.attempt, answer):
                 answer = OutcomeUnknown(f"the answer speaks of another attempt (payment {answer.id})")  # noqa: PLW2901
             if isinstance(answer, ProviderPayment):
+                answer = as_answer_to(work.attempt, answer)  # noqa: PLW2901
                 self._heard()
                 if answer.status == SUCCEEDED and answer.id not in successes:
                     successes[answer.id] = (work, answer)
@@ -284,7 +332,7 @@ class Charging:
             closings.append((work, closing, outcome))
             if wait_s is not None:
                 waiting.append((work, wait_s))
-        results = self._write(successes, [closing for _, closing, _ in closings])
+        results, unwritten = self._write(successes, [closing for _, closing, _ in closings])
         retried = {id(work) for work, _ in waiting}
         done = [work.attempt.id for work, _ in successes.values()]
         for work, payment in successes.values():
@@ -298,7 +346,7 @@ class Charging:
                 outcome,
                 closing.reason,
                 decline_class=closing.decline_class if outcome in ("declined", "stopped") else None,
-                needs_retry=outcome in ("unknown", "never sent", "rejected"),
+                needs_retry=outcome in ("unknown", "never sent", "rejected") or closing.attempt.id in unwritten,
             )
         for work, wait_s in waiting:
             heapq.heappush(self._delayed, (self.monotonic() + wait_s, work.order, work))
@@ -323,13 +371,13 @@ class Charging:
             )
             return closing, {State.PENDING: "pending", State.STOPPED: "stopped"}.get(outcome.state, "declined"), None
         if isinstance(answer, _Withheld):
+            # Not a send: after a stop it is left, else it is claimed anew at once.
+            work.throttled += 1
+            wait_s = self._next_wait(work, None)
             if work.sent_before:
-                return Closing(attempt, State.UNKNOWN, "not sent again: charging had stopped"), "unknown", None
-            return (
-                Closing(attempt, State.PLANNED, "not sent: charging had stopped", never_sent=True),
-                "never sent",
-                None,
-            )
+                return Closing(attempt, State.UNKNOWN, f"not sent again: {answer}"), "unknown", wait_s
+            closing = Closing(attempt, State.PLANNED, f"not sent: {answer}", never_sent=wait_s is None)
+            return closing, "never sent", wait_s
         if isinstance(answer, NeverSent):
             self._failed(1, str(answer))
             wait_s = self._next_wait(work, None)
@@ -374,10 +422,14 @@ class Charging:
 
     def _write(
         self, successes: "dict[str, tuple[_Work, ProviderPayment]]", closings: Sequence[Closing]
-    ) -> "dict[str, Settled | Failed]":
-        """Step 4: everything of these answers in one transaction; if that will not go, each on its own."""
+    ) -> "tuple[dict[str, Settled | Failed], set[uuid.UUID]]":
+        """Step 4: everything of these answers in one transaction; if that will not go, each on its own.
+
+        Second: attempts whose new state could not be written. They stay as they were claimed, "may have been sent":
+        the next run sends the same key and hears the same.
+        """
         from billing_orchestration.database.engine import translated
-        from billing_orchestration.database.errors import DatabaseUnavailable
+        from billing_orchestration.database.errors import BillingDatabaseError, DatabaseUnavailable
         from billing_orchestration.database.settling import settle_batch
 
         payments = [payment for _, payment in successes.values()]
@@ -388,20 +440,28 @@ class Charging:
                     connection, payments, stamp=stamp, calendar=self.database.calendar, is_live=self.provider.is_live
                 )
                 close(connection, stamp, closings)
-            return {result.payment.id: result for result in settled}
+            return {result.payment.id: result for result in settled}, set()
         except DatabaseUnavailable:
             raise
         except Exception as error:  # noqa: BLE001 - each gets its own try and its own words below
             self.log(f"a batch of {len(payments) + len(closings)} answers is written one by one: {error}")
-        for closing in closings:
-            with translated(), self.database.engine.begin() as connection:
-                close(connection, self.make_stamp(), [closing])
-        return {
+        settled_alone = {
             result.payment.id: result
             for result in settle_all(
                 self.database, payments, make_stamp=self.make_stamp, is_live=self.provider.is_live, dry_run=False
             )
         }
+        unwritten: set[uuid.UUID] = set()
+        for closing in closings:
+            try:
+                with translated(), self.database.engine.begin() as connection:
+                    close(connection, self.make_stamp(), [closing])
+            except DatabaseUnavailable:
+                raise
+            except BillingDatabaseError as error:
+                unwritten.add(closing.attempt.id)
+                self.log(f"{closing.attempt.subject} ({closing.state}: {closing.reason}) could not be written: {error}")
+        return settled_alone, unwritten
 
     def _finish_success(self, work: _Work, result: "Settled | Failed") -> None:
         if isinstance(result, Failed):
