@@ -1,0 +1,413 @@
+"""expire_subscriptions_job, whole: whose grace is over, who is held back, what stops a run that would end too many."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from billing_orchestration_tests.jobs.service import NOON, Run, Service, stored
+from billing_orchestration_tests.jobs.waiting import wait_for_a_blocked_session
+
+UTC = timezone.utc
+JOB = "expire_subscriptions_job"
+
+
+def over(service: Service, plan: int | None = None, **row: Any) -> int:
+    """An ACTIVE subscription that ended a month ago."""
+    return service.subscription(plan, ended_at=row.pop("ended_at", service.now - timedelta(days=30)), **row)
+
+
+def status(service: Service, subscription: int) -> str | None:
+    """The status of a subscription."""
+    [found] = service.execute_scalars("SELECT status::text FROM subscriptions WHERE id = :id", id=subscription)
+    return None if found is None else str(found)
+
+
+def many(service: Service, count: int, *, ended_at: datetime) -> None:
+    """As many ACTIVE subscriptions as it takes."""
+    service.execute(
+        """
+        INSERT INTO subscriptions (user_id, status, started_at, ended_at, created_at, updated_at)
+        SELECT 'user ' || n, 'ACTIVE', '2025-01-01', :ended_at, '2025-01-01', '2025-01-01'
+        FROM generate_series(1, :count) AS n
+        """,
+        count=count,
+        ended_at=ended_at.replace(tzinfo=None),
+    )
+
+
+def count_of(service: Service, state: str) -> int:
+    """How many subscriptions are in a status."""
+    [found] = service.execute_scalars("SELECT count(*) FROM subscriptions WHERE status::text = :state", state=state)
+    return int(found)
+
+
+# --- Whose grace is over
+
+
+def test_the_grace_of_three_days_is_counted_in_whole_billing_days(service: Service) -> None:
+    three_days_ago = over(service, ended_at=datetime(2026, 3, 9, 23, 59, 59, 999999, tzinfo=UTC))
+    two_days_ago = over(service, ended_at=datetime(2026, 3, 10, 0, 0, tzinfo=UTC))
+    later_today = over(service, ended_at=NOON + timedelta(hours=3))
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, three_days_ago) == "EXPIRED"
+    assert [status(service, two_days_ago), status(service, later_today)] == ["ACTIVE", "ACTIVE"]
+
+
+def test_the_hour_of_the_run_does_not_matter(service: Service) -> None:
+    three_days_ago = over(service, ended_at=datetime(2026, 3, 9, 23, 0, tzinfo=UTC))
+    two_days_ago = over(service, ended_at=datetime(2026, 3, 10, 0, 0, tzinfo=UTC))
+
+    assert service.run(JOB, as_of=datetime(2026, 3, 12, 0, 0, tzinfo=UTC)).ok
+
+    assert [status(service, three_days_ago), status(service, two_days_ago)] == ["EXPIRED", "ACTIVE"]
+
+
+def test_the_billing_day_is_that_of_the_billing_time_zone(service_with: Callable[..., Service]) -> None:
+    # At 19:00 UTC it is half past midnight of 13 March in Kolkata: three days ago there is the 10th.
+    service = service_with(billing_timezone="Asia/Kolkata", now=datetime(2026, 3, 12, 19, 0, tzinfo=UTC))
+    on_the_tenth = over(service, ended_at=datetime(2026, 3, 10, 18, 29, tzinfo=UTC))
+    on_the_eleventh = over(service, ended_at=datetime(2026, 3, 10, 18, 30, tzinfo=UTC))
+
+    assert service.run(JOB).ok
+
+    assert [status(service, on_the_tenth), status(service, on_the_eleventh)] == ["EXPIRED", "ACTIVE"]
+
+
+@pytest.mark.parametrize(("grace_days", "first_to_stay"), [(0, 12), (10, 2)])
+def test_the_grace_is_a_setting(service_with: Callable[..., Service], grace_days: int, first_to_stay: int) -> None:
+    service = service_with(subscription_grace_days=grace_days)
+    expired = over(service, ended_at=datetime(2026, 3, first_to_stay, 23, 59, tzinfo=UTC))
+    stays = over(service, ended_at=datetime(2026, 3, first_to_stay + 1, 0, 0, tzinfo=UTC))
+
+    assert service.run(JOB).ok
+
+    assert [status(service, expired), status(service, stays)] == ["EXPIRED", "ACTIVE"]
+
+
+@pytest.mark.parametrize("state", ["CREATED", "EXPIRED", "CANCELED", "PAUSED", "DELETED", None])
+def test_only_an_active_subscription_expires(service: Service, state: str | None) -> None:
+    over(service, status=state)
+    before = service.snapshot()
+
+    assert service.run(JOB).ok
+
+    assert service.snapshot() == before
+
+
+def test_one_without_an_end_stays_and_is_counted(service: Service) -> None:
+    endless = service.subscription(None, ended_at=None)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, endless) == "ACTIVE"
+    assert run.number("fetch_subscriptions_over", "ACTIVE without an end") == 1
+
+
+def test_ends_that_python_has_no_datetime_for_stop_nobody(service: Service) -> None:
+    ends = ["-infinity", "infinity", "0044-03-15 BC", "294276-01-01", "2026-01-01"]
+    subscriptions = [over(service) for _ in ends]
+    for subscription, end in zip(subscriptions, ends, strict=True):
+        service.execute("UPDATE subscriptions SET ended_at = CAST(:end AS timestamp) WHERE id = :id",
+                        end=end, id=subscription)  # fmt: skip
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [status(service, subscription) for subscription in subscriptions] == [
+        "EXPIRED", "ACTIVE", "EXPIRED", "ACTIVE", "EXPIRED",
+    ]  # fmt: skip
+
+
+def test_months_of_stale_active_subscriptions_expire_in_one_run_chunk_by_chunk(service: Service) -> None:
+    many(service, 10_001, ended_at=NOON - timedelta(days=90))
+    many(service, 100, ended_at=NOON + timedelta(days=1))
+
+    run = service.run(JOB, max_changes=10_001)
+
+    assert run.ok, run.failure
+    assert (count_of(service, "EXPIRED"), count_of(service, "ACTIVE")) == (10_001, 100)
+    assert run.report["applied"] == 10_001
+    assert service.execute_scalars("SELECT count(DISTINCT entity_id) FROM billing_orchestration.audit_trail") == [
+        10_001
+    ]
+    assert any("expired 10000 of 10001" in line for line in run.log)
+
+
+# --- Who is held back
+
+
+def test_one_whose_charge_is_unknown_pending_or_in_review_is_held_back_and_reported(service: Service) -> None:
+    plan = service.plan("299.00")
+    day = NOON - timedelta(days=4)
+    service.set_time(day)
+    unknown = service.subscriber(plan, method="unknown")
+    pending = service.subscriber(plan, script="pending")
+    review = service.subscriber(plan, method="review")
+    declined = service.subscriber(plan, script="canceled:card_expired")
+    renewed = service.subscriber(plan)
+    service.sandbox.misbehave("create", "cut_after", times=None, payment_method_id="unknown")
+    service.sandbox.misbehave("create", "change", payment_method_id="review", set={"amount.value": "1.00"})
+    service.run("autopayment_job")
+    service.set_time(NOON)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    states = {name: service.attempts(subscription)[0].state for name, subscription in
+              (("unknown", unknown), ("pending", pending), ("review", review), ("declined", declined))}  # fmt: skip
+    assert states == {"unknown": "UNKNOWN", "pending": "PENDING", "review": "REVIEW", "declined": "STOPPED"}
+    assert [status(service, subscription) for subscription in (unknown, pending, review, renewed)] == ["ACTIVE"] * 4
+    assert status(service, declined) == "EXPIRED"
+    for subscription in (unknown, pending, review):
+        assert run.reasons(f"subscription {subscription}")[0].startswith("leave: held back")
+    assert run.report["skipped"] == 3
+
+
+@pytest.mark.parametrize(("first_sent_at", "expected"), [("2026-03-08 12:00+00", "ACTIVE"), (None, "EXPIRED")])
+def test_a_planned_charge_holds_back_only_if_it_may_have_been_sent(
+    service: Service, first_sent_at: str | None, expected: str
+) -> None:
+    service.set_time(NOON - timedelta(days=4))
+    subscription = service.subscriber(script="canceled:insufficient_funds")
+    service.run("autopayment_job")
+    service.execute(
+        "UPDATE billing_orchestration.renewal_attempts SET state = 'PLANNED', first_sent_at = CAST(:at AS timestamptz)",
+        at=first_sent_at,
+    )
+    service.set_time(NOON)
+
+    assert service.run(JOB).ok
+
+    assert status(service, subscription) == expected
+
+
+def test_one_that_is_paid_after_it_expired_is_active_again(service: Service) -> None:
+    service.set_time(NOON - timedelta(days=4))
+    subscription = service.subscriber(method="hers")
+    service.sandbox.misbehave("create", "cut_after", times=None)
+    service.run("autopayment_job")
+    # As if nothing had held it back.
+    service.execute("UPDATE subscriptions SET status = 'EXPIRED'")
+    service.set_time(NOON)
+
+    assert service.run("matching_successful_payments_job", as_of=NOON - timedelta(days=4)).ok
+
+    assert status(service, subscription) == "ACTIVE"
+    assert service.ended_at(subscription) == datetime(2026, 4, 8, 12, 0, tzinfo=UTC)
+    service.check_books()
+
+
+# --- The guard
+
+
+@pytest.mark.parametrize(
+    ("ending", "active", "stops"),
+    [
+        (100, 100, False),
+        (101, 505, False),
+        (101, 504, True),
+        (101, 101, True),
+    ],
+    ids=["a hundred of a hundred", "exactly a fifth", "more than a fifth and than a hundred", "all of them"],
+)
+def test_a_run_that_would_end_more_than_a_fifth_and_more_than_a_hundred_stops_before_applying(
+    service: Service, ending: int, active: int, stops: bool
+) -> None:
+    many(service, ending, ended_at=NOON - timedelta(days=30))
+    many(service, active - ending, ended_at=NOON + timedelta(days=30))
+
+    run = service.run(JOB)
+
+    assert run.ok is not stops
+    assert count_of(service, "EXPIRED") == (0 if stops else ending)
+    assert bool(service.rows("billing_orchestration.audit_trail")) is not stops
+
+
+def test_a_stopped_run_says_what_it_would_have_done_and_how_to_go_on(service: Service) -> None:
+    many(service, 150, ended_at=NOON - timedelta(days=30))
+    before = service.snapshot()
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert "stopped before anything was applied: it would expire 150 of 150 ACTIVE subscriptions" in run.failure
+    assert "launch it again with max_changes: 150" in run.failure
+    assert len(run.decisions) == 100
+    assert run.materialized == {}
+    assert service.snapshot() == before
+    assert service.run(JOB, max_changes=150).ok
+    assert count_of(service, "EXPIRED") == 150
+
+
+def test_those_that_are_held_back_do_not_count_for_the_guard(service: Service) -> None:
+    many(service, 101, ended_at=NOON - timedelta(days=30))
+    service.execute("""
+        INSERT INTO billing_orchestration.renewal_attempts (id, subscription_id, period_start, number, state,
+            idempotence_key, body, amount, currency, user_id, plan_id, payment_provider_id, payment_method_id,
+            planned_at, run_id)
+        SELECT gen_random_uuid(), min(id), min(ended_at), 1, 'UNKNOWN', gen_random_uuid(), '{}', 1, 'RUB', '', 1, 1, '',
+               now(), '' FROM subscriptions
+    """)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert (count_of(service, "EXPIRED"), count_of(service, "ACTIVE")) == (100, 1)
+
+
+# --- Locked, changed meanwhile, refused
+
+
+def test_one_that_is_locked_is_waited_for_after_the_others_are_done(service: Service, engine: sa.Engine) -> None:
+    locked, free = over(service, ended_at=NOON - timedelta(days=99)), over(service)
+    runs: list[Run] = []
+    with service.locking("subscriptions", locked):
+        job = threading.Thread(target=lambda: runs.append(service.run(JOB)))
+        job.start()
+        wait_for_a_blocked_session(engine)
+        assert status(service, free) == "EXPIRED"
+    job.join()
+
+    assert runs[0].ok, runs[0].failure
+    assert status(service, locked) == "EXPIRED"
+
+
+def test_one_that_is_renewed_while_the_run_waits_for_it_is_skipped_and_reported(
+    service: Service, engine: sa.Engine
+) -> None:
+    renewed, ended = over(service), over(service)
+    runs: list[Run] = []
+    with engine.connect() as webhook:
+        webhook.execute(sa.text("UPDATE subscriptions SET ended_at = '2026-05-01' WHERE id = :id"), {"id": renewed})
+        job = threading.Thread(target=lambda: runs.append(service.run(JOB)))
+        job.start()
+        wait_for_a_blocked_session(engine)
+        webhook.commit()
+    job.join()
+
+    [run] = runs
+    assert run.ok, run.failure
+    assert [status(service, renewed), status(service, ended)] == ["ACTIVE", "EXPIRED"]
+    assert (run.report["applied"], run.report["skipped"]) == (1, 1)
+    assert run.report["changed meanwhile"] == 1
+    assert run.materialized[JOB]["expired"] == 1
+
+
+def test_one_that_somebody_keeps_locked_stays_and_the_run_is_red_after_the_others_are_done(
+    service: Service, database_url: str
+) -> None:
+    locked, free = over(service), over(service)
+    impatient = service.settings.model_copy(
+        update={"billing_database_url": f"{database_url}&options=-c%20lock_timeout%3D150ms"}
+    )
+    with service.locking("subscriptions", locked):
+        run = service.run(JOB, load=lambda: impatient)
+
+    assert not run.ok
+    assert "busy" in run.failure
+    assert [status(service, locked), status(service, free)] == ["ACTIVE", "EXPIRED"]
+    assert service.run(JOB).ok
+    assert status(service, locked) == "EXPIRED"
+
+
+def refusing(service: Service, *subscriptions: int) -> None:
+    """A trigger of the service's that will not have some subscriptions changed."""
+    service.execute(f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN IF new.id IN ({", ".join(map(str, subscriptions))}) THEN RAISE EXCEPTION 'not this one'; END IF;
+        RETURN new; END $$
+    """)
+    service.execute("CREATE TRIGGER refuse BEFORE UPDATE ON subscriptions FOR EACH ROW EXECUTE FUNCTION refuse()")
+
+
+def test_one_that_the_database_refuses_goes_to_a_person_once_and_never_stops_the_others(service: Service) -> None:
+    subscriptions = [over(service, ended_at=NOON - timedelta(days=60 - number)) for number in range(25)]
+    refusing(service, subscriptions[0], subscriptions[13])
+
+    runs = [service.run(JOB) for _ in range(2)]
+
+    assert [run.failure for run in runs] == ["", ""]
+    refused = {subscription for subscription in subscriptions if status(service, subscription) == "ACTIVE"}
+    assert refused == {subscriptions[0], subscriptions[13]}
+    assert [run.report["quarantined for the first time"] for run in runs] == [2, 0]
+    problems = service.rows("billing_orchestration.quarantine")
+    assert {(row.kind, row.subscription_id) for row in problems} == {("not_writable", row) for row in refused}
+    assert "not this one" in problems[0].reason
+    assert runs[0].report["applied"] == 23
+
+
+def test_a_database_that_refuses_everything_fails_the_run_and_fills_no_quarantine(service: Service) -> None:
+    subscriptions = [over(service) for _ in range(60)]
+    refusing(service, *subscriptions)
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert "not this one" in run.failure
+    assert service.rows("billing_orchestration.quarantine") == []
+    assert count_of(service, "ACTIVE") == 60
+
+
+def test_a_second_run_changes_nothing(service: Service) -> None:
+    for _ in range(5):
+        over(service)
+    assert service.run(JOB).ok
+    before = service.snapshot()
+
+    assert service.run(JOB).ok
+
+    assert service.snapshot() == before
+
+
+# --- What a run tells
+
+
+def test_every_change_is_in_the_audit_trail_with_run_id_old_and_new_value_and_reason(service: Service) -> None:
+    subscription = over(service, ended_at=datetime(2026, 3, 1, 9, 30, tzinfo=UTC))
+
+    run = service.run(JOB)
+
+    [entry] = service.audit(run)
+    assert (entry.job, entry.entity, entry.entity_id, entry.action) == (
+        JOB,
+        "subscription",
+        str(subscription),
+        "expired",
+    )
+    assert (entry.old, entry.new) == ({"status": "ACTIVE"}, {"status": "EXPIRED"})
+    assert entry.reason == "ended 2026-03-01 09:30:00, the grace of 3 days is over"
+    assert entry.at == NOON
+    row = service.row("subscriptions", subscription)
+    assert (row.updated_at, row.ended_at) == (stored(2026, 3, 12, 12, 0), stored(2026, 3, 1, 9, 30))
+
+
+def test_a_run_shows_its_slice_its_decisions_and_the_numbers_of_the_day(service: Service) -> None:
+    ended = over(service, user="anna", ended_at=datetime(2026, 3, 1, 9, 30, tzinfo=UTC))
+    over(service, ended_at=NOON + timedelta(days=1))
+
+    run = service.run(JOB)
+
+    assert run.number("fetch_subscriptions_over", "ACTIVE") == 2
+    assert run.number("fetch_subscriptions_over", "over") == 1
+    assert run.number("fetch_subscriptions_over", "ended before") == "2026-03-10 00:00:00 UTC"
+    assert run.reasons(f"subscription {ended}") == ["expire: user anna, ended 2026-03-01 09:30:00 UTC"]
+    assert run.materialized == {JOB: {"expired": 1, "held back": 0, "active": 1}}
+
+
+def test_it_needs_no_provider(service: Service) -> None:
+    over(service)
+    service.sandbox.misbehave("any", "silence_before", times=None)
+
+    assert service.run(JOB).ok
+
+    assert service.sandbox.count() == 0
