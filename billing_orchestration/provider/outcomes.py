@@ -6,6 +6,7 @@ cut and cleaned of them, for a proxy's error page may well repeat the request.
 
 from __future__ import annotations
 
+import math
 import ssl
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -157,7 +158,7 @@ def retry_after_s(answer: Answer, document: Any, now: datetime) -> float | None:
 
 
 def _capped(seconds: float) -> float | None:
-    return min(max(seconds, 0.0), LONGEST_PAUSE_S) if seconds == seconds else None  # NaN is no wish  # noqa: PLR0124
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), LONGEST_PAUSE_S)
 
 
 def _document(answer: Answer) -> Any:

@@ -230,7 +230,7 @@ class _Way:
             lines.append(f"Content-Length: {len(body)}")
         head = "\r\n".join(lines)
         if not head.isascii() or head.count("\n") != len(lines) - 1:
-            raise ValueError("a header of the request is not plain text; nothing was sent")
+            raise NotConnected("a header of the request is not plain text")
         return head.encode("ascii") + b"\r\n\r\n" + (body or b"")
 
 
