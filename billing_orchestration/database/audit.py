@@ -6,6 +6,7 @@ Rows travel as one JSON parameter (`jsonb_to_recordset`): one statement for one 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import uuid
@@ -19,6 +20,10 @@ import sqlalchemy as sa
 
 # The text of an evidence entry is for a person; a hostile or broken answer must not fill the table.
 _LONGEST_TEXT = 2000
+# A provider's record is six levels deep. Python itself gives up at some hundred, and so would the whole page.
+_DEEPEST = 40
+# An index entry holds 2,700 bytes; a name of this many characters always fits.
+_LONGEST_NAME = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,8 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """The identity of the problem."""
-        return f"{self.subject}:{self.kind}"
+        """The identity of the problem, as the database holds it."""
+        return _name(f"{self.subject}:{self.kind}")
 
 
 def to_json(value: Any) -> str:
@@ -67,7 +72,15 @@ def to_json(value: Any) -> str:
     return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def _name(text: str) -> str:
+    """Text that is found by an index: what PostgreSQL can store of it, and a digest of it in place of its length."""
+    plain: str = _plain(text)
+    if len(plain) <= _LONGEST_NAME:
+        return plain
+    return f"{plain[: _LONGEST_NAME - 72]}… sha256 {hashlib.sha256(plain.encode()).hexdigest()}"
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, str):
@@ -81,11 +94,13 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, datetime):
         return value.isoformat()
+    if isinstance(value, (Mapping, list, tuple, set, frozenset)) and depth >= _DEEPEST:
+        return "… (deeper levels are left out)"
     if isinstance(value, Mapping):
-        return {str(_plain(str(key))): _plain(item) for key, item in value.items()}
+        return {str(_plain(str(key))): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    return str(value)
+        return [_plain(item, depth + 1) for item in value]
+    return str(_plain(str(value)))
 
 
 def evidence_of(value: Any) -> dict[str, Any]:
@@ -111,12 +126,12 @@ def record_changes(connection: sa.Connection, stamp: Stamp, changes: Sequence[Ch
     rows = [
         {
             "entity": change.entity,
-            "entity_id": change.entity_id,
+            "entity_id": _name(change.entity_id),
             "action": change.action,
             "old": change.old,
             "new": change.new,
             "reason": change.reason,
-            "external_payment_id": change.external_payment_id,
+            "external_payment_id": None if change.external_payment_id is None else _name(change.external_payment_id),
         }
         for change in changes
     ]
@@ -153,7 +168,7 @@ def open_problems(connection: sa.Connection, stamp: Stamp, problems: Sequence[Pr
             "problem_key": problem.key,
             "kind": problem.kind,
             "reason": problem.reason,
-            "external_payment_id": problem.external_payment_id,
+            "external_payment_id": None if problem.external_payment_id is None else _name(problem.external_payment_id),
             "payment_id": problem.payment_id,
             "subscription_id": problem.subscription_id,
             "attempt_id": problem.attempt_id,

@@ -1,0 +1,271 @@
+"""The audit trail, the quarantine and the watermarks: nothing that a provider or a customer writes can break them."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from functools import partial
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from billing_orchestration.database.audit import (
+    Change,
+    Problem,
+    close_settled,
+    count_open_problems,
+    evidence_of,
+    open_problems,
+    record_changes,
+)
+from billing_orchestration.database.matching import (
+    advance_watermark,
+    fetch_pending,
+    fetch_rows,
+    fetch_settled,
+    read_watermark,
+)
+from billing_orchestration_tests.database.rows import NOON, Books, at_once
+
+AN_HOUR = timedelta(hours=1)
+ODD_TEXTS = {
+    "NUL": "before\x00after",
+    "half of a surrogate pair": "a\ud83d b",
+    "emoji and scripts": "😀 Ёж مرحبا",
+    "quotes and backslashes": "'; DROP TABLE payments; -- \\ \" \\u0000",
+    "control characters": "\x01\x1b[31m\r\n\t",
+}
+
+
+def open_one(books: Books, problem: Problem, run_id: str = "run") -> set[str]:
+    with books.engine.begin() as connection:
+        return open_problems(connection, books.stamp(run_id), [problem])
+
+
+# The audit trail
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS.keys())
+def test_whatever_is_in_a_text_its_change_is_recorded(books: Books, text: str) -> None:
+    change = Change("payment", "1", "expired", text, {text: text}, {"nested": [{text: (text,)}]}, text)
+    with books.engine.begin() as connection:
+        record_changes(connection, books.stamp(), [change, replace(change, entity_id="2")])
+    first, second = books.rows("audit_trail")
+    assert (first.entity_id, second.entity_id) == ("1", "2")
+    assert first.new["nested"][0].popitem()[1] == [first.reason]
+    for part in ("before", "after", "😀", "DROP TABLE"):
+        assert (part in text) == (part in first.reason)
+
+
+def test_values_of_every_type_are_readable_in_the_audit_trail(books: Books) -> None:
+    identity = uuid.uuid4()
+    new = {
+        "money": Decimal("1.10"),
+        "at": NOON,
+        "id": identity,
+        "not a number": float("nan"),
+        "infinite": float("inf"),
+        "large": 10**40,
+        "nothing": None,
+        "flag": True,
+        7: "a key that is no text",
+        "odd": object,
+    }
+    with books.engine.begin() as connection:
+        record_changes(connection, books.stamp(), [Change("payment", "1", "x", "reason", None, new)])
+    (row,) = books.rows("audit_trail")
+    assert row.old is None
+    assert row.new["money"] == "1.10"
+    assert datetime.fromisoformat(row.new["at"]) == NOON
+    assert row.new["id"] == str(identity)
+    assert (row.new["not a number"], row.new["infinite"], row.new["large"]) == ("nan", "inf", 10**40)
+    assert (row.new["nothing"], row.new["flag"], row.new["7"]) == (None, True, "a key that is no text")
+
+
+def test_ten_thousand_changes_are_one_statement(books: Books) -> None:
+    statements: list[str] = []
+    sa.event.listen(books.engine, "before_cursor_execute", lambda *event: statements.append(event[2]))
+    with books.engine.begin() as connection:
+        record_changes(
+            connection, books.stamp(), [Change("payment", str(n), "expired", "stale") for n in range(10_000)]
+        )
+        record_changes(connection, books.stamp(), [])
+    assert len(statements) == 1
+    assert len({row.entity_id for row in books.rows("audit_trail")}) == 10_000
+
+
+# The quarantine
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS.keys())
+def test_whatever_is_in_a_text_its_problem_is_opened_once(books: Books, text: str) -> None:
+    problem = Problem(
+        f"payment {text}", "unreadable", text, external_payment_id=text, evidence=evidence_of({text: text})
+    )
+    assert open_one(books, problem) == {problem.key}
+    assert open_one(books, problem) == set()
+    assert len(books.rows("quarantine")) == 1
+
+
+def test_a_huge_id_is_quarantined_all_the_same_and_told_apart_from_its_like(books: Books) -> None:
+    # Not compressible: an index entry cannot hold it.
+    huge = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=20_000))
+    problems = [
+        Problem(f"payment {huge}{end}", "unreadable", "odd", external_payment_id=huge + end) for end in ("a", "b")
+    ]
+    assert len(open_one(books, problems[0])) == len(open_one(books, problems[1])) == 1
+    assert open_one(books, problems[0]) == set()
+    assert all(len(row.problem_key) < 1000 for row in books.rows("quarantine"))
+
+
+def test_evidence_is_cut_to_what_a_person_reads(books: Books) -> None:
+    evidence = evidence_of({"metadata": {f"key {n}": "x" * 1000 for n in range(1000)}})
+    open_one(books, Problem("payment p", "unreadable", "odd", evidence=evidence))
+    (row,) = books.rows("quarantine")
+    assert row.evidence["cut"] is True
+    assert len(row.evidence["item"]) <= 2000
+    assert evidence_of({"a": 1}) == {"item": {"a": 1}}
+
+
+@pytest.mark.parametrize("depth", [100, 100_000])
+def test_evidence_of_any_depth_is_kept(books: Books, depth: int) -> None:
+    nested: Any = "the core"
+    for _ in range(depth):
+        nested = [{"in": nested}]
+    open_one(books, Problem("payment p", "unreadable", "odd", evidence=evidence_of(nested)))
+    assert count(books) == 1
+    while isinstance(nested, list):  # taken apart by hand: Python's own clean-up of it is recursive
+        nested = nested[0].pop("in")
+
+
+def count(books: Books) -> int:
+    with books.engine.connect() as connection:
+        return count_open_problems(connection)
+
+
+def test_a_problem_opened_by_eight_at_once_is_opened_by_one(books: Books) -> None:
+    problems = [Problem(f"payment {n}", "metadata", "odd") for n in range(20)]
+
+    def work(seed: int) -> set[str]:
+        mine = random.Random(seed).sample(problems, 20)
+        with books.engine.begin() as connection:
+            return open_problems(connection, books.stamp(f"run {seed}"), mine)
+
+    opened = at_once([partial(work, seed) for seed in range(8)])
+    assert sorted(key for keys in opened for key in keys) == sorted(problem.key for problem in problems)
+    assert count(books) == 20
+
+
+def test_one_subject_with_two_kinds_of_problems_has_two_entries(books: Books) -> None:
+    open_one(books, Problem("payment p", "metadata", "odd"))
+    open_one(books, Problem("payment p", "amount_differs", "odd"))
+    assert count(books) == 2
+
+
+@pytest.mark.parametrize("resolution", ["ignored", "accepted", "attached"])
+def test_what_a_person_resolved_for_good_is_not_opened_again(books: Books, resolution: str) -> None:
+    problem = Problem("payment p", "metadata", "odd")
+    open_one(books, problem)
+    books.execute(
+        "UPDATE billing_orchestration.quarantine SET resolved_at = now(), resolution = :resolution",
+        resolution=resolution,
+    )
+    assert open_one(books, problem) == set()
+    assert count(books) == 0
+
+
+def test_closing_is_by_payment_and_kind(books: Books) -> None:
+    for payment_id in ("p", "q"):
+        for kind in ("metadata", "second_success"):
+            open_one(books, Problem(f"payment {payment_id}", kind, "odd", external_payment_id=payment_id))
+    with books.engine.begin() as connection:
+        close_settled(connection, books.stamp("healer"), ["p"], ["metadata"])
+        close_settled(connection, books.stamp("healer"), [], ["metadata"])
+    open_ones = {row.problem_key for row in books.rows("quarantine", "resolved_at IS NULL")}
+    assert open_ones == {"payment p:second_success", "payment q:metadata", "payment q:second_success"}
+
+
+# The watermark
+
+
+def test_a_watermark_never_goes_back(books: Books) -> None:
+    def advance(to: datetime, run_id: str) -> None:
+        with books.engine.begin() as connection:
+            advance_watermark(connection, books.stamp(run_id), to)
+
+    def read() -> datetime | None:
+        with books.engine.connect() as connection:
+            return read_watermark(connection, "job")
+
+    assert read() is None
+    advance(NOON, "first")
+    advance(NOON - AN_HOUR, "a backfill")
+    assert read() == NOON
+    advance((NOON + AN_HOUR).astimezone(timezone(timedelta(hours=9))), "later, elsewhere")
+    assert read() == NOON + AN_HOUR
+    with books.engine.connect() as connection:
+        assert read_watermark(connection, "another job") is None
+        run_id = connection.execute(sa.text("SELECT run_id FROM billing_orchestration.watermarks")).scalar_one()
+    assert run_id == "later, elsewhere"
+
+
+def test_of_watermarks_moved_at_once_the_latest_stays(books: Books) -> None:
+    def advance(hours: int) -> None:
+        with books.engine.begin() as connection:
+            advance_watermark(connection, books.stamp(), NOON + hours * AN_HOUR)
+
+    at_once([partial(advance, hours) for hours in (3, 8, 1, 6, 2, 7)])
+    with books.engine.connect() as connection:
+        assert read_watermark(connection, "job") == NOON + 8 * AN_HOUR
+
+
+# The slices of the matching jobs
+
+
+def test_the_window_of_pending_rows_has_both_ends_in_it_to_the_microsecond(books: Books) -> None:
+    tick = timedelta(microseconds=1)
+    for created_at in (NOON - AN_HOUR - tick, NOON - AN_HOUR, NOON, NOON + tick):
+        books.payment(created_at=created_at)
+    books.payment("p", created_at=NOON, status="CREATED")
+    with books.engine.connect() as connection:
+        found = fetch_pending(connection, NOON - AN_HOUR, NOON, [])
+        elsewhere = timezone(timedelta(hours=-7))
+        same = fetch_pending(connection, (NOON - AN_HOUR).astimezone(elsewhere), NOON.astimezone(elsewhere), [])
+    assert (found.in_window, found.without_provider_id) == (2, 2)
+    assert len(found.nameless) == 2
+    assert found == same
+
+
+def test_a_pending_row_of_any_age_counts_when_its_payment_is_paid_there(flawed_books: Books) -> None:
+    books = flawed_books
+    wanted = [
+        books.payment("old", created_at=NOON - 10_000 * AN_HOUR),
+        books.payment("twice"),
+        books.payment("twice"),
+        books.payment("flawed", currency=None, method=None),
+    ]
+    for status in ("CREATED", "SUCCEEDED", "EXPIRED", None):
+        books.payment("other", status=status)
+    with books.engine.connect() as connection:
+        found = fetch_pending(connection, NOON - AN_HOUR, NOON, ["old", "twice", "flawed", "other", "unknown"])
+    assert [row.id for row in found.paid_there] == wanted
+    assert found.paid_there[-1].money is None
+
+
+def test_rows_are_found_by_id_whatever_their_status_and_age(flawed_books: Books) -> None:
+    books = flawed_books
+    ids = [
+        books.payment("p", status=status, created_at=NOON - 9_000 * AN_HOUR)
+        for status in ("CREATED", "PENDING", "SUCCEEDED", "EXPIRED", "CANCELED", "REFUNDED", None)
+    ]
+    books.payment(None)
+    books.settle(books.paid("q"))
+    with books.engine.connect() as connection:
+        assert [row.id for row in fetch_rows(connection, ["p", "unknown"])] == ids
+        assert fetch_rows(connection, []) == []
+        assert fetch_settled(connection, ["p", "q", "unknown"]) == {"q"}
+        assert fetch_settled(connection, []) == set()
