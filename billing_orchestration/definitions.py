@@ -18,6 +18,7 @@ from billing_orchestration.resources import (
     Clock,
     RunSettings,
     billing_database_resource,
+    hand_over_resource,
     payment_provider_resource,
     utc_now,
 )
@@ -71,6 +72,7 @@ def build_definitions(
             "billing_database": billing_database_resource(load),
             "payment_provider": payment_provider_resource(load, connect),
             "clock": dg.ResourceDefinition.hardcoded_resource(Clock(now), "The time of the run."),
+            "hand_over": hand_over_resource,
             # Slices are handed over in memory: nothing of a run's data stays on a disk (docs/decisions/0002).
             "io_manager": dg.mem_io_manager,
         },

@@ -7,7 +7,7 @@ settings, and a run that needs no provider never opens a connection to it.
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import dagster as dg
 from pydantic import Field
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from billing_orchestration.provider.client import PaymentProvider
     from billing_orchestration.settings import Settings
+
+_Left = TypeVar("_Left")
 
 PARTITION_TAG = "dagster/partition"
 SCHEDULE_TAG = "dagster/schedule_name"
@@ -35,6 +37,30 @@ class Clock:
 
     def __init__(self, now: Callable[[], datetime] = utc_now) -> None:
         self.now = now
+
+
+class HandOver:
+    """What one op of a run leaves for the next, in the memory of the run's process.
+
+    For the jobs that run 1,440 times a day: a value that Dagster hands over itself is three events in the run history,
+    whatever it holds (docs/decisions/0006).
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[type, object] = {}
+
+    def leave(self, what: object) -> None:
+        """Leave something for a later op, by its type."""
+        self._left[type(what)] = what
+
+    def take(self, kind: type[_Left]) -> _Left:
+        """Take what an earlier op has left. Raises RunRefused when that op is not part of the run."""
+        found = self._left.get(kind)
+        if not isinstance(found, kind):
+            raise RunRefused(
+                "an op was launched without those before it: launch the whole job. Nothing was read or written"
+            )
+        return found
 
 
 class RunSettings(dg.ConfigurableResource[None]):
@@ -158,6 +184,12 @@ def connect_provider(settings: "Settings") -> "PaymentProvider":
         secret_key=settings.yookassa_secret_key.get_secret_value(),
         api_url=settings.yookassa_api_url,
     )
+
+
+@dg.resource(description="What the ops of one run hand to each other, in memory.")
+def hand_over_resource() -> HandOver:
+    """The resource `hand_over`: one a run."""
+    return HandOver()
 
 
 def billing_database_resource(load_settings: Callable[[], "Settings"]) -> dg.ResourceDefinition:

@@ -11,11 +11,18 @@ import dagster as dg
 
 from billing_orchestration.domain.matching import by_provider_id, diff_pending
 from billing_orchestration.domain.settlement import PaymentRow
-from billing_orchestration.jobs.matching_slice import MatchingPlan, PaidSlice, apply_matching, fetch_paid, plan_matching
+from billing_orchestration.jobs.matching_slice import (
+    AFTER,
+    MatchingPlan,
+    PaidSlice,
+    apply_matching,
+    fetch_paid,
+    plan_matching,
+)
 from billing_orchestration.jobs.partitions import HOURLY, hour_key
 from billing_orchestration.jobs.run_report import ROWS_SHOWN, told_plainly
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
-from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+from billing_orchestration.resources import BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
 
 JOB = "matching_pending_payments_job"
 # A tick takes seconds; one that catches up seven days takes minutes. Beyond this it hangs.
@@ -38,22 +45,30 @@ def fetch_paid_for_pending(
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
-) -> PaidSlice:
+    hand_over: dg.ResourceParam[HandOver],
+) -> None:
     """The provider's slice, read before the database."""
     with told_plainly():
-        return fetch_paid(context, JOB, run, billing_database, payment_provider, clock)
+        hand_over.leave(fetch_paid(context, JOB, run, billing_database, payment_provider, clock))
 
 
-@dg.op(description="Read the PENDING payments of the window, and those of any age that the provider says are paid.")
+@dg.op(
+    description="Read the PENDING payments of the window, and those of any age that the provider says are paid.",
+    ins=AFTER,
+)
 def fetch_pending_payments(
-    context: dg.OpExecutionContext, paid: PaidSlice, billing_database: dg.ResourceParam[BillingDatabase]
-) -> PendingMatch:
+    context: dg.OpExecutionContext,
+    billing_database: dg.ResourceParam[BillingDatabase],
+    hand_over: dg.ResourceParam[HandOver],
+) -> None:
     """The database's slice."""
     from billing_orchestration.database.engine import translated
     from billing_orchestration.database.matching import fetch_pending
 
+    with told_plainly():
+        paid = hand_over.take(PaidSlice)
+    ids = [payment.id for payment in paid.slice.payments]
     with told_plainly(), translated(), billing_database.engine.connect() as connection:
-        ids = [payment.id for payment in paid.slice.payments]
         pending = fetch_pending(connection, paid.window.start, paid.window.end, ids, ROWS_SHOWN)
     context.add_output_metadata(
         {
@@ -62,26 +77,32 @@ def fetch_pending_payments(
             "PENDING and paid at the provider": dg.MetadataValue.int(len(pending.paid_there)),
         }
     )
-    return PendingMatch(paid, pending.paid_there, pending.nameless)
+    hand_over.leave(PendingMatch(paid, pending.paid_there, pending.nameless))
 
 
-@dg.op(description="Compare: PENDING here and succeeded there is to be settled.")
-def diff_pending_payments(context: dg.OpExecutionContext, match: PendingMatch) -> MatchingPlan:
+@dg.op(description="Compare: PENDING here and succeeded there is to be settled.", ins=AFTER)
+def diff_pending_payments(context: dg.OpExecutionContext, hand_over: dg.ResourceParam[HandOver]) -> None:
     """The diff of two complete slices."""
+    with told_plainly():
+        match = hand_over.take(PendingMatch)
     diff = diff_pending(match.paid.slice.payments, by_provider_id(match.rows), match.nameless)
-    return plan_matching(context, match.paid, diff)
+    hand_over.leave(plan_matching(context, match.paid, diff))
 
 
-@dg.op(description="Settle each: re-read under lock, then payment SUCCEEDED and its subscription extended or created.")
+@dg.op(
+    description="Settle each: re-read under lock, then payment SUCCEEDED and its subscription extended or created.",
+    ins=AFTER,
+)
 def apply_pending_matches(
     context: dg.OpExecutionContext,
-    plan: MatchingPlan,
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
+    hand_over: dg.ResourceParam[HandOver],
 ) -> None:
     """Apply the plan, payment by payment; red at the end if something needs another try."""
     with told_plainly():
+        plan = hand_over.take(MatchingPlan)
         apply_matching(context, JOB, plan, billing_database, payment_provider, clock)
 
 

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from billing_orchestration.provider.client import Slice
 
 
+# How an op of these jobs names the one before it: the order is Dagster's, what it works on comes from `hand_over`.
+AFTER = {"before": dg.In(dg.Nothing)}
+
+
 @dataclass(frozen=True)
 class PaidSlice:
     """The provider's succeeded payments of a run's window, complete to the last page."""

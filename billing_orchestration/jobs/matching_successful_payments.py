@@ -13,11 +13,18 @@ from pydantic import Field
 from billing_orchestration.domain.matching import by_provider_id, diff_successful
 from billing_orchestration.domain.run_scope import CATCH_UP_OVERLAP
 from billing_orchestration.domain.settlement import PaymentRow
-from billing_orchestration.jobs.matching_slice import MatchingPlan, PaidSlice, apply_matching, fetch_paid, plan_matching
+from billing_orchestration.jobs.matching_slice import (
+    AFTER,
+    MatchingPlan,
+    PaidSlice,
+    apply_matching,
+    fetch_paid,
+    plan_matching,
+)
 from billing_orchestration.jobs.partitions import HOURLY, hour_key
 from billing_orchestration.jobs.run_report import told_plainly
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
-from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+from billing_orchestration.resources import BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
 
 JOB = "matching_successful_payments_job"
 # A tick takes seconds; one that catches up seven days takes minutes. Beyond this it hangs.
@@ -57,20 +64,28 @@ def fetch_paid_for_successful(
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
-) -> PaidSlice:
+    hand_over: dg.ResourceParam[HandOver],
+) -> None:
     """The provider's slice, read before the database."""
     with told_plainly():
-        return fetch_paid(context, JOB, run, billing_database, payment_provider, clock)
+        hand_over.leave(fetch_paid(context, JOB, run, billing_database, payment_provider, clock))
 
 
-@dg.op(description="Look the same payments up in the database by the provider's ids, whatever their status or age.")
+@dg.op(
+    description="Look the same payments up in the database by the provider's ids, whatever their status or age.",
+    ins=AFTER,
+)
 def fetch_known_payments(
-    context: dg.OpExecutionContext, paid: PaidSlice, billing_database: dg.ResourceParam[BillingDatabase]
-) -> SuccessfulMatch:
+    context: dg.OpExecutionContext,
+    billing_database: dg.ResourceParam[BillingDatabase],
+    hand_over: dg.ResourceParam[HandOver],
+) -> None:
     """The database's slice."""
     from billing_orchestration.database.engine import translated
     from billing_orchestration.database.matching import fetch_rows, fetch_settled
 
+    with told_plainly():
+        paid = hand_over.take(PaidSlice)
     ids = [payment.id for payment in paid.slice.payments]
     with told_plainly(), translated(), billing_database.engine.connect() as connection:
         rows = tuple(fetch_rows(connection, ids))
@@ -78,17 +93,21 @@ def fetch_known_payments(
     context.add_output_metadata(
         {"payment rows": dg.MetadataValue.int(len(rows)), "settled by these jobs": dg.MetadataValue.int(len(settled))}
     )
-    return SuccessfulMatch(paid, rows, settled)
+    hand_over.leave(SuccessfulMatch(paid, rows, settled))
 
 
-@dg.op(description="Compare: succeeded there, and no row here or one that is not SUCCEEDED, is to be settled.")
+@dg.op(
+    description="Compare: succeeded there, and no row here or one that is not SUCCEEDED, is to be settled.", ins=AFTER
+)
 def diff_successful_payments(
     context: dg.OpExecutionContext,
     config: SuccessfulMatchingConfig,
-    match: SuccessfulMatch,
     clock: dg.ResourceParam[Clock],
-) -> MatchingPlan:
+    hand_over: dg.ResourceParam[HandOver],
+) -> None:
     """The diff of two complete slices."""
+    with told_plainly():
+        match = hand_over.take(SuccessfulMatch)
     diff = diff_successful(
         match.paid.slice.payments,
         by_provider_id(match.rows),
@@ -96,19 +115,23 @@ def diff_successful_payments(
         now=clock.now(),
         webhook_grace=timedelta(seconds=config.webhook_grace_s),
     )
-    return plan_matching(context, match.paid, diff)
+    hand_over.leave(plan_matching(context, match.paid, diff))
 
 
-@dg.op(description="Settle each: re-read under lock, then create or finish the payment and grant its subscription.")
+@dg.op(
+    description="Settle each: re-read under lock, then create or finish the payment and grant its subscription.",
+    ins=AFTER,
+)
 def apply_successful_matches(
     context: dg.OpExecutionContext,
-    plan: MatchingPlan,
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
+    hand_over: dg.ResourceParam[HandOver],
 ) -> None:
     """Apply the plan, payment by payment; red at the end if something needs another try."""
     with told_plainly():
+        plan = hand_over.take(MatchingPlan)
         apply_matching(context, JOB, plan, billing_database, payment_provider, clock)
 
 

@@ -83,10 +83,11 @@ def conclude(context: dg.OpExecutionContext, scope: RunScope, report: RunReport,
         **describe_decisions(report.decisions),
     }
     told = "would change" if scope.dry_run else "changed"
-    context.log.info(
-        f"{job}: {told} {report.applied}, skipped {report.skipped}, quarantined {report.quarantined}"
-        f" ({report.opened} new), needs another try {len(report.again)}"
-    )
+    if report.decisions or report.again:  # an empty run has said so in its metadata: a line more is a row more
+        context.log.info(
+            f"{job}: {told} {report.applied}, skipped {report.skipped}, quarantined {report.quarantined}"
+            f" ({report.opened} new), needs another try {len(report.again)}"
+        )
     if report.again:
         shown = "; ".join(report.again[:_FAILURES_TOLD])
         more = f"; and {len(report.again) - _FAILURES_TOLD} more" if len(report.again) > _FAILURES_TOLD else ""
