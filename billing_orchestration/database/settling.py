@@ -25,12 +25,12 @@ from billing_orchestration.database.audit import (
     to_json,
 )
 from billing_orchestration.database.payment_rows import select_rows
-from billing_orchestration.database.tables import BLOCKING_STATES, naive_utc, readable, renewal_attempts
+from billing_orchestration.database.tables import naive_utc, readable, renewal_attempts
 from billing_orchestration.database.tables import payments as payments_table
 from billing_orchestration.database.tables import subscriptions as subscriptions_table
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.renewals import TAKEN, Attempt, State
+from billing_orchestration.domain.renewals import Attempt, State
 from billing_orchestration.domain.settlement import (
     CloseAsGranted,
     Facts,
@@ -232,7 +232,7 @@ def settle_batch(
     _refuse_collisions(decisions)
     created = _write_subscriptions(connection, stamp, decisions)
     payment_rows = _write_payments(connection, stamp, decisions, created)
-    _write_attempts(connection, stamp, decisions, facts)
+    _write_attempts(connection, stamp, decisions)
     _write_settlements(connection, stamp, decisions, created, payment_rows)
     opened = _write_problems(connection, stamp, decisions)
     settled_ids = [d.payment.id for d in decisions if isinstance(d, (Settle, RecordRefund, CloseAsGranted))]
@@ -473,15 +473,8 @@ _CLOSE_ATTEMPTS = sa.text("""
 """)
 
 
-def _write_attempts(
-    connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision], facts: Mapping[str, Facts]
-) -> None:
-    """Close the attempts whose payments are settled, refunded or in review.
-
-    At most one attempt of a period is live (a unique index). So one that was planned and certainly never sent gives
-    way to whichever becomes live again, and one whose money is in question stays as it is beside any other live one:
-    the problem in the quarantine names it, and the period is not charged again either way.
-    """
+def _write_attempts(connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision]) -> None:
+    """Close the attempts whose payments are settled, refunded or in review; void the ones that must give way."""
     closings: list[tuple[Attempt, str, str | None, str]] = []
     voids: list[tuple[Attempt, str, str | None, str]] = []
     for decision in decisions:
@@ -493,14 +486,10 @@ def _write_attempts(
             attempt, state = decision.review, State.REVIEW
         else:
             continue
-        if attempt is None:
-            continue
-        live = [rival for rival in facts[decision.payment.id].rivals if rival.state in BLOCKING_STATES]
-        unsent = [rival for rival in live if rival.state == State.PLANNED and not rival.may_have_been_sent]
-        if state == State.REVIEW and (attempt.state in TAKEN or len(unsent) < len(live)):
-            continue
-        voids += [(rival, State.VOID, None, "never sent: a late success came for its period") for rival in unsent]
-        closings.append((attempt, state, decision.payment.id, decision.reason))
+        if decision.void_first is not None:
+            voids.append((decision.void_first, State.VOID, None, "never sent: a late success came for its period"))
+        if attempt is not None and attempt.state != state:
+            closings.append((attempt, state, decision.payment.id, decision.reason))
     # The voids first: at most one live attempt per period, at every moment (a unique index).
     for group in (voids, closings):
         if not group:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
@@ -107,7 +107,10 @@ class Settle:
 
 @dataclass(frozen=True, slots=True)
 class RecordRefund:
-    """Write it down as REFUNDED and grant nothing: all of the money went back."""
+    """Write it down as REFUNDED and grant nothing: all of the money went back.
+
+    `attempt`: the one to close by it, None for a payment whose period is another one's. `void_first` as in Settle.
+    """
 
     payment: ProviderPayment
     row: PaymentRow | None
@@ -116,6 +119,7 @@ class RecordRefund:
     payment_provider_id: int
     attempt: Attempt | None
     reason: str
+    void_first: Attempt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,7 @@ class CloseAsGranted:
     attempt: Attempt
     subscription_id: int
     reason: str
+    void_first: Attempt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +145,10 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """A person has to look. `review` is the attempt whose money is in question (it becomes REVIEW)."""
+    """A person has to look. `review` is the attempt whose money is in question (it becomes REVIEW).
+
+    `void_first` as in Settle: with a review, too, the period must have one live attempt only.
+    """
 
     payment: ProviderPayment
     kind: str
@@ -148,6 +156,7 @@ class Quarantine:
     row: PaymentRow | None = None
     subscription_id: int | None = None
     review: Attempt | None = None
+    void_first: Attempt | None = None
 
 
 SettlementDecision = Settle | RecordRefund | CloseAsGranted | Leave | Quarantine
@@ -210,36 +219,20 @@ def decide_settlement(
         )
     row = choose_row(facts.rows, payment.money)
     if attempt is None:
-        settled_row = next((r for r in facts.rows if r.status in ("SUCCEEDED", "REFUNDED")), None)
+        settled_row = _settled_row(facts)
         if settled_row is not None:
             return Leave(payment, f"{settled_row.subject} is {settled_row.status}: both sides agree", settled_row)
-        canceled = next((r for r in facts.rows if r.status == "CANCELED"), None)
-        if row is None and canceled is not None:
-            return Quarantine(payment, "canceled_here", "canceled here, paid at the provider", canceled)
         if row is None and facts.rows:
-            return Quarantine(payment, "status_unknown", "its row has no status that can be settled", facts.rows[0])
-    if payment.is_test and is_live:
-        return Quarantine(payment, "test_payment", "a test payment in a live shop", row, review=attempt)
-    if attempt is not None:
-        return _decide_renewal(payment, attempt, facts, calendar)
+            return _no_row_to_settle(payment, facts)
+    elif attempt.state in (State.SUCCEEDED, State.REFUNDED) and attempt.external_payment_id in (None, payment.id):
+        return Leave(payment, f"attempt {attempt.number} is {attempt.state}", _settled_row(facts))
     if payment.refunded_in_full:
-        provider_id = row.payment_provider_id if row else metadata_int(payment, "payment_provider_id")
-        if provider_id is None or (row is None and provider_id not in facts.provider_ids):
-            return Quarantine(
-                payment,
-                "metadata",
-                "refunded in full, and its payment provider is missing or unknown in the metadata",
-                row,
-            )
-        return RecordRefund(
-            payment,
-            row,
-            False,
-            row.subscription_id if row else None,
-            provider_id,
-            None,
-            "refunded in full: nothing is granted",
-        )
+        return _decide_refund(payment, row, facts)
+    if payment.is_test and is_live:
+        decision = Quarantine(payment, "test_payment", "a test payment in a live shop", row)
+        return decision if attempt is None else _review(decision, attempt, facts)
+    if attempt is not None:
+        return _decide_renewal(payment, row, attempt, facts, calendar)
     if row is not None and row.money != payment.money:
         return Quarantine(
             payment, "amount_differs", f"{row.money or 'no currency'} here, {payment.money} at the provider", row
@@ -333,67 +326,101 @@ def _active_subscription(
     return max(candidates, key=lambda subscription: subscription.id, default=None)
 
 
-def _decide_renewal(
-    payment: ProviderPayment, attempt: Attempt, facts: Facts, calendar: BillingCalendar
-) -> SettlementDecision:
-    """A success that carries one of our attempts closes that attempt: its subscription is extended, never created."""
-    row = choose_row(facts.rows, payment.money)
-    final = next((r for r in facts.rows if r.status in ("SUCCEEDED", "REFUNDED")), None)
-    subscription = facts.subscriptions.get(attempt.subscription_id)
+def _settled_row(facts: Facts) -> PaymentRow | None:
+    return next((row for row in facts.rows if row.status in ("SUCCEEDED", "REFUNDED")), None)
+
+
+def _no_row_to_settle(payment: ProviderPayment, facts: Facts) -> Quarantine:
+    canceled = next((row for row in facts.rows if row.status == "CANCELED"), None)
+    if canceled is not None:
+        return Quarantine(payment, "canceled_here", "canceled here, paid at the provider", canceled)
+    return Quarantine(payment, "status_unknown", "its row has no status that can be settled", facts.rows[0])
+
+
+def _other_success(payment: ProviderPayment, attempt: Attempt, facts: Facts) -> str | None:
+    """Why the period of this renewal belongs to another payment, paid or still possible; None when it does not."""
     if attempt.external_payment_id not in (None, payment.id) and attempt.state not in _CLOSED_UNPAID:
-        return Quarantine(
-            payment,
-            "second_success",
+        return (
             f"attempt {attempt.number} of subscription {attempt.subscription_id} has the payment"
-            f" {attempt.external_payment_id} already: the customer may have paid twice, refund one",
-            row,
-            attempt.subscription_id,
+            f" {attempt.external_payment_id} already"
         )
-    if attempt.state in (State.SUCCEEDED, State.REFUNDED):
-        return Leave(payment, f"attempt {attempt.number} is {attempt.state}", final)
-    rival = next((r for r in facts.rivals if r.state not in _CLOSED_UNPAID), None)
-    void_first = None
-    if attempt.state in _CLOSED_UNPAID and rival is not None:
-        if rival.state == State.PLANNED and not rival.may_have_been_sent:
-            void_first = rival
-        else:
+    rival = _live_rival(attempt, facts)
+    if rival is None or (rival.state == State.PLANNED and not rival.may_have_been_sent):
+        return None  # by one that was never sent no money can move: it gives way (void_first)
+    return (
+        f"a late success of attempt {attempt.number} ({attempt.state}), while attempt {rival.number} of the"
+        f" same period is {rival.state}"
+    )
+
+
+def _live_rival(attempt: Attempt, facts: Facts) -> Attempt | None:
+    """The live attempt of the same period that stands in the way of one which was closed as unpaid."""
+    if attempt.state not in _CLOSED_UNPAID:
+        return None
+    return next((rival for rival in facts.rivals if rival.state not in _CLOSED_UNPAID), None)
+
+
+def _review(decision: Quarantine, attempt: Attempt, facts: Facts) -> Quarantine:
+    """The same, with the attempt in review, unless its period is another payment's: that one is not touched."""
+    if _other_success(decision.payment, attempt, facts) is not None:
+        return replace(decision, subscription_id=attempt.subscription_id)
+    rival = _live_rival(attempt, facts)
+    return replace(decision, subscription_id=attempt.subscription_id, review=attempt, void_first=rival)
+
+
+def _decide_refund(payment: ProviderPayment, row: PaymentRow | None, facts: Facts) -> SettlementDecision:
+    """All of the money went back: written down, nothing granted."""
+    attempt = facts.attempt
+    if attempt is None:
+        provider_id = row.payment_provider_id if row else metadata_int(payment, "payment_provider_id")
+        if provider_id is None or (row is None and provider_id not in facts.provider_ids):
             return Quarantine(
                 payment,
-                "second_success",
-                f"a late success of attempt {attempt.number} ({attempt.state}), while attempt {rival.number} of the"
-                f" same period is {rival.state}: the customer may have paid twice, refund one",
+                "metadata",
+                "refunded in full, and its payment provider is missing or unknown in the metadata",
                 row,
-                attempt.subscription_id,
             )
-    if payment.refunded_in_full:
-        return RecordRefund(
-            payment,
-            final or row,
-            final is not None,
-            attempt.subscription_id if subscription else None,
-            attempt.payment_provider_id,
-            attempt,
-            "a renewal that was refunded in full: nothing is granted, and the period is not charged again",
-        )
+        reason = "refunded in full: nothing is granted"
+        return RecordRefund(payment, row, False, row.subscription_id if row else None, provider_id, None, reason)
+    final = _settled_row(facts)
+    other = _other_success(payment, attempt, facts)
+    return RecordRefund(
+        payment,
+        final or row,
+        final is not None,
+        attempt.subscription_id if attempt.subscription_id in facts.subscriptions else None,
+        attempt.payment_provider_id,
+        None if other else attempt,
+        f"refunded in full, nothing is granted: {other}"
+        if other
+        else "a renewal that was refunded in full: nothing is granted, and the period is not charged again",
+        None if other else _live_rival(attempt, facts),
+    )
+
+
+def _decide_renewal(
+    payment: ProviderPayment, row: PaymentRow | None, attempt: Attempt, facts: Facts, calendar: BillingCalendar
+) -> SettlementDecision:
+    """A success that carries one of our attempts closes that attempt: its subscription is extended, never created."""
+
+    def review(kind: str, reason: str, about: PaymentRow | None = row) -> Quarantine:
+        return _review(Quarantine(payment, kind, reason, about), attempt, facts)
+
+    final = _settled_row(facts)
+    subscription = facts.subscriptions.get(attempt.subscription_id)
+    other = _other_success(payment, attempt, facts)
+    if other is not None:
+        reason = f"{other}: the customer may have paid twice, refund one"
+        return Quarantine(payment, "second_success", reason, row, attempt.subscription_id)
+    void_first = _live_rival(attempt, facts)
+    if row is None and final is None and facts.rows:
+        odd = _no_row_to_settle(payment, facts)
+        return review(odd.kind, odd.reason, odd.row)
     if payment.money != attempt.money:
-        return Quarantine(
-            payment,
-            "amount_differs",
-            f"{attempt.money} was asked, {payment.money} was charged",
-            row,
-            attempt.subscription_id,
-            review=attempt,
-        )
+        return review("amount_differs", f"{attempt.money} was asked, {payment.money} was charged")
     if subscription is None or subscription.ended_at is None:
         missing = "does not exist any more" if subscription is None else "has no end to extend from"
-        return Quarantine(
-            payment,
-            "subscription_gone",
-            f"a renewal was paid, and subscription {attempt.subscription_id} {missing}",
-            row,
-            attempt.subscription_id,
-            review=attempt,
-        )
+        return review("subscription_gone", f"a renewal was paid, and subscription {attempt.subscription_id} {missing}")
     if final is not None and final.status == "REFUNDED":
         return RecordRefund(
             payment,
@@ -403,11 +430,11 @@ def _decide_renewal(
             attempt.payment_provider_id,
             attempt,
             "the service holds it as REFUNDED",
+            void_first,
         )
     if final is not None and subscription.ended_at > attempt.period_start:
-        return CloseAsGranted(
-            payment, final, attempt, subscription.id, f"the service has settled it already ({final.subject})"
-        )
+        reason = f"the service has settled it already ({final.subject})"
+        return CloseAsGranted(payment, final, attempt, subscription.id, reason, void_first)
     plan = facts.plans.get(attempt.plan_id)
     try:
         if plan is None:
@@ -416,7 +443,7 @@ def _decide_renewal(
             subscription.started_at, subscription.ended_at, parse_period(plan.duration, plan.duration_unit)
         )
     except UnusablePeriod as error:
-        return Quarantine(payment, "period", str(error), row, subscription.id, review=attempt)
+        return review("period", str(error))
     ended = subscription.status not in ("ACTIVE", "EXPIRED")
     return Settle(
         payment=payment,
