@@ -19,6 +19,7 @@ from billing_orchestration.database.errors import (
     BillingDatabaseError,
     DatabaseBusy,
     DatabaseUnavailable,
+    RowRefused,
 )
 
 # A server that does not even accept within this time is down, or a firewall drops the packets.
@@ -125,7 +126,13 @@ def translate(error: BaseException) -> BillingDatabaseError:
         return BillingDatabaseError(
             f"the database is not in the expected shape: {reason}; `billing-orchestration doctor` names what differs"
         )
+    if isinstance(original, (psycopg.DataError, psycopg.IntegrityError)) or state[:2] in _ABOUT_ROWS:
+        return RowRefused(f"the database refused a statement: {reason}")
     return BillingDatabaseError(f"the database refused a statement: {reason}")
+
+
+# Classes of SQLSTATE that are about the values at hand: data, integrity, triggers and what they raise, checked views.
+_ABOUT_ROWS = frozenset({"22", "23", "27", "39", "44", "P0"})
 
 
 def _lost(reason: str) -> DatabaseUnavailable:

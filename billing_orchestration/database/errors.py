@@ -3,6 +3,7 @@
     BillingDatabaseError       also by itself: a statement failed in a way that is not told apart here
     ├── DatabaseUnavailable    no connection, or it was lost: refused, wrong password, no such database, restarting
     ├── DatabaseBusy           a lock, a deadlock or a timeout: nothing was changed, another try may succeed
+    ├── RowRefused             a value, a constraint or a trigger: this row cannot be written so, others can
     ├── AccessDenied           the role of BILLING_DATABASE_URL may not do this
     └── SchemaProblem          the database is reachable, but not what this version works on
         ├── SchemaMissing      `migrate` never ran here
@@ -26,6 +27,10 @@ class DatabaseUnavailable(BillingDatabaseError):
 
 class DatabaseBusy(BillingDatabaseError):
     """The statement met a lock, a deadlock or a timeout. Its transaction changed nothing; try again."""
+
+
+class RowRefused(BillingDatabaseError):
+    """The database refuses these values: another try will not help, but it says nothing about other rows."""
 
 
 class AccessDenied(BillingDatabaseError):

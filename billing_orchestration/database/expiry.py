@@ -9,6 +9,8 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes
+from billing_orchestration.database.engine import translate
+from billing_orchestration.database.errors import RowRefused
 from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.database.tables import naive_utc
 from billing_orchestration.domain.settlement import PaymentRow
@@ -89,7 +91,7 @@ def fetch_over(connection: sa.Connection, over_before: datetime, sample_size: in
 # The oldest first. Those that somebody has locked are passed over, without a wait nothing can deadlock.
 _LOCK_FREE = sa.text(f"""
     SELECT s.id FROM subscriptions s
-    WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND NOT {_HELD}
+    WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND s.id <> ALL(:passed_over) AND NOT {_HELD}
     ORDER BY s.ended_at, s.id LIMIT :size FOR NO KEY UPDATE OF s SKIP LOCKED
 """)
 # Chosen in the same order, locked (waited for) by id: as settling and charging lock them.
@@ -97,7 +99,7 @@ _LOCK_ALL = sa.text(f"""
     SELECT s.id FROM subscriptions s
     WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND s.id IN (
         SELECT s.id FROM subscriptions s
-        WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND NOT {_HELD}
+        WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND s.id <> ALL(:passed_over) AND NOT {_HELD}
         ORDER BY s.ended_at, s.id LIMIT :size)
     ORDER BY s.id FOR NO KEY UPDATE OF s
 """)
@@ -118,29 +120,55 @@ _EXPIRE_LOCKED = sa.text(f"""
 """)
 
 
+class NotExpired(Exception):
+    """The database refuses to expire one of these (a trigger or a constraint of the service's); `__cause__` says why.
+
+    The transaction can only be rolled back: nothing of the chunk was changed.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        super().__init__(f"{len(ids)} subscriptions could not be expired")
+        self.ids = tuple(ids)
+
+
 def expire_subscriptions(
-    connection: sa.Connection, stamp: Stamp, *, over_before: datetime, reason: str, size: int, wait_for_locks: bool
+    connection: sa.Connection,
+    stamp: Stamp,
+    *,
+    over_before: datetime,
+    reason: str,
+    size: int,
+    wait_for_locks: bool,
+    passed_over: Sequence[int] = (),
 ) -> int:
     """Expire at most `size` subscriptions that are over and not held back, oldest first, with the audit trail.
 
     The precondition is read under lock: one that was renewed meanwhile is not over any more, one that is being charged
-    is held. Without `wait_for_locks`, rows that somebody else has locked are passed over. Returns how many expired.
+    is held. Without `wait_for_locks`, rows that somebody else has locked are passed over, as are those of
+    `passed_over`. Returns how many expired. Raises NotExpired when the database refuses to change one of the chunk.
     """
     bound = {"over_before": naive_utc(over_before)}
+    chosen = {**bound, "size": size, "passed_over": list(passed_over)}
     while True:
-        ids = list(connection.execute(_LOCK_ALL if wait_for_locks else _LOCK_FREE, {**bound, "size": size}).scalars())
-        result = connection.execute(
-            _EXPIRE_LOCKED,
-            {
-                **bound,
-                "ids": ids,
-                "at": stamp.at,
-                "naive_at": naive_utc(stamp.at),
-                "job": stamp.job,
-                "run_id": stamp.run_id,
-                "reason": reason,
-            },
-        )
+        ids = list(connection.execute(_LOCK_ALL if wait_for_locks else _LOCK_FREE, chosen).scalars())
+        try:
+            result = connection.execute(
+                _EXPIRE_LOCKED,
+                {
+                    **bound,
+                    "ids": ids,
+                    "at": stamp.at,
+                    "naive_at": naive_utc(stamp.at),
+                    "job": stamp.job,
+                    "run_id": stamp.run_id,
+                    "reason": reason,
+                },
+            )
+        except sa.exc.DBAPIError as error:
+            reason_in_words = translate(error)
+            if isinstance(reason_in_words, RowRefused):
+                raise NotExpired(ids) from reason_in_words
+            raise
         # All of a chunk may be held or renewed by now while others are left: the next look does not see it as over.
         if result.rowcount or not ids:
             return int(result.rowcount)

@@ -273,7 +273,7 @@ def _expire(
     report: RunReport, expiries: Sequence[ExpirePayment], database: BillingDatabase, stamp: Stamp, *, dry_run: bool
 ) -> None:
     from billing_orchestration.database.engine import translated
-    from billing_orchestration.database.errors import BillingDatabaseError, DatabaseBusy, DatabaseUnavailable
+    from billing_orchestration.database.errors import DatabaseBusy, RowRefused
     from billing_orchestration.database.expiry import expire_payments
 
     def apply(group: Sequence[ExpirePayment]) -> None:
@@ -296,19 +296,14 @@ def _expire(
         chunk = expiries[start : start + CHUNK]
         try:
             apply(chunk)
-        except DatabaseUnavailable:
-            raise
-        except BillingDatabaseError:
+        except (DatabaseBusy, RowRefused):
             for expiry in chunk:
                 try:
                     apply([expiry])
-                except DatabaseUnavailable:
-                    raise
                 except DatabaseBusy as error:
                     report.again.append(f"{expiry.row.subject}: {error}")
                     report.decisions.append(Decision("try again", expiry.row.subject, str(error), expiry.row.money))
-                except BillingDatabaseError as error:
-                    # Another try would be refused as well (the service's own trigger or constraint): for a person.
+                except RowRefused as error:
                     refused.append(_refused(expiry.row, str(error)))
     report.quarantined += len(refused)
     report.decisions.extend(Decision("quarantine", problem.subject, problem.reason) for problem in refused)

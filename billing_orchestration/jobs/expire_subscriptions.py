@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from billing_orchestration.database.audit import Stamp
+from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.expiry import guard_verdict, subscriptions_over_before
 from billing_orchestration.domain.run_scope import RunScope
@@ -27,6 +27,7 @@ from billing_orchestration.jobs.run_report import (
     told_plainly,
 )
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
+from billing_orchestration.jobs.settling import open_all
 from billing_orchestration.resources import BillingDatabase, Clock, RunSettings
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ JOB = "expire_subscriptions_job"
 MAX_RUNTIME_S = 3600
 # Rows of one transaction: few enough that the service never waits long for a locked row.
 CHUNK = 10_000
+# How a chunk is cut down to find the row in it that the database refuses, and grows again after it.
+SHRINK = 10
+# So many refused and not one expired: that is no odd row, that is a database which refuses everything.
+MOST_REFUSED = 20
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,11 @@ def apply_subscription_expiry(
             report.applied = wanted
         elif wanted:
             report.applied = _expire(context, over, wanted, billing_database, clock, report)
-    report.skipped = over.slice.held
+    changed_meanwhile = 0 if report.again else wanted - report.applied - report.quarantined
+    report.skipped = over.slice.held + changed_meanwhile
+    report.numbers = {"held back": over.slice.held, "changed meanwhile": changed_meanwhile}
+    if changed_meanwhile:
+        context.log.info(f"{changed_meanwhile} were renewed, ended or held back meanwhile: skipped")
     if not over.scope.dry_run:
         plot(
             context,
@@ -141,40 +150,60 @@ def _expire(
     clock: Clock,
     report: RunReport,
 ) -> int:
-    """Chunk after chunk, first past locked rows, then waiting for them; never more than were shown and guarded."""
+    """Chunk after chunk, first past locked rows, then waiting for them; never more than were shown and guarded.
+
+    A chunk that the database refuses is cut down until the one row in it is found, which then goes to quarantine.
+    """
     from billing_orchestration.database.engine import translated
     from billing_orchestration.database.errors import DatabaseBusy
-    from billing_orchestration.database.expiry import expire_subscriptions, fetch_over
+    from billing_orchestration.database.expiry import NotExpired, expire_subscriptions
 
     reason = f"the grace of {database.settings.subscription_grace_days} days is over"
     done = 0
+    size = CHUNK
+    refused: dict[int, Problem] = {}
     for wait_for_locks in (False, True):
-        while done < wanted:
-            stamp = Stamp(JOB, over.scope.run_id, clock.now())
+        while done + len(refused) < wanted:
             try:
                 with translated(), database.engine.begin() as connection:
                     expired = expire_subscriptions(
                         connection,
-                        stamp,
+                        Stamp(JOB, over.scope.run_id, clock.now()),
                         over_before=over.over_before,
                         reason=reason,
-                        size=min(CHUNK, wanted - done),
+                        size=min(size, wanted - done - len(refused)),
                         wait_for_locks=wait_for_locks,
+                        passed_over=list(refused),
                     )
             except DatabaseBusy as error:
-                report.again.append(f"{wanted - done} subscriptions: {error}")
-                return done
+                report.again.append(f"{wanted - done - len(refused)} subscriptions: {error}")
+                break
+            except NotExpired as error:
+                if len(error.ids) > 1:
+                    size = max(1, len(error.ids) // SHRINK)
+                    continue
+                refused |= {id_: _refused(id_, str(error.__cause__)) for id_ in error.ids}
+                if len(refused) >= MOST_REFUSED and not done and error.__cause__ is not None:
+                    raise error.__cause__ from None
+                continue
             if not expired:
                 break
             done += expired
+            size = min(CHUNK, size * SHRINK)
             context.log.info(f"expired {done} of {wanted}")
-    if done < wanted:
-        with translated(), database.engine.connect() as connection:
-            left = fetch_over(connection, over.over_before, 0)
-        context.log.info(
-            f"{wanted - done} were renewed, ended or held back meanwhile; {left.over - left.held} are left"
-        )
+    report.quarantined = len(refused)
+    report.decisions += [Decision("quarantine", problem.subject, problem.reason) for problem in refused.values()]
+    report.opened = open_all(database, Stamp(JOB, over.scope.run_id, clock.now()), list(refused.values()))
     return done
+
+
+def _refused(subscription_id: int, error: str) -> Problem:
+    return Problem(
+        f"subscription {subscription_id}",
+        "not_writable",
+        f"expiring it failed: {error}",
+        subscription_id=subscription_id,
+    )
 
 
 @dg.job(

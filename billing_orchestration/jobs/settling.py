@@ -111,18 +111,16 @@ def _settle_one(
     is_live: bool,
     dry_run: bool,
 ) -> "Settled | Failed":
-    from billing_orchestration.database.errors import BillingDatabaseError, DatabaseBusy, DatabaseUnavailable
+    from billing_orchestration.database.errors import DatabaseBusy, RowRefused
     from billing_orchestration.database.settling import ChangedMeanwhile
 
     reason = ""
     for _ in range(_TRIES_OF_ONE):
         try:
             return _settle(database, [payment], make_stamp(), is_live=is_live, dry_run=dry_run)[0]
-        except DatabaseUnavailable:
-            raise
         except (DatabaseBusy, ChangedMeanwhile) as error:
             reason = str(error)
-        except BillingDatabaseError as error:
+        except RowRefused as error:
             # A concurrent writer's row under our unique index is seen by the next try, which then finds it settled.
             reason = str(error)
             if not _is_conflict(error):
