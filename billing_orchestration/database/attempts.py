@@ -141,20 +141,26 @@ def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[A
     return set(opened)
 
 
+_LOCK = sa.text("""
+    SELECT FROM billing_orchestration.renewal_attempts a WHERE a.id = ANY(:ids)
+    ORDER BY a.subscription_id, a.period_start, a.number FOR UPDATE
+""")
+# A statement of its own: it sees what was committed while the attempts were waited for. The subscriptions are locked
+# after the attempts and by id, as settling does.
 _CLAIM = sa.text("""
-    WITH before AS (
+    WITH still_due AS (
         SELECT a.id, a.first_sent_at FROM billing_orchestration.renewal_attempts a
+        JOIN subscriptions s ON s.id = a.subscription_id
         WHERE a.id = ANY(:ids) AND a.state IN ('PLANNED', 'UNKNOWN')
           AND (a.first_sent_at IS NULL OR a.first_sent_at > :oldest_key)
-        ORDER BY a.subscription_id, a.period_start, a.number FOR UPDATE
+          AND s.status = 'ACTIVE' AND s.ended_at = a.period_start
+          AND s.plan_id = a.plan_id AND s.user_id = a.user_id
+        ORDER BY s.id FOR SHARE OF s
     )
     UPDATE billing_orchestration.renewal_attempts a
-    SET first_sent_at = coalesce(before.first_sent_at, :at), last_sent_at = :at, sends = a.sends + 1
-    FROM before, subscriptions s
-    WHERE a.id = before.id AND s.id = a.subscription_id
-      AND s.status = 'ACTIVE' AND s.ended_at = a.period_start
-      AND s.plan_id = a.plan_id AND s.user_id = a.user_id
-    RETURNING a.id, before.first_sent_at IS NOT NULL AS sent_before
+    SET first_sent_at = coalesce(a.first_sent_at, :at), last_sent_at = :at, sends = a.sends + 1
+    FROM still_due WHERE a.id = still_due.id
+    RETURNING a.id, still_due.first_sent_at IS NOT NULL AS sent_before
 """)
 
 
@@ -164,11 +170,16 @@ def claim(
     """Note that open attempts are about to be sent (again), after another look at each; give back those that may be,
     each with whether it may have been sent before.
 
-    That is told from the row as it is now: another run may have sent an attempt since it was read, and an answer
-    that says "not this time" must not be taken for "never". An attempt whose first send was at `oldest_key` or before
-    is never sent again: the provider may have forgotten its key. Commit before sending.
+    The attempt and its subscription are looked at under lock, as in `open_and_claim`. What may have been sent is told
+    by the row as it is now: another run may have sent an attempt since it was read, and an answer that says "not this
+    time" must not be taken for "never". An attempt whose first send was at `oldest_key` or before is never sent again:
+    the provider may have forgotten its key. Commit before sending.
     """
-    claimed = connection.execute(_CLAIM, {"ids": list(attempt_ids), "at": stamp.at, "oldest_key": oldest_key})
+    if not attempt_ids:
+        return {}
+    ids = list(attempt_ids)
+    connection.execute(_LOCK, {"ids": ids})
+    claimed = connection.execute(_CLAIM, {"ids": ids, "at": stamp.at, "oldest_key": oldest_key})
     return {row.id: row.sent_before for row in claimed}
 
 
