@@ -21,7 +21,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from billing_orchestration.sandbox.stage import JobRun, Stage, StageError, mark_complete, open_stage, project_root
+from billing_orchestration.sandbox.stage import (
+    JobRun,
+    Stage,
+    StageError,
+    StartedJob,
+    mark_complete,
+    open_stage,
+    project_root,
+)
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -163,8 +171,10 @@ class _Play:
             self.console.print(
                 "A red run has applied everything else. The next tick or day completes it; here it is now."
             )
-            for job, question in red:
-                self._report(self._run(job), question)
+            with self.console.status("the red runs once more …"):
+                runs = [started.wait() for started in [self._start(job) for job, _ in red]]
+            for run, (_, question) in zip(runs, red, strict=True):
+                self._report(run, question)
         books = self._books()
         expected = self._show_cases(books)
         kept = self._show_books(books)
@@ -178,10 +188,13 @@ class _Play:
         )
         return good
 
-    def _run(self, job: str) -> JobRun:
+    def _start(self, job: str) -> StartedJob:
         self.runs += 1
+        return self.stage.start_job(job, self.runs)
+
+    def _run(self, job: str) -> JobRun:
         with self.console.status(f"{job} runs …"):
-            started = self.stage.start_job(job, self.runs)
+            started = self._start(job)
             # Seconds of imports that the report needs, while the job's process does its own.
             import_module("billing_orchestration.sandbox.run_history")
             import_module("billing_orchestration.sandbox.books")
@@ -288,11 +301,7 @@ class _Play:
         with self.console.status("all five jobs once more …"):
             while waiting:
                 pair, waiting = waiting[:2], waiting[2:]
-                started = []
-                for job in pair:
-                    self.runs += 1
-                    started.append(self.stage.start_job(job, self.runs))
-                runs += [job.wait() for job in started]
+                runs += [started.wait() for started in [self._start(job) for job in pair]]
         changed = [table for table, sums in fingerprint(self.engine).items() if before[table] != sums]
         if len(self.stage.control.ledger()) != len(ledger):
             changed.append("the provider's ledger")

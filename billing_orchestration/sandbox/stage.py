@@ -61,7 +61,7 @@ class Stage:
     control: SandboxControl
     billing_url: str
 
-    def start_job(self, job: str, number: int) -> _StartedJob:
+    def start_job(self, job: str, number: int) -> StartedJob:
         """Start `dagster job execute` for a job, as an operator would on a command line."""
         log = self.folder / "logs" / f"{number:02}-{job}.log"
         command = [sys.executable, "-m", "dagster", "job", "execute", "-m", MODULE, "-j", job]
@@ -73,11 +73,13 @@ class Stage:
             process = subprocess.Popen(
                 command, env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
-        return _StartedJob(job, process, log, time.monotonic())
+        return StartedJob(job, process, log, time.monotonic())
 
 
 @dataclass(slots=True)
-class _StartedJob:
+class StartedJob:
+    """A run of a job that goes on."""
+
     job: str
     process: subprocess.Popen[bytes]
     log: Path
