@@ -96,7 +96,7 @@ _TRIED_TODAY = sa.text("""
     FROM billing_orchestration.renewal_attempts
     WHERE last_sent_at >= :today
       -- Refused because of the shop's own key or rights: nobody's card was tried.
-      AND NOT (state = 'REJECTED' AND decline_class IN ('401', '403'))
+      AND NOT (state = 'REJECTED' AND coalesce(decline_class, '') IN ('401', '403'))
     GROUP BY subscription_id
 """)
 
