@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -204,6 +205,13 @@ class Service:
 
     # --- running
 
+    @property
+    def instance(self) -> dg.DagsterInstance:
+        """The run history of this service's runs."""
+        if self._instance is None:
+            self._instance = dg.DagsterInstance.ephemeral()
+        return self._instance
+
     def run(
         self,
         job: str,
@@ -211,6 +219,7 @@ class Service:
         as_of: datetime | str | None = None,
         dry_run: bool | None = None,
         max_changes: int | None = None,
+        approved_plan: str | None = None,
         ops: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
         partition: str | None = None,
@@ -225,6 +234,8 @@ class Service:
             config["dry_run"] = dry_run
         if max_changes is not None:
             config["max_changes"] = max_changes
+        if approved_plan is not None:
+            config["approved_plan"] = approved_plan
         run_config: dict[str, Any] = {"resources": {"run": {"config": config}}} if config else {}
         op_config = {name: {"config": value} for name, value in (ops or {}).items()}
         if job == "autopayment_job":
@@ -236,14 +247,27 @@ class Service:
             load=load or (lambda: self.settings), now=lambda: self.now, connect=self.connect_provider
         )
         if instance is None:
-            if self._instance is None:
-                self._instance = dg.DagsterInstance.ephemeral()
-            instance = self._instance
+            instance = self.instance
         all_tags = {**(tags or {}), **({"dagster/partition": partition} if partition else {})}
         result = definitions.get_job_def(job).execute_in_process(
             instance=instance, run_config=run_config, raise_on_error=False, tags=all_tags
         )
         return _read(result, instance)
+
+    def begin(self, job: str, **given: Any) -> Callable[[], Run]:
+        """Run a job in a thread; call what it gives back to wait for the run.
+
+        The thread has a run history of its own and closes it: SQLite connections are their thread's.
+        """
+
+        def run() -> Run:
+            with dg.DagsterInstance.ephemeral() as instance:
+                return self.run(job, instance=instance, **given)
+
+        threads = ThreadPoolExecutor(1)
+        running = threads.submit(run)
+        threads.shutdown(wait=False)
+        return running.result
 
     def tick(self, job: str, **given: Any) -> Run:
         """Run a job as a tick of its schedule does: `as_of` is the tick's own time (now, unless given)."""

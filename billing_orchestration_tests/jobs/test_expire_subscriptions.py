@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from billing_orchestration_tests.jobs.service import NOON, Run, Service, stored
+from billing_orchestration_tests.jobs.service import NOON, Service, stored
 from billing_orchestration_tests.jobs.waiting import wait_for_a_blocked_session
 
 UTC = timezone.utc
@@ -270,15 +269,13 @@ def test_those_that_are_held_back_do_not_count_for_the_guard(service: Service) -
 
 def test_one_that_is_locked_is_waited_for_after_the_others_are_done(service: Service, engine: sa.Engine) -> None:
     locked, free = over(service, ended_at=NOON - timedelta(days=99)), over(service)
-    runs: list[Run] = []
     with service.locking("subscriptions", locked):
-        job = threading.Thread(target=lambda: runs.append(service.run(JOB)))
-        job.start()
+        wait = service.begin(JOB)
         wait_for_a_blocked_session(engine)
         assert status(service, free) == "EXPIRED"
-    job.join()
+    run = wait()
 
-    assert runs[0].ok, runs[0].failure
+    assert run.ok, run.failure
     assert status(service, locked) == "EXPIRED"
 
 
@@ -286,16 +283,13 @@ def test_one_that_is_renewed_while_the_run_waits_for_it_is_skipped_and_reported(
     service: Service, engine: sa.Engine
 ) -> None:
     renewed, ended = over(service), over(service)
-    runs: list[Run] = []
     with engine.connect() as webhook:
         webhook.execute(sa.text("UPDATE subscriptions SET ended_at = '2026-05-01' WHERE id = :id"), {"id": renewed})
-        job = threading.Thread(target=lambda: runs.append(service.run(JOB)))
-        job.start()
+        wait = service.begin(JOB)
         wait_for_a_blocked_session(engine)
         webhook.commit()
-    job.join()
+    run = wait()
 
-    [run] = runs
     assert run.ok, run.failure
     assert [status(service, renewed), status(service, ended)] == ["ACTIVE", "EXPIRED"]
     assert (run.report["applied"], run.report["skipped"]) == (1, 1)

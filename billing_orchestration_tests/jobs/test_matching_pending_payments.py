@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
-import dagster as dg
 import pytest
 import sqlalchemy as sa
 
-from billing_orchestration_tests.jobs.service import NOON, Run, Service, stored
+from billing_orchestration_tests.jobs.service import NOON, Service, stored
 from billing_orchestration_tests.jobs.waiting import wait_for_a_blocked_session
 
 UTC = timezone.utc
@@ -599,17 +597,6 @@ def test_a_second_run_changes_nothing(service: Service) -> None:
     assert service.snapshot() == before
 
 
-def at_once(*jobs: Callable[[], Run]) -> list[Run]:
-    """Run several jobs at the same time, each as an instance of its own would."""
-    runs: list[Run] = []
-    threads = [threading.Thread(target=lambda job=job: runs.append(job())) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return runs
-
-
 @pytest.mark.parametrize("unique", [True, False], ids=["with the unique index", "without it"])
 def test_both_matching_jobs_at_once_grant_each_payment_once(service: Service, unique: bool) -> None:
     if not unique:
@@ -621,11 +608,8 @@ def test_both_matching_jobs_at_once_grant_each_payment_once(service: Service, un
         bought(service, plan, name, user=f"user-{number % 12}")
     # Both have read their slices before either applies.
     service.sandbox.misbehave("list", "none", delay_s=0.2, times=4)
-    instances = [dg.DagsterInstance.ephemeral() for _ in range(2)]
-
-    runs = at_once(
-        lambda: service.run(JOB, instance=instances[0]), lambda: service.run(OTHER_JOB, instance=instances[1])
-    )
+    running = [service.begin(JOB), service.begin(OTHER_JOB)]
+    runs = [wait() for wait in running]
 
     assert [run.failure for run in runs] == ["", ""]
     assert all(len(service.settled(name)) == 1 for name in names)
@@ -641,17 +625,14 @@ def test_a_row_that_changes_between_reading_and_applying_is_decided_anew_under_l
 ) -> None:
     plan = service.plan()
     canceled, paid = bought(service, plan, "canceled meanwhile"), bought(service, plan, "paid")
-    runs: list[Run] = []
     with engine.connect() as service_session:
         # The service's own transaction is under way when the job wants the row.
         service_session.execute(sa.text("UPDATE payments SET status = 'CANCELED' WHERE id = :id"), {"id": canceled})
-        job = threading.Thread(target=lambda: runs.append(service.run(JOB)))
-        job.start()
+        wait = service.begin(JOB)
         wait_for_a_blocked_session(engine)
         service_session.commit()
-    job.join()
+    run = wait()
 
-    [run] = runs
     assert run.ok, run.failure
     assert [status(service, canceled), status(service, paid)] == ["CANCELED", "SUCCEEDED"]
     assert service.quarantined("canceled meanwhile") == ["canceled_here"]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-import dagster as dg
 import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.domain.renewals import ATTEMPT_KEY
-from billing_orchestration_tests.jobs.service import NOON, Run, Service, stored
+from billing_orchestration_tests.jobs.service import NOON, Service, stored
 from billing_orchestration_tests.jobs.waiting import wait_for_a_blocked_session
 
 UTC = timezone.utc
@@ -410,20 +408,18 @@ def test_a_webhook_that_commits_while_the_job_applies_wins_and_nothing_is_grante
     subscription = service.subscription(plan, user="anna", ended_at=NOON + timedelta(days=30))
     payment = service.payment(external_id="paid", status="PENDING")
     service.paid_there("paid", user="anna", plan_id=plan)
-    runs: list[Run] = []
     with engine.connect() as webhook:
         webhook.execute(
             sa.text("UPDATE payments SET status = 'SUCCEEDED', subscription_id = :subscription WHERE id = :id"),
             {"subscription": subscription, "id": payment},
         )
         webhook.execute(sa.text("UPDATE subscriptions SET ended_at = ended_at + interval '1 month'"))
-        job = threading.Thread(target=lambda: runs.append(service.run(JOB)))
-        job.start()
+        wait = service.begin(JOB)
         wait_for_a_blocked_session(engine)
         webhook.commit()
-    job.join()
+    run = wait()
 
-    assert runs[0].ok, runs[0].failure
+    assert run.ok, run.failure
     assert service.ended_at(subscription) == datetime(2026, 5, 11, 12, 0, tzinfo=UTC)
     assert len(service.rows("payments")) == 1
     assert len(subscriptions(service)) == 1
@@ -436,7 +432,6 @@ def test_a_webhook_that_inserts_the_row_while_the_job_applies_is_found_by_the_un
     subscription = service.subscription(plan, user="anna", ended_at=NOON + timedelta(days=30))
     service.paid_there("paid", user="anna", plan_id=plan)
     service.paid_there("another", user="boris", plan_id=plan)
-    runs: list[Run] = []
     with engine.connect() as webhook:
         webhook.execute(
             sa.text("""
@@ -446,13 +441,12 @@ def test_a_webhook_that_inserts_the_row_while_the_job_applies_is_found_by_the_un
             """),
             {"subscription": subscription, "provider": service.yookassa},
         )
-        job = threading.Thread(target=lambda: runs.append(service.run(JOB)))
-        job.start()
+        wait = service.begin(JOB)
         wait_for_a_blocked_session(engine)
         webhook.commit()
-    job.join()
+    run = wait()
 
-    assert runs[0].ok, runs[0].failure
+    assert run.ok, run.failure
     assert service.ended_at(subscription) == NOON + timedelta(days=30)
     assert service.settled("paid") == []
     assert service.settled("another") == ["created"]
@@ -484,15 +478,8 @@ def test_two_runs_of_it_at_once_create_each_payment_once(service: Service) -> No
     for number in range(30):
         service.paid_there(f"paid-{number}", user=f"user-{number % 5}", plan_id=plan)
     service.sandbox.misbehave("list", "none", delay_s=0.2, times=4)
-    runs: list[Run] = []
-    threads = [
-        threading.Thread(target=lambda: runs.append(service.run(JOB, instance=dg.DagsterInstance.ephemeral())))
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    running = [service.begin(JOB) for _ in range(2)]
+    runs = [wait() for wait in running]
 
     assert [run.failure for run in runs] == ["", ""]
     assert sorted(row.external_payment_id for row in service.rows("payments")) == sorted(
