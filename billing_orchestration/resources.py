@@ -85,6 +85,14 @@ class RunSettings(dg.ConfigurableResource[None]):
         ),
     )
 
+    approved_plan: str | None = Field(
+        default=None,
+        description=(
+            "The hash of the plan that a dry run has shown: apply that plan and no more. What changed since is refused."
+            " Give the dry run's as_of with it."
+        ),
+    )
+
     def scope(self, context: dg.OpExecutionContext, clock: Clock, *, whole_days: bool) -> RunScope:
         """Resolve what the run stands for. Raises RunRefused before anything is read.
 
@@ -113,6 +121,7 @@ class RunSettings(dg.ConfigurableResource[None]):
             dry_run=self.dry_run,
             max_changes=self.max_changes,
             run_id=context.run_id,
+            approved_plan=self.approved_plan.strip() if self.approved_plan and self.approved_plan.strip() else None,
         )
 
 

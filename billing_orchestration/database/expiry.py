@@ -88,6 +88,23 @@ def fetch_over(connection: sa.Connection, over_before: datetime, sample_size: in
     return OverSlice(active.active, over, held, active.without_end, samples)
 
 
+def digest_over(connection: sa.Connection, over_before: datetime) -> str:
+    """One short text that is different for any other set of subscriptions that would expire (or other ends of theirs).
+
+    A sum of hashes: computed in one pass, whatever the order and however many rows.
+    """
+    return str(
+        connection.execute(
+            sa.text(f"""
+                SELECT coalesce(sum(hashtextextended(s.id::text || ' ' || s.ended_at::text, 0)::numeric), 0)
+                FROM subscriptions s
+                WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND NOT {_HELD}
+            """),
+            {"over_before": naive_utc(over_before)},
+        ).scalar_one()
+    )
+
+
 # The oldest first. Those that somebody has locked are passed over, without a wait nothing can deadlock.
 _LOCK_FREE = sa.text(f"""
     SELECT s.id FROM subscriptions s

@@ -207,17 +207,18 @@ def plan_attempt(
     due: DueSubscription, *, number: int, user_id: str, plan_id: int, method_id: str, money: Money, provider_id: int
 ) -> Attempt:
     """The attempt with its identity, its key and the exact body that will be sent, frozen together."""
-    identity = f"{due.id}|{due.ended_at.astimezone(timezone.utc).isoformat()}|{number}"
+    period_start = due.ended_at.astimezone(timezone.utc)
+    identity = f"{due.id}|{period_start.isoformat()}|{number}"
     attempt_id = uuid.uuid5(_ATTEMPT_NAMESPACE, identity)
     body = {
         "amount": {"value": f"{money.amount:.2f}", "currency": money.currency},
         "capture": True,
         "payment_method_id": method_id,
-        "description": f"Subscription {due.id}: renewal from {due.ended_at.date().isoformat()}"[:128],
+        "description": f"Subscription {due.id}: renewal from {period_start.date().isoformat()}"[:128],
         "metadata": {
             ATTEMPT_KEY: str(attempt_id),
             "subscription_id": str(due.id),
-            "period_start": due.ended_at.astimezone(timezone.utc).isoformat(),
+            "period_start": period_start.isoformat(),
             "user_id": user_id,
             "plan_id": str(plan_id),
             "payment_provider_id": str(provider_id),
@@ -226,7 +227,7 @@ def plan_attempt(
     return Attempt(
         id=attempt_id,
         subscription_id=due.id,
-        period_start=due.ended_at,
+        period_start=period_start,
         number=number,
         state=State.PLANNED,
         idempotence_key=uuid.uuid5(_KEY_NAMESPACE, identity),
@@ -316,7 +317,7 @@ def decide_open_attempt(
         # The subscription was renewed, canceled or paused since: sending again could charge for what nobody wants.
         return NotCharged(
             attempt.subject,
-            "outcome not known, and the subscription is not due any more: not sent again, searched after 23 h",
+            "outcome not known, and the period is not due any more: not sent again, searched after 23 h",
             attempt.money,
         )
     return Resend(attempt, "outcome not known: the same key and body again, so it cannot charge twice")
@@ -418,11 +419,16 @@ def decide_renewals(
     now: datetime,
     rules: RenewalRules,
 ) -> list[RenewalDecision]:
-    """Every decision of one autopayment run: first about the open attempts, then about each due subscription."""
+    """Every decision of one autopayment run: first about the open attempts, then about each due subscription.
+
+    A subscription whose end was moved while an attempt was open is not charged before that attempt has its answer: it
+    may have been paid for the very days that are due now.
+    """
     by_id = {subscription.id: subscription for subscription in due}
     decisions: list[RenewalDecision] = []
     voided: set[uuid.UUID] = set()
     spoken_for: set[int] = set()
+    open_elsewhere: dict[int, Attempt] = {}
     for attempt in open_attempts:
         subscription = by_id.get(attempt.subscription_id)
         decision = decide_open_attempt(attempt, view, subscription, now)
@@ -432,12 +438,18 @@ def decide_renewals(
             voided.add(attempt.id)
         elif subscription is not None and subscription.ended_at == attempt.period_start:
             spoken_for.add(attempt.subscription_id)
+        else:
+            open_elsewhere[attempt.subscription_id] = attempt
         decisions.append(decision)
-    decisions.extend(
-        decide_renewal(subscription, as_of=as_of, now=now, rules=rules, voided=frozenset(voided))
-        for subscription in due
-        if subscription.id not in spoken_for
-    )
+    for subscription in due:
+        earlier = open_elsewhere.get(subscription.id)
+        if subscription.id in spoken_for:
+            continue
+        if earlier is not None:
+            reason = f"an open attempt for its period from {earlier.period_start.date()}, which comes first"
+            decisions.append(NotCharged(subscription.subject, reason))
+        else:
+            decisions.append(decide_renewal(subscription, as_of=as_of, now=now, rules=rules, voided=frozenset(voided)))
     return decisions
 
 
@@ -503,7 +515,7 @@ def as_answer_to(attempt: Attempt, payment: ProviderPayment) -> ProviderPayment:
 
     A provider that leaves the metadata out of an answer must not make a paid renewal look like a stranger's purchase.
     """
-    if ATTEMPT_KEY in payment.metadata:
+    if payment.metadata.get(ATTEMPT_KEY) is not None:
         return payment
     own: dict[str, str] = json.loads(attempt.body)["metadata"]
     return replace(payment, metadata={**payment.metadata, **own})
@@ -550,7 +562,7 @@ def read_scan(
 
 def _may_be_nameless(attempt: Attempt, payment: ProviderPayment) -> bool:
     return (
-        ATTEMPT_KEY not in payment.metadata
+        payment.metadata.get(ATTEMPT_KEY) is None
         and payment.status != CANCELED
         and payment.method_id == attempt.payment_method_id
         and payment.id != attempt.payment_method_id  # the purchase that saved the method

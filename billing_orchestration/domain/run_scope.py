@@ -33,6 +33,7 @@ class RunScope:
     dry_run: bool
     max_changes: int | None
     run_id: str
+    approved_plan: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from billing_orchestration.domain.expiry import (
 from billing_orchestration.domain.provider_payment import UnusablePayment
 from billing_orchestration.domain.run_scope import RunScope
 from billing_orchestration.domain.settlement import CloseAsGranted, Leave, PaymentRow, RecordRefund, Settle
+from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
 from billing_orchestration.jobs.run_report import (
     RunReport,
@@ -82,6 +83,7 @@ class ExpiryPlan:
 
     scope: RunScope
     decisions: tuple[PaymentExpiry, ...]
+    refused: tuple[Decision, ...] = ()
 
 
 @dg.op(description="Read the PENDING payments created more than PENDING_PAYMENT_TTL_DAYS before as_of.")
@@ -178,7 +180,21 @@ def diff_stale_payments(
     shown = [_shown(decision) for decision in decisions]
     stop_before_applying(over_limit(changes_of(decisions), asked.stale.scope.max_changes), shown)
     context.add_output_metadata(describe_decisions(shown))
-    return ExpiryPlan(asked.stale.scope, decisions)
+    changes = {_line(decision): decision for decision in decisions if not isinstance(decision, KeepPending)}
+    approved, refused = bind(
+        context, asked.stale.scope, list(changes.items()), {line: _shown(change) for line, change in changes.items()}
+    )
+    kept = [decision for decision in decisions if isinstance(decision, KeepPending)]
+    return ExpiryPlan(asked.stale.scope, (*approved, *kept), tuple(refused))
+
+
+def _line(decision: SettleLate | ExpirePayment) -> str:
+    """Everything of a change that an approval is bound to."""
+    row = decision.row
+    if isinstance(decision, SettleLate):
+        payment = decision.payment
+        return f"settle {row.id} {payment.id} {payment.money} refunded {payment.refunded_amount}"
+    return f"expire {row.id} {row.external_payment_id}"
 
 
 def _shown(decision: PaymentExpiry) -> Decision:
@@ -230,6 +246,8 @@ def apply_payment_expiry(
             if decision.quarantine is None:
                 report.skipped += 1
                 report.decisions.append(_shown(decision))
+        report.skipped += len(plan.refused)
+        report.decisions.extend(plan.refused)
         report_unusable(
             report,
             [decision.quarantine for decision in kept if decision.quarantine],

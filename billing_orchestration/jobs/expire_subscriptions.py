@@ -14,6 +14,7 @@ from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.expiry import guard_verdict, subscriptions_over_before
 from billing_orchestration.domain.run_scope import RunScope
+from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
 from billing_orchestration.jobs.run_report import (
     ROWS_SHOWN,
@@ -50,6 +51,7 @@ class SubscriptionsOver:
     scope: RunScope
     over_before: datetime
     slice: "OverSlice"
+    digest: str | None = None
 
 
 @dg.op(description="Count the ACTIVE subscriptions that are over, and those of them that are held back, with examples.")
@@ -62,7 +64,7 @@ def fetch_subscriptions_over(
     """The database's slice."""
     with told_plainly():
         from billing_orchestration.database.engine import translated
-        from billing_orchestration.database.expiry import fetch_over
+        from billing_orchestration.database.expiry import digest_over, fetch_over
 
         settings = billing_database.settings
         scope = run.scope(context, clock, whole_days=True)
@@ -71,6 +73,8 @@ def fetch_subscriptions_over(
         )
         with translated(), billing_database.engine.connect() as connection:
             found = fetch_over(connection, over_before, ROWS_SHOWN)
+            # Reading every row costs; only a preview and its approval name them all.
+            digest = digest_over(connection, over_before) if scope.dry_run or scope.approved_plan else None
     context.add_output_metadata(
         {
             **describe_scope(scope),
@@ -81,7 +85,7 @@ def fetch_subscriptions_over(
             "ACTIVE without an end": dg.MetadataValue.int(found.without_end),
         }
     )
-    return SubscriptionsOver(scope, over_before, found)
+    return SubscriptionsOver(scope, over_before, found, digest)
 
 
 @dg.op(description="Decide: what is over and not held back expires, unless that is suspiciously much (the guard).")
@@ -92,6 +96,16 @@ def diff_subscriptions_over(context: dg.OpExecutionContext, over: SubscriptionsO
         guard_verdict(over.slice.over - over.slice.held, over.slice.active, over.scope.max_changes), decisions
     )
     context.add_output_metadata(describe_decisions(decisions))
+    # A million rows are one change here: an approval holds for exactly this set, or for nothing.
+    line = f"expire {over.slice.over - over.slice.held} subscriptions {over.digest}"
+    shown = Decision("expire", f"{over.slice.over - over.slice.held} subscriptions", f"ended before {over.over_before}")
+    _, refused = bind(context, over.scope, [(line, over)], {line: shown})
+    if refused:
+        raise dg.Failure(
+            f"stopped before anything was applied: the subscriptions that are over are not those of the approved plan"
+            f" {over.scope.approved_plan} any more. Look at a new dry run, and approve its plan",
+            allow_retries=False,
+        )
     return over
 
 

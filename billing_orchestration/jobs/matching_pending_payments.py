@@ -85,8 +85,9 @@ def diff_pending_payments(context: dg.OpExecutionContext, hand_over: dg.Resource
     """The diff of two complete slices."""
     with told_plainly():
         match = hand_over.take(PendingMatch)
-    diff = diff_pending(match.paid.slice.payments, by_provider_id(match.rows), match.nameless)
-    hand_over.leave(plan_matching(context, match.paid, diff))
+    rows = by_provider_id(match.rows)
+    diff = diff_pending(match.paid.slice.payments, rows, match.nameless)
+    hand_over.leave(plan_matching(context, match.paid, diff, rows))
 
 
 @dg.op(

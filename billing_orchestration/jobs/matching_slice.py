@@ -1,6 +1,7 @@
 """What the two matching jobs share at Dagster's edge: the window they cover, the provider's slice, the watermark."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -8,8 +9,10 @@ import dagster as dg
 from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.matching import MatchingDiff
-from billing_orchestration.domain.provider_payment import UnusablePayment
+from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.domain.run_scope import RunScope, Window, covering_window, next_watermark
+from billing_orchestration.domain.settlement import PaymentRow
+from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.run_report import (
     RunReport,
     conclude,
@@ -47,6 +50,7 @@ class MatchingPlan:
     window: Window
     diff: MatchingDiff
     unusable: tuple[UnusablePayment, ...]
+    is_whole: bool = True
 
 
 def fetch_paid(
@@ -83,8 +87,10 @@ def fetch_paid(
     return PaidSlice(scope, window, paid)
 
 
-def plan_matching(context: dg.OpExecutionContext, paid: PaidSlice, diff: MatchingDiff) -> MatchingPlan:
-    """Attach the diff to the run; stop before applying when it is larger than allowed."""
+def plan_matching(
+    context: dg.OpExecutionContext, paid: PaidSlice, diff: MatchingDiff, rows: Mapping[str, Sequence[PaymentRow]]
+) -> MatchingPlan:
+    """Attach the diff to the run; stop before applying when it is larger than allowed, or not what was approved."""
     from billing_orchestration.domain.expiry import over_limit
 
     decisions = [
@@ -95,7 +101,17 @@ def plan_matching(context: dg.OpExecutionContext, paid: PaidSlice, diff: Matchin
     context.add_output_metadata(
         {"both sides agree": dg.MetadataValue.int(diff.agreed), **describe_decisions(decisions)}
     )
-    return MatchingPlan(paid.scope, paid.window, diff, paid.slice.unusable)
+    lines = {_line(payment, rows.get(payment.id, ())): payment for payment in diff.to_settle}
+    approved, refused = bind(context, paid.scope, list(lines.items()), dict(zip(lines, decisions, strict=False)))
+    if refused:
+        diff = replace(diff, to_settle=tuple(approved), reported=(*diff.reported, *refused))
+    return MatchingPlan(paid.scope, paid.window, diff, paid.slice.unusable, is_whole=not refused)
+
+
+def _line(payment: ProviderPayment, rows: Sequence[PaymentRow]) -> str:
+    """Everything of a change that an approval is bound to."""
+    found = sorted((row.id, row.status, row.subscription_id) for row in rows)
+    return f"settle {payment.id} {payment.money} refunded {payment.refunded_amount} rows {found}"
 
 
 def apply_matching(
@@ -122,7 +138,8 @@ def apply_matching(
     if not scope.dry_run:
         if window.gap is not None:
             _report_gap(context, job, window.gap, report, database, stamp())
-        if not report.again:
+        # What an approval refused is not covered: the next tick looks at it again.
+        if not report.again and plan.is_whole:
             _advance(job, scope, window, database, stamp())
         if report.applied or report.opened or report.again:
             plot(

@@ -108,14 +108,15 @@ def diff_successful_payments(
     """The diff of two complete slices."""
     with told_plainly():
         match = hand_over.take(SuccessfulMatch)
+    rows = by_provider_id(match.rows)
     diff = diff_successful(
         match.paid.slice.payments,
-        by_provider_id(match.rows),
+        rows,
         match.settled,
         now=clock.now(),
         webhook_grace=timedelta(seconds=config.webhook_grace_s),
     )
-    hand_over.leave(plan_matching(context, match.paid, diff))
+    hand_over.leave(plan_matching(context, match.paid, diff, rows))
 
 
 @dg.op(

@@ -40,6 +40,7 @@ from billing_orchestration.domain.renewals import (
     scan_windows,
 )
 from billing_orchestration.domain.run_scope import RunScope
+from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
 from billing_orchestration.jobs.run_report import (
     RunReport,
@@ -118,6 +119,7 @@ class RenewalPlan:
     decisions: tuple[RenewalDecision, ...]
     extra: tuple[ProviderPayment, ...]
     unusable: tuple[UnusablePayment, ...]
+    refused: tuple[Decision, ...] = ()
 
 
 @dg.op(description="Read the subscriptions that are due, with saved method, price and attempts, and all open attempts.")
@@ -250,10 +252,22 @@ def diff_renewals(context: dg.OpExecutionContext, asked: AskedRenewals, clock: d
         for subscription_id, ended_at in renewals.slice.too_old_examples
     )
     shown = [_shown(decision) for decision in decisions]
-    changes = sum(not isinstance(decision, NotCharged) for decision in decisions)
-    stop_before_applying(over_limit(changes, renewals.scope.max_changes), shown)
+    changes = {_line(decision): decision for decision in decisions if not isinstance(decision, NotCharged)}
+    stop_before_applying(over_limit(len(changes), renewals.scope.max_changes), shown)
     context.add_output_metadata(describe_decisions(shown))
-    return RenewalPlan(renewals.scope, tuple(decisions), asked.view.extra, asked.unusable)
+    approved, refused = bind(
+        context, renewals.scope, list(changes.items()), {line: _shown(decision) for line, decision in changes.items()}
+    )
+    left = [decision for decision in decisions if isinstance(decision, NotCharged)]
+    return RenewalPlan(renewals.scope, (*approved, *left), asked.view.extra, asked.unusable, refused=tuple(refused))
+
+
+def _line(decision: Charge | Resend | Conclude | Void | NoteAbsence) -> str:
+    """Everything of a change that an approval is bound to."""
+    attempt = decision.attempt
+    if isinstance(decision, Conclude):
+        return f"conclude {attempt.id} {decision.payment.id} {decision.payment.status} {decision.payment.money}"
+    return f"{type(decision).__name__} {attempt.id} {attempt.state} {attempt.idempotence_key} {attempt.body}"
 
 
 def _shown(decision: RenewalDecision) -> Decision:
@@ -295,6 +309,8 @@ def charge_renewals(
                     report.decisions.append(_shown(decision))
                 if decision.needs_retry:
                     report.again.append(f"{decision.subject}: {decision.reason}")
+        report.skipped += len(plan.refused)
+        report.decisions.extend(plan.refused)
         report_unusable(report, plan.unusable, database=billing_database, stamp=stamp(), dry_run=scope.dry_run)
         if not scope.dry_run:
             plot(context, ("billing", JOB), report.numbers, day=str(billing_database.calendar.day_of(scope.as_of)))
