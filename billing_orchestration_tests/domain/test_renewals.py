@@ -1,0 +1,514 @@
+"""Who is charged by autopayment_job, and for what reason one that is due is not (SPEC 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from billing_orchestration.domain import declines
+from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.provider_payment import CANCELED, PENDING
+from billing_orchestration.domain.renewals import (
+    Attempt,
+    Charge,
+    Conclude,
+    DueSubscription,
+    NotCharged,
+    NoteAbsence,
+    ProviderView,
+    RenewalDecision,
+    RenewalRules,
+    Resend,
+    State,
+    Void,
+    decide_renewal,
+    decide_renewals,
+)
+from billing_orchestration_tests.domain.given import (
+    DAY,
+    HOUR,
+    NOW,
+    RULES,
+    UTC,
+    a_due_subscription,
+    a_sent_attempt,
+    an_attempt,
+    at,
+    calendar_of,
+    the_payment_of,
+)
+
+MIDNIGHT = NOW.replace(hour=0)
+YESTERDAY = NOW - DAY
+
+
+def renewal(due: DueSubscription | None = None, *, as_of: datetime = NOW, now: datetime = NOW, **more: Any) -> Any:
+    return decide_renewal(due or a_due_subscription(), as_of=as_of, now=now, **({"rules": RULES} | more))
+
+
+def why_not(due: DueSubscription, **more: Any) -> str:
+    decision = renewal(due, **more)
+    assert isinstance(decision, NotCharged), decision
+    assert decision.subject == "subscription 12"
+    return decision.reason
+
+
+def closed(
+    state: str, days_ago: int = 1, *, number: int = 1, reason: str = "insufficient_funds", **more: Any
+) -> Attempt:
+    """An attempt of the period that ended without money, that many days ago."""
+    return a_sent_attempt(
+        number=number,
+        ago=days_ago * DAY,
+        state=state,
+        decline_reason=reason,
+        decline_class=declines.classify(reason),
+        **more,
+    )
+
+
+def overdue(days: int, **changes: Any) -> DueSubscription:
+    """Ada's subscription, which ended that many days ago."""
+    due = a_due_subscription(ended_at=a_due_subscription().ended_at - days * DAY)
+    attempts = tuple(dataclasses.replace(a, period_start=due.ended_at) for a in changes.pop("attempts", ()))
+    return dataclasses.replace(due, attempts=attempts, **changes)
+
+
+# --- Charged
+
+
+def test_a_due_subscription_is_charged_its_plans_price_by_its_saved_method() -> None:
+    decision = renewal()
+    assert isinstance(decision, Charge)
+    attempt = decision.attempt
+    assert (attempt.subscription_id, attempt.period_start, attempt.number) == (12, a_due_subscription().ended_at, 1)
+    assert (attempt.money, attempt.payment_method_id) == (Money(Decimal("299.00"), "RUB"), "card-of-ada")
+    assert (attempt.user_id, attempt.plan_id, attempt.payment_provider_id) == ("ada", 3, 1)
+    assert decision.reason == "ends today"
+
+
+def test_the_price_is_that_in_the_currency_of_the_payment_that_saved_the_method() -> None:
+    decision = renewal(a_due_subscription(method_currency="USD", prices=(Decimal("4.99"),)))
+    assert isinstance(decision, Charge)
+    assert json.loads(decision.attempt.body)["amount"] == {"value": "4.99", "currency": "USD"}
+
+
+@pytest.mark.parametrize("days", [0, 1, 4, 30])
+def test_one_that_ended_up_to_30_days_ago_is_charged_if_nothing_was_tried_yet(days: int) -> None:
+    decision = renewal(overdue(days))
+    assert isinstance(decision, Charge)
+    assert ("today" if days == 0 else f"{days} days ago") in decision.reason
+
+
+# --- Not charged, with the reason
+
+
+@pytest.mark.parametrize("method", [None, ""])
+def test_one_without_a_saved_payment_method_is_not_charged(method: str | None) -> None:
+    assert why_not(a_due_subscription(method_id=method)) == "no saved payment method"
+
+
+def test_one_whose_plan_has_no_price_in_the_currency_is_not_charged() -> None:
+    assert why_not(a_due_subscription(prices=())) == "no price in RUB"
+
+
+@pytest.mark.parametrize("prices", [("299.00", "399.00"), ("299.00", "299.00")])
+def test_one_whose_plan_has_several_prices_in_the_currency_is_not_charged(prices: tuple[str, ...]) -> None:
+    assert why_not(a_due_subscription(prices=tuple(map(Decimal, prices)))) == "several prices in RUB"
+
+
+@pytest.mark.parametrize("price", ["0", "0.00", "-1.00", "NaN"])
+def test_a_price_that_is_not_positive_is_not_charged(price: str) -> None:
+    assert "is not positive" in why_not(a_due_subscription(prices=(Decimal(price),)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"method_currency": None}, "no currency or provider"),
+        ({"method_currency": "GBP"}, "no currency or provider"),
+        ({"method_provider_id": None}, "no currency or provider"),
+        ({"user_id": None}, "no user or no plan"),
+        ({"user_id": ""}, "no user or no plan"),
+        ({"plan_id": None}, "no user or no plan"),
+        ({"plan_duration": None}, "no duration"),
+        ({"plan_duration_unit": None}, "no duration"),
+        ({"plan_duration": 0}, "not positive"),
+        ({"plan_duration_unit": "fortnight"}, "'fortnight'"),
+        ({"plan_duration": 10**9}, "outside the calendar"),
+        ({"started_at": datetime(1, 1, 1, tzinfo=UTC)}, "outside the calendar"),
+    ],
+)
+def test_a_row_with_nulls_or_nonsense_is_reported_with_the_reason(changes: dict[str, Any], word: str) -> None:
+    rules = dataclasses.replace(RULES, calendar=calendar_of("America/New_York"))
+    assert word in why_not(a_due_subscription(**changes), rules=rules)
+
+
+@pytest.mark.parametrize(("days", "charged"), [(30, True), (31, False), (400, False)])
+def test_one_that_is_overdue_by_more_than_max_overdue_days_is_not_charged(days: int, charged: bool) -> None:
+    decision = renewal(overdue(days))
+    assert isinstance(decision, Charge) is charged
+    assert charged or decision.reason == f"overdue by {days} days, more than max_overdue_days (30)"
+
+
+def test_max_overdue_days_is_counted_in_billing_days() -> None:
+    rules = RenewalRules(calendar_of("Asia/Kolkata"), grace_days=3, max_overdue_days=1)
+    as_of = at("2026-03-12T23:00", "Asia/Kolkata")
+    late_yesterday = a_due_subscription(ended_at=at("2026-03-11T00:10", "Asia/Kolkata"))
+    the_day_before = a_due_subscription(ended_at=at("2026-03-10T23:50", "Asia/Kolkata"))
+    assert isinstance(renewal(late_yesterday, as_of=as_of, now=as_of, rules=rules), Charge)
+    assert "overdue by 2 days" in why_not(the_day_before, as_of=as_of, now=as_of, rules=rules)
+
+
+# --- Attempts of the period
+
+
+@pytest.mark.parametrize(
+    ("attempt", "reason"),
+    [
+        (a_sent_attempt(), "an open attempt whose outcome is not known yet"),
+        (a_sent_attempt(state=State.PLANNED), "an open attempt whose outcome is not known yet"),
+        (a_sent_attempt(state=State.PENDING), "an open attempt is pending at the provider"),
+        (an_attempt(), "an attempt is already planned"),
+        (a_sent_attempt(state=State.SUCCEEDED), "the period was already charged (attempt 1 SUCCEEDED)"),
+        (a_sent_attempt(state=State.REFUNDED), "the period was already charged (attempt 1 REFUNDED)"),
+        (a_sent_attempt(state=State.REVIEW), "the period's charge is in review (quarantine)"),
+    ],
+)
+def test_a_period_with_an_open_or_paid_attempt_is_not_charged_again(attempt: Attempt, reason: str) -> None:
+    before = closed(State.DECLINED, 2, number=1)
+    live = dataclasses.replace(attempt, number=2)
+    assert why_not(a_due_subscription(attempts=(attempt,))) == reason
+    assert why_not(a_due_subscription(attempts=(before, live))) == reason.replace("attempt 1", "attempt 2")
+
+
+@pytest.mark.parametrize(
+    "reason", ["card_expired", "fraud_suspected", "3d_secure_failed", "canceled_by_merchant", "deal_expired"]
+)
+def test_a_decline_that_stops_the_period_is_never_tried_again_in_it(reason: str) -> None:
+    for days in (1, 2, 29):
+        due = overdue(days, attempts=(closed(State.STOPPED, days, reason=reason),))
+        assert why_not(due) == f"stopped by a hard decline ({reason})"
+
+
+@pytest.mark.parametrize(("days", "tried_again"), [(1, True), (2, True), (3, True), (4, False)])
+def test_a_soft_decline_is_tried_again_on_later_days_within_the_grace(days: int, tried_again: bool) -> None:
+    due = overdue(days, attempts=(closed(State.DECLINED, days),))
+    decision = renewal(due)
+    assert isinstance(decision, Charge) is tried_again
+    if tried_again:
+        assert decision.attempt.number == 2
+        assert "try 2" in decision.reason
+        assert decision.attempt.idempotence_key != due.attempts[0].idempotence_key
+    else:
+        assert decision.reason == "declined (insufficient_funds) and the grace of 3 days is over"
+
+
+def test_the_grace_is_that_of_the_settings() -> None:
+    for grace_days, tried_again in ((0, False), (1, True)):
+        rules = dataclasses.replace(RULES, grace_days=grace_days)
+        due = overdue(1, attempts=(closed(State.DECLINED),))
+        assert isinstance(renewal(due, rules=rules), Charge) is tried_again
+
+
+def test_without_a_decline_the_grace_ends_nothing() -> None:
+    for state in (State.VOID, State.REJECTED):
+        due = overdue(20, attempts=(closed(state, 20),))
+        assert isinstance(renewal(due), Charge)
+
+
+@pytest.mark.parametrize(("tries", "tried_again"), [(1, True), (2, True), (3, False), (4, False)])
+def test_an_unclear_decline_is_tried_three_times_in_a_period(tries: int, tried_again: bool) -> None:
+    rules = dataclasses.replace(RULES, grace_days=20)
+    attempts = tuple(closed(State.DECLINED, 10 - n, number=n, reason="general_decline") for n in range(1, tries + 1))
+    decision = renewal(overdue(10, attempts=attempts), rules=rules)
+    assert isinstance(decision, Charge) is tried_again
+    assert tried_again or decision.reason == "declined 3 times without a usable reason"
+
+
+def test_soft_declines_do_not_count_as_unclear_ones() -> None:
+    rules = dataclasses.replace(RULES, grace_days=20)
+    words = ("general_decline", "insufficient_funds", "insufficient_funds", "call_issuer")
+    attempts = tuple(closed(State.DECLINED, 10 - n, number=n, reason=word) for n, word in enumerate(words, 1))
+    assert isinstance(renewal(overdue(10, attempts=attempts), rules=rules), Charge)
+
+
+def test_a_new_attempt_has_a_number_that_no_attempt_of_the_period_ever_had() -> None:
+    attempts = (
+        closed(State.DECLINED, 3, number=1),
+        closed(State.VOID, 2, number=5),
+        closed(State.REJECTED, 1, number=2),
+    )
+    decision = renewal(overdue(3, attempts=attempts))
+    assert isinstance(decision, Charge)
+    assert decision.attempt.number == 6
+    # One that this very run closes does not block, but keeps its number.
+    planned = an_attempt(number=7)
+    decision = renewal(a_due_subscription(attempts=(planned,)), voided=frozenset({planned.id}))
+    assert isinstance(decision, Charge)
+    assert decision.attempt.number == 8
+
+
+# --- Once a day, by the clock on the wall
+
+
+@pytest.mark.parametrize(
+    ("tried_at", "charged"),
+    [(NOW - HOUR, False), (MIDNIGHT, False), (MIDNIGHT - timedelta(microseconds=1), True), (NOW, False)],
+)
+def test_one_that_was_already_attempted_today_is_not_charged(tried_at: datetime, charged: bool) -> None:
+    decision = renewal(a_due_subscription(last_tried_at=tried_at))
+    assert isinstance(decision, Charge) is charged
+    assert charged or decision.reason == "already attempted today"
+
+
+def test_a_backfill_of_three_days_is_not_three_tries_on_one_card() -> None:
+    # Today is the wall's, whatever the run stands for.
+    due = overdue(3, attempts=(closed(State.DECLINED, 0),), last_tried_at=NOW - HOUR)
+    for days in (0, 1, 2, 3):
+        assert why_not(due, as_of=NOW - days * DAY) == "already attempted today"
+
+
+def test_today_is_the_billing_time_zones_today() -> None:
+    rules = RenewalRules(calendar_of("America/New_York"), grace_days=3, max_overdue_days=30)
+    # 03:00 UTC is still yesterday evening in New York.
+    due = a_due_subscription(last_tried_at=NOW.replace(hour=4) - DAY)
+    assert why_not(due, rules=rules) == "already attempted today"
+    assert isinstance(renewal(due, rules=rules, now=NOW.replace(hour=4)), Charge)
+
+
+def test_a_card_that_was_declined_today_for_another_subscription_is_not_tried_again_today() -> None:
+    assert (
+        why_not(a_due_subscription(method_declined_at=NOW - HOUR)) == "this payment method was already declined today"
+    )
+    assert isinstance(renewal(a_due_subscription(method_declined_at=YESTERDAY)), Charge)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    states=st.lists(
+        st.sampled_from(
+            [State.DECLINED, State.STOPPED, State.REJECTED, State.VOID, State.SUCCEEDED, State.UNKNOWN, State.REVIEW]
+        ),
+        max_size=4,
+    ),
+    overdue_days=st.integers(0, 40),
+    tried_hours_ago=st.none() | st.integers(0, 60),
+    method=st.sampled_from(["card-of-ada", None]),
+    prices=st.lists(st.decimals(-1, 10, places=2), max_size=2),
+    as_of_days_ago=st.integers(0, 3),
+)
+def test_a_charge_breaks_no_rule(
+    states: list[str],
+    overdue_days: int,
+    tried_hours_ago: int | None,
+    method: str | None,
+    prices: list[Decimal],
+    as_of_days_ago: int,
+) -> None:
+    attempts = tuple(closed(state, 40, number=n) for n, state in enumerate(states, 1))
+    due = overdue(
+        overdue_days,
+        attempts=attempts,
+        method_id=method,
+        prices=tuple(prices),
+        last_tried_at=None if tried_hours_ago is None else NOW - tried_hours_ago * HOUR,
+    )
+    decision = renewal(due, as_of=NOW - as_of_days_ago * DAY)
+    seen = overdue_days - as_of_days_ago
+    fine = (
+        set(states) <= {State.DECLINED, State.REJECTED, State.VOID}
+        and seen <= (3 if State.DECLINED in states else 30)
+        and (tried_hours_ago is None or tried_hours_ago > 3)
+        and method is not None
+        and len(prices) == 1
+        and prices[0] > 0
+    )
+    assert isinstance(decision, Charge) is fine
+    if isinstance(decision, Charge):
+        assert decision.attempt.number == len(states) + 1
+
+
+# --- A whole run
+
+
+def decide(
+    due: list[DueSubscription],
+    open_attempts: list[Attempt],
+    view: ProviderView | None = None,
+    *,
+    now: datetime = NOW,
+) -> list[RenewalDecision]:
+    return decide_renewals(due, open_attempts, view or ProviderView(), as_of=now, now=now, rules=RULES)
+
+
+def test_every_due_subscription_and_every_open_attempt_gets_its_decision() -> None:
+    with_attempt = a_due_subscription(attempts=(a_sent_attempt(),))
+    fresh = a_due_subscription(id=13)
+    poor = a_due_subscription(id=14, method_id=None)
+    orphan = a_sent_attempt(a_due_subscription(id=99))
+    decisions = decide([with_attempt, fresh, poor], [with_attempt.attempts[0], orphan])
+    assert [type(decision) for decision in decisions] == [Resend, NotCharged, Charge, NotCharged]
+    told = decisions[1]
+    assert isinstance(told, NotCharged)
+    assert told.subject == "subscription 99, attempt 1"
+
+
+@pytest.mark.parametrize(
+    ("attempt", "told", "expected"),
+    [
+        (a_sent_attempt(), "nothing", Resend),
+        (a_sent_attempt(ago=30 * HOUR), "scanned", NoteAbsence),
+        (a_sent_attempt(ago=30 * HOUR), "nothing", NotCharged),
+        (a_sent_attempt(ago=30 * HOUR), "succeeded", Conclude),
+        (a_sent_attempt(ago=30 * HOUR), "canceled", Conclude),
+        (a_sent_attempt(state=State.PENDING), "nothing", NotCharged),
+        (an_attempt(), "nothing", Resend),
+    ],
+)
+def test_a_subscription_with_an_open_attempt_gets_no_second_one_in_the_same_run(
+    attempt: Attempt, told: str, expected: type
+) -> None:
+    status = {"succeeded": "succeeded", "canceled": CANCELED}.get(told)
+    view = ProviderView(
+        answers={attempt.id: the_payment_of(attempt, status=status)} if status else {},
+        scanned=frozenset({attempt.id}) if told == "scanned" else frozenset(),
+    )
+    decisions = decide([a_due_subscription(attempts=(attempt,))], [attempt], view)
+    assert [type(decision) for decision in decisions] == [expected]
+
+
+def test_an_attempt_that_never_reached_the_provider_is_closed_and_a_new_one_follows() -> None:
+    lost = a_sent_attempt(ago=30 * HOUR, first_absent_at=NOW - 2 * HOUR)
+    decisions = decide([a_due_subscription(attempts=(lost,))], [lost], ProviderView(scanned=frozenset({lost.id})))
+    void, charge = decisions
+    assert isinstance(void, Void)
+    assert isinstance(charge, Charge)
+    assert charge.attempt.number == 2
+    assert charge.attempt.idempotence_key != lost.idempotence_key
+
+
+@pytest.mark.parametrize("told", ["nothing", "pending", "silent", "succeeded"])
+def test_a_subscription_with_an_open_attempt_of_another_period_is_not_charged_before_that_is_known(told: str) -> None:
+    # Support has moved the end by a day while the charge was under way: it may have been paid already.
+    moved = a_due_subscription()
+    earlier = a_sent_attempt(overdue(1), ago=20 * HOUR, state=State.PENDING if told == "pending" else State.UNKNOWN)
+    view = ProviderView(
+        answers={earlier.id: the_payment_of(earlier, status=told)} if told in ("pending", "succeeded") else {},
+        silent={earlier.id: "silence"} if told == "silent" else {},
+    )
+    decisions = decide([moved], [earlier], view)
+    assert len(decisions) == 2
+    [reported] = [d for d in decisions if isinstance(d, NotCharged) and d.subject == "subscription 12"]
+    assert "2026-03-11" in reported.reason
+    assert PENDING == "pending"
+
+
+def test_an_attempt_of_another_period_that_was_never_sent_is_closed_and_blocks_nothing() -> None:
+    decisions = decide([a_due_subscription()], [an_attempt(overdue(1))])
+    assert [type(decision) for decision in decisions] == [Void, Charge]
+
+
+# An attempt that was planned, and never sent: the machine was offline, charging had stopped.
+
+
+def test_an_unsent_attempt_is_sent_when_a_fresh_one_would_ask_the_same() -> None:
+    planned = an_attempt()
+    decisions = decide([a_due_subscription(attempts=(planned,))], [planned])
+    [resend] = decisions
+    assert isinstance(resend, Resend)
+    assert resend.attempt == planned
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"prices": (Decimal("399.00"),)}, {"method_id": "new-card"}, {"plan_id": 4}, {"method_currency": "USD"}],
+)
+def test_an_unsent_attempt_gives_way_when_price_plan_or_method_have_changed(changes: dict[str, Any]) -> None:
+    planned = an_attempt()
+    void, charge = decide([a_due_subscription(attempts=(planned,), **changes)], [planned])
+    assert isinstance(void, Void)
+    assert isinstance(charge, Charge)
+    assert charge.attempt.number == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"prices": ()}, "no price"),
+        ({"method_id": None}, "no saved payment method"),
+        ({"last_tried_at": NOW - HOUR}, "already attempted today"),
+        ({"method_declined_at": NOW - HOUR}, "already declined today"),
+    ],
+)
+def test_an_unsent_attempt_is_closed_when_a_fresh_one_would_not_be_charged(changes: dict[str, Any], word: str) -> None:
+    planned = an_attempt()
+    void, reported = decide([a_due_subscription(attempts=(planned,), **changes)], [planned])
+    assert isinstance(void, Void)
+    assert word in void.reason
+    assert isinstance(reported, NotCharged)
+    assert word in reported.reason
+
+
+def test_an_attempt_that_may_have_been_sent_keeps_its_body_whatever_the_price_is_by_now() -> None:
+    sent = a_sent_attempt()
+    due = a_due_subscription(attempts=(sent,), prices=(Decimal("399.00"),), method_id="new-card", last_tried_at=NOW)
+    [resend] = decide([due], [sent])
+    assert isinstance(resend, Resend)
+    assert resend.attempt.body == sent.body
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    customers=st.lists(
+        st.tuples(
+            st.sampled_from(["none", *sorted({State.PLANNED, State.UNKNOWN, State.PENDING})]),
+            st.integers(0, 60),  # hours since it was sent
+            st.booleans(),  # of the present period
+            st.sampled_from(["nothing", "scanned", "silent", "succeeded", "canceled", "pending"]),
+        ),
+        max_size=6,
+    )
+)
+def test_in_one_run_a_subscription_is_sent_at_most_one_charge_and_nobody_is_forgotten(
+    customers: list[tuple[str, int, bool, str]],
+) -> None:
+    due, attempts = [], []
+    answers, silent, scanned = {}, {}, set()
+    for number, (state, hours, present, told) in enumerate(customers, 1):
+        subscription = a_due_subscription(id=number)
+        if state != "none":
+            period = subscription if present else dataclasses.replace(subscription, ended_at=YESTERDAY)
+            absent = {"first_absent_at": NOW - 2 * HOUR} if hours % 2 else {}
+            attempt = a_sent_attempt(period, state=state, ago=hours * HOUR, **absent)
+            attempts.append(attempt)
+            if present:
+                subscription = dataclasses.replace(subscription, attempts=(attempt,))
+            if told in ("succeeded", "canceled", "pending"):
+                answers[attempt.id] = the_payment_of(attempt, status=told)
+            elif told == "silent":
+                silent[attempt.id] = "silence"
+            elif told == "scanned":
+                scanned.add(attempt.id)
+        due.append(subscription)
+    decisions = decide(due, attempts, ProviderView(answers, frozenset(scanned), silent))
+    sent = [d.attempt.subscription_id for d in decisions if isinstance(d, (Charge, Resend))]
+    assert len(sent) == len(set(sent))
+    for subscription in due:
+        mine = [
+            d
+            for d in decisions
+            if (d.subject.split(",")[0] == subscription.subject if isinstance(d, NotCharged) else False)
+            or (not isinstance(d, NotCharged) and d.attempt.subscription_id == subscription.id)
+        ]
+        assert mine
+        # A new charge beside an attempt of an earlier run only if that one is closed for certain.
+        if any(isinstance(d, Charge) for d in mine) and len(mine) > 1:
+            assert [type(d) for d in mine] == [Void, Charge]
