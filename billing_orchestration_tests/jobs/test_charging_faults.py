@@ -400,14 +400,17 @@ def test_a_refusal_of_a_second_send_says_nothing_about_the_first(
     service.check_books()
 
 
-def test_a_refused_request_is_rejected_and_tried_anew_on_a_later_day(service: Service) -> None:
+def test_a_refused_request_goes_to_a_person_once_and_is_tried_anew_on_a_later_day(service: Service) -> None:
     subscription, other = service.subscriber(script=["bad_request", "succeeded"]), service.subscriber()
 
     run = service.run(JOB)
     same_day = service.run(JOB)
 
-    assert not run.ok
-    assert f"subscription {subscription} (rejected)" in run.failure
+    assert run.ok, run.failure
+    [entry] = service.rows("billing_orchestration.quarantine")
+    assert (entry.kind, entry.subscription_id, run.report["quarantined for the first time"]) == (
+        "rejected", subscription, 1,
+    )  # fmt: skip
     assert states(service, subscription) == ["REJECTED"]
     assert same_day.reasons(f"subscription {subscription}") == ["leave: already attempted today"]
     service.advance(days=1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from pydantic import Field
 
-from billing_orchestration.database.audit import Stamp
+from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.expiry import over_limit
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
@@ -52,7 +52,7 @@ from billing_orchestration.jobs.run_report import (
     told_plainly,
 )
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
-from billing_orchestration.jobs.settling import report_settled, report_unusable, settle_all
+from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
 
 if TYPE_CHECKING:
@@ -397,7 +397,7 @@ def _charge(
     provider: ProviderConnection,
     clock: Clock,
 ) -> None:
-    from billing_orchestration.jobs.autopayment.charging import Charging, ChargingLimits
+    from billing_orchestration.jobs.autopayment.charging import SHOP_REFUSALS, Charging, ChargingLimits
 
     to_send = [decision for decision in plan.decisions if isinstance(decision, (Charge, Resend))]
     report.numbers = dict.fromkeys(
@@ -415,12 +415,15 @@ def _charge(
         make_stamp=lambda: Stamp(JOB, plan.scope.run_id, clock.now()),
         log=context.log.info,
     )
+    refused: list[Problem] = []
     for result in charging.run(to_send):
         attempt = result.attempt
         word = "in review" if result.outcome == "review" else result.outcome
         report.decisions.append(Decision(word, f"subscription {attempt.subscription_id}", result.reason, attempt.money))
         report.numbers[word] = report.numbers.get(word, 0) + 1
-        if result.decline_class is not None:
+        if result.outcome == "rejected" and result.decline_class not in SHOP_REFUSALS:
+            refused.append(_refused(attempt, result.reason))
+        if result.outcome in ("declined", "stopped"):
             name = f"declines: {result.decline_class}"
             report.numbers[name] = report.numbers.get(name, 0) + 1
         if result.outcome == "charged":
@@ -433,6 +436,19 @@ def _charge(
         if result.needs_retry:
             report.again.append(f"subscription {attempt.subscription_id} ({result.outcome}): {result.reason}")
     report.stopped_by = charging.stop_reason
+    report.quarantined += len(refused)
+    report.opened += open_all(database, charging.make_stamp(), refused)
+
+
+def _refused(attempt: Attempt, reason: str) -> Problem:
+    return Problem(
+        f"subscription {attempt.subscription_id}",
+        "rejected",
+        f"the provider refuses to charge {attempt.payment_method_id}, no money moved: {reason}",
+        subscription_id=attempt.subscription_id,
+        attempt_id=attempt.id,
+        evidence={"body": attempt.body},
+    )
 
 
 @dg.job(

@@ -77,6 +77,8 @@ _CLAIM_LIFETIME = timedelta(minutes=10)
 # Results of one transaction: enough to share its statements, few enough that the first of them does not wait.
 _MOST_RESULTS_AT_ONCE = 64
 _PROGRESS_EVERY_S = 10.0
+# `decline_class` of an attempt that was rejected because of the shop's key or rights, not because of the charge.
+SHOP_REFUSALS = ("401", "403")
 
 
 class ChargesPayments(Protocol):
@@ -345,8 +347,11 @@ class Charging:
                 work,
                 outcome,
                 closing.reason,
-                decline_class=closing.decline_class if outcome in ("declined", "stopped") else None,
-                needs_retry=outcome in ("unknown", "never sent", "rejected") or closing.attempt.id in unwritten,
+                decline_class=closing.decline_class,
+                # A refusal of the shop (401, 403) is mended and tried again; one of this charge (400) is a person's.
+                needs_retry=outcome in ("unknown", "never sent")
+                or closing.decline_class in SHOP_REFUSALS
+                or closing.attempt.id in unwritten,
             )
         for work, wait_s in waiting:
             heapq.heappush(self._delayed, (self.monotonic() + wait_s, work.order, work))
