@@ -94,7 +94,10 @@ def plan_matching(
     from billing_orchestration.domain.expiry import over_limit
 
     decisions = [
-        *(Decision("settle", f"payment {payment.id}", "differs", payment.money) for payment in diff.to_settle),
+        *(
+            Decision("settle", f"payment {payment.id}", _why(rows.get(payment.id, ())), payment.money)
+            for payment in diff.to_settle
+        ),
         *diff.reported,
     ]
     stop_before_applying(over_limit(len(diff.to_settle), paid.scope.max_changes), decisions)
@@ -106,6 +109,11 @@ def plan_matching(
     if refused:
         diff = replace(diff, to_settle=tuple(approved), reported=(*diff.reported, *refused))
     return MatchingPlan(paid.scope, paid.window, diff, paid.slice.unusable, is_whole=not refused)
+
+
+def _why(rows: Sequence[PaymentRow]) -> str:
+    here = " and ".join(f"payment {row.id} is {row.status or 'without a status'}" for row in rows) or "no row"
+    return f"succeeded at the provider; here: {here}"
 
 
 def _line(payment: ProviderPayment, rows: Sequence[PaymentRow]) -> str:

@@ -15,6 +15,8 @@ from billing_orchestration.domain.run_scope import RunRefused, RunScope
 # Longer tables are slow to read and to load; the counts tell of all rows.
 ROWS_SHOWN = 100
 _FAILURES_TOLD = 5
+# Which runs changed something: a filter for the list of runs.
+CHANGED_TAG = "billing/changed"
 
 
 @dataclass
@@ -42,7 +44,8 @@ def describe_decisions(decisions: Sequence[Decision]) -> dict[str, dg.MetadataVa
         for currency, total in sorted(sum_by_currency(decisions, frozenset({action})).items()):
             metadata[f"sum: {action}, {currency}"] = dg.MetadataValue.float(float(total))
     if decisions:
-        metadata[f"decisions (first {ROWS_SHOWN} of {len(decisions)})"] = dg.MetadataValue.table(
+        cut = f"first {ROWS_SHOWN} of " if len(decisions) > ROWS_SHOWN else ""
+        metadata[f"decisions ({cut}{len(decisions)})"] = dg.MetadataValue.table(
             records=[
                 dg.TableRecord(
                     {
@@ -70,9 +73,17 @@ def describe_scope(scope: RunScope) -> dict[str, dg.MetadataValue[Any]]:
 def conclude(context: dg.OpExecutionContext, scope: RunScope, report: RunReport, *, retry_hint: str, job: str) -> None:
     """Attach an applying op's report; end the run red if something needs another try.
 
-    Raises dg.Failure whose first line says what to do and what is known about the money (`retry_hint`).
+    A run that changed something carries the tag billing/changed with the number of changes. Raises dg.Failure whose
+    first line says what to do and what is known about the money (`retry_hint`).
     """
+    result = (
+        f"{'would change' if scope.dry_run else 'changed'} {report.applied}, skipped {report.skipped}, quarantined"
+        f" {report.quarantined} ({report.opened} new), needs another try {len(report.again)}"
+    )
+    # A run's page shows the first lines of this without a click.
     metadata = {
+        "result": dg.MetadataValue.text(result),
+        **_next_steps(scope, report, job),
         **describe_scope(scope),
         "applied": dg.MetadataValue.int(report.applied),
         "skipped": dg.MetadataValue.int(report.skipped),
@@ -82,24 +93,34 @@ def conclude(context: dg.OpExecutionContext, scope: RunScope, report: RunReport,
         **{name: _number(value) for name, value in report.numbers.items()},
         **describe_decisions(report.decisions),
     }
-    told = "would change" if scope.dry_run else "changed"
     if report.decisions or report.again:  # an empty run has said so in its metadata: a line more is a row more
-        context.log.info(
-            f"{job}: {told} {report.applied}, skipped {report.skipped}, quarantined {report.quarantined}"
-            f" ({report.opened} new), needs another try {len(report.again)}"
-        )
+        context.log.info(f"{job}: {result}")
+    if report.applied and not scope.dry_run:
+        context.instance.add_run_tags(context.run_id, {CHANGED_TAG: str(report.applied)})
     if report.again:
         shown = "; ".join(report.again[:_FAILURES_TOLD])
         more = f"; and {len(report.again) - _FAILURES_TOLD} more" if len(report.again) > _FAILURES_TOLD else ""
         # What stopped everything comes first: it is what the person at night has to mend.
         why = f"{report.stopped_by}. It stopped there. " if report.stopped_by else ""
+        others = "and this was a dry run: nothing was written." if scope.dry_run else (
+            f"everything else was applied. {retry_hint}"
+        )  # fmt: skip
         raise dg.Failure(
-            f"{why}{len(report.again)} need another try, everything else was applied. {retry_hint}"
-            f" In detail: {shown}{more}",
+            f"{why}{len(report.again)} need another try, {others} In detail: {shown}{more}",
             metadata=metadata,
             allow_retries=False,
         )
     context.add_output_metadata(metadata)
+
+
+def _next_steps(scope: RunScope, report: RunReport, job: str) -> dict[str, dg.MetadataValue[Any]]:
+    """Metadata: where to go from here. Nothing for a run that found nothing."""
+    steps: dict[str, dg.MetadataValue[Any]] = {}
+    if report.quarantined:
+        steps["next: what waits for a person"] = dg.MetadataValue.asset(dg.AssetKey(["billing", "quarantine"]))
+    if report.applied and not scope.dry_run:
+        steps["next: numbers over time"] = dg.MetadataValue.asset(dg.AssetKey(["billing", job]))
+    return steps
 
 
 def plot(
