@@ -104,13 +104,7 @@ class RunSettings(dg.ConfigurableResource[None]):
         if self.as_of:
             as_of, source = parse_as_of(self.as_of.strip(), now), "config"
         elif context.has_partition_key:
-            try:
-                window = context.partition_time_window
-            except Exception as error:
-                raise RunRefused(
-                    f"the partition {context.run.tags.get(PARTITION_TAG)!r} is not one of this job's keys:"
-                    f" {error}. Nothing was read or written"
-                ) from error
+            window = _partition_window(context)
             as_of, source = as_of_partition(window.start, window.end, now, last_instant=whole_days), "partition"
         else:
             as_of, source = now, "now"
@@ -123,6 +117,22 @@ class RunSettings(dg.ConfigurableResource[None]):
             run_id=context.run_id,
             approved_plan=self.approved_plan.strip() if self.approved_plan and self.approved_plan.strip() else None,
         )
+
+
+def _partition_window(context: dg.OpExecutionContext) -> dg.TimeWindow:
+    """The stretch of time of the run's partition. Raises RunRefused for a tag that is none of the job's keys."""
+    key = context.run.tags.get(PARTITION_TAG)
+    partitions = context.job_def.partitions_def
+    try:
+        window = context.partition_time_window
+        # Dagster takes "2026-03-05-10:00" for a day ten hours west of UTC, and 10:30 for the hour after it.
+        if isinstance(partitions, dg.TimeWindowPartitionsDefinition) and window.start.strftime(partitions.fmt) != key:
+            raise ValueError(f"keys look like {window.start.strftime(partitions.fmt)}")
+    except Exception as error:
+        raise RunRefused(
+            f"the partition {key!r} is not one of this job's keys: {error}. Nothing was read or written"
+        ) from error
+    return window
 
 
 class BillingDatabase:
