@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -10,7 +11,7 @@ from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.matching import MatchingDiff
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
-from billing_orchestration.domain.run_scope import RunScope, Window, covering_window, next_watermark
+from billing_orchestration.domain.run_scope import MATCHING_WINDOW, RunScope, Window, covering_window, next_watermark
 from billing_orchestration.domain.settlement import PaymentRow
 from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.run_report import (
@@ -82,7 +83,7 @@ def fetch_paid(
             "billing time zone": dg.MetadataValue.text(str(settings_checked.billing_timezone)),
         }
     )
-    if watermark is not None and window.start < scope.as_of - (window.end - window.start):
+    if window.end - window.start > MATCHING_WINDOW:
         context.log.info(f"catching up from {instant(window.start)}")
     return PaidSlice(scope, window, paid)
 
@@ -143,9 +144,9 @@ def apply_matching(
     report_settled(report, results, database=database, stamp=stamp(), dry_run=scope.dry_run)
     report_unusable(report, plan.unusable, database=database, stamp=stamp(), dry_run=scope.dry_run)
     report.decisions.extend(plan.diff.reported)
+    if window.gap is not None:
+        _report_gap(context, job, window.gap, report, database, stamp(), dry_run=scope.dry_run)
     if not scope.dry_run:
-        if window.gap is not None:
-            _report_gap(context, job, window.gap, report, database, stamp())
         # What an approval refused is not covered: the next tick looks at it again.
         if not report.again and plan.is_whole:
             _advance(job, scope, window, database, stamp())
@@ -181,13 +182,20 @@ def _advance(job: str, scope: RunScope, window: Window, database: BillingDatabas
 def _report_gap(
     context: dg.OpExecutionContext,
     job: str,
-    gap: tuple[object, object],
+    gap: tuple[datetime, datetime],
     report: RunReport,
     database: BillingDatabase,
     stamp: Stamp,
+    *,
+    dry_run: bool,
 ) -> None:
     start, end = gap
-    reason = f"not covered: {start} to {end}, longer ago than a run reaches back. Backfill these hours of {job}"
+    reason = (
+        f"not covered: {instant(start)} to {instant(end)}, longer ago than a run reaches back."
+        f" Backfill these hours of {job}"
+    )
     context.log.warning(reason)
+    report.quarantined += 1
     report.decisions.append(Decision("quarantine", job, reason))
-    report.opened += open_all(database, stamp, [Problem(f"job {job}", f"gap from {start}", reason)])
+    if not dry_run:
+        report.opened += open_all(database, stamp, [Problem(f"job {job}", f"gap from {instant(start)}", reason)])
