@@ -1,0 +1,270 @@
+"""Each statement finds its rows by an index, at a size where a scan of the table would be felt.
+
+The plans are PostgreSQL's own, for the very statements and values that the jobs send: once planned for the values,
+once as the plan that a session reuses for any value. Nothing is forbidden to the planner.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+
+from billing_orchestration.database.attempts import Closing, by_ids, claim, close, open_and_claim, open_attempts
+from billing_orchestration.database.audit import Problem, open_problems
+from billing_orchestration.database.engine import create_engine
+from billing_orchestration.database.expiry import (
+    expire_payments,
+    expire_subscriptions,
+    fetch_over,
+    fetch_stale_payments,
+)
+from billing_orchestration.database.matching import fetch_pending, fetch_rows, fetch_settled
+from billing_orchestration.database.renewals import fetch_due
+from billing_orchestration.database.settling import settle_batch
+from billing_orchestration.domain.renewals import State
+from billing_orchestration_tests.database.rows import NOON, Books, drop_unique_index, naive
+from billing_orchestration_tests.fixtures.postgres import Server
+
+A_DAY = timedelta(days=1)
+SIZE = 60_000
+LARGE = {"subscriptions", "payments", "renewal_attempts", "settlements", "audit_trail", "saved_methods"}
+
+# Two years of a service: most subscriptions go on, one in five hundred is due, one in fifty is stale since months;
+# every one was renewed once; some rows are PENDING, a few attempts are open.
+FILL = """
+    INSERT INTO subscriptions (user_id, status, started_at, ended_at, plan_id, created_at, updated_at)
+    SELECT 'user ' || n, (CASE WHEN n % 10 < 7 THEN 'ACTIVE' ELSE 'EXPIRED' END)::subscriptionstatusenum,
+           :now - interval '700 days',
+           CASE WHEN n % 500 = 0 THEN :now - interval '1 hour' WHEN n % 100 IN (1, 2) THEN :now - interval '200 days'
+                ELSE :now + (n % 30 + 1) * interval '1 day' END,
+           1, :now, :now
+    FROM generate_series(1, :size) AS n;
+    INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,
+                          external_payment_id, created_at, updated_at)
+    SELECT s.id, 1, 'BANK_CARD',
+           (CASE WHEN s.id % 200 = 0 AND k = 1 THEN 'PENDING' ELSE 'SUCCEEDED' END)::paymentstatusenum, 'RUB',
+           299, 'payment ' || s.id || ' ' || k, :now - (s.id % 700) * interval '1 day', :now
+    FROM subscriptions s, generate_series(0, 1) AS k;
+    INSERT INTO billing_orchestration.renewal_attempts (
+        id, subscription_id, period_start, number, state, idempotence_key, body, amount, currency, user_id, plan_id,
+        payment_provider_id, payment_method_id, planned_at, first_sent_at, last_sent_at, sends, external_payment_id,
+        run_id)
+    SELECT gen_random_uuid(), s.id, s.ended_at - interval '1 month', 1,
+           CASE WHEN s.id % 1000 = 999 THEN 'UNKNOWN' WHEN s.id % 20 = 19 THEN 'DECLINED' ELSE 'SUCCEEDED' END,
+           gen_random_uuid(), '{}', 299, 'RUB', s.user_id, 1, 1, 'card', :now, :now - (s.id % 30) * interval '1 day',
+           :now - (s.id % 30) * interval '1 day', 1, 'payment ' || s.id || ' 1', 'r'
+    FROM subscriptions s;
+    INSERT INTO billing_orchestration.settlements (
+        external_payment_id, kind, payment_id, subscription_id, amount, currency, settled_at, run_id)
+    SELECT external_payment_id, 'renewed', id, subscription_id, 299, 'RUB', :now, 'r' FROM payments
+    WHERE external_payment_id LIKE '% 1';
+    INSERT INTO billing_orchestration.saved_methods
+    SELECT id, 'card', 'RUB', 1, 'payment ' || id || ' 0', :now FROM subscriptions WHERE id % 2 = 0;
+    INSERT INTO billing_orchestration.audit_trail
+        (at, job, run_id, entity, entity_id, action, reason, external_payment_id)
+    SELECT :now, 'job', 'r', 'payment', id::text, 'succeeded', 'reason', external_payment_id FROM payments
+"""
+
+
+@pytest.fixture(scope="module")
+def filled(postgres_server: Server, migrated_template: str) -> Iterator[Books]:
+    """A database of some size, with up-to-date statistics, as autovacuum keeps them."""
+    with postgres_server.database(migrated_template) as url:
+        engine = create_engine(url, session={"jit": "off"})
+        books = Books(engine)
+        with engine.begin() as connection:
+            for statement in FILL.split(";"):
+                connection.execute(sa.text(statement), {"now": naive(NOON), "size": SIZE})
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(sa.text("VACUUM ANALYZE"))
+        yield books
+        engine.dispose()
+
+
+@pytest.fixture(scope="module", params=["unique payment ids", "repeated payment ids"])
+def large(request: pytest.FixtureRequest, filled: Books) -> Books:
+    """The same with both indexes that `migrate` may have built."""
+    if request.param == "repeated payment ids":
+        drop_unique_index(filled.engine)
+    return filled
+
+
+class Plans:
+    """The statements that a piece of work has sent, each with its two plans."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, list[tuple[str, str]]]] = []
+
+    def scans(self) -> list[str]:
+        """Which statements read a large table whole."""
+        return [
+            f"{mode}: {table} is scanned whole by {' '.join(statement.split())[:300]}"
+            for statement, read in self.found
+            for mode, table in read
+            # That all ACTIVE subscriptions are counted is meant, and they are most of the table.
+            if "count(*) AS active" not in statement
+        ]
+
+
+@contextmanager
+def planned(books: Books, modes: Sequence[str]) -> Iterator[tuple[sa.Connection, Plans]]:
+    """A transaction that is rolled back; every statement in it is explained right before it runs."""
+    plans = Plans()
+
+    def explain(
+        connection: sa.Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
+    ) -> None:
+        if not many:
+            plans.found.append((statement, list(_whole_tables(cursor.connection, statement, parameters or {}, modes))))
+
+    with books.engine.connect() as connection:
+        sa.event.listen(connection, "before_cursor_execute", explain)
+        yield connection, plans
+        connection.rollback()
+
+
+def _whole_tables(
+    connection: psycopg.Connection[Any], statement: str, values: dict[str, Any], modes: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    names: list[str] = []
+
+    def number(match: re.Match[str]) -> str:
+        if match[1] not in names:
+            names.append(match[1])
+        return f"${names.index(match[1]) + 1}"
+
+    text = re.sub(r"%\((\w+)\)s", number, statement)
+    with psycopg.ClientCursor(connection) as cursor:
+        for mode in modes:
+            cursor.execute(f"PREPARE explained AS {text}".encode())
+            cursor.execute(f"SET LOCAL plan_cache_mode = {mode}".encode())
+            marks = f"({', '.join(['%s'] * len(names))})" if names else ""
+            cursor.execute(
+                f"EXPLAIN (FORMAT JSON) EXECUTE explained {marks}".encode(), [_plain(values[name]) for name in names]
+            )
+            (plan,) = cursor.fetchone() or ("[]",)
+            cursor.execute(b"DEALLOCATE explained")
+            cursor.execute(b"SET LOCAL plan_cache_mode = auto")
+            for table in _scans_of_whole_tables(plan if isinstance(plan, list) else json.loads(plan)):
+                yield mode, table
+
+
+def _plain(value: Any) -> Any:
+    return (
+        [str(item) for item in value] if isinstance(value, list) and value and not isinstance(value[0], int) else value
+    )
+
+
+def _scans_of_whole_tables(plan: Any) -> Iterator[str]:
+    if isinstance(plan, list):
+        for part in plan:
+            yield from _scans_of_whole_tables(part)
+    elif isinstance(plan, dict):
+        scan, table = plan.get("Node Type", ""), plan.get("Relation Name")
+        # An index that is read from end to end, to have the rows in its order, is a whole table in disguise.
+        whole = scan == "Seq Scan" or (scan in ("Index Scan", "Index Only Scan") and "Index Cond" not in plan)
+        if whole and table in LARGE:
+            yield table
+        for part in plan.values():
+            yield from _scans_of_whole_tables(part)
+
+
+# For the values at hand; and as a session plans a statement once it has repeated it a few times, for any values.
+OWN, REUSED = "force_custom_plan", "force_generic_plan"
+
+
+def check(books: Books, work: Callable[[sa.Connection], object], *modes: str) -> None:
+    with planned(books, modes) as (connection, plans):
+        work(connection)
+    assert plans.found
+    assert plans.scans() == []
+
+
+@pytest.mark.parametrize("size", [1, 200])
+def test_settling_finds_everything_by_index(large: Books, size: int) -> None:
+    books = large
+    renewed = [row.id for row in books.rows("renewal_attempts", "state = 'UNKNOWN'")][: max(1, size // 4)]
+    with books.engine.connect() as connection:
+        attempts = list(by_ids(connection, renewed).values())
+    payments = [books.renewal(attempt, f"renewal {attempt.id}") for attempt in attempts]
+    payments += [books.paid(f"payment {200 * n} 1", user=f"user {200 * n}") for n in range(1, size // 2 + 1)]
+    payments += [books.paid(user=f"user {n * 10 + 1}", plan_id=n % 3) for n in range(size - len(payments))]
+
+    def work(connection: sa.Connection) -> None:
+        settled = settle_batch(connection, payments, stamp=books.stamp(), calendar=books.calendar, is_live=True)
+        assert len(settled) == max(size, 1)
+
+    check(books, work, OWN, REUSED)
+
+
+def test_charging_finds_everything_by_index(large: Books) -> None:
+    books = large
+    due = [row.id for row in books.rows("subscriptions", "id % 500 = 0 AND id < 20000")]
+    fresh = [books.planned(subscription_id) for subscription_id in due]
+    again = [row.id for row in books.rows("renewal_attempts", "state = 'UNKNOWN'")][:16]
+
+    def work(connection: sa.Connection) -> None:
+        assert open_and_claim(connection, books.stamp(), fresh)
+        claim(connection, books.stamp(), again, NOON - A_DAY)
+        attempts = by_ids(connection, again)
+        assert close(connection, books.stamp(), [Closing(a, State.DECLINED, "declined") for a in attempts.values()])
+        assert open_attempts(connection)
+
+    check(books, work, OWN, REUSED)
+
+
+def test_the_slice_of_what_is_due_is_found_by_index(large: Books) -> None:
+    def work(connection: sa.Connection) -> None:
+        found = fetch_due(connection, over_before=NOON, oldest=NOON - 30 * A_DAY, today=NOON)
+        assert (len(found.due), found.too_old) == (SIZE // 500, SIZE // 50)
+
+    check(large, work, OWN)
+
+
+def test_what_is_over_is_found_by_index(large: Books) -> None:
+    books = large
+    bound = {"over_before": NOON - 3 * A_DAY, "reason": "over"}
+
+    def work(connection: sa.Connection) -> None:
+        assert fetch_over(connection, NOON - 3 * A_DAY, 100).over == SIZE // 50
+        for wait in (False, True):
+            assert expire_subscriptions(connection, books.stamp(), size=100, wait_for_locks=wait, **bound) == 100  # type: ignore[arg-type]
+
+    check(books, work, OWN, REUSED)
+
+
+def test_stale_payments_are_found_by_index(large: Books) -> None:
+    books = large
+
+    def work(connection: sa.Connection) -> None:
+        rows = fetch_stale_payments(connection, NOON - 7 * A_DAY)
+        assert len(rows) > 200
+        assert expire_payments(connection, books.stamp(), [(row, "stale") for row in rows[:200]])
+
+    check(books, work, OWN, REUSED)
+
+
+def test_both_matching_slices_are_found_by_index(large: Books) -> None:
+    ids = [f"payment {n} {k}" for n in range(1, 500) for k in (0, 1)]
+
+    def work(connection: sa.Connection) -> None:
+        fetch_pending(connection, NOON - timedelta(hours=1), NOON, ids)
+        assert len(fetch_rows(connection, ids)) == len(ids)
+        assert len(fetch_settled(connection, ids)) == len(ids) / 2
+        open_problems(connection, large.stamp(), [Problem("payment p", "metadata", "odd")])
+
+    check(large, work, OWN)
+
+
+def test_a_scan_of_a_large_table_would_be_noticed(large: Books) -> None:
+    with planned(large, [OWN, REUSED]) as (connection, plans):
+        connection.execute(sa.text("SELECT max(updated_at) FROM payments WHERE amount = :amount"), {"amount": 1})
+    assert len(plans.scans()) == 2
