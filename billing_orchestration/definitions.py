@@ -1,4 +1,4 @@
-"""The code location: five jobs, five schedules, and the resources they share. The only place that wires."""
+"""The code location: five jobs, one more for the run history, their schedules and resources. The only place that wires."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -12,6 +12,7 @@ from billing_orchestration.jobs import (
     expire_subscriptions,
     matching_pending_payments,
     matching_successful_payments,
+    run_history,
 )
 from billing_orchestration.jobs.partitions import DAILY
 from billing_orchestration.resources import (
@@ -46,6 +47,7 @@ def build_definitions(
             expire_subscriptions.expire_subscriptions_job,
             matching_pending_payments.matching_pending_payments_job,
             matching_successful_payments.matching_successful_payments_job,
+            run_history.run_history_job,
         ],
         schedules=[
             autopayment.autopayment_daily_schedule,
@@ -53,6 +55,7 @@ def build_definitions(
             expire_subscriptions.expire_subscriptions_daily_schedule,
             matching_pending_payments.matching_pending_payments_every_2_minutes_schedule,
             matching_successful_payments.matching_successful_payments_every_2_minutes_schedule,
+            run_history.run_history_daily_schedule,
         ],
         assets=[
             # What Dagster plots: one point a day, or one for each tick that changed something.

@@ -181,6 +181,8 @@ class Settings(BaseSettings):
     billing_timezone: Annotated[ZoneInfo, BeforeValidator(_timezone)] = ZoneInfo(DEFAULT_TIMEZONE)
     pending_payment_ttl_days: Annotated[int, BeforeValidator(_days(1))] = 7
     subscription_grace_days: Annotated[int, BeforeValidator(_days(0))] = 3
+    run_history_days: Annotated[int, BeforeValidator(_days(1))] = 30
+    run_history_changed_days: Annotated[int, BeforeValidator(_days(1))] = 365
     dagster_postgres_url: Annotated[str | None, _RunHistoryUrl] = Field(default=None, repr=False)
     first_partition_day: Annotated[date, BeforeValidator(_day)] = Field(
         default=DEFAULT_FIRST_DAY, validation_alias="BILLING_FIRST_DAY"

@@ -29,7 +29,9 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.Monke
     """An empty working directory without any setting."""
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
-        if name.startswith(("BILLING_", "YOOKASSA_", "DAGSTER_", "PENDING_PAYMENT_", "SUBSCRIPTION_GRACE_")):
+        if name.startswith(
+            ("BILLING_", "YOOKASSA_", "DAGSTER_", "PENDING_PAYMENT_", "SUBSCRIPTION_GRACE_", "RUN_HISTORY_")
+        ):
             monkeypatch.delenv(name)
     return monkeypatch
 

@@ -29,6 +29,8 @@ VARIABLES = (
     "BILLING_FIRST_DAY",
     "PENDING_PAYMENT_TTL_DAYS",
     "SUBSCRIPTION_GRACE_DAYS",
+    "RUN_HISTORY_DAYS",
+    "RUN_HISTORY_CHANGED_DAYS",
     "DAGSTER_POSTGRES_URL",
 )
 
@@ -62,6 +64,7 @@ def test_three_settings_are_enough_and_the_rest_has_defaults() -> None:
     assert settings.billing_timezone.key == "UTC"
     assert settings.pending_payment_ttl_days == 7
     assert settings.subscription_grace_days == 3
+    assert (settings.run_history_days, settings.run_history_changed_days) == (30, 365)
     assert settings.dagster_postgres_url is None
     assert settings.first_partition_day == date(2026, 1, 1)
 
@@ -122,6 +125,8 @@ def test_an_empty_setting_that_has_a_default_is_the_default(environment: pytest.
         ("PENDING_PAYMENT_TTL_DAYS", "7.5", "from 1 to 3650"),
         ("PENDING_PAYMENT_TTL_DAYS", "999999999999", "from 1 to 3650"),
         ("SUBSCRIPTION_GRACE_DAYS", "-1", "from 0 to 3650"),
+        ("RUN_HISTORY_DAYS", "0", "from 1 to 3650"),
+        ("RUN_HISTORY_CHANGED_DAYS", "for ever", "from 1 to 3650"),
         ("BILLING_FIRST_DAY", "01.02.2026", "write it as 2026-01-31"),
         ("BILLING_FIRST_DAY", "2026-02-30", "write it as 2026-01-31"),
         ("DAGSTER_POSTGRES_URL", "postgres://u:secret@h/db", "must begin with postgresql:// or postgresql+psycopg2://"),

@@ -226,6 +226,16 @@ def close_settled(connection: sa.Connection, stamp: Stamp, payment_ids: Sequence
     )
 
 
+def runs_that_changed(connection: sa.Connection, run_ids: Sequence[str]) -> set[str]:
+    """Which of these runs are in the audit trail. It is written with each change, so a killed run counts as well."""
+    return set(
+        connection.execute(
+            sa.text("SELECT DISTINCT run_id FROM billing_orchestration.audit_trail WHERE run_id = ANY(:ids)"),
+            {"ids": list(run_ids)},
+        ).scalars()
+    )
+
+
 def count_open_problems(connection: sa.Connection) -> int:
     """How many problems wait for a person."""
     return int(

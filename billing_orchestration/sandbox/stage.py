@@ -31,7 +31,7 @@ SHOP_ID = "100500"
 # A live key, so that a test payment shows up as what it is. It opens nothing but the sandbox.
 SECRET_KEY = "live_sandbox"  # noqa: S105 - the sandbox has no secrets
 MODULE = "billing_orchestration.definitions"
-_FOREIGN = ("BILLING_", "YOOKASSA_", "DAGSTER_", "PENDING_PAYMENT_", "SUBSCRIPTION_GRACE_", "ALERT_")
+_FOREIGN = ("BILLING_", "YOOKASSA_", "DAGSTER_", "PENDING_PAYMENT_", "SUBSCRIPTION_GRACE_", "RUN_HISTORY_", "ALERT_")
 # A spectator need not wait as long as a provider in trouble deserves.
 _HURRY = {"autopayment_job": {"ops": {"charge_renewals": {"config": {"resend_wait_s": 0.5}}}}}
 # A write of the demo need not survive a power cut.

@@ -1,0 +1,150 @@
+"""run_history_job: old runs and their events leave the run history; those that changed something stay longer.
+
+Daily at 06:00. The matching jobs alone make 1,440 runs a day, and this version of Dagster keeps each of them until
+somebody deletes it. It touches Dagster's own database only, through Dagster's API; of the billing database it reads the audit
+trail, which tells what a run has changed even if the run was killed. Harmless to repeat.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+
+import dagster as dg
+from pydantic import Field
+
+from billing_orchestration.domain.expiry import over_limit
+from billing_orchestration.domain.run_history import CHANGED, GOES, MARKS_ITS_PARTITION, PastRun, retention
+from billing_orchestration.domain.run_scope import RunScope
+from billing_orchestration.jobs.partitions import BILLING_TIMEZONE
+from billing_orchestration.jobs.run_report import CHANGED_TAG, describe_scope, stop_before_applying, told_plainly
+from billing_orchestration.jobs.schedules import SINGLETON_TAG, singleton_tags, tick_schedule
+from billing_orchestration.resources import PARTITION_TAG, BillingDatabase, Clock, RunSettings
+
+JOB = "run_history_job"
+MAX_RUNTIME_S = 2 * 3600
+# Records of one query: they hold each run's whole config and tags.
+_BATCH = 500
+_PROGRESS_EVERY = 1000
+_FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+
+
+class RunHistoryConfig(dg.Config):
+    """What only this job needs."""
+
+    max_runs: int = Field(
+        default=20_000,
+        ge=1,
+        description="Delete so many runs at most; the next day's run goes on. A run takes some 30 ms.",
+    )
+
+
+@dataclass(frozen=True)
+class OldRuns:
+    """The runs that go, newest first."""
+
+    scope: RunScope
+    going: tuple[PastRun, ...]
+
+
+@dg.op(description="Read the finished runs older than RUN_HISTORY_DAYS, and decide which of them go.")
+def find_old_runs(
+    context: dg.OpExecutionContext,
+    run: RunSettings,
+    billing_database: dg.ResourceParam[BillingDatabase],
+    clock: dg.ResourceParam[Clock],
+) -> OldRuns:
+    """The slice and the decisions."""
+    with told_plainly():
+        settings = billing_database.settings
+        scope = run.scope(context, clock, whole_days=False)
+        keep_days, keep_changed_days = settings.run_history_days, settings.run_history_changed_days
+        found = _past_runs(context.instance, scope.as_of - timedelta(days=keep_days), billing_database)
+        verdicts = list(retention(found, scope.as_of, keep_days, keep_changed_days))
+    going = tuple(past for past, verdict in verdicts if verdict == GOES)
+    stop_before_applying(over_limit(len(going), scope.max_changes), [])
+    reasons = Counter(verdict for _, verdict in verdicts)
+    context.add_output_metadata(
+        {
+            **describe_scope(scope),
+            "kept": dg.MetadataValue.text(
+                f"everything for {keep_days} days; what changed something, and the last run of each day and hour, for"
+                f" {keep_changed_days} days"
+            ),
+            "older runs": dg.MetadataValue.int(len(verdicts)),
+            "to delete": dg.MetadataValue.int(len(going)),
+            "kept: changed something": dg.MetadataValue.int(reasons[CHANGED]),
+            "kept: last of its day or hour": dg.MetadataValue.int(reasons[MARKS_ITS_PARTITION]),
+            **{
+                f"to delete: {job}": dg.MetadataValue.int(count)
+                for job, count in sorted(Counter(past.job for past in going).items())
+            },
+        }
+    )
+    return OldRuns(scope, going)
+
+
+def _past_runs(instance: dg.DagsterInstance, before: datetime, database: BillingDatabase) -> Iterator[PastRun]:
+    """The finished runs of this project's jobs created before an instant, newest first."""
+    from billing_orchestration.database.audit import runs_that_changed
+    from billing_orchestration.database.engine import translated
+
+    cursor = None
+    while records := instance.get_run_records(
+        dg.RunsFilter(statuses=_FINISHED, created_before=before), limit=_BATCH, cursor=cursor
+    ):
+        cursor = records[-1].dagster_run.run_id
+        # Another code location may share the run history: its runs are none of our business.
+        ours = [record for record in records if SINGLETON_TAG in record.dagster_run.tags]
+        with translated(), database.engine.connect() as connection:
+            changed = runs_that_changed(connection, [record.dagster_run.run_id for record in ours])
+        for record in ours:
+            dagster_run = record.dagster_run
+            yield PastRun(
+                run_id=dagster_run.run_id,
+                job=dagster_run.job_name,
+                created_at=record.create_timestamp.astimezone(timezone.utc),
+                partition=dagster_run.tags.get(PARTITION_TAG),
+                changed=dagster_run.run_id in changed or CHANGED_TAG in dagster_run.tags,
+            )
+
+
+@dg.op(description="Delete them with their events, the oldest first.")
+def delete_old_runs(context: dg.OpExecutionContext, config: RunHistoryConfig, old: OldRuns) -> None:
+    """Delete run by run, the oldest first; killed in between, the next run goes on."""
+    going = old.going[::-1][: config.max_runs]
+    deleted = 0
+    if not old.scope.dry_run:
+        for past in going:
+            context.instance.delete_run(past.run_id)
+            deleted += 1
+            if deleted % _PROGRESS_EVERY == 0:
+                context.log.info(f"deleted {deleted} of {len(going)}")
+    context.add_output_metadata(
+        {
+            **describe_scope(old.scope),
+            "would delete" if old.scope.dry_run else "deleted": dg.MetadataValue.int(len(going)),
+            "left for the next run": dg.MetadataValue.int(len(old.going) - len(going)),
+        }
+    )
+
+
+@dg.job(
+    name=JOB,
+    description="Deletes old runs from the run history; those that changed something are kept longer.",
+    executor_def=dg.in_process_executor,
+    tags=singleton_tags(JOB, MAX_RUNTIME_S),
+)
+def run_history_job() -> None:
+    """Find, decide, delete."""
+    delete_old_runs(find_old_runs())
+
+
+run_history_daily_schedule = tick_schedule(
+    run_history_job,
+    name="run_history_daily_schedule",
+    cron="0 6 * * *",
+    timezone=BILLING_TIMEZONE,
+    partition_key=lambda _: None,
+    description="Daily at 06:00 in the billing time zone, after the billing jobs.",
+)
