@@ -23,7 +23,7 @@ RUN mkdir billing_orchestration && touch billing_orchestration/__init__.py \
 COPY billing_orchestration ./billing_orchestration
 RUN pip install --no-deps . && rm -rf billing_orchestration build ./*.egg-info
 
-COPY workspace.yaml ./
+COPY workspace.yaml workspace.grpc.yaml ./
 COPY run_configs ./run_configs
 COPY dagster.yaml /opt/dagster/home/dagster.yaml
 
@@ -33,8 +33,9 @@ EXPOSE 3000 4000
 # Within containers a server has to listen on all of the container's addresses; publish a port only to whom it concerns
 # (the webserver has no login of its own: keep it behind a proxy that asks for one).
 #   code server  dagster api grpc -m billing_orchestration.definitions -h 0.0.0.0 -p 4000 --location-name billing
-#   webserver    dagster-webserver -h 0.0.0.0 -p 3000 --grpc-host HOST --grpc-port 4000
-#   daemon       dagster-daemon run --grpc-host HOST --grpc-port 4000
+#   webserver    dagster-webserver -h 0.0.0.0 -p 3000 -w workspace.grpc.yaml
+#   daemon       dagster-daemon run -w workspace.grpc.yaml
+#                (both with DAGSTER_CODE_SERVER_HOST and DAGSTER_CODE_SERVER_PORT)
 #   once         billing-orchestration migrate
 # No HEALTHCHECK here: the three need different ones, which stand in docker-compose.example.yaml.
 CMD ["dagster", "api", "grpc", "-m", "billing_orchestration.definitions", "-h", "0.0.0.0", "-p", "4000", "--location-name", "billing"]

@@ -1,4 +1,4 @@
-"""The code location: five jobs, one more for the run history, their schedules and resources. The only place that wires."""
+"""The code location: five jobs and one for the run history, with schedules and resources. The only place that wires."""
 
 from collections.abc import Callable
 from datetime import datetime

@@ -1,8 +1,8 @@
 """run_history_job: old runs and their events leave the run history; those that changed something stay longer.
 
 Daily at 06:00. The matching jobs alone make 1,440 runs a day, and this version of Dagster keeps each of them until
-somebody deletes it. It touches Dagster's own database only, through Dagster's API; of the billing database it reads the audit
-trail, which tells what a run has changed even if the run was killed. Harmless to repeat.
+somebody deletes it. It touches Dagster's own database only, through Dagster's API; of the billing database it reads
+the audit trail, which tells what a run has changed even if the run was killed. Harmless to repeat.
 """
 
 from collections import Counter

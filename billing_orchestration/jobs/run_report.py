@@ -15,6 +15,8 @@ from billing_orchestration.domain.run_scope import RunRefused, RunScope
 # Longer tables are slow to read and to load; the counts tell of all rows.
 ROWS_SHOWN = 100
 _FAILURES_TOLD = 5
+# What to do is in the first line of a red run, also when it is nothing.
+_PROVIDER_IN_TROUBLE = "What to do: nothing yet, the next run covers this one; if that is red too, ask the provider."
 # Which runs changed something: a filter for the list of runs.
 CHANGED_TAG = "billing/changed"
 
@@ -167,11 +169,13 @@ def told_plainly() -> Iterator[None]:
 
 def _in_words(error: Exception) -> str | None:
     from billing_orchestration.database.errors import BillingDatabaseError
-    from billing_orchestration.provider.errors import ProviderError
+    from billing_orchestration.provider.errors import IncompleteSlice, OutcomeUnknown, ProviderError, RequestRejected
     from billing_orchestration.settings import SettingsError
 
     if isinstance(error, SettingsError):
         return f"{error}. Nothing was read or written"
+    if isinstance(error, (IncompleteSlice, OutcomeUnknown)) and not isinstance(error.__cause__, RequestRejected):
+        return f"{error} {_PROVIDER_IN_TROUBLE}"
     if isinstance(error, (RunRefused, BillingDatabaseError, ProviderError)):
         return str(error)
     import psycopg
