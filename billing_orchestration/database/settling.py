@@ -38,6 +38,7 @@ from billing_orchestration.domain.settlement import (
     PlanRow,
     Quarantine,
     RecordRefund,
+    Ruling,
     Settle,
     SettlementDecision,
     SubscriptionRow,
@@ -85,7 +86,10 @@ _KNOWN = sa.text("""
     FROM billing_orchestration.settlements WHERE external_payment_id = ANY(:ids)
     UNION ALL
     SELECT DISTINCT external_payment_id, NULL, true
-    FROM billing_orchestration.quarantine WHERE external_payment_id = ANY(:ids) AND resolution = 'ignored'
+    FROM billing_orchestration.quarantine
+    -- An entry about a row of the service's (its expiry was refused) says nothing about the provider's payment.
+    WHERE external_payment_id = ANY(:ids) AND resolution = 'ignored'
+      AND NOT (kind = 'not_writable' AND payment_id IS NOT NULL)
 """)
 
 # An end that Python has no datetime for ('infinity') reads as none: nothing can be added to it.
@@ -111,7 +115,15 @@ _SUBSCRIPTIONS = sa.text(f"""
 )
 
 
-def _read_facts(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> dict[str, Facts]:
+def lock_users(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> None:
+    """Take the users' locks of these payments, for the rest of the transaction: nobody else settles for them."""
+    named = {metadata_user(payment) or f"payment {payment.id}" for payment in batch}
+    connection.execute(_LOCK_USERS, {"names": sorted(named)})
+
+
+def _read_facts(
+    connection: sa.Connection, batch: Sequence[ProviderPayment], rulings: Mapping[str, Ruling]
+) -> dict[str, Facts]:
     """Everything that decides about each payment of the batch, read under lock.
 
     Users, payment rows, attempts, subscriptions: always in that order and each sorted, so that two settlers wait for
@@ -119,7 +131,7 @@ def _read_facts(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> 
     """
     ids = [payment.id for payment in batch]
     users = {payment.id: metadata_user(payment) for payment in batch}
-    connection.execute(_LOCK_USERS, {"names": sorted({user or f"payment {id_}" for id_, user in users.items()})})
+    lock_users(connection, batch)
     settled_as: dict[str, str] = {}
     set_aside: set[str] = set()
     for row in connection.execute(_KNOWN, {"ids": ids}):
@@ -138,6 +150,8 @@ def _read_facts(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> 
         row.subscription_id for found in rows.values() for row in found if row.subscription_id is not None
     }
     subscription_ids |= {attempt.subscription_id for attempt in attempts.values()}
+    attached = {ruling.attach_to for ruling in rulings.values() if ruling.attach_to is not None}
+    subscription_ids |= attached
     pairs = [(users[payment.id], metadata_int(payment, "plan_id")) for payment in batch]
     wanted = sorted({(user, plan) for user, plan in pairs if user is not None and plan is not None})
     subscriptions = {
@@ -153,6 +167,7 @@ def _read_facts(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> 
     }
     _refuse_new_rows(connection, ids, rows)
     plan_ids = {plan for _, plan in wanted} | {attempt.plan_id for attempt in attempts.values()}
+    plan_ids |= {row.plan_id for row in subscriptions.values() if row.id in attached and row.plan_id is not None}
     plans = {
         row.id: PlanRow(row.id, row.duration, row.duration_unit)
         for row in connection.execute(
@@ -212,8 +227,11 @@ def settle_batch(
     stamp: Stamp,
     calendar: BillingCalendar,
     is_live: bool,
+    rulings: Mapping[str, Ruling] | None = None,
 ) -> list[Settled]:
     """Settle succeeded provider payments in the caller's transaction; one result each, in the batch's order.
+
+    `rulings`: what a person said, by the provider's payment id.
 
     What moves: nothing at the provider; a grant (a period of a subscription) in the service's books.
     Locks: the users named, then the payment rows, attempts and subscriptions; every precondition is read under them.
@@ -224,9 +242,17 @@ def settle_batch(
     """
     if not batch:
         return []
-    facts = _read_facts(connection, batch)
+    rulings = rulings or {}
+    facts = _read_facts(connection, batch, rulings)
     decisions = [
-        decide_settlement(payment, facts[payment.id], now=stamp.at, calendar=calendar, is_live=is_live)
+        decide_settlement(
+            payment,
+            facts[payment.id],
+            now=stamp.at,
+            calendar=calendar,
+            is_live=is_live,
+            ruling=rulings.get(payment.id),
+        )
         for payment in batch
     ]
     _refuse_collisions(decisions)
@@ -258,7 +284,7 @@ def preview_batch(
     is_live: bool,
 ) -> list[Settled]:
     """What `settle_batch` would decide, with nothing written: for a dry run. The caller rolls its transaction back."""
-    facts = _read_facts(connection, batch) if batch else {}
+    facts = _read_facts(connection, batch, {}) if batch else {}
     return [
         Settled(p, decide_settlement(p, facts[p.id], now=stamp.at, calendar=calendar, is_live=is_live)) for p in batch
     ]
@@ -310,7 +336,7 @@ def _write_subscriptions(
             {
                 "id": subscription.id,
                 "ended_at": naive_utc(grant.period_end),
-                "old_ended_at": naive_utc(grant.period_start),
+                "old_ended_at": None if subscription.ended_at is None else naive_utc(subscription.ended_at),
                 "old_status": subscription.status,
                 "reactivate": grant.reactivate,
             }
@@ -325,7 +351,7 @@ def _write_subscriptions(
                 str(subscription.id),
                 grant.kind,
                 grant.reason,
-                old={"ended_at": grant.period_start, "status": subscription.status},
+                old={"ended_at": subscription.ended_at, "status": subscription.status},
                 new={"ended_at": grant.period_end, "status": "ACTIVE" if grant.reactivate else subscription.status},
                 external_payment_id=grant.payment.id,
             )
@@ -373,10 +399,12 @@ def _write_subscriptions(
 _FINISH_PAYMENT = sa.text("""
     UPDATE payments p
     SET status = x.status::paymentstatusenum, subscription_id = coalesce(x.subscription_id, p.subscription_id),
-        payment_method = coalesce(x.payment_method::paymentmethodsenum, p.payment_method), updated_at = :naive_at
+        payment_method = coalesce(x.payment_method::paymentmethodsenum, p.payment_method), updated_at = :naive_at,
+        amount = coalesce(x.amount, p.amount), currency = coalesce(x.currency::currencyenum, p.currency)
     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
-        id int, status text, old_status text, subscription_id int, payment_method text)
-    WHERE p.id = x.id AND p.status::text = x.old_status
+        id int, status text, old_status text, subscription_id int, payment_method text, amount numeric(8,2),
+        currency text)
+    WHERE p.id = x.id AND p.status::text IS NOT DISTINCT FROM x.old_status
 """)
 
 
@@ -399,8 +427,14 @@ def _write_payments(
         status = "SUCCEEDED" if isinstance(decision, Settle) else "REFUNDED"
         subscription_id = _subscription_of(decision, created)
         if row is not None:
+            true_money = payment.money if isinstance(decision, Settle) and decision.correct_money else None
+            corrected = {} if true_money is None else {"amount": true_money.amount, "currency": true_money.currency}
+            replaced = {} if true_money is None or row.money is None else {
+                "amount": row.money.amount, "currency": row.money.currency
+            }  # fmt: skip
             updates.append(
                 {
+                    **corrected,
                     "id": row.id,
                     "status": status,
                     "old_status": row.status,
@@ -414,8 +448,13 @@ def _write_payments(
                     str(row.id),
                     status.lower(),
                     decision.reason,
-                    old={"status": row.status, "subscription_id": row.subscription_id},
-                    new={"status": status, "subscription_id": subscription_id, "payment_method": payment.method_label},
+                    old={"status": row.status, "subscription_id": row.subscription_id, **replaced},
+                    new={
+                        "status": status,
+                        "subscription_id": subscription_id,
+                        "payment_method": payment.method_label,
+                        **corrected,
+                    },
                     external_payment_id=payment.id,
                 )
             )

@@ -80,12 +80,25 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
+class Ruling:
+    """A person's word on one payment of the quarantine.
+
+    Without `attach_to`: accept it as it is. That it differs in amount, is a test, is CANCELED here or is a period's
+    second success is then no objection any more; what makes a grant impossible still is one. With `attach_to`: one
+    period of that subscription's plan for that subscription, whatever the metadata says.
+    """
+
+    attach_to: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Settle:
     """Grant it. One transaction: the payment row, the subscription, the attempt (if any), the settlement.
 
     `row`: the row to turn SUCCEEDED, None to create one, and with `row_is_final` the row stays as the service wrote it.
     `subscription`: the one to extend to `period_end`, None to create one from `period_start`; `reactivate` sets it
-    ACTIVE. `void_first`: a planned, never sent attempt of the same period that must give way.
+    ACTIVE. `void_first`: a planned, never sent attempt of the same period that must give way. `correct_money`: a person
+    accepted the provider's amount, so the row takes it.
     """
 
     payment: ProviderPayment
@@ -103,6 +116,7 @@ class Settle:
     void_first: Attempt | None
     reason: str
     notice: str | None = None
+    correct_money: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,12 +210,22 @@ def choose_row(rows: Sequence[PaymentRow], money: Money) -> PaymentRow | None:
     return min(candidates, key=lambda row: (row.money != money, order[row.status or ""], row.id), default=None)
 
 
+SET_ASIDE = "ignored by a person's decision (quarantine)"
+
+
 def decide_settlement(
-    payment: ProviderPayment, facts: Facts, *, now: datetime, calendar: BillingCalendar, is_live: bool
+    payment: ProviderPayment,
+    facts: Facts,
+    *,
+    now: datetime,
+    calendar: BillingCalendar,
+    is_live: bool,
+    ruling: Ruling | None = None,
 ) -> SettlementDecision:
     """What a provider payment means for the books. Steps and order are those of SPEC 4.
 
-    `now` is the moment of settling. Only a payment that succeeded may come here (ValueError otherwise).
+    `now` is the moment of settling; `ruling` is what a person said about it. Only a payment that succeeded may come
+    here (ValueError otherwise).
     """
     if payment.status != SUCCEEDED:
         raise ValueError(f"payment {payment.id} is {payment.status}, only a success is settled")
@@ -209,8 +233,9 @@ def decide_settlement(
     if facts.settled_as is not None:
         return Leave(payment, f"settled before ({facts.settled_as})", _holder(facts.rows))
     if facts.set_aside:
-        return Leave(payment, "ignored by a person's decision (quarantine)", _holder(facts.rows))
-    if named_attempt_id(payment) is not None and attempt is None:
+        return Leave(payment, SET_ASIDE, _holder(facts.rows))
+    is_attached = ruling is not None and ruling.attach_to is not None
+    if named_attempt_id(payment) is not None and attempt is None and not is_attached:
         return Quarantine(
             payment,
             "unknown_attempt",
@@ -218,6 +243,8 @@ def decide_settlement(
             " restored from before it",
         )
     row = choose_row(facts.rows, payment.money)
+    if row is None and ruling is not None:
+        row = next((row for row in facts.rows if row.status not in ("SUCCEEDED", "REFUNDED")), None)
     if attempt is None:
         settled_row = _settled_row(facts)
         if settled_row is not None:
@@ -228,12 +255,14 @@ def decide_settlement(
         return Leave(payment, f"attempt {attempt.number} is {attempt.state}", _settled_row(facts))
     if payment.refunded_in_full:
         return _decide_refund(payment, row, facts)
-    if payment.is_test and is_live:
+    if ruling is not None and ruling.attach_to is not None:
+        return _decide_attachment(payment, row, ruling.attach_to, facts, now=now, calendar=calendar)
+    if payment.is_test and is_live and ruling is None:
         decision = Quarantine(payment, "test_payment", "a test payment in a live shop", row)
         return decision if attempt is None else _review(decision, attempt, facts)
     if attempt is not None:
-        return _decide_renewal(payment, row, attempt, facts, calendar)
-    if row is not None and row.money != payment.money:
+        return _decide_renewal(payment, row, attempt, facts, now=now, calendar=calendar, ruling=ruling)
+    if row is not None and row.money != payment.money and ruling is None:
         return Quarantine(
             payment, "amount_differs", f"{row.money or 'no currency'} here, {payment.money} at the provider", row
         )
@@ -301,6 +330,103 @@ def _decide_purchase(
         attempt=None,
         void_first=None,
         reason=_told(row, "its subscription is extended by a period" if subscription else "a subscription is created"),
+        # Without a ruling they are equal, or it did not come here.
+        correct_money=row is not None and row.money != payment.money,
+    )
+
+
+def _decide_attachment(
+    payment: ProviderPayment,
+    row: PaymentRow | None,
+    subscription_id: int,
+    facts: Facts,
+    *,
+    now: datetime,
+    calendar: BillingCalendar,
+) -> SettlementDecision:
+    """A person names the subscription that the payment is for: it gets one period of its own plan."""
+    subscription = facts.subscriptions.get(subscription_id)
+    attempt = facts.attempt
+    if attempt is not None and _other_success(payment, attempt, facts) is not None:
+        attempt = None  # the period is another payment's, and so is its attempt
+    provider_id = row.payment_provider_id if row else metadata_int(payment, "payment_provider_id")
+    if provider_id not in facts.provider_ids and attempt is not None:
+        provider_id = attempt.payment_provider_id
+    if provider_id not in facts.provider_ids and len(facts.provider_ids) == 1:
+        provider_id = min(facts.provider_ids)
+    if subscription is None or subscription.plan_id is None:
+        missing = "does not exist" if subscription is None else "has no plan"
+        return Quarantine(payment, "subscription_gone", f"subscription {subscription_id} {missing}", row)
+    if provider_id is None or provider_id not in facts.provider_ids:
+        return Quarantine(payment, "metadata", "nothing names its payment provider, and there are several", row)
+    named = metadata_user(payment)
+    others = f" (the metadata names user {named})" if named not in (None, subscription.user_id) else ""
+    return _grant_period(
+        payment,
+        row,
+        subscription,
+        subscription.plan_id,
+        provider_id,
+        facts,
+        now=now,
+        calendar=calendar,
+        attempt=attempt,
+        reason=f"a person attached it to subscription {subscription.id} of user {subscription.user_id}{others}",
+    )
+
+
+def _grant_period(
+    payment: ProviderPayment,
+    row: PaymentRow | None,
+    subscription: SubscriptionRow,
+    plan_id: int,
+    payment_provider_id: int,
+    facts: Facts,
+    *,
+    now: datetime,
+    calendar: BillingCalendar,
+    attempt: Attempt | None,
+    reason: str,
+) -> SettlementDecision:
+    """One period by a person's word: from the subscription's end, or from now if it has expired since."""
+    if subscription.status not in ("ACTIVE", "EXPIRED"):
+        return Quarantine(
+            payment,
+            "subscription_gone",
+            f"subscription {subscription.id} is {subscription.status}: a period would be of no use to the customer",
+            row,
+            subscription.id,
+        )
+    if subscription.ended_at is None:
+        return Quarantine(
+            payment, "no_end", f"subscription {subscription.id} has no end to extend from", row, subscription.id
+        )
+    plan = facts.plans.get(plan_id)
+    is_over = subscription.status == "EXPIRED" and subscription.ended_at < now
+    start = now if is_over else subscription.ended_at
+    try:
+        if plan is None:
+            raise UnusablePeriod(f"plan {plan_id} does not exist any more")
+        period = parse_period(plan.duration, plan.duration_unit)
+        end = calendar.add_period(now, period) if is_over else calendar.next_end(subscription.started_at, start, period)
+    except UnusablePeriod as error:
+        return Quarantine(payment, "period", str(error), row, subscription.id)
+    return Settle(
+        payment=payment,
+        kind="extended",
+        row=row,
+        row_is_final=False,
+        subscription=subscription,
+        reactivate=subscription.status == "EXPIRED",
+        user_id=subscription.user_id,
+        plan_id=plan_id,
+        payment_provider_id=payment_provider_id,
+        period_start=start,
+        period_end=end,
+        attempt=attempt,
+        void_first=None if attempt is None else _live_rival(attempt, facts),
+        reason=reason,
+        correct_money=row is not None and row.money != payment.money,
     )
 
 
@@ -399,7 +525,14 @@ def _decide_refund(payment: ProviderPayment, row: PaymentRow | None, facts: Fact
 
 
 def _decide_renewal(
-    payment: ProviderPayment, row: PaymentRow | None, attempt: Attempt, facts: Facts, calendar: BillingCalendar
+    payment: ProviderPayment,
+    row: PaymentRow | None,
+    attempt: Attempt,
+    facts: Facts,
+    *,
+    now: datetime,
+    calendar: BillingCalendar,
+    ruling: Ruling | None,
 ) -> SettlementDecision:
     """A success that carries one of our attempts closes that attempt: its subscription is extended, never created."""
 
@@ -409,14 +542,27 @@ def _decide_renewal(
     final = _settled_row(facts)
     subscription = facts.subscriptions.get(attempt.subscription_id)
     other = _other_success(payment, attempt, facts)
+    if other is not None and ruling is not None and final is None and subscription is not None:
+        return _grant_period(
+            payment,
+            row,
+            subscription,
+            attempt.plan_id,
+            attempt.payment_provider_id,
+            facts,
+            now=now,
+            calendar=calendar,
+            attempt=None,  # it is closed, and its period is the other payment's
+            reason=f"a person accepted it as one more period: {other}",
+        )
     if other is not None:
         reason = f"{other}: the customer may have paid twice, refund one"
         return Quarantine(payment, "second_success", reason, row, attempt.subscription_id)
     void_first = _live_rival(attempt, facts)
-    if row is None and final is None and facts.rows:
+    if row is None and final is None and facts.rows:  # with a ruling, such a row is the one to settle
         odd = _no_row_to_settle(payment, facts)
         return review(odd.kind, odd.reason, odd.row)
-    if payment.money != attempt.money:
+    if payment.money != attempt.money and ruling is None:
         return review("amount_differs", f"{attempt.money} was asked, {payment.money} was charged")
     if subscription is None or subscription.ended_at is None:
         missing = "does not exist any more" if subscription is None else "has no end to extend from"
@@ -460,6 +606,7 @@ def _decide_renewal(
         attempt=attempt,
         void_first=void_first,
         reason="renewal paid: the subscription is extended by a period from its old end",
+        correct_money=ruling is not None and row is not None and row.money != payment.money,
         # The customer said no while the charge was under way: the grant matches the money, a person may refund both.
         notice=f"the renewal was paid while the subscription was {subscription.status}: refund or reactivate"
         if ended
