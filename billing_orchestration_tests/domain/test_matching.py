@@ -77,6 +77,8 @@ def test_rows_that_share_one_provider_id_are_reported_as_duplicates_of_the_one_t
     assert [d.subject for d in successful([a_payment()], *rows[:2]).reported] == ["payment 1"]
     pending = diff_pending([a_payment()], by_provider_id([a_row(id=1), a_row(id=2)]))
     assert (len(pending.to_settle), [d.subject for d in pending.reported]) == (1, ["payment 2"])
+    closed = [a_row("CANCELED", id=1), a_row("CANCELED", id=2)]
+    assert [d.subject for d in successful([a_payment()], *closed).reported] == ["payment 2"]
     assert all("payment 3" in d.reason and "pay-1" in d.reason for d in successful([a_payment()], *rows).reported)
 
 

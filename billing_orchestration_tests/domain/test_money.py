@@ -37,7 +37,7 @@ def test_an_amount_is_read_exactly(value: object, amount: str) -> None:
     [
         *(None, True, 1.5, [], {}, b"1.00"),
         *("", " ", "free", "1,00", "1 000.00", "12.3.4", "--1", "0x10", "1.00 RUB"),
-        *("NaN", "sNaN", "Infinity", "-inf"),
+        *("NaN", "sNaN", "Infinity", "-inf", Decimal("NaN"), Decimal("sNaN"), Decimal("Infinity")),
         *("0.001", "299.995", "1000000", "-1000000", "1e9", "9" * 400),
         # Notations that Python's Decimal knows and no provider writes.
         *("1e2", "1E+2", "1_000.00", "٢٩٩", "２９９.００"),

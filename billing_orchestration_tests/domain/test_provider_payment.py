@@ -27,6 +27,10 @@ def test_a_method_has_the_services_label_or_none(method: str | None, label: str 
     assert a_payment(method_type=method).method_label == label
 
 
+def test_a_method_counts_as_saved_only_if_the_provider_says_so() -> None:
+    assert a_payment().method_saved is False
+
+
 def test_a_method_either_has_a_label_or_is_known_to_have_none() -> None:
     assert not set(METHOD_LABELS) & METHODS_WITHOUT_LABEL
 

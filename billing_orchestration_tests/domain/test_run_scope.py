@@ -160,6 +160,9 @@ def test_an_outage_of_more_than_seven_days_is_covered_for_seven_and_the_rest_is_
     window = covering_window(a_scope(), NOW - 30 * DAY)
     assert (window.start, window.end) == (NOW - LONGEST_CATCH_UP, NOW)
     assert window.gap == (NOW - 30 * DAY - CATCH_UP_OVERLAP, NOW - LONGEST_CATCH_UP)
+    assert LONGEST_CATCH_UP == 7 * DAY
+    # What is just within reach is no gap.
+    assert covering_window(a_scope(), NOW - 7 * DAY + CATCH_UP_OVERLAP) == Window(NOW - 7 * DAY, NOW)
 
 
 def test_a_run_for_a_chosen_instant_covers_its_hour_whatever_the_watermark_says() -> None:
@@ -188,7 +191,8 @@ def test_a_backfill_of_last_month_moves_no_watermark() -> None:
 
 def test_a_chosen_hour_that_joins_the_covered_time_with_its_overlap_moves_the_watermark() -> None:
     scope = a_scope(heals=False)
-    assert next_watermark(scope, covering_window(scope, None), NOW - 30 * MINUTE) == NOW
+    for covered in (NOW - 30 * MINUTE, NOW - HOUR + CATCH_UP_OVERLAP):
+        assert next_watermark(scope, covering_window(scope, None), covered) == NOW
     # Joining end to end is not enough: the last minutes of what was covered are covered once more, or may be lost.
     assert next_watermark(scope, covering_window(scope, None), NOW - HOUR) is None
 
