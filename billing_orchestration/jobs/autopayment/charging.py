@@ -1,6 +1,6 @@
 """The charging protocol (SPEC 5): how a renewal moves money, and how it survives being killed anywhere.
 
-One thread talks to the database, many talk to the provider. For each attempt, in this order:
+For each attempt, in this order and never side by side:
 
 1. lock      a session lock on the attempt: no two processes send one key at the same time
 2. claim     one transaction, committed: the subscription is looked at again; the attempt is PLANNED with its exact
@@ -15,8 +15,11 @@ Killed between 1 and 2: nothing happened. Between 2 and 3, or 3 and 4: the attem
 23 h, searches for it; a success is also found by the matching jobs within minutes, by the attempt's id in its metadata.
 Between 4 and 5: the lock ends with the session.
 
-Many attempts share the statements of steps 1, 2, 4 and 5. The first charge of a run goes alone, so that a wrong shop
-key costs one request; then the width doubles with every answer up to `max_concurrency`, and halves with every failure.
+Many attempts share the statements of steps 1, 2, 4 and 5. One thread decides (`run`), one claims, two conclude, up to
+`max_concurrency` send: while one batch of answers is written, the next attempts are claimed and sent, so that nobody
+waits for the database but the attempt that is being written. The first charge of a run goes alone, so that a wrong
+shop key costs one request; then the width doubles with every answer up to `max_concurrency`, and halves with every
+failure. No more answers wait to be written than charges may be under way.
 """
 
 import heapq
@@ -28,6 +31,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
@@ -76,6 +80,11 @@ _LONGEST_WAIT_S = 60.0
 _CLAIM_LIFETIME = timedelta(minutes=10)
 # Results of one transaction: enough to share its statements, few enough that the first of them does not wait.
 _MOST_RESULTS_AT_ONCE = 64
+# An answer waits this long for others to share a transaction with, while there are others under way.
+_LINGER_S = 0.008
+_ENOUGH_RESULTS = 24
+# Two, so that one batch is decided while the other waits for its commit. More would only make smaller batches.
+_WRITERS = 2
 _PROGRESS_EVERY_S = 10.0
 # `decline_class` of an attempt that was rejected because of the shop's key or rights, not because of the charge.
 SHOP_REFUSALS = ("401", "403")
@@ -135,6 +144,78 @@ class _Withheld(Exception):
     """The worker did not send: charging had stopped by then, or its claim was too old."""
 
 
+@dataclass(slots=True)
+class _Answered:
+    """An answer of the provider's, or what went wrong instead, and when it came."""
+
+    work: _Work
+    answer: ProviderPayment | Exception
+
+
+@dataclass(slots=True)
+class _Claimed:
+    """What became of a group that was to be locked and claimed. `busy`: not claimed, with the reason."""
+
+    group: list[_Work]
+    free: set[uuid.UUID]
+    claimed: dict[uuid.UUID, bool]
+    busy: dict[uuid.UUID, str]
+
+
+@dataclass(slots=True)
+class _Judged:
+    """What an answer means: a success that is to be settled, or the attempt's next state with the report's word.
+
+    `wait_s`: how long to wait before it is sent again; None when it is not.
+    """
+
+    work: _Work
+    success: ProviderPayment | None = None
+    closing: Closing | None = None
+    outcome: str = ""
+    wait_s: float | None = None
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Judged answers that are written in one transaction."""
+
+    successes: "dict[str, _Judged]" = field(default_factory=dict)
+    closings: list[tuple[_Judged, Closing]] = field(default_factory=list)
+
+    def add(self, judged: _Judged) -> None:
+        """Take one in. A second answer with the payment of another one leaves its attempt's outcome unknown."""
+        payment = judged.success
+        if payment is not None and payment.id not in self.successes:
+            self.successes[payment.id] = judged
+            return
+        closing = judged.closing
+        if payment is not None or closing is None:
+            told = payment.id if payment is not None else "without an id"
+            closing = Closing(judged.work.attempt, State.UNKNOWN, f"payment {told} answered two attempts")
+            judged.outcome = "unknown"
+        self.closings.append((judged, closing))
+
+    def __len__(self) -> int:
+        return len(self.successes) + len(self.closings)
+
+
+@dataclass(slots=True)
+class _Written:
+    """A batch that was written. `unwritten`: attempts whose new state could not be."""
+
+    batch: _Batch
+    results: "dict[str, Settled | Failed]"
+    unwritten: set[uuid.UUID]
+
+
+@dataclass(slots=True)
+class _Broken:
+    """A thread of the database's side has given up."""
+
+    error: BaseException
+
+
 @dataclass
 class Charging:
     """One run of the protocol. Use `run` once.
@@ -151,7 +232,17 @@ class Charging:
     stop_reason: str | None = None
     _ready: "deque[_Work]" = field(default_factory=deque)
     _delayed: list[tuple[float, int, _Work]] = field(default_factory=list)
-    _answers: "queue.SimpleQueue[tuple[_Work, ProviderPayment | Exception]]" = field(default_factory=queue.SimpleQueue)
+    _events: "queue.SimpleQueue[_Answered | _Claimed | _Written | _Broken]" = field(default_factory=queue.SimpleQueue)
+    _to_claim: "queue.SimpleQueue[tuple[list[_Work], list[uuid.UUID]] | None]" = field(
+        default_factory=queue.SimpleQueue
+    )
+    _to_write: "queue.SimpleQueue[_Batch | None]" = field(default_factory=queue.SimpleQueue)
+    _judged: "deque[_Judged]" = field(default_factory=deque)
+    _oldest_judged_at: float = 0.0
+    _done: list[uuid.UUID] = field(default_factory=list)
+    _claiming: int = 0
+    _writing: int = 0
+    _batches: int = 0
     _stopped: threading.Event = field(default_factory=threading.Event)
     _order: "itertools.count[int]" = field(default_factory=itertools.count)
     _in_flight: int = 0
@@ -175,65 +266,115 @@ class Charging:
         if not total:
             return []
         started = told = self.monotonic()
-        workers = ThreadPoolExecutor(min(self.limits.max_concurrency, total), thread_name_prefix="charge")
+        senders = ThreadPoolExecutor(min(self.limits.max_concurrency, total), thread_name_prefix="charge")
         try:
             with self._autocommit() as locks:
-                while self._ready or self._delayed or self._in_flight:
-                    self._send_more(locks, workers)
-                    if not self._in_flight and not self._wait_for_delayed():
-                        break
-                    self._conclude(locks, self._collect())
-                    if self.monotonic() - told >= _PROGRESS_EVERY_S:
-                        told = self.monotonic()
-                        self.log(self._progress(total, told - started))
+                with self._database_threads(locks):
+                    while True:
+                        self._claim_more()
+                        self._write_more()
+                        if self._in_flight or self._claiming or self._writing:
+                            self._take_events(senders)
+                        elif not self._judged and not self._wait_for_delayed():
+                            break
+                        if self.monotonic() - told >= _PROGRESS_EVERY_S:
+                            told = self.monotonic()
+                            self.log(self._progress(total, told - started))
                 self._give_up_the_rest(locks)
         finally:
             # Whatever happens here, nothing new is sent, and what was sent is waited for before the run ends.
             self._stopped.set()
-            workers.shutdown(wait=True)
+            senders.shutdown(wait=True)
         self.log(self._progress(total, self.monotonic() - started))
         return self._results
 
+    @contextmanager
+    def _database_threads(self, locks: "sa.Connection") -> Iterator[None]:
+        """The threads of steps 1, 2, 4 and 5: a body of work each, until they are told to end."""
+        threads = [
+            threading.Thread(target=self._guarded, args=(self._keep_claiming, locks), name="claim"),
+            *(
+                threading.Thread(target=self._guarded, args=(self._keep_writing,), name=f"conclude {number}")
+                for number in range(_WRITERS)
+            ),
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._to_claim.put(None)
+            for _ in range(_WRITERS):
+                self._to_write.put(None)
+            for thread in threads:
+                thread.join()
+
+    def _guarded(self, body: Callable[..., None], *given: "sa.Connection") -> None:
+        from billing_orchestration.database.engine import translated
+
+        try:
+            with translated():
+                body(*given)
+        except BaseException as error:  # noqa: BLE001 - raised again by the deciding thread
+            self._events.put(_Broken(error))
+
+    def _take_events(self, senders: ThreadPoolExecutor) -> None:
+        """Wait for the next event, and take all that have come."""
+        try:
+            event = self._events.get(timeout=self._patience_s())
+            while True:
+                self._take(event, senders)
+                event = self._events.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _take(self, event: "_Answered | _Claimed | _Written | _Broken", senders: ThreadPoolExecutor) -> None:
+        if isinstance(event, _Answered):
+            self._in_flight -= 1
+            if not self._judged:
+                self._oldest_judged_at = self.monotonic()
+            self._judged.append(self._judge(event.work, event.answer))
+        elif isinstance(event, _Claimed):
+            self._claiming = 0
+            self._send_claimed(event, senders)
+        elif isinstance(event, _Written):
+            self._writing -= len(event.batch)
+            self._batches -= 1
+            self._finish_batch(event)
+        else:
+            raise event.error
+
+    def _patience_s(self) -> float:
+        """How long to wait for an event: until something else is due."""
+        waits = [_PROGRESS_EVERY_S]
+        if self._judged and self._batches < _WRITERS:
+            waits.append(self._oldest_judged_at + _LINGER_S - self.monotonic())
+        if self._delayed and not self._claiming and not self._stopped.is_set():
+            waits.append(self._delayed[0][0] - self.monotonic())
+        return max(0.001, min(waits))
+
     # --- steps 1 to 3: lock, claim, send
 
-    def _send_more(self, locks: "sa.Connection", workers: ThreadPoolExecutor) -> None:
-        group = self._next_group()
-        if not group:
+    def _claim_more(self) -> None:
+        """Hand the next group to the claiming thread, with the locks to give back."""
+        if self._claiming:
             return
-        # What waits for another send has kept its lock.
-        free = try_lock(locks, [work.attempt.id for work in group if not work.sends])
-        free |= {work.attempt.id for work in group if work.sends}
-        for work in group:
-            if work.attempt.id not in free:
-                self._finish(work, "skipped", "another run is charging it at this moment")
-        claimed, busy = self._claim([work for work in group if work.attempt.id in free])
-        for work in group:
-            if work.attempt.id in claimed:
-                # What this run itself has sent is known better than by the row: it may be certain that it never left.
-                if not work.sends:
-                    work.sent_before = claimed[work.attempt.id]
-                work.sends += 1
-                self._in_flight += 1
-                workers.submit(self._send, work)
-            elif work.attempt.id in busy:
-                unlock(locks, [work.attempt.id])
-                outcome = "unknown" if work.sent_before else "never sent"
-                self._finish(work, outcome, f"not sent: {busy[work.attempt.id]}", needs_retry=True)
-            elif work.attempt.id in free:
-                unlock(locks, [work.attempt.id])
-                self._finish(
-                    work,
-                    "skipped",
-                    "looked at again right before sending: renewed, canceled, paused or charged meanwhile"
-                    + (", its outcome stays open and is searched after 23 h" if work.sent_before else ", not charged"),
-                )
+        group = self._next_group()
+        if group or (self._done and not self._ready):
+            self._to_claim.put((group, self._done))
+            self._claiming = len(group) or 1
+            self._done = []
 
     def _next_group(self) -> list[_Work]:
         if self._stopped.is_set():
             return []
-        # At full width a few more are claimed than can be sent, so that no worker waits for the database.
-        ahead = max(2, self._width // 4) if self._width == self.limits.max_concurrency > 1 else 0
+        # At full width some more are claimed than can be sent, so that no sender waits for the database.
+        ahead = max(2, self._width // 2) if self._width == self.limits.max_concurrency > 1 else 0
         room = self._width + ahead - self._in_flight
+        if self._in_flight >= self._width and room <= ahead // 2:
+            return []  # soon there is room for more, which share a statement
+        if self._writing + len(self._judged) >= self._width + ahead:
+            return []  # the database is behind: what it has not written yet must not grow without end
         group: list[_Work] = []
         while len(group) < room and self._delayed and self._delayed[0][0] <= self.monotonic():
             group.append(heapq.heappop(self._delayed)[2])
@@ -241,7 +382,47 @@ class Charging:
             group.append(self._ready.popleft())
         return group
 
-    def _claim(self, group: Sequence[_Work]) -> tuple[dict[uuid.UUID, bool], dict[uuid.UUID, str]]:
+    def _keep_claiming(self, locks: "sa.Connection") -> None:
+        """Steps 5 and 1 and 2, in a thread of its own: the only one that uses the connection of the locks."""
+        while (order := self._to_claim.get()) is not None:
+            group, done = order
+            if done:
+                unlock(locks, done)
+            # What waits for another send has kept its lock.
+            new = [work.attempt.id for work in group if not work.sends]
+            free = try_lock(locks, new) if new else set()
+            free |= {work.attempt.id for work in group if work.sends}
+            claimed, busy = self._claim([work for work in group if work.attempt.id in free], locks)
+            self._events.put(_Claimed(group, free, claimed, busy))
+
+    def _send_claimed(self, event: _Claimed, senders: ThreadPoolExecutor) -> None:
+        for work in event.group:
+            attempt_id = work.attempt.id
+            if attempt_id not in event.free:
+                self._finish(work, "skipped", "another run is charging it at this moment")
+            elif attempt_id in event.claimed:
+                # What this run itself has sent is known better than by the row: it may be certain that it never left.
+                if not work.sends:
+                    work.sent_before = event.claimed[attempt_id]
+                work.sends += 1
+                self._in_flight += 1
+                senders.submit(self._send, work)
+            elif attempt_id in event.busy:
+                self._done.append(attempt_id)
+                outcome = "unknown" if work.sent_before else "never sent"
+                self._finish(work, outcome, f"not sent: {event.busy[attempt_id]}", needs_retry=True)
+            else:
+                self._done.append(attempt_id)
+                self._finish(
+                    work,
+                    "skipped",
+                    "looked at again right before sending: renewed, canceled, paused or charged meanwhile"
+                    + (", its outcome stays open and is searched after 23 h" if work.sent_before else ", not charged"),
+                )
+
+    def _claim(
+        self, group: Sequence[_Work], alone: "sa.Connection"
+    ) -> tuple[dict[uuid.UUID, bool], dict[uuid.UUID, str]]:
         """Step 2, committed: which of these may be sent now, each with whether it may have been sent before.
 
         Second: those that the database would not let us look at again (a row that somebody keeps locked), with the
@@ -250,7 +431,7 @@ class Charging:
         from billing_orchestration.database.errors import BillingDatabaseError, DatabaseUnavailable
 
         try:
-            return self._claim_together(group), {}
+            return self._claim_together(group, alone), {}
         except DatabaseUnavailable:
             raise
         except BillingDatabaseError as error:
@@ -259,12 +440,13 @@ class Charging:
         claimed: dict[uuid.UUID, bool] = {}
         busy: dict[uuid.UUID, str] = {}
         for work in group:
-            one, refused = self._claim([work])
+            one, refused = self._claim([work], alone)
             claimed.update(one)
             busy.update(refused)
         return claimed, busy
 
-    def _claim_together(self, group: Sequence[_Work]) -> dict[uuid.UUID, bool]:
+    def _claim_together(self, group: Sequence[_Work], alone: "sa.Connection") -> dict[uuid.UUID, bool]:
+        """`alone`: a connection in autocommit, on which one statement is one committed transaction."""
         from billing_orchestration.database.engine import translated
 
         if not group:
@@ -275,11 +457,12 @@ class Charging:
         fresh = [work.attempt for work in group if work.is_new and not work.sends]
         again = [work.attempt.id for work in group if not work.is_new or work.sends]
         claimed: dict[uuid.UUID, bool] = {}
-        with translated(), self.database.engine.begin() as connection:
+        with translated():
             if fresh:
-                claimed.update(dict.fromkeys(open_and_claim(connection, stamp, fresh), False))
+                claimed.update(dict.fromkeys(open_and_claim(alone, stamp, fresh), False))
             if again:
-                claimed.update(claim(connection, stamp, again, stamp.at - KEY_LIFETIME))
+                with self.database.engine.begin() as connection:
+                    claimed.update(claim(connection, stamp, again, stamp.at - KEY_LIFETIME))
         return claimed
 
     def _send(self, work: _Work) -> None:
@@ -297,73 +480,73 @@ class Charging:
             answer = self.provider.create_payment(work.attempt.body, str(work.attempt.idempotence_key), before_send)
         except Exception as error:  # noqa: BLE001 - judged by the coordinating thread; an unknown one counts as unknown
             answer = error
-        self._answers.put((work, answer))
+        self._events.put(_Answered(work, answer))
 
     # --- step 4 and 5: conclude, unlock
 
-    def _collect(self) -> list[tuple[_Work, ProviderPayment | Exception]]:
-        if not self._in_flight:
-            return []
-        timeout = _PROGRESS_EVERY_S
-        if self._delayed and not self._stopped.is_set():
-            timeout = min(timeout, max(0.001, self._delayed[0][0] - self.monotonic()))
-        collected: list[tuple[_Work, ProviderPayment | Exception]] = []
-        try:
-            collected.append(self._answers.get(timeout=timeout))
-            while len(collected) < _MOST_RESULTS_AT_ONCE:
-                collected.append(self._answers.get_nowait())
-        except queue.Empty:
-            pass
-        self._in_flight -= len(collected)
-        return collected
+    def _write_more(self) -> None:
+        """Hand answers to a writer that is free: enough of them, or those that have waited long enough."""
+        while self._judged and self._batches < _WRITERS:
+            is_alone = not self._in_flight and not self._claiming
+            lingers = self.monotonic() - self._oldest_judged_at < _LINGER_S
+            if len(self._judged) < _ENOUGH_RESULTS and lingers and not is_alone:
+                return
+            batch = _Batch()
+            for _ in range(min(len(self._judged), _MOST_RESULTS_AT_ONCE)):
+                batch.add(self._judged.popleft())
+            self._oldest_judged_at = self.monotonic()
+            self._writing += len(batch)
+            self._batches += 1
+            self._to_write.put(batch)
 
-    def _conclude(self, locks: "sa.Connection", answers: Sequence[tuple[_Work, ProviderPayment | Exception]]) -> None:
-        successes: dict[str, tuple[_Work, ProviderPayment]] = {}
-        closings: list[tuple[_Work, Closing, str]] = []
-        waiting: list[tuple[_Work, float]] = []
-        for work, answer in answers:
-            if isinstance(answer, ProviderPayment) and names_another_attempt(work.attempt, answer):
-                answer = OutcomeUnknown(f"the answer speaks of another attempt (payment {answer.id})")  # noqa: PLW2901
-            if isinstance(answer, ProviderPayment):
-                answer = as_answer_to(work.attempt, answer)  # noqa: PLW2901
-                self._heard()
-                if answer.status == SUCCEEDED and answer.id not in successes:
-                    successes[answer.id] = (work, answer)
-                    continue
-            closing, outcome, wait_s = self._judge(work, answer)
-            closings.append((work, closing, outcome))
-            if wait_s is not None:
-                waiting.append((work, wait_s))
-        results, unwritten = self._write(successes, [closing for _, closing, _ in closings])
-        retried = {id(work) for work, _ in waiting}
-        done = [work.attempt.id for work, _ in successes.values()]
-        for work, payment in successes.values():
-            self._finish_success(work, results[payment.id])
-        for work, closing, outcome in closings:
-            if id(work) in retried:
+    def _keep_writing(self) -> None:
+        """Step 4, in a thread and on a connection of its own."""
+        with self.database.engine.connect() as connection:
+            while (batch := self._to_write.get()) is not None:
+                results, unwritten = self._write(
+                    connection,
+                    [judged.success for judged in batch.successes.values() if judged.success],
+                    [closing for _, closing in batch.closings],
+                )
+                self._events.put(_Written(batch, results, unwritten))
+
+    def _finish_batch(self, event: _Written) -> None:
+        for payment_id, judged in event.batch.successes.items():
+            self._done.append(judged.work.attempt.id)
+            self._finish_success(judged.work, event.results[payment_id])
+        for judged, closing in event.batch.closings:
+            work = judged.work
+            if judged.wait_s is not None:
+                heapq.heappush(self._delayed, (self.monotonic() + judged.wait_s, work.order, work))
                 continue
-            done.append(work.attempt.id)
+            self._done.append(work.attempt.id)
             self._finish(
                 work,
-                outcome,
+                judged.outcome,
                 closing.reason,
                 decline_class=closing.decline_class,
                 # A refusal of the shop (401, 403) is mended and tried again; one of this charge (400) is a person's.
-                needs_retry=outcome in ("unknown", "never sent")
+                needs_retry=judged.outcome in ("unknown", "never sent")
                 or closing.decline_class in SHOP_REFUSALS
-                or closing.attempt.id in unwritten,
+                or closing.attempt.id in event.unwritten,
             )
-        for work, wait_s in waiting:
-            heapq.heappush(self._delayed, (self.monotonic() + wait_s, work.order, work))
-        if done:
-            unlock(locks, done)
 
-    def _judge(self, work: _Work, answer: ProviderPayment | Exception) -> tuple[Closing, str, float | None]:
+    def _judge(self, work: _Work, answer: ProviderPayment | Exception) -> _Judged:
+        """What an answer means, as soon as it is there: pace and breaker follow it at once."""
+        if isinstance(answer, ProviderPayment) and names_another_attempt(work.attempt, answer):
+            answer = OutcomeUnknown(f"the answer speaks of another attempt (payment {answer.id})")
+        if isinstance(answer, ProviderPayment):
+            answer = as_answer_to(work.attempt, answer)
+            self._heard()
+            if answer.status == SUCCEEDED:
+                return _Judged(work, success=answer)
+        closing, outcome, wait_s = self._judge_other(work, answer)
+        return _Judged(work, None, closing, outcome, wait_s)
+
+    def _judge_other(self, work: _Work, answer: ProviderPayment | Exception) -> tuple[Closing, str, float | None]:
         """The attempt's next state, the word for the report, and how long to wait before it is sent again, if so."""
         attempt = work.attempt
         if isinstance(answer, ProviderPayment):
-            if answer.status == SUCCEEDED:  # a second answer of one batch with the same payment id
-                return Closing(attempt, State.UNKNOWN, f"payment {answer.id} answered two attempts"), "unknown", None
             outcome = judge_answer(answer)
             closing = Closing(
                 attempt,
@@ -426,7 +609,7 @@ class Charging:
         return closing, "rejected", None
 
     def _write(
-        self, successes: "dict[str, tuple[_Work, ProviderPayment]]", closings: Sequence[Closing]
+        self, connection: "sa.Connection", payments: Sequence[ProviderPayment], closings: Sequence[Closing]
     ) -> "tuple[dict[str, Settled | Failed], set[uuid.UUID]]":
         """Step 4: everything of these answers in one transaction; if that will not go, each on its own.
 
@@ -437,9 +620,8 @@ class Charging:
         from billing_orchestration.database.errors import BillingDatabaseError, DatabaseUnavailable
         from billing_orchestration.database.settling import settle_batch
 
-        payments = [payment for _, payment in successes.values()]
         try:
-            with translated(), self.database.engine.begin() as connection:
+            with translated(), connection.begin():
                 stamp = self.make_stamp()
                 settled = settle_batch(
                     connection, payments, stamp=stamp, calendar=self.database.calendar, is_live=self.provider.is_live
@@ -459,7 +641,7 @@ class Charging:
         unwritten: set[uuid.UUID] = set()
         for closing in closings:
             try:
-                with translated(), self.database.engine.begin() as connection:
+                with translated(), connection.begin():
                     close(connection, self.make_stamp(), [closing])
             except DatabaseUnavailable:
                 raise
@@ -541,8 +723,9 @@ class Charging:
         for work in left:
             outcome = "unknown" if work.sent_before else "never sent"
             self._finish(work, outcome, f"charging stopped: {self.stop_reason}", needs_retry=True)
-        if left:
-            unlock(locks, [work.attempt.id for work in left])
+        done = [*self._done, *(work.attempt.id for work in left)]
+        if done:
+            unlock(locks, done)
         for work in self._ready:
             self._finish(work, "never sent", f"not begun, charging stopped: {self.stop_reason}", needs_retry=True)
         self._delayed.clear()
