@@ -92,9 +92,9 @@ def test_the_grace_is_a_setting(service_with: Callable[..., Service], grace_days
     assert [status(service, expired), status(service, stays)] == ["EXPIRED", "ACTIVE"]
 
 
-@pytest.mark.parametrize("state", ["CREATED", "EXPIRED", "CANCELED", "PAUSED", "DELETED", None])
-def test_only_an_active_subscription_expires(service: Service, state: str | None) -> None:
-    over(service, status=state)
+def test_only_an_active_subscription_expires(service: Service) -> None:
+    for state in ("CREATED", "EXPIRED", "CANCELED", "PAUSED", "DELETED", None):
+        over(service, status=state)
     before = service.snapshot()
 
     assert service.run(JOB).ok
