@@ -1,4 +1,4 @@
-"""The command `billing-orchestration`: migrate, doctor, sandbox, demo.
+"""The command `billing-orchestration`: migrate, doctor, quarantine, explain, sandbox, demo.
 
 An expected failure is one line on stderr and an exit code other than 0 (1: it failed, 2: wrong usage). Each command
 imports only what it needs.
@@ -9,7 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from billing_orchestration.casework import Desk
 
 FAILED = 1
 INTERRUPTED = 130
@@ -19,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and hand back its exit code."""
     arguments = _parser().parse_args(argv)
     commands = {"migrate": _migrate, "doctor": _doctor, "sandbox": _sandbox, "demo": _demo}
+    commands |= {"quarantine": _quarantine, "explain": _explain}
     try:
         return commands[arguments.command](arguments)
     except KeyboardInterrupt:
@@ -43,12 +48,50 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "doctor", help="check settings, database, schema and provider, and say how to mend what is wrong"
     )
+    _add_casework(commands)
     sandbox = commands.add_parser("sandbox", help="start the provider's sandbox on this machine")
     sandbox.add_argument("--port", type=_port, help="the port to listen on, 0 for any free one (default: 8071)")
     sandbox.add_argument("--shop-id", help="the shop id it accepts (default: 100500)")
     sandbox.add_argument("--secret-key", help="the secret key it accepts (default: test_sandbox)")
     commands.add_parser("demo", help="run the five jobs on example data, and show what changed")
     return parser
+
+
+def _add_casework(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    quarantine = commands.add_parser("quarantine", help="what waits for a person: list it, look at it, resolve it")
+    actions = quarantine.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="one line for each open entry")
+    listing.add_argument("--all", action="store_true", help="resolved entries too")
+    show = actions.add_parser("show", help="one entry with its evidence, and what can be done about it")
+    show.add_argument("id", type=_entry_id, metavar="ID")
+    resolving = actions.add_parser(
+        "resolve",
+        help="close an entry",
+        description="Safe at any time: at most one grant, in one transaction, with the audit trail.",
+    )
+    resolving.add_argument("id", type=_entry_id, metavar="ID")
+    word = resolving.add_mutually_exclusive_group(required=True)
+    word.add_argument("--accept", action="store_true", help="bring the payment into the books as it is")
+    word.add_argument("--attach", type=_row_id, metavar="SUBSCRIPTION", help="it pays one period of this subscription")
+    word.add_argument("--ignore", action="store_true", help="grant nothing for it, now or later")
+    resolving.add_argument("--reason", required=True, help="why, for whoever reads it next")
+    resolving.add_argument("--by", help="who decided (default: the user of this shell)")
+    explain = commands.add_parser("explain", help="the whole history of one customer's case, in plain words")
+    explain.add_argument("what", choices=("payment", "subscription"))
+    explain.add_argument("id", metavar="ID", help="the provider's payment id or the row's; the subscription's id")
+
+
+def _entry_id(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of an entry")
+    return int(text)
+
+
+def _row_id(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else 0
+    if not 1 <= number <= 2_147_483_647:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the id of a row")
+    return number
 
 
 def _port(text: str) -> int:
@@ -89,6 +132,64 @@ def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
         _say(str(finding))
         faults += finding.level is Level.FAULT
     return FAILED if faults else 0
+
+
+def _quarantine(arguments: argparse.Namespace) -> int:
+    from billing_orchestration.case_report import listed, shown
+
+    def work(desk: Desk) -> list[str]:
+        if arguments.action == "list":
+            return listed(desk.engine, with_resolved=arguments.all)
+        if arguments.action == "show":
+            return shown(desk.engine, arguments.id)
+        from billing_orchestration.casework import Resolution, resolve
+
+        word = "accepted" if arguments.accept else "ignored" if arguments.ignore else "attached"
+        by = arguments.by or _user()
+        ruling = Resolution(word, arguments.reason, by, arguments.attach)
+        return resolve(desk.engine, desk.connect, desk.calendar, arguments.id, ruling, desk.now)
+
+    return _at_desk(work)
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from billing_orchestration.case_history import explain_payment, explain_subscription
+
+    def work(desk: Desk) -> list[str]:
+        if arguments.what == "payment":
+            return explain_payment(desk.engine, desk.connect, arguments.id)
+        return explain_subscription(desk.engine, desk.connect, _row_id(arguments.id))
+
+    return _at_desk(work)
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return f"uid {os.getuid()}"
+
+
+def _at_desk(work: Callable[[Desk], list[str]]) -> int:
+    """Do one piece of work on the database and the provider of the settings, and say what came of it."""
+    from billing_orchestration.casework import NotResolved, open_desk
+    from billing_orchestration.database.errors import BillingDatabaseError
+    from billing_orchestration.provider.errors import ProviderError
+    from billing_orchestration.settings import SettingsError
+
+    try:
+        with open_desk() as desk:
+            for line in work(desk):
+                _say(line)
+    except argparse.ArgumentTypeError as error:
+        return _fail(error)
+    except (NotResolved, SettingsError, BillingDatabaseError) as error:
+        return _fail(error)
+    except ProviderError as error:
+        return _fail(f"the provider did not tell, so nothing was changed: {error}")
+    return 0
 
 
 def _sandbox(arguments: argparse.Namespace) -> int:

@@ -16,11 +16,15 @@ from billing_orchestration.database.tables import naive_utc
 from billing_orchestration.domain.settlement import PaymentRow
 
 # States of an attempt that hold a subscription back from expiry: what became of the customer's money is not known, or
-# a person is deciding about it.
+# a person is deciding about it (one that a person has decided to ignore grants nothing: it holds nothing back).
 _HELD = """EXISTS (
     SELECT FROM billing_orchestration.renewal_attempts a
     WHERE a.subscription_id = s.id
-      AND (a.state IN ('UNKNOWN', 'PENDING', 'REVIEW') OR (a.state = 'PLANNED' AND a.first_sent_at IS NOT NULL)))"""
+      AND (a.state IN ('UNKNOWN', 'PENDING') OR (a.state = 'PLANNED' AND a.first_sent_at IS NOT NULL)
+           OR (a.state = 'REVIEW' AND NOT EXISTS (
+               SELECT FROM billing_orchestration.quarantine q
+               WHERE q.attempt_id = a.id AND q.external_payment_id = a.external_payment_id
+                 AND q.resolution = 'ignored'))))"""
 
 
 @dataclass(frozen=True, slots=True)

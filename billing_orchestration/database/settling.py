@@ -117,8 +117,12 @@ _SUBSCRIPTIONS = sa.text(f"""
 
 def lock_users(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> None:
     """Take the users' locks of these payments, for the rest of the transaction: nobody else settles for them."""
-    named = {metadata_user(payment) or f"payment {payment.id}" for payment in batch}
-    connection.execute(_LOCK_USERS, {"names": sorted(named)})
+    lock_user_names(connection, [metadata_user(payment) or f"payment {payment.id}" for payment in batch])
+
+
+def lock_user_names(connection: sa.Connection, names: Sequence[str]) -> None:
+    """The same by name: a user's, or "payment ID" for a payment that names no user."""
+    connection.execute(_LOCK_USERS, {"names": sorted(set(names))})
 
 
 def _read_facts(

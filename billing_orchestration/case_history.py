@@ -1,0 +1,160 @@
+"""`explain`: the whole history of one customer's case in plain words, for support on the phone. It changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from billing_orchestration.casework import NotResolved
+from billing_orchestration.domain.problem_kinds import kind_of
+from billing_orchestration.domain.provider_payment import ProviderPayment
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from billing_orchestration.database.case_history import Case
+    from billing_orchestration.provider.client import PaymentProvider
+
+# The latest ones: each is a request.
+_MOST_ASKED = 20
+Event = tuple[datetime, int, str]
+Connect = Callable[[], "PaymentProvider"]
+
+
+def explain_payment(engine: sa.Engine, connect: Connect, name: str) -> list[str]:
+    """The case of a payment, by the provider's id or the row's. Raises NotResolved when neither side knows it."""
+    from billing_orchestration.database.case_history import case_of_payment, find_payment
+    from billing_orchestration.database.engine import translated
+
+    with translated(), engine.connect() as connection:
+        found = find_payment(connection, name)
+        case = case_of_payment(
+            connection,
+            name if found is None else found if isinstance(found, str) else None,
+            found if isinstance(found, int) else None,
+        )
+    there, unheard = _ask(connect, case.provider_ids)
+    if found is None and not there and not any("did not answer" in line for line in unheard):
+        raise NotResolved(f"neither this database nor the provider knows a payment {name}")
+    return _told(f"payment {name}", case, there, unheard)
+
+
+def explain_subscription(engine: sa.Engine, connect: Connect, subscription_id: int) -> list[str]:
+    """The case of a subscription. Raises NotResolved when nothing is known of it."""
+    from billing_orchestration.database.case_history import case_of_subscription
+    from billing_orchestration.database.engine import translated
+
+    with translated(), engine.connect() as connection:
+        case = case_of_subscription(connection, subscription_id)
+    if not case.subscriptions and not case.attempts and not case.audit:
+        raise NotResolved(f"this database knows no subscription {subscription_id}")
+    there, unheard = _ask(connect, case.provider_ids)
+    return _told(f"subscription {subscription_id}", case, there, unheard)
+
+
+def _ask(connect: Connect, ids: Sequence[str]) -> tuple[dict[str, ProviderPayment], list[str]]:
+    """The provider's side, asked now; and what it did not tell."""
+    from billing_orchestration.provider.errors import PaymentNotFound, ProviderError
+
+    there: dict[str, ProviderPayment] = {}
+    unheard: list[str] = []
+    if not ids:
+        return there, unheard
+    asked = list(ids)[-_MOST_ASKED:]
+    if len(asked) < len(ids):
+        unheard.append(f"{len(ids) - len(asked)} of {len(ids)} payments were not asked for at the provider")
+    provider = connect()
+    try:
+        for payment_id in asked:
+            try:
+                payment = provider.get_payment(payment_id)
+            except PaymentNotFound:
+                unheard.append(f"the provider knows no payment {payment_id}")
+            except ProviderError as error:
+                unheard.append(f"the provider did not answer, its side is missing here: {error}")
+                break
+            else:
+                if isinstance(payment, ProviderPayment):
+                    there[payment_id] = payment
+                else:
+                    unheard.append(f"the provider's record of payment {payment_id} cannot be read: {payment.reason}")
+    finally:
+        provider.close()
+    return there, unheard
+
+
+def _told(subject: str, case: Case, there: Mapping[str, ProviderPayment], unheard: Sequence[str]) -> list[str]:
+    lines = [subject, "", "Now:"]
+    lines += [f"  {line}" for line in (*_now_here(case), *_now_there(there), *unheard)]
+    lines += ["", "What happened (UTC):"]
+    lines += [f"  {at:%Y-%m-%d %H:%M:%S}  {text}" for at, _, text in sorted(_events(case, there))]
+    waiting = [q for q in case.problems if q.resolved_at is None]
+    lines += ["", "Waits for a person:" if waiting else "Nothing waits for a person."]
+    lines += [
+        f"  entry {q.id}, {q.kind}: {kind_of(q.kind).means}; billing-orchestration quarantine show {q.id}"
+        for q in waiting
+    ]
+    return lines
+
+
+def _now_here(case: Case) -> Iterator[str]:
+    for s in case.subscriptions:
+        plan = f"plan {s.plan_id} ({s.plan})" if s.plan_id is not None else "without a plan"
+        yield f"subscription {s.id} of user {s.user_id}: {s.status}, until {s.ended_at} UTC, {plan}"
+    for p in case.payments:
+        at = f", at the provider {p.external_payment_id}" if p.external_payment_id else ", without a provider's id"
+        owner = f", for subscription {p.subscription_id}" if p.subscription_id is not None else ", for no subscription"
+        yield f"payment row {p.id}: {p.status}, {p.amount} {p.currency}{owner}{at}"
+    for a in case.attempts:
+        word = f", {a.last_error}" if a.last_error else ""
+        period = f"the period from {a.period_start}"
+        yield f"renewal attempt {a.number} of {period}: {a.state}, {a.amount} {a.currency}{word}"
+
+
+def _now_there(there: Mapping[str, ProviderPayment]) -> Iterator[str]:
+    for payment in there.values():
+        refunded = f", {payment.refunded_amount} of it refunded" if payment.refunded_amount else ""
+        test = ", a TEST payment" if payment.is_test else ""
+        yield f"at the provider, payment {payment.id}: {payment.status}, {payment.money}{refunded}{test}"
+
+
+def _events(case: Case, there: Mapping[str, ProviderPayment]) -> Iterator[Event]:
+    """(when, order within one instant, what): what was written, by us, the service and the provider."""
+    for s in case.subscriptions:
+        yield _utc(s.created_at), 0, f"the service created subscription {s.id}"
+    for p in case.payments:
+        yield _utc(p.created_at), 1, f"payment row {p.id} of {p.amount} {p.currency} was created"
+    for payment in there.values():
+        yield payment.created_at, 2, f"provider: payment {payment.id} of {payment.money} was created"
+        if payment.captured_at is not None:
+            yield payment.captured_at, 3, f"provider: payment {payment.id} succeeded"
+        if payment.cancellation_reason:
+            by = payment.cancellation_party or "nobody named"
+            yield (
+                payment.created_at,
+                3,
+                f"provider: payment {payment.id} was canceled by {by}: {payment.cancellation_reason}",
+            )
+    for a in case.attempts:
+        yield a.planned_at, 1, f"attempt {a.number} to charge {a.amount} {a.currency} was planned (run {a.run_id})"
+        if a.last_sent_at is not None and a.sends:
+            yield a.last_sent_at, 2, f"attempt {a.number} was sent to the provider (send {a.sends})"
+    for entry in case.audit:
+        yield entry.at, 4, _audited(entry)
+
+
+def _audited(entry: Any) -> str:
+    old, new = entry.old or {}, entry.new or {}
+    changed = [
+        f"{name} {old.get(name)} -> {new[name]}" if name in old else f"{name} {new[name]}"
+        for name in new
+        if old.get(name) != new[name] and new[name] is not None and name != "problem_key"
+    ]
+    what = f" [{', '.join(changed)}]" if changed else ""
+    by = f"{entry.job}, run {entry.run_id}"
+    return f"{entry.entity} {entry.entity_id} {entry.action}: {entry.reason}{what} ({by})"
+
+
+def _utc(at: datetime) -> datetime:
+    return at.replace(tzinfo=timezone.utc) if at.tzinfo is None else at.astimezone(timezone.utc)

@@ -1,0 +1,274 @@
+"""A person resolves what stands in the quarantine: safely, once, audited, by the one settling function.
+
+Accept: the payment is brought into the books as it is. Attach: one period of a subscription's plan for that
+subscription. Ignore: nothing is granted, and settling leaves the payment for ever. An entry that is about no payment
+(a gap, a row that could not be written) is only closed. docs/operations.md has what each means for each kind.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from billing_orchestration.database.audit import Stamp
+from billing_orchestration.database.errors import DatabaseBusy, RowRefused
+from billing_orchestration.database.quarantine import (
+    ACCEPTED,
+    ATTACHED,
+    IGNORED,
+    MENDED,
+    Entry,
+    close_entry,
+    read_entry,
+)
+from billing_orchestration.domain.billing_calendar import BillingCalendar
+from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
+from billing_orchestration.domain.renewals import as_answer_to
+from billing_orchestration.domain.settlement import (
+    SET_ASIDE,
+    CloseAsGranted,
+    Leave,
+    Quarantine,
+    RecordRefund,
+    Ruling,
+    Settle,
+)
+from billing_orchestration.resources import BillingDatabase, connect_provider, utc_now
+from billing_orchestration.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from billing_orchestration.database.settling import Settled
+    from billing_orchestration.provider.client import PaymentProvider
+
+JOB = "quarantine"
+# Somebody settles for the same user at this moment: the next try decides from what it has left.
+_TRIES = 3
+# Entries whose payment was granted when they were opened, or which no grant can answer.
+_GRANTED_ALREADY = "unwanted_renewal"
+
+
+class NotResolved(Exception):
+    """The entry was not resolved and nothing was written. Its text is one line that says why, and what can be done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What a person decided. `attach_to` with ATTACHED only. `by` is the person's name, for the audit trail."""
+
+    word: str
+    reason: str
+    by: str
+    attach_to: int | None = None
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a command works with: the database, a way to the provider, the billing calendar, the time."""
+
+    engine: sa.Engine
+    connect: Callable[[], PaymentProvider]
+    calendar: BillingCalendar
+    now: Callable[[], datetime] = utc_now
+
+
+@contextmanager
+def open_desk(load: Callable[[], Settings] = load_settings) -> Iterator[Desk]:
+    """The desk of the environment's settings. Raises SettingsError, BillingDatabaseError."""
+    database = BillingDatabase(load)
+    try:
+        settings = database.settings
+        yield Desk(database.engine, lambda: connect_provider(settings), database.calendar)
+    finally:
+        database.close()
+
+
+def resolve(
+    engine: sa.Engine,
+    connect: Callable[[], PaymentProvider],
+    calendar: BillingCalendar,
+    entry_id: int,
+    resolution: Resolution,
+    now: Callable[[], datetime],
+) -> list[str]:
+    """Resolve one open entry; give back what was done, in lines for a person.
+
+    What moves: nothing at the provider; at most one grant in the books, through `settle_batch`, whose primary key
+    allows one per provider payment. The payment is asked for afresh, before any transaction. Then one transaction: the
+    user's lock, the entry's row (still open?), the entry closed, the payment settled with the ruling, the audit trail.
+    Killed anywhere: all of it or nothing. Raises NotResolved with nothing written; and, also with nothing written,
+    ProviderError, BillingDatabaseError.
+    """
+    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.settling import ChangedMeanwhile
+
+    if not resolution.reason.strip() or not resolution.by.strip():
+        raise NotResolved("a resolution needs a reason and a name: they are what the next person reads")
+    with translated(), engine.connect() as connection:
+        entry = _open_entry(read_entry(connection, entry_id), entry_id)
+    stamp = Stamp(JOB, f"cli-{uuid.uuid4()}", now())
+    if resolution.word == IGNORED or not entry.about_provider_payment or entry.kind == _GRANTED_ALREADY:
+        if resolution.word == ATTACHED:
+            raise NotResolved(
+                f"entry {entry.id} ({entry.kind}) is about nothing that could be granted to a subscription: accept or"
+                " ignore it"
+            )
+        with translated(), engine.begin() as connection:
+            if entry.about_provider_payment and entry.kind != _GRANTED_ALREADY:
+                _refuse_granted(connection, entry)
+            _close(connection, stamp, entry, _closing_word(entry, resolution), resolution)
+        return [_closed_in_words(entry, resolution)]
+    payment, is_live = _ask(engine, connect, entry)
+    last = ""
+    for _ in range(_TRIES):
+        try:
+            with translated(), engine.begin() as connection:
+                settled = _settle(connection, stamp, entry, payment, resolution, calendar, is_live=is_live)
+                break
+        except (ChangedMeanwhile, DatabaseBusy) as error:
+            last = str(error)
+        except RowRefused as error:
+            # Another settler's row under the unique index of the provider's ids is found settled by the next try.
+            last = str(error)
+    else:
+        raise NotResolved(f"entry {entry.id} was not resolved, nothing was written: {last}")
+    return [
+        _granted_in_words(settled),
+        f"entry {entry.id} is closed as {resolution.word} (audit trail: {stamp.run_id})",
+    ]
+
+
+def _open_entry(entry: Entry | None, entry_id: int) -> Entry:
+    if entry is None:
+        raise NotResolved(f"there is no entry {entry_id} in the quarantine: billing-orchestration quarantine list")
+    if entry.resolved_at is not None:
+        raise NotResolved(
+            f"entry {entry_id} is resolved already: {entry.resolution} on {entry.resolved_at:%Y-%m-%d %H:%M} UTC by"
+            f" {entry.resolved_by} ({entry.resolution_reason}). Nothing was changed"
+        )
+    return entry
+
+
+def _refuse_granted(connection: sa.Connection, entry: Entry) -> None:
+    """What was granted meanwhile cannot be ignored. Under the user's lock: nobody is granting it at this moment."""
+    from billing_orchestration.database.matching import fetch_settled
+    from billing_orchestration.database.settling import lock_user_names
+
+    payment_id = entry.external_payment_id or ""
+    item = entry.evidence.get("item")
+    metadata = item.get("metadata") if isinstance(item, Mapping) else None
+    user = metadata.get("user_id") if isinstance(metadata, Mapping) else None
+    lock_user_names(connection, [user if isinstance(user, str) and user.strip() else f"payment {payment_id}"])
+    if fetch_settled(connection, [payment_id]):
+        raise NotResolved(
+            f"payment {payment_id} was settled meanwhile, so it cannot be ignored any more; accept closes the entry."
+            " Nothing was changed"
+        )
+
+
+def _close(connection: sa.Connection, stamp: Stamp, entry: Entry, word: str, resolution: Resolution) -> None:
+    _open_entry(read_entry(connection, entry.id, lock=True), entry.id)
+    close_entry(connection, stamp, entry, word, resolution.reason, resolution.by)
+
+
+def _closing_word(entry: Entry, resolution: Resolution) -> str:
+    """A problem without a payment that a person says is mended may come back, and is then told again."""
+    return MENDED if resolution.word == ACCEPTED and not entry.about_provider_payment else resolution.word
+
+
+def _closed_in_words(entry: Entry, resolution: Resolution) -> str:
+    if not entry.about_provider_payment:
+        after = "if it happens again, it is told again" if resolution.word == ACCEPTED else "it is never told of again"
+        return f"entry {entry.id} ({entry.kind}) is closed, nothing else was changed; {after}"
+    if entry.kind == _GRANTED_ALREADY:
+        return f"entry {entry.id} is closed: the renewal was granted when it was opened, and that stands"
+    return (
+        f"entry {entry.id} is closed: nothing is granted for payment {entry.external_payment_id}, now or later. Refund"
+        " it at the provider if that is not done yet"
+    )
+
+
+def _ask(engine: sa.Engine, connect: Callable[[], PaymentProvider], entry: Entry) -> tuple[ProviderPayment, bool]:
+    """The provider's payment as it is now, and whether the shop is live."""
+    from billing_orchestration.database.attempts import by_ids
+    from billing_orchestration.database.engine import translated
+    from billing_orchestration.provider.errors import PaymentNotFound
+
+    payment_id = entry.external_payment_id or ""
+    provider = connect()
+    try:
+        payment = provider.get_payment(payment_id)
+        is_live = provider.is_live
+    except PaymentNotFound:
+        raise NotResolved(
+            f"the provider knows no payment {payment_id}: nothing can be granted for it, ignore it"
+        ) from None
+    finally:
+        provider.close()
+    if isinstance(payment, UnusablePayment):
+        raise NotResolved(
+            f"the provider's record of payment {payment_id} cannot be used ({payment.reason}), so nothing can be"
+            " granted for it by a program: mend it by hand, then ignore it here"
+        )
+    if payment.status != SUCCEEDED:
+        raise NotResolved(f"payment {payment_id} is {payment.status} at the provider, not succeeded: nothing to grant")
+    if entry.attempt_id is not None:
+        with translated(), engine.connect() as connection:
+            attempt = by_ids(connection, [entry.attempt_id]).get(entry.attempt_id)
+        if attempt is not None and attempt.external_payment_id == payment.id:
+            payment = as_answer_to(attempt, payment)
+    return payment, is_live
+
+
+def _settle(
+    connection: sa.Connection,
+    stamp: Stamp,
+    entry: Entry,
+    payment: ProviderPayment,
+    resolution: Resolution,
+    calendar: BillingCalendar,
+    *,
+    is_live: bool,
+) -> Settled:
+    from billing_orchestration.database.settling import lock_users, settle_batch
+
+    # Before the entry: a job that settles this very payment takes the user's lock, and then the entry.
+    lock_users(connection, [payment])
+    # Closed first, so that settling does not close it in its own words.
+    _close(connection, stamp, entry, resolution.word, resolution)
+    [settled] = settle_batch(
+        connection,
+        [payment],
+        stamp=stamp,
+        calendar=calendar,
+        is_live=is_live,
+        rulings={payment.id: Ruling(resolution.attach_to)},
+    )
+    decision = settled.decision
+    if isinstance(decision, Quarantine):
+        ways = (
+            "ignore it, or attach it to another subscription" if resolution.word == ATTACHED else "attach or ignore it"
+        )
+        raise NotResolved(f"it cannot be granted so: {decision.reason}. Nothing was written; {ways}")
+    if isinstance(decision, Leave) and (decision.reason == SET_ASIDE or resolution.word == ATTACHED):
+        raise NotResolved(f"nothing is left to grant for payment {payment.id}: {decision.reason}. Nothing was written")
+    return settled
+
+
+def _granted_in_words(settled: Settled) -> str:
+    decision, payment = settled.decision, settled.payment
+    if isinstance(decision, Settle):
+        return (
+            f"payment {payment.id} ({payment.money}) is granted: subscription {settled.subscription_id} until"
+            f" {decision.period_end:%Y-%m-%d %H:%M} UTC; {decision.reason}"
+        )
+    if isinstance(decision, RecordRefund):
+        return f"payment {payment.id} is recorded as REFUNDED, nothing is granted: {decision.reason}"
+    if isinstance(decision, CloseAsGranted):
+        return f"payment {payment.id} was granted before, its attempt is closed: {decision.reason}"
+    return f"payment {payment.id} was granted before, nothing was added: {decision.reason}"

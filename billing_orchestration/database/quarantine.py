@@ -1,0 +1,111 @@
+"""The quarantine as a person works through it: reading entries, and closing one with a resolution."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from billing_orchestration.database.audit import Change, Stamp, record_changes
+
+# Resolutions. `mended` may come back as a new entry; the others are a person's last word on the problem.
+ACCEPTED, ATTACHED, IGNORED, MENDED = "accepted", "attached", "ignored", "mended"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry. Open while `resolved_at` is None."""
+
+    id: int
+    problem_key: str
+    kind: str
+    reason: str
+    external_payment_id: str | None
+    payment_id: int | None
+    subscription_id: int | None
+    attempt_id: uuid.UUID | None
+    evidence: Mapping[str, Any]
+    job: str
+    run_id: str
+    opened_at: datetime
+    resolved_at: datetime | None
+    resolution: str | None
+    resolution_reason: str | None
+    resolved_by: str | None
+
+    @property
+    def subject(self) -> str:
+        """What the problem is about: "payment …", "subscription 12", "job …"."""
+        return self.problem_key.removesuffix(f":{self.kind}")
+
+    @property
+    def about_provider_payment(self) -> bool:
+        """Whether it is about a payment at the provider, and not about a row that could not be written."""
+        about_a_row = self.kind == "not_writable" and self.payment_id is not None
+        return self.external_payment_id is not None and not about_a_row
+
+
+_SELECT = """
+    SELECT id, problem_key, kind, reason, external_payment_id, payment_id, subscription_id, attempt_id, evidence, job,
+           run_id, opened_at, resolved_at, resolution, resolution_reason, resolved_by
+    FROM billing_orchestration.quarantine
+"""
+
+
+def _entries(connection: sa.Connection, rest: str, **values: Any) -> list[Entry]:
+    return [Entry(*row) for row in connection.execute(sa.text(_SELECT + rest), values)]
+
+
+def open_entries(connection: sa.Connection, limit: int | None = None) -> list[Entry]:
+    """What waits for a person, oldest first."""
+    return _entries(connection, "WHERE resolved_at IS NULL ORDER BY id LIMIT :limit", limit=limit)
+
+
+def all_entries(connection: sa.Connection) -> list[Entry]:
+    """Every entry, resolved ones too, oldest first."""
+    return _entries(connection, "ORDER BY id")
+
+
+def entries_since(connection: sa.Connection, last_id: int, limit: int) -> list[Entry]:
+    """Open entries that are newer than the one with this id, oldest first."""
+    return _entries(
+        connection, "WHERE id > :last_id AND resolved_at IS NULL ORDER BY id LIMIT :limit", last_id=last_id, limit=limit
+    )
+
+
+def read_entry(connection: sa.Connection, entry_id: int, *, lock: bool = False) -> Entry | None:
+    """One entry, open or resolved; with `lock`, held until the transaction ends."""
+    return next(iter(_entries(connection, f"WHERE id = :id {'FOR UPDATE' if lock else ''}", id=entry_id)), None)
+
+
+def close_entry(connection: sa.Connection, stamp: Stamp, entry: Entry, resolution: str, reason: str, by: str) -> bool:
+    """Close an open entry, with the audit trail. False: somebody else has closed it meanwhile."""
+    closed = connection.execute(
+        sa.text("""
+            UPDATE billing_orchestration.quarantine
+            SET resolved_at = :at, resolution = :resolution, resolution_reason = :reason, resolved_by = :by
+            WHERE id = :id AND resolved_at IS NULL
+        """),
+        {"at": stamp.at, "resolution": resolution, "reason": reason, "by": by, "id": entry.id},
+    ).rowcount
+    if closed:
+        record_changes(
+            connection,
+            stamp,
+            [
+                Change(
+                    "quarantine",
+                    str(entry.id),
+                    resolution,
+                    f"{by}: {reason}",
+                    old={"resolution": None},
+                    new={"resolution": resolution, "resolved_by": by},
+                    external_payment_id=entry.external_payment_id,
+                )
+            ],
+        )
+    return bool(closed)

@@ -1,0 +1,99 @@
+"""What stands in the quarantine, by kind: what it means for the money, and what each resolution does about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """`attach` is empty where there is nothing to attach."""
+
+    means: str
+    accept: str
+    attach: str
+    ignore: str
+
+
+_ATTACH = "it pays one period of that subscription's plan"
+_NOTHING = "nothing is granted, now or later: refund it at the provider"
+_AGAIN = "settles it if what stood in the way is mended, else says what still does"
+
+KINDS: Mapping[str, Kind] = {
+    "amount_differs": Kind(
+        "paid, but not the amount or currency that was asked",
+        "grants the period; the books take the provider's true amount",
+        _ATTACH,
+        _NOTHING,
+    ),
+    "test_payment": Kind(
+        "a test payment in a live shop: no real money", "grants all the same", _ATTACH, "nothing is granted"
+    ),
+    "canceled_here": Kind(
+        "paid at the provider, CANCELED in our books", "the row becomes SUCCEEDED and is granted", _ATTACH, _NOTHING
+    ),
+    "status_unknown": Kind(
+        "paid, and its row has a status that is not known",
+        "the row becomes SUCCEEDED and is granted",
+        _ATTACH,
+        _NOTHING,
+    ),
+    "metadata": Kind(
+        "paid, and its metadata does not say for whom, for which plan or through whom", _AGAIN, _ATTACH, _NOTHING
+    ),
+    "foreign_metadata": Kind("paid, and metadata and row name different users", _AGAIN, _ATTACH, _NOTHING),
+    "no_end": Kind("paid, and the customer's active subscription has no end to extend", _AGAIN, _ATTACH, _NOTHING),
+    "period": Kind("paid, and the plan has no usable period", _AGAIN, _ATTACH, _NOTHING),
+    "unknown_attempt": Kind(
+        "paid, and it names a renewal attempt that this database does not have: another installation's charge, or a"
+        " database restored from before it",
+        "says that it still cannot be granted so",
+        _ATTACH,
+        "nothing is granted: it is the other installation's, or refunded",
+    ),
+    "subscription_gone": Kind(
+        "a renewal was paid, and its subscription is gone or has no end", _AGAIN, _ATTACH, _NOTHING
+    ),
+    "second_success": Kind(
+        "a period was paid twice: the customer may have lost money",
+        "the customer keeps it as one more period, granted now",
+        _ATTACH,
+        "it was refunded by hand at the provider; nothing is granted",
+    ),
+    "unwanted_renewal": Kind(
+        "renewed and granted, while the customer had canceled or paused",
+        "the grant stands; nothing is changed",
+        "",
+        "it was refunded by hand; the grant stands, change the subscription in the service if it should not",
+    ),
+    "unreadable": Kind(
+        "a record of the provider that this version cannot read; whether it is money is not known",
+        _AGAIN,
+        _ATTACH,
+        "it is left for ever, also if it becomes readable",
+    ),
+    "not_writable": Kind(
+        "the database refuses to write it, and would again: a constraint or trigger of the service's, or a bad value",
+        "of a payment: tries once more, now. Of a row: it was mended, and is told again if not",
+        "of a payment: " + _ATTACH,
+        "of a payment: nothing is granted. Of a row: it is never told of again",
+    ),
+    "rejected": Kind(
+        "the provider refuses this charge as it is (no money moved): the saved method or the shop's rights",
+        "it was mended; told again if not",
+        "",
+        "it is never told of again; the customer is not renewed",
+    ),
+    "gap": Kind(
+        "hours that no matching run has covered: payments of them may be paid and not granted",
+        "the hours were backfilled",
+        "",
+        "they are left as they are",
+    ),
+}
+
+
+def kind_of(name: str) -> Kind:
+    """The kind by its name; what comes after its first word ("gap from 2026-03-01") is detail."""
+    return KINDS.get(name.split(" ", 1)[0]) or Kind("not described", "closes it", "", "closes it")
