@@ -38,13 +38,8 @@ class RunReport:
 
 
 def describe_decisions(decisions: Sequence[Decision]) -> dict[str, dg.MetadataValue[Any]]:
-    """Metadata: how many of each action, sums by currency, and the first rows with their reasons."""
-    metadata: dict[str, dg.MetadataValue[Any]] = {
-        f"count: {action}": dg.MetadataValue.int(count) for action, count in sorted(count_by_action(decisions).items())
-    }
-    for action in sorted({decision.action for decision in decisions if decision.money is not None}):
-        for currency, total in sorted(sum_by_currency(decisions, frozenset({action})).items()):
-            metadata[f"sum: {action}, {currency}"] = dg.MetadataValue.float(float(total))
+    """Metadata: the first rows with their reasons, sums by currency, and how many of each action."""
+    metadata: dict[str, dg.MetadataValue[Any]] = {}
     if decisions:
         cut = f"first {ROWS_SHOWN} of " if len(decisions) > ROWS_SHOWN else ""
         metadata[f"decisions ({cut}{len(decisions)})"] = dg.MetadataValue.table(
@@ -61,6 +56,11 @@ def describe_decisions(decisions: Sequence[Decision]) -> dict[str, dg.MetadataVa
             ],
             schema=dg.TableSchema(columns=[dg.TableColumn(name) for name in ("action", "subject", "amount", "reason")]),
         )
+    for action in sorted({decision.action for decision in decisions if decision.money is not None}):
+        for currency, total in sorted(sum_by_currency(decisions, frozenset({action})).items()):
+            metadata[f"sum: {action}, {currency}"] = dg.MetadataValue.float(float(total))
+    for action, count in sorted(count_by_action(decisions).items()):
+        metadata[f"count: {action}"] = dg.MetadataValue.int(count)
     return metadata
 
 
@@ -86,6 +86,7 @@ def conclude(context: dg.OpExecutionContext, scope: RunScope, report: RunReport,
     metadata = {
         "result": dg.MetadataValue.text(result),
         **_next_steps(scope, report, job),
+        **describe_decisions(report.decisions),
         **describe_scope(scope),
         "applied": dg.MetadataValue.int(report.applied),
         "skipped": dg.MetadataValue.int(report.skipped),
@@ -93,7 +94,6 @@ def conclude(context: dg.OpExecutionContext, scope: RunScope, report: RunReport,
         "quarantined for the first time": dg.MetadataValue.int(report.opened),
         "needs another try": dg.MetadataValue.int(len(report.again)),
         **{name: _number(value) for name, value in report.numbers.items()},
-        **describe_decisions(report.decisions),
     }
     if report.decisions or report.again:  # an empty run has said so in its metadata: a line more is a row more
         context.log.info(f"{job}: {result}")
