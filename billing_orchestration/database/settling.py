@@ -26,7 +26,6 @@ from billing_orchestration.database.audit import (
 )
 from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.database.tables import naive_utc, readable, renewal_attempts
-from billing_orchestration.database.tables import payments as payments_table
 from billing_orchestration.database.tables import subscriptions as subscriptions_table
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.provider_payment import ProviderPayment
@@ -260,9 +259,11 @@ def settle_batch(
         for payment in batch
     ]
     _refuse_collisions(decisions)
-    created = _write_subscriptions(connection, stamp, decisions)
-    payment_rows = _write_payments(connection, stamp, decisions, created)
-    _write_attempts(connection, stamp, decisions)
+    changes: list[Change] = []
+    created = _write_subscriptions(connection, stamp, decisions, changes)
+    payment_rows = _write_payments(connection, stamp, decisions, created, changes)
+    _write_attempts(connection, stamp, decisions, changes)
+    record_changes(connection, stamp, changes)
     _write_settlements(connection, stamp, decisions, created, payment_rows)
     opened = _write_problems(connection, stamp, decisions)
     settled_ids = [d.payment.id for d in decisions if isinstance(d, (Settle, RecordRefund, CloseAsGranted))]
@@ -328,13 +329,12 @@ _EXTEND = sa.text("""
 
 
 def _write_subscriptions(
-    connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision]
+    connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision], changes: list[Change]
 ) -> dict[str, int]:
-    """Extend and create subscriptions; give back the ids of the created ones by provider payment id."""
+    """Extend and create subscriptions, noting the changes; give back the created ones' ids by provider payment id."""
     grants = [decision for decision in decisions if isinstance(decision, Settle)]
     extended = [(grant, grant.subscription) for grant in grants if grant.subscription is not None]
     creations = [grant for grant in grants if grant.subscription is None]
-    changes: list[Change] = []
     if extended:
         rows = [
             {
@@ -396,7 +396,6 @@ def _write_subscriptions(
                     external_payment_id=grant.payment.id,
                 )
             )
-    record_changes(connection, stamp, changes)
     return created
 
 
@@ -411,15 +410,32 @@ _FINISH_PAYMENT = sa.text("""
     WHERE p.id = x.id AND p.status::text IS NOT DISTINCT FROM x.old_status
 """)
 
+# The provider's ids of a batch are distinct, so each new row is found by its own.
+_INSERT_PAYMENTS = sa.text("""
+    INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,
+                          external_payment_id, created_at, updated_at)
+    SELECT x.subscription_id, x.payment_provider_id, x.payment_method::paymentmethodsenum,
+           x.status::paymentstatusenum, x.currency::currencyenum, x.amount, x.external_payment_id, x.created_at,
+           x.updated_at
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+        number int, subscription_id int, payment_provider_id int, payment_method text, status text, currency text,
+        amount numeric(8,2), external_payment_id text, created_at timestamp, updated_at timestamp)
+    ORDER BY x.number
+    RETURNING external_payment_id, id
+""")
+
 
 def _write_payments(
-    connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision], created: Mapping[str, int]
+    connection: sa.Connection,
+    stamp: Stamp,
+    decisions: Sequence[SettlementDecision],
+    created: Mapping[str, int],
+    changes: list[Change],
 ) -> dict[str, int]:
     """Turn payment rows SUCCEEDED or REFUNDED, create the missing ones; give back row ids by provider payment id."""
     written: dict[str, int] = {}
     updates: list[dict[str, Any]] = []
     inserts: list[tuple[dict[str, Any], str]] = []
-    changes: list[Change] = []
     for decision in decisions:
         if not isinstance(decision, (Settle, RecordRefund, CloseAsGranted)):
             continue
@@ -481,11 +497,18 @@ def _write_payments(
         if result.rowcount != len(updates):
             raise ChangedMeanwhile(f"{len(updates)} payment rows were to be finished, {result.rowcount} could be")
     if inserts:
-        inserted = connection.execute(
-            sa.insert(payments_table).returning(payments_table.c.id, sort_by_parameter_order=True),
-            [values for values, _ in inserts],
-        ).scalars()
-        for (values, reason), row_id in zip(inserts, inserted, strict=True):
+        rows = [
+            {
+                **values,
+                "number": number,
+                "created_at": naive_utc(values["created_at"]),
+                "updated_at": naive_utc(values["updated_at"]),
+            }
+            for number, (values, _) in enumerate(inserts)
+        ]
+        inserted = dict(connection.execute(_INSERT_PAYMENTS, {"rows": to_json(rows)}).tuples().all())
+        for values, reason in inserts:
+            row_id = inserted[values["external_payment_id"]]
             written[values["external_payment_id"]] = row_id
             changes.append(
                 Change(
@@ -502,7 +525,6 @@ def _write_payments(
                     external_payment_id=values["external_payment_id"],
                 )
             )
-    record_changes(connection, stamp, changes)
     return written
 
 
@@ -516,7 +538,9 @@ _CLOSE_ATTEMPTS = sa.text("""
 """)
 
 
-def _write_attempts(connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision]) -> None:
+def _write_attempts(
+    connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision], changes: list[Change]
+) -> None:
     """Close the attempts whose payments are settled, refunded or in review; void the ones that must give way."""
     closings: list[tuple[Attempt, str, str | None, str]] = []
     voids: list[tuple[Attempt, str, str | None, str]] = []
@@ -550,22 +574,18 @@ def _write_attempts(connection: sa.Connection, stamp: Stamp, decisions: Sequence
         result = connection.execute(_CLOSE_ATTEMPTS, {"rows": to_json(rows), "at": stamp.at})
         if result.rowcount != len(rows):
             raise ChangedMeanwhile(f"{len(rows)} attempts were to be closed, {result.rowcount} could be")
-    record_changes(
-        connection,
-        stamp,
-        [
-            Change(
-                "attempt",
-                str(attempt.id),
-                state.lower(),
-                reason,
-                old={"state": attempt.state},
-                new={"state": state, "subscription_id": attempt.subscription_id},
-                external_payment_id=payment_id,
-            )
-            for attempt, state, payment_id, reason in (*voids, *closings)
-        ],
-    )
+    changes += [
+        Change(
+            "attempt",
+            str(attempt.id),
+            state.lower(),
+            reason,
+            old={"state": attempt.state},
+            new={"state": state, "subscription_id": attempt.subscription_id},
+            external_payment_id=payment_id,
+        )
+        for attempt, state, payment_id, reason in (*voids, *closings)
+    ]
 
 
 _INSERT_SETTLEMENTS = sa.text("""
