@@ -22,6 +22,7 @@ from billing_orchestration.domain.settlement import (
     PlanRow,
     Quarantine,
     RecordRefund,
+    Ruling,
     Settle,
     SettlementDecision,
     choose_row,
@@ -53,8 +54,10 @@ CLOSED_UNPAID = (State.DECLINED, State.STOPPED, State.REJECTED, State.VOID)
 LIVE = (State.PLANNED, State.UNKNOWN, State.PENDING, State.SUCCEEDED, State.REVIEW, State.REFUNDED)
 
 
-def settle(payment: ProviderPayment, known: Facts | None = None, *, is_live: bool = True) -> SettlementDecision:
-    return decide_settlement(payment, known or facts(), now=NOW, calendar=IN_UTC, is_live=is_live)
+def settle(
+    payment: ProviderPayment, known: Facts | None = None, *, is_live: bool = True, ruling: Ruling | None = None
+) -> SettlementDecision:
+    return decide_settlement(payment, known or facts(), now=NOW, calendar=IN_UTC, is_live=is_live, ruling=ruling)
 
 
 def metadata(**changes: Any) -> dict[str, Any]:
@@ -409,6 +412,7 @@ def test_a_second_success_that_was_refunded_in_full_is_recorded_and_troubles_nob
     status=st.sampled_from(["none", "PENDING", "SUCCEEDED", "REFUNDED", "CANCELED", None]),
     ended_at=st.sampled_from([None, a_subscription().ended_at, NEXT_END]),
     has_subscription=st.booleans(),
+    ruling=st.sampled_from([None, None, Ruling(), Ruling(attach_to=12), Ruling(attach_to=13)]),
 )
 def test_whatever_is_decided_about_a_renewal_its_period_has_one_live_attempt_and_its_money_one_grant(
     state: str,
@@ -418,6 +422,7 @@ def test_whatever_is_decided_about_a_renewal_its_period_has_one_live_attempt_and
     status: str | None,
     ended_at: datetime | None,
     has_subscription: bool,
+    ruling: Ruling | None,
 ) -> None:
     attempt = a_sent_attempt(state=state, external_payment_id=former)
     rivals: tuple[Attempt, ...] = ()
@@ -425,9 +430,8 @@ def test_whatever_is_decided_about_a_renewal_its_period_has_one_live_attempt_and
         rivals = (an_attempt(number=2, state=rival[0], first_sent_at=NOW if rival[1] else None),)
     rows = [] if status == "none" else [a_row(status, external_payment_id="renewal-1")]
     subscriptions = {12: a_subscription(ended_at=ended_at)} if has_subscription else {}
-    decision = settle(
-        the_payment_of(attempt, **changes), renewal_facts(attempt, *rows, rivals=rivals, subscriptions=subscriptions)
-    )
+    known = renewal_facts(attempt, *rows, rivals=rivals, subscriptions=subscriptions | {13: a_subscription(id=13)})
+    decision = settle(the_payment_of(attempt, **changes), known, ruling=ruling)
 
     # What the attempts of this period are afterwards.
     states = {attempt.number: state} | {other.number: other.state for other in rivals}
@@ -436,7 +440,7 @@ def test_whatever_is_decided_about_a_renewal_its_period_has_one_live_attempt_and
         assert void_first.state == State.PLANNED
         assert not void_first.may_have_been_sent
         states[void_first.number] = State.VOID
-    if isinstance(decision, (Settle, CloseAsGranted)):
+    if isinstance(decision, (Settle, CloseAsGranted)) and decision.attempt is not None:
         assert state not in (State.SUCCEEDED, State.REFUNDED)
         states[attempt.number] = State.SUCCEEDED
     elif isinstance(decision, RecordRefund) and decision.attempt is not None:
@@ -445,9 +449,13 @@ def test_whatever_is_decided_about_a_renewal_its_period_has_one_live_attempt_and
         assert state not in (State.SUCCEEDED, State.REFUNDED)
         states[attempt.number] = State.REVIEW
     assert sum(one in LIVE for one in states.values()) <= 1
-    # Money that went back grants nothing; money that was asked otherwise, or is play money, neither.
-    if changes:
+    # Money that went back grants nothing; money that was asked otherwise, or is play money, neither, unless a person
+    # has said so. Without a person, a renewal's grant always closes its attempt.
+    if "refunded_amount" in changes or (changes and ruling is None):
         assert not isinstance(decision, (Settle, CloseAsGranted))
+    if isinstance(decision, Settle) and ruling is None:
+        assert decision.attempt == attempt
+        assert decision.subscription == subscriptions[12]
     if isinstance(decision, Settle):
         assert decision.period_start < decision.period_end
         assert not (decision.row_is_final and decision.row is None)
@@ -573,14 +581,14 @@ def test_a_subscription_of_another_user_or_plan_is_not_extended(changes: dict[st
 
 
 def test_of_several_active_subscriptions_the_rows_own_is_extended_else_the_one_that_lasts_longest() -> None:
-    short = a_subscription(id=1, ended_at=NOW + DAY)
-    long = a_subscription(id=2, ended_at=NOW + 9 * DAY)
-    endless = a_subscription(id=3, ended_at=None)
-    twin = a_subscription(id=4, ended_at=NOW + 9 * DAY)
+    long = a_subscription(id=1, ended_at=NOW + 9 * DAY)
+    twin = a_subscription(id=2, ended_at=NOW + 9 * DAY)
+    short = a_subscription(id=3, ended_at=NOW + DAY)
+    endless = a_subscription(id=4, ended_at=None)
     for rows, expected in (
-        ([a_row("PENDING", subscription_id=1)], 1),
-        ([a_row("PENDING", subscription_id=None)], 4),
-        ([], 4),
+        ([a_row("PENDING", subscription_id=3)], 3),
+        ([a_row("PENDING", subscription_id=None)], 2),
+        ([], 2),
     ):
         decision = settle(a_payment(), facts(rows, [short, long, endless, twin]))
         assert isinstance(decision, Settle)
@@ -684,3 +692,87 @@ def test_nothing_is_granted_unpaid_twice_or_unclear(
     if isinstance(decision, Settle):
         assert decision.period_end > decision.period_start
         assert (decision.subscription is not None) is (subscription == "ACTIVE")
+
+
+# --- A person's ruling on what stood in the quarantine
+
+CHEAPER_ROW = a_row("PENDING", money=CHEAPER)
+
+
+@pytest.mark.parametrize(
+    ("payment", "known", "kind"),
+    [
+        (a_payment(), facts([CHEAPER_ROW]), "amount_differs"),
+        (a_payment(is_test=True), facts(), "test_payment"),
+        (a_payment(), facts([a_row("CANCELED")]), "canceled_here"),
+        (a_payment(), facts([a_row(None)]), "status_unknown"),
+    ],
+)
+def test_what_a_person_accepts_is_granted_as_if_nothing_had_been_odd(
+    payment: ProviderPayment, known: Facts, kind: str
+) -> None:
+    refused = settle(payment, known)
+    assert isinstance(refused, Quarantine)
+    assert refused.kind == kind
+    granted = settle(payment, known, ruling=Ruling())
+    assert isinstance(granted, Settle)
+    assert (granted.kind, granted.row) == ("created", known.rows[0] if known.rows else None)
+    # The row takes the provider's amount where they differ.
+    assert granted.correct_money is (kind == "amount_differs")
+
+
+def test_a_person_cannot_accept_what_makes_a_grant_impossible() -> None:
+    for payment, known, kind in (
+        (a_payment(metadata={}), facts(), "metadata"),
+        (a_payment(), facts(subscriptions=[a_subscription(ended_at=None)]), "no_end"),
+        (a_payment(), facts(plans={3: PlanRow(3, None, None)}), "period"),
+    ):
+        decision = settle(payment, known, ruling=Ruling())
+        assert isinstance(decision, Quarantine)
+        assert decision.kind == kind
+
+
+@pytest.mark.parametrize("ruling", [Ruling(), Ruling(attach_to=12)])
+def test_no_ruling_grants_twice_or_what_went_back(ruling: Ruling) -> None:
+    known = facts(subscriptions=[a_subscription()])
+    assert isinstance(settle(a_payment(), dataclasses.replace(known, settled_as="created"), ruling=ruling), Leave)
+    assert isinstance(settle(a_payment(), dataclasses.replace(known, rows=[a_row("SUCCEEDED")]), ruling=ruling), Leave)
+    assert isinstance(settle(a_payment(**FULL), known, ruling=ruling), RecordRefund)
+
+
+def test_a_second_success_that_a_person_accepts_is_one_more_period_and_touches_no_attempt() -> None:
+    attempt = a_sent_attempt(state=State.SUCCEEDED, external_payment_id="renewal-0")
+    known = renewal_facts(attempt, subscriptions={12: a_subscription(ended_at=NEXT_END)})
+    decision = settle(the_payment_of(attempt), known, ruling=Ruling())
+    assert isinstance(decision, Settle)
+    assert (decision.attempt, decision.subscription) == (None, known.subscriptions[12])
+    assert (decision.period_start, decision.period_end) == (NEXT_END, datetime(2026, 5, 12, 9, 0, tzinfo=UTC))
+
+
+def test_a_payment_that_a_person_attaches_gives_that_subscription_a_period_whatever_the_metadata_says() -> None:
+    decision = settle(
+        a_payment(metadata={"user_id": "boris"}), facts(subscriptions=[a_subscription()]), ruling=Ruling(attach_to=12)
+    )
+    assert isinstance(decision, Settle)
+    assert (decision.kind, decision.user_id, decision.plan_id) == ("extended", "ada", 3)
+    assert (decision.period_start, decision.period_end) == (a_subscription().ended_at, NEXT_END)
+    assert "boris" in decision.reason
+
+
+def test_a_payment_cannot_be_attached_to_a_subscription_that_is_of_no_use() -> None:
+    for subscription in (
+        a_subscription(status="CANCELED"),
+        a_subscription(ended_at=None),
+        a_subscription(plan_id=None),
+        a_subscription(id=13),
+    ):
+        decision = settle(a_payment(), facts(subscriptions=[subscription]), ruling=Ruling(attach_to=12))
+        assert isinstance(decision, Quarantine)
+
+
+def test_a_payment_that_is_attached_to_an_expired_subscription_counts_from_now() -> None:
+    expired = a_subscription(status="EXPIRED", ended_at=NOW - 60 * DAY)
+    decision = settle(a_payment(), facts(subscriptions=[expired]), ruling=Ruling(attach_to=12))
+    assert isinstance(decision, Settle)
+    assert decision.reactivate
+    assert (decision.period_start, decision.period_end) == (NOW, datetime(2026, 4, 12, 3, 0, tzinfo=UTC))
