@@ -105,7 +105,8 @@ _OPEN_AND_CLAIM = sa.text("""
          payment_provider_id, payment_method_id, planned_at, first_sent_at, last_sent_at, sends, run_id)
     SELECT id, subscription_id, period_start, number, 'PLANNED', idempotence_key, body, amount, currency, user_id,
            plan_id, payment_provider_id, payment_method_id, :at, :at, :at, 1, :run_id
-    FROM still_due ORDER BY id
+    -- By period: two runs may meet with different numbers of it, and the second waits for the first.
+    FROM still_due ORDER BY subscription_id, period_start, number
     ON CONFLICT DO NOTHING
     RETURNING id
 """)
