@@ -171,6 +171,8 @@ def expire_subscriptions(
     bound = {"over_before": naive_utc(over_before)}
     chosen = {**bound, "size": size, "passed_over": list(passed_over)}
     while True:
+        # A chunk that turns out to be held is let go of before the next one is locked: so the order of locks holds.
+        chunk = connection.begin_nested()
         ids = list(connection.execute(_LOCK_ALL if wait_for_locks else _LOCK_FREE, chosen).scalars())
         try:
             result = connection.execute(
@@ -192,7 +194,9 @@ def expire_subscriptions(
             raise
         # All of a chunk may be held or renewed by now while others are left: the next look does not see it as over.
         if result.rowcount or not ids:
+            chunk.commit()
             return int(result.rowcount)
+        chunk.rollback()
 
 
 def fetch_stale_payments(connection: sa.Connection, created_before: datetime) -> list[PaymentRow]:
