@@ -136,6 +136,7 @@ WEBHOOK_INSERTS = """
                           created_at, updated_at)
     VALUES (%s, %s, 'SUCCEEDED', 'RUB', 299, %s, now(), now())
 """
+WEBHOOK_INSERTS_NAMED = WEBHOOK_INSERTS.replace("%s, %s", ":subscription, :provider").replace("%s", ":id")
 
 
 def test_a_webhook_that_finishes_the_row_first_is_waited_for_and_nothing_is_granted_again(
@@ -252,6 +253,67 @@ def test_the_services_writer_waits_for_the_settler_and_sees_its_grant(books: Boo
         connection.commit()
         waiting.result()
     assert books.ended_at(subscription_id) == MONTH_LATER + A_DAY
+
+
+@pytest.mark.parametrize("first", ["a row that is PENDING", "no row yet"])
+def test_webhooks_and_settlers_of_the_same_payments_grant_each_once(
+    books: Books, database_url: str, first: str
+) -> None:
+    """The webhook does what a sound one does: it looks at the row under lock, or inserts it and heeds the refusal.
+
+    Where both insert, the two may deadlock (the row's index entry against the subscription): PostgreSQL ends one of
+    them, which is repeated like any other failure, the webhook by its redelivery.
+    """
+    plan_id = books.plan(duration=1, unit="days")
+    users = [f"user {number}" for number in range(5)]
+    subscriptions = {user: books.subscription(user, plan_id=plan_id) for user in users}
+    payments = [books.paid(f"p{number}", user=users[number % 5], plan_id=plan_id) for number in range(25)]
+    exists = first == "a row that is PENDING"
+    if exists:
+        for payment in payments:
+            books.payment(payment.id, subscription_id=subscriptions[str(payment.metadata["user_id"])])
+    # So that a deadlock is found at once, not after the usual second.
+    engine = create_engine(database_url, pool_size=20, session={"deadlock_timeout": "20ms"})
+    extend = sa.text("UPDATE subscriptions SET ended_at = ended_at + interval '1 day' WHERE id = :id")
+
+    def deliver(connection: sa.Connection, payment: ProviderPayment) -> None:
+        subscription_id = subscriptions[str(payment.metadata["user_id"])]
+        look = "SELECT status FROM payments WHERE external_payment_id = :id FOR UPDATE"
+        status = connection.execute(sa.text(look), {"id": payment.id}).scalar()
+        if status == "SUCCEEDED":
+            return
+        if status is None:
+            values = {"subscription": subscription_id, "provider": books.provider_id, "id": payment.id}
+            connection.execute(sa.text(WEBHOOK_INSERTS_NAMED), values)
+        else:
+            finish = "UPDATE payments SET status = 'SUCCEEDED' WHERE external_payment_id = :id"
+            connection.execute(sa.text(finish), {"id": payment.id})
+        connection.execute(extend, {"id": subscription_id})
+
+    def settle(connection: sa.Connection, payment: ProviderPayment) -> None:
+        settle_batch(connection, [payment], stamp=books.stamp(), calendar=books.calendar, is_live=False)
+
+    def work(one: Callable[[sa.Connection, ProviderPayment], None], seed: int) -> int:
+        failures = 0
+        for payment in random.Random(seed).sample(payments, len(payments)):
+            for _ in range(20):
+                try:
+                    with engine.begin() as connection:
+                        one(connection, payment)
+                    break
+                except (ChangedMeanwhile, sa.exc.IntegrityError, sa.exc.OperationalError):
+                    failures += 1
+            else:
+                raise AssertionError(f"{payment.id} did not get through in twenty tries")
+        return failures
+
+    failures = at_once([partial(work, one, seed) for seed, one in enumerate([settle, deliver] * 3)])
+    assert not (exists and any(failures)), "nobody stands in anybody's way when there is a row to lock"
+    for subscription_id in subscriptions.values():
+        assert books.ended_at(subscription_id) == NOON + 5 * A_DAY
+    assert [row.status for row in books.rows("payments")] == ["SUCCEEDED"] * 25
+    assert len(books.rows("subscriptions")) == 5
+    engine.dispose()
 
 
 # Charging and expiry
