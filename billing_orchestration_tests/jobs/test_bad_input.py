@@ -1,0 +1,488 @@
+"""What bad input gets (SPEC 6), seen from a whole run: one line that names it and the way out, and nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from billing_orchestration.database.engine import create_engine
+from billing_orchestration.database.migrating import migrate
+from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.settings import Settings, load_settings
+from billing_orchestration_tests.fixtures.postgres import Server, create_service_database, start_server
+from billing_orchestration_tests.jobs.service import NOON, Run, Service
+from billing_orchestration_tests.jobs.waiting import wait_until
+
+PENDING_JOB = "matching_pending_payments_job"
+SUCCESSFUL_JOB = "matching_successful_payments_job"
+ALL_JOBS = (
+    "autopayment_job", "expire_payments_job", "expire_subscriptions_job", PENDING_JOB, SUCCESSFUL_JOB,
+)  # fmt: skip
+
+
+def is_one_line(run: Run) -> bool:
+    """Whether the run failed with a sentence instead of a trace."""
+    return not run.ok and bool(run.failure) and "\n" not in run.failure and "Traceback" not in run.failure
+
+
+# --- Settings
+
+
+@pytest.fixture
+def environment(
+    service: Service, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[dict[str, str | None]], None]:
+    """Set the environment that a run reads: the right one, but for what is given (None: not set)."""
+    right = {
+        "BILLING_DATABASE_URL": service.settings.billing_database_url.replace("postgresql+psycopg", "postgresql"),
+        "YOOKASSA_SHOP_ID": service.sandbox.shop_id,
+        "YOOKASSA_SECRET_KEY": service.sandbox.secret_key,
+        "YOOKASSA_API_URL": service.sandbox.url,
+    }
+
+    def set_environment(wrong: dict[str, str | None]) -> None:
+        monkeypatch.chdir(tmp_path)  # no .env of the developer's
+        for name, value in {**right, **wrong}.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+
+    return set_environment
+
+
+def test_the_environment_of_these_tests_works_when_nothing_is_wrong_with_it(
+    service: Service, environment: Callable[[dict[str, str | None]], None]
+) -> None:
+    environment({})
+
+    assert service.run(PENDING_JOB, load=load_settings).ok
+
+
+WRONG_SETTINGS: dict[str, dict[str, str | None]] = {
+    "no database": {"BILLING_DATABASE_URL": None},
+    "an empty database": {"BILLING_DATABASE_URL": ""},
+    "another database's URL": {"BILLING_DATABASE_URL": "mysql://root:hunter2@localhost/billing"},
+    "no shop": {"YOOKASSA_SHOP_ID": None},
+    "no key": {"YOOKASSA_SECRET_KEY": None},
+    "a key with a space": {"YOOKASSA_SECRET_KEY": "test_hunter2 copied badly"},
+    "a URL without a scheme": {"YOOKASSA_API_URL": "api.yookassa.ru/v3"},
+    "a URL in clear": {"YOOKASSA_API_URL": "http://api.yookassa.ru/v3"},
+    "an unknown time zone": {"BILLING_TIMEZONE": "Mars/Olympus"},
+    "a TTL that is no number": {"PENDING_PAYMENT_TTL_DAYS": "a week"},
+    "a negative grace": {"SUBSCRIPTION_GRACE_DAYS": "-1"},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SETTINGS.values(), ids=WRONG_SETTINGS)
+def test_a_setting_that_is_missing_or_malformed_is_named_in_one_line_and_nothing_is_read_or_written(
+    service: Service, environment: Callable[[dict[str, str | None]], None], wrong: dict[str, str | None]
+) -> None:
+    [variable] = wrong
+    environment(wrong)
+    before = service.snapshot()
+    # Each job in turn: all of them check all settings, also those that only another job needs.
+    job = ALL_JOBS[len(variable) % len(ALL_JOBS)]
+
+    run = service.run(job, load=load_settings)
+
+    assert is_one_line(run), run.failure
+    assert run.failure.startswith(variable)
+    assert "Nothing was read or written" in run.failure
+    assert "hunter2" not in repr(run)
+    assert service.sandbox.count() == 0
+    assert service.snapshot() == before
+
+
+@pytest.mark.parametrize("job", ALL_JOBS)
+def test_all_wrong_settings_are_named_at_once_by_every_job(
+    service: Service, environment: Callable[[dict[str, str | None]], None], job: str
+) -> None:
+    environment({"BILLING_DATABASE_URL": None, "YOOKASSA_SHOP_ID": None, "BILLING_TIMEZONE": "Mars/Olympus"})
+
+    run = service.run(job, load=load_settings)
+
+    assert is_one_line(run)
+    for variable in ("BILLING_DATABASE_URL", "YOOKASSA_SHOP_ID", "BILLING_TIMEZONE"):
+        assert variable in run.failure
+
+
+# --- The database
+
+
+def at(service: Service, url: str) -> Callable[[], Settings]:
+    """The service's settings with another database."""
+    settings = service.settings.model_copy(update={"billing_database_url": url})
+    return lambda: settings
+
+
+def test_a_database_that_cannot_be_reached_or_entered_is_named_with_the_way_out_and_without_the_password(
+    service: Service, postgres_server: Server
+) -> None:
+    with postgres_server.connect() as connection:
+        connection.execute("CREATE ROLE with_password LOGIN PASSWORD 'right'")
+    try:
+        url = service.settings.billing_database_url
+        socket = url.partition("?")[2]
+        wrong = {
+            f"postgresql+psycopg://with_password:hunter2@/postgres?{socket}": "password",
+            f"postgresql+psycopg://postgres:@/no_such_database?{socket}": "no_such_database",
+            "postgresql+psycopg://postgres:hunter2@127.0.0.1:1/billing": "start it",
+            "postgresql+psycopg://postgres:hunter2@no-such-host.invalid/billing": "host",
+        }
+        for there, word in wrong.items():
+            run = service.run(PENDING_JOB, load=at(service, there))
+            assert is_one_line(run), run.failure
+            assert "BILLING_DATABASE_URL" in run.failure
+            assert word in run.failure
+            assert "hunter2" not in repr(run)
+        assert service.sandbox.count() == 0
+    finally:
+        with postgres_server.connect() as connection:
+            connection.execute("DROP ROLE with_password")
+
+
+def contents(url: str) -> list[Any]:
+    """Every table of a database with its number of rows."""
+    with psycopg.connect(url) as connection:
+        tables = connection.execute("""
+            SELECT schemaname, relname FROM pg_stat_user_tables ORDER BY 1, 2
+        """).fetchall()
+        counts = [connection.execute(f'SELECT count(*) FROM "{schema}"."{name}"').fetchone() for schema, name in tables]
+        return list(zip(tables, counts, strict=True))
+
+
+@pytest.mark.parametrize("job", ALL_JOBS)
+def test_a_database_without_our_schema_is_told_how_to_get_it_and_nothing_is_written(
+    service: Service, empty_database_url: str, job: str
+) -> None:
+    create_service_database(empty_database_url)
+    before = contents(empty_database_url)
+
+    run = service.run(job, load=at(service, empty_database_url))
+
+    assert is_one_line(run), run.failure
+    assert "no schema billing_orchestration; run: billing-orchestration migrate" in run.failure
+    assert service.sandbox.count() == 0
+    assert contents(empty_database_url) == before
+
+
+def test_a_schema_of_another_version_is_named_with_the_way_out(service: Service) -> None:
+    service.execute("UPDATE billing_orchestration.schema_version SET version_num = '9999'")
+    newer = service.run(PENDING_JOB)
+    service.execute("DELETE FROM billing_orchestration.schema_version")
+    none = service.run(PENDING_JOB)
+
+    assert is_one_line(newer)
+    assert "9999" in newer.failure
+    assert "install the version" in newer.failure
+    assert is_one_line(none)
+    assert "billing-orchestration migrate" in none.failure
+    assert service.sandbox.count() == 0
+
+
+def test_a_database_without_the_services_tables_is_told_apart_from_ours(
+    service: Service, empty_database_url: str
+) -> None:
+    engine = create_engine(empty_database_url)
+    migrate(engine, echo=lambda _: None)
+    engine.dispose()
+    with psycopg.connect(empty_database_url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE payments RENAME TO payments_of_before")
+
+    run = service.run(PENDING_JOB, load=at(service, empty_database_url))
+
+    assert is_one_line(run), run.failure
+    assert "tables are missing in this database: payments" in run.failure
+    assert "BILLING_DATABASE_URL" in run.failure
+
+
+@pytest.fixture
+def reader(service: Service, postgres_server: Server) -> Iterator[str]:
+    """The URL of a role that may read everything and write nothing of the service's."""
+    service.execute("CREATE ROLE reader LOGIN")
+    service.execute("GRANT USAGE ON SCHEMA billing_orchestration TO reader")
+    service.execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader")
+    service.execute("GRANT ALL ON ALL TABLES IN SCHEMA billing_orchestration TO reader")
+    try:
+        yield service.settings.billing_database_url.replace("postgres:", "reader:", 1)
+    finally:
+        service.execute("DROP OWNED BY reader")
+        service.execute("DROP ROLE reader")
+
+
+@pytest.mark.parametrize("job", [PENDING_JOB, SUCCESSFUL_JOB, "expire_payments_job", "expire_subscriptions_job"])
+def test_a_role_that_may_not_write_fails_the_run_with_what_to_grant_and_fills_no_quarantine(
+    service: Service, reader: str, job: str
+) -> None:
+    plan = service.plan()
+    for number in range(3):
+        name = service.paid_there(user=f"user-{number}", plan_id=plan)
+        service.payment(external_id=name, status="PENDING", created_at=NOON - timedelta(days=8))
+        service.subscription(plan, ended_at=NOON - timedelta(days=30))
+    before = service.snapshot()
+
+    run = service.run(job, load=at(service, reader))
+
+    assert is_one_line(run), run.failure
+    assert "permission denied" in run.failure
+    assert "grant it" in run.failure
+    assert service.snapshot() == before
+    assert service.watermark(job) is None
+
+
+def test_a_database_that_is_read_only_fails_the_run_in_one_line(service: Service, database_url: str) -> None:
+    plan = service.plan()
+    name = service.paid_there(plan_id=plan)
+    service.payment(external_id=name, status="PENDING")
+    before = service.snapshot()
+    url = f"{database_url}&options=-c%20default_transaction_read_only%3Don"
+
+    run = service.run(PENDING_JOB, load=at(service, url))
+
+    assert is_one_line(run), run.failure
+    assert "read-only transaction" in run.failure
+    assert service.snapshot() == before
+
+
+# --- PostgreSQL restarts
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[Server]:
+    """A server that these tests may stop and start."""
+    with start_server() as server:
+        yield server
+
+
+@pytest.fixture
+def elsewhere(own_server: Server, sandbox: Sandbox) -> Iterator[Service]:
+    """A service on that server."""
+    with own_server.database() as url:
+        engine = create_engine(url)
+        migrate(engine, echo=lambda _: None)
+        yield Service(engine, url, sandbox)
+        engine.dispose()
+
+
+def purchases(service: Service, count: int) -> list[str]:
+    """Payments that both matching jobs would settle."""
+    plan = service.plan()
+    names = [service.paid_there(user=f"user-{number}", plan_id=plan) for number in range(count)]
+    for name in names:
+        service.payment(external_id=name, status="PENDING", created_at=service.now - timedelta(minutes=20))
+    return names
+
+
+def while_the_provider_is_read(service: Service, then: Callable[[], None]) -> Run:
+    """Run a matching job, and do something after it has connected to the database and before it reads it again."""
+    service.timeouts = type(service.timeouts)(connect_s=5.0, charge_read_s=30.0, read_s=30.0)
+    service.sandbox.misbehave("list", "none", delay_s=60.0, times=None)
+    wait = service.begin(PENDING_JOB)
+    wait_until(lambda: service.sandbox.count("list") >= 1)
+    then()
+    service.sandbox.behave()
+    return wait()
+
+
+def test_a_restart_of_postgresql_between_two_statements_is_not_even_noticed(
+    elsewhere: Service, own_server: Server
+) -> None:
+    names = purchases(elsewhere, 3)
+
+    def restart() -> None:
+        own_server.stop()
+        own_server.start()
+
+    run = while_the_provider_is_read(elsewhere, restart)
+
+    elsewhere.engine.dispose()
+    assert run.ok, run.failure
+    assert [elsewhere.settled(name) for name in names] == [["created"]] * 3
+
+
+def test_a_run_that_loses_postgresql_fails_in_one_line_and_the_next_one_completes_it(
+    elsewhere: Service, own_server: Server
+) -> None:
+    names = purchases(elsewhere, 3)
+
+    try:
+        run = while_the_provider_is_read(elsewhere, own_server.stop)
+    finally:
+        own_server.start()
+
+    elsewhere.engine.dispose()
+    assert is_one_line(run), run.failure
+    assert "BILLING_DATABASE_URL" in run.failure
+    assert elsewhere.watermark(PENDING_JOB) is None
+    assert elsewhere.run(PENDING_JOB).ok
+    assert [elsewhere.settled(name) for name in names] == [["created"]] * 3
+
+
+@pytest.mark.parametrize("job", [PENDING_JOB, SUCCESSFUL_JOB])
+def test_a_connection_that_is_cut_in_the_middle_of_applying_changes_nothing_twice(service: Service, job: str) -> None:
+    names = purchases(service, 3)
+    # The cut comes in the middle of the transaction: after the subscriptions, before the payments.
+    service.execute("""
+        CREATE FUNCTION cut() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN new; END $$
+    """)
+    service.execute("CREATE TRIGGER cut BEFORE UPDATE ON payments FOR EACH ROW EXECUTE FUNCTION cut()")
+    before = service.snapshot()
+
+    run = service.run(job)
+
+    assert is_one_line(run), run.failure
+    assert "the next run completes this one" in run.failure
+    assert service.snapshot() == before
+    assert service.watermark(job) is None
+    service.execute("DROP TRIGGER cut ON payments")
+    assert service.run(job).ok
+    assert [service.settled(name) for name in names] == [["created"]] * 3
+    service.check_books()
+
+
+# --- The provider
+
+
+@pytest.mark.parametrize("job", [PENDING_JOB, SUCCESSFUL_JOB])
+def test_a_wrong_shop_id_or_key_fails_the_run_with_that_sentence_after_one_request(service: Service, job: str) -> None:
+    purchases(service, 3)
+    service.provider.shop_id = "999999"
+    before = service.snapshot()
+
+    run = service.run(job)
+
+    assert is_one_line(run), run.failure
+    assert "YOOKASSA_SHOP_ID" in run.failure
+    assert "YOOKASSA_SECRET_KEY" in run.failure
+    assert service.sandbox.count() == 1
+    assert service.snapshot() == before
+
+
+WRONG_ANSWERS: dict[str, dict[str, Any]] = {
+    "HTML": {"effect": "html_before", "status": 200},
+    "an HTML 502": {"effect": "html_before", "status": 502},
+    "an HTML 404": {"effect": "html_before", "status": 404},
+    "truncated JSON": {"effect": "truncated"},
+    "a reset": {"effect": "reset_before"},
+    "a cut": {"effect": "cut_after"},
+    "a 429": {"effect": "too_many_requests", "retry_after_s": 0},
+    "a 500": {"effect": "error_after"},
+    "a 202": {"effect": "body_before", "status": 202, "body": '{"type": "processing"}'},
+    "a 400": {"effect": "body_before", "status": 400, "body": '{"type": "error", "code": "invalid_request"}'},
+    "a 403": {"effect": "forbidden"},
+    "an empty body": {"effect": "body_before", "status": 200, "body": ""},
+    "JSON null": {"effect": "body_before", "status": 200, "body": "null"},
+    "a page without items": {"effect": "body_before", "status": 200, "body": '{"type": "list"}'},
+    "items that are no list": {"effect": "body_before", "status": 200, "body": '{"items": {"id": 1}}'},
+    "a cursor that leads back": {"effect": "change", "set": {"next_cursor": "again"}},
+    "a cursor that is none": {"effect": "change", "set": {"next_cursor": 7}},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ANSWERS.values(), ids=WRONG_ANSWERS)
+def test_a_provider_that_answers_wrongly_is_asked_within_a_bound_and_nothing_is_decided_from_it(
+    service: Service, wrong: dict[str, Any]
+) -> None:
+    purchases(service, 2)
+    service.provider.switches.refuse_unknown_fields = False
+    service.sandbox.misbehave("list", times=None, **wrong)
+    before = service.snapshot()
+
+    run = service.run(PENDING_JOB)
+
+    assert is_one_line(run), run.failure
+    assert "Nothing was decided from it." in run.failure
+    # Three tries of each of the two lists.
+    assert 1 <= service.sandbox.count() <= 6
+    assert service.snapshot() == before
+    service.sandbox.behave()
+    assert service.run(PENDING_JOB).report["applied"] == 2
+
+
+def test_a_provider_that_is_silent_is_waited_for_within_a_bound(service: Service) -> None:
+    purchases(service, 2)
+    service.timeouts = type(service.timeouts)(connect_s=1.0, charge_read_s=0.1, read_s=0.1)
+    service.sandbox.misbehave("list", "silence_before", times=None)
+    before = service.snapshot()
+
+    run = service.run(PENDING_JOB)
+
+    assert is_one_line(run), run.failure
+    assert "no answer within the time allowed" in run.failure
+    assert service.snapshot() == before
+
+
+def test_an_answer_after_two_hiccups_counts(service: Service) -> None:
+    names = purchases(service, 2)
+    service.sandbox.misbehave("list", "html_before", times=1)
+    service.sandbox.misbehave("list", "reset_before", times=1)
+
+    run = service.run(PENDING_JOB)
+
+    assert run.ok, run.failure
+    assert [service.settled(name) for name in names] == [["created"]] * 2
+
+
+def test_a_provider_that_cannot_be_reached_is_named_by_its_setting(service: Service) -> None:
+    nowhere = service.settings.model_copy(update={"yookassa_api_url": "http://127.0.0.1:1/v3"})
+    before = service.snapshot()
+
+    run = service.run(SUCCESSFUL_JOB, load=lambda: nowhere)
+
+    assert is_one_line(run), run.failure
+    assert "YOOKASSA_API_URL" in run.failure
+    assert service.snapshot() == before
+
+
+def test_a_url_that_leads_to_nothing_of_the_providers_is_named_by_its_setting(service: Service) -> None:
+    elsewhere = service.settings.model_copy(update={"yookassa_api_url": service.sandbox.url.removesuffix("/v3")})
+
+    run = service.run(SUCCESSFUL_JOB, load=lambda: elsewhere)
+
+    assert is_one_line(run), run.failure
+    assert "YOOKASSA_API_URL" in run.failure
+
+
+# --- Flawed rows
+
+
+@pytest.mark.parametrize("job", ALL_JOBS)
+def test_a_database_with_every_flaw_of_real_data_stops_no_job(
+    service: Service, empty_database_url: str, job: str
+) -> None:
+    create_service_database(empty_database_url)
+    engine = create_engine(empty_database_url)
+    migrate(engine, echo=lambda _: None)
+    with psycopg.connect(empty_database_url, autocommit=True) as connection:
+        connection.execute("""
+            INSERT INTO subscriptions (user_id, status, started_at, ended_at, plan_id, created_at, updated_at) VALUES
+                ('fourth', 'ACTIVE', 'infinity', '-infinity', 2, 'infinity', '-infinity'),
+                ('', 'ACTIVE', NULL, '2026-03-01', NULL, '2026-03-01', '2026-03-01'),
+                ('sixth', 'ACTIVE', '0044-03-15 BC', '2026-03-12 09:00', 1, 'epoch', 'epoch');
+            INSERT INTO payments (subscription_id, payment_provider_id, status, currency, amount, external_payment_id,
+                                  created_at, updated_at) VALUES
+                (6, 1, 'SUCCEEDED', NULL, 299, '', '-infinity', 'infinity'),
+                (6, 1, 'PENDING', 'RUB', 'NaN', 'once', 'infinity', 'epoch'),
+                (NULL, 1, 'PENDING', NULL, 0.01, repeat('x', 3000), '-infinity', 'epoch');
+        """)
+    flawed = Service(engine, empty_database_url, service.sandbox)
+    plan = flawed.plan("299.00")
+    for name in ("once", "twice", "paid"):
+        flawed.paid_there(name, user="anna", plan_id=plan)
+
+    run = flawed.run(job)
+    again = flawed.run(job)
+    engine.dispose()
+
+    assert run.ok, run.failure
+    assert again.ok, again.failure
+    assert again.report["applied"] == 0
+    if job == SUCCESSFUL_JOB:
+        assert run.report["applied"] == 1
