@@ -12,12 +12,15 @@ from billing_orchestration.jobs import (
     expire_subscriptions,
     matching_pending_payments,
     matching_successful_payments,
+    money_checks,
     run_history,
 )
 from billing_orchestration.jobs.partitions import DAILY
+from billing_orchestration.jobs.run_alerts import failed_run_sensor
 from billing_orchestration.resources import (
     Clock,
     RunSettings,
+    alerts_resource,
     billing_database_resource,
     hand_over_resource,
     payment_provider_resource,
@@ -58,6 +61,7 @@ def build_definitions(
             run_history.run_history_daily_schedule,
         ],
         assets=[
+            *money_checks.money_assets,
             # What Dagster plots: one point a day, or one for each tick that changed something.
             *(
                 dg.AssetSpec(
@@ -70,7 +74,22 @@ def build_definitions(
                 for job in (matching_pending_payments.JOB, matching_successful_payments.JOB)
             ),
         ],
+        asset_checks=money_checks.money_asset_checks,
+        sensors=[
+            failed_run_sensor(
+                [
+                    autopayment.autopayment_job,
+                    expire_payments.expire_payments_job,
+                    expire_subscriptions.expire_subscriptions_job,
+                    matching_pending_payments.matching_pending_payments_job,
+                    matching_successful_payments.matching_successful_payments_job,
+                    run_history.run_history_job,
+                ]
+            ),
+            money_checks.money_checks_sensor,
+        ],
         resources={
+            "alerts": alerts_resource(load),
             "run": RunSettings(),
             "billing_database": billing_database_resource(load),
             "payment_provider": payment_provider_resource(load, connect),

@@ -61,6 +61,8 @@ def diagnose(
     if "BILLING_TIMEZONE" not in faults:
         yield from _time_zone(settings, now())
     unreadable = ".env" in faults
+    if "ALERT_URLS" not in faults and not unreadable:
+        yield from _alerts(settings)
     if "BILLING_DATABASE_URL" not in faults and not unreadable:
         yield from _database(settings, now)
     if not faults.keys() & {"YOOKASSA_SHOP_ID", "YOOKASSA_SECRET_KEY", "YOOKASSA_API_URL"} and not unreadable:
@@ -208,6 +210,21 @@ def _indexes(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator
         )
     if not missing:
         yield Finding(Level.OK, "indexes", "there and valid")
+
+
+def _alerts(settings: Settings) -> Iterator[Finding]:
+    from billing_orchestration.alerting import read_urls
+
+    if settings.alert_urls is None:
+        yield Finding(Level.OK, "alerts", "ALERT_URLS is not set: nobody is told of failed runs")
+        return
+    receivers, faults = read_urls(settings.alert_urls.get_secret_value())
+    if faults:
+        yield Finding(
+            Level.FAULT, "alerts", f"{faults} of ALERT_URLS cannot be read: correct them after apprise's documentation"
+        )
+    else:
+        yield Finding(Level.OK, "alerts", f"{len(receivers)} receivers are told of failed runs and money checks")
 
 
 def _provider(settings: Settings) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import dagster as dg
 from pydantic import Field
 
+from billing_orchestration.alerting import Alerts
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.run_scope import RunRefused, RunScope, as_of_partition, check_max_changes, parse_as_of
 
@@ -209,6 +210,16 @@ def connect_provider(settings: "Settings") -> "PaymentProvider":
 def hand_over_resource() -> HandOver:
     """The resource `hand_over`: one a run."""
     return HandOver()
+
+
+def alerts_resource(load_settings: Callable[[], "Settings"]) -> dg.ResourceDefinition:
+    """The resource `alerts`."""
+
+    @dg.resource(description="The people who are told when something is wrong (ALERT_URLS).")
+    def alerts() -> Alerts:
+        return Alerts(load_settings)
+
+    return alerts
 
 
 def billing_database_resource(load_settings: Callable[[], "Settings"]) -> dg.ResourceDefinition:

@@ -9,6 +9,7 @@ setting the code location still loads, and the run names the fault.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable
 from datetime import date
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PRODUCTION_API_URL = "https://api.yookassa.ru/v3"
 DEFAULT_TIMEZONE = "UTC"
+DEFAULT_UI_URL = "http://localhost:3000"
 DEFAULT_FIRST_DAY = date(2026, 1, 1)
 # Ten years: more is a slip of the finger, and date arithmetic on absurd spans overflows.
 LONGEST_SPAN_DAYS = 3650
@@ -128,6 +130,23 @@ def _days(at_least: int) -> Callable[[str | int], int]:
     return check
 
 
+def _ui_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in {"http", "https"} or not parts.netloc or any(sign.isspace() for sign in text):
+        raise ValueError("is not an http(s) URL; it must look like " + DEFAULT_UI_URL)
+    return text.rstrip("/")
+
+
+def _alert_urls(value: str | SecretStr) -> SecretStr:
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    # Only their form, without a word of them: they hold tokens. `doctor` asks the library about each.
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://\S", text.strip()):
+        raise ValueError(
+            "must hold URLs of the apprise library, separated by commas, as in mailto://... or tgram://..."
+        )
+    return SecretStr(text)
+
+
 _BILLING_URL_FORM = "postgresql://USER:PASSWORD@HOST:5432/DATABASE"
 # psycopg2 takes the same options from a URL as psycopg 3 (both are libpq); other drivers do not.
 _BillingUrl = BeforeValidator(
@@ -184,6 +203,8 @@ class Settings(BaseSettings):
     run_history_days: Annotated[int, BeforeValidator(_days(1))] = 30
     run_history_changed_days: Annotated[int, BeforeValidator(_days(1))] = 365
     dagster_postgres_url: Annotated[str | None, _RunHistoryUrl] = Field(default=None, repr=False)
+    alert_urls: Annotated[SecretStr | None, BeforeValidator(_alert_urls)] = None
+    dagster_ui_url: Annotated[str, BeforeValidator(_ui_url)] = DEFAULT_UI_URL
     first_partition_day: Annotated[date, BeforeValidator(_day)] = Field(
         default=DEFAULT_FIRST_DAY, validation_alias="BILLING_FIRST_DAY"
     )

@@ -2,5 +2,6 @@
 
 pytest_plugins = [
     "billing_orchestration_tests.fixtures.postgres",
+    "billing_orchestration_tests.fixtures.receiver",
     "billing_orchestration_tests.fixtures.sandbox",
 ]

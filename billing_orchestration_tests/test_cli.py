@@ -109,6 +109,12 @@ def test_one_wrong_setting_does_not_hide_what_else_is_wrong(healthy: pytest.Monk
     assert [fault.split(":")[0] for fault in faults()] == ["settings", "settings", "database", "history"]
 
 
+def test_alert_urls_that_the_library_cannot_read_are_a_fault_without_the_url(healthy: pytest.MonkeyPatch) -> None:
+    healthy.setenv("ALERT_URLS", "json://127.0.0.1:9/x, nosuchservice://test_sandbox")
+    (fault,) = faults()
+    assert fault.startswith("alerts: 1 of ALERT_URLS cannot be read")
+
+
 def test_an_unreadable_env_file_is_a_fault_and_no_traceback(healthy: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"\xff\xfe")
     assert [fault.split()[:2] for fault in faults()] == [["settings:", ".env"]]
@@ -441,3 +447,59 @@ def test_the_command_line_loads_only_what_a_command_needs() -> None:
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
     assert process.stdout.splitlines()[-1] == "[]"
+
+
+# quarantine, explain
+
+
+def test_an_entry_is_listed_shown_and_resolved_from_the_terminal(
+    healthy: pytest.MonkeyPatch, database_url: str, sandbox: Sandbox
+) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("INSERT INTO plans (id, name, duration, duration_unit, created_at, updated_at)"
+                           " VALUES (1, 'Monthly', 1, 'month', now(), now())")  # fmt: skip
+        connection.execute("INSERT INTO payment_providers (id, name, created_at, updated_at)"
+                           " VALUES (1, 'YooKassa', now(), now())")  # fmt: skip
+        connection.execute("""
+            INSERT INTO billing_orchestration.quarantine
+                (problem_key, kind, reason, external_payment_id, evidence, job, run_id, opened_at)
+            VALUES ('payment paid:test_payment', 'test_payment', 'a test', 'paid', '{}', 'm', 'r', now())
+        """)
+    metadata = {"user_id": "anna", "plan_id": "1", "payment_provider_id": "1"}
+    sandbox.provider.add_payment(id="paid", amount="299.00", metadata=metadata)
+
+    assert "payment paid: test_payment: a test" in run("quarantine", "list").stdout
+    assert "--accept: grants all the same" in run("quarantine", "show", "1").stdout
+    resolved = run("quarantine", "resolve", "1", "--accept", "--reason", "our own card", "--by", "vera")
+    assert (resolved.returncode, resolved.stderr) == (0, "")
+    assert "payment paid (299.00 RUB) is granted: subscription 1" in resolved.stdout
+    again = run("quarantine", "resolve", "1", "--ignore", "--reason", "twice")
+    assert again.returncode == 1
+    assert "entry 1 is resolved already: accepted" in again.stderr
+    assert "accepted: vera: our own card" in run("explain", "payment", "paid").stdout
+    assert "Nothing waits for a person." in run("explain", "subscription", "1").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quarantine",),
+        ("quarantine", "resolve", "1", "--accept"),
+        ("quarantine", "resolve", "1", "--reason", "x"),
+        ("quarantine", "resolve", "1", "--accept", "--ignore", "--reason", "x"),
+        ("quarantine", "resolve", "one", "--accept", "--reason", "x"),
+        ("quarantine", "resolve", "1", "--attach", "0", "--reason", "x"),
+        ("explain", "invoice", "1"),
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_is_read(
+    environment: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    assert run(*arguments).returncode == 2
+
+
+def test_a_desk_without_settings_is_one_line(environment: pytest.MonkeyPatch) -> None:
+    process = run("quarantine", "list")
+    assert process.returncode == 1
+    assert "BILLING_DATABASE_URL is not set" in process.stderr
+    assert len(process.stderr.splitlines()) == 1

@@ -32,6 +32,8 @@ VARIABLES = (
     "RUN_HISTORY_DAYS",
     "RUN_HISTORY_CHANGED_DAYS",
     "DAGSTER_POSTGRES_URL",
+    "ALERT_URLS",
+    "DAGSTER_UI_URL",
 )
 
 
@@ -95,6 +97,8 @@ def test_an_empty_setting_that_has_a_default_is_the_default(environment: pytest.
     ("name", "value", "words"),
     [
         ("BILLING_DATABASE_URL", "mysql://u:secret@h/db", "must begin with postgresql://"),
+        ("ALERT_URLS", "secret-token", "must hold URLs of the apprise library"),
+        ("DAGSTER_UI_URL", "localhost:3000", "is not an http(s) URL"),
         ("BILLING_DATABASE_URL", "postgresql+asyncpg://u:secret@h/db", "must begin with postgresql://"),
         ("BILLING_DATABASE_URL", "u:secret@h/db", "must begin with postgresql://"),
         ("BILLING_DATABASE_URL", "postgresql://u:secret@h:port/db", "cannot be read"),
@@ -217,6 +221,7 @@ def test_the_example_file_lists_every_setting_and_holds_the_defaults(environment
 
 def test_neither_text_nor_representation_of_the_settings_shows_a_secret(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("DAGSTER_POSTGRES_URL", "postgresql://u:secret-too@h/dagster")
+    environment.setenv("ALERT_URLS", "mailto://u:secret-mail@h, tgram://secret-token/1")
     settings = load_settings()
     assert "secret-" not in f"{settings!r} {settings}"
 

@@ -1,0 +1,89 @@
+"""Alerts to people, through apprise: Telegram, Slack, mail and a hundred more, named by ALERT_URLS.
+
+Nothing that goes wrong in here may reach a job: a receiver that is dead or wrong is told by the return value alone.
+The URLs hold tokens, so no text, log or event ever shows one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from billing_orchestration.settings import Settings, SettingsError, load_what_is_right
+
+if TYPE_CHECKING:
+    from apprise import Apprise
+
+# A message of this many characters fits into every service that people use on a phone.
+_LONGEST = 3500
+RUNBOOK = "docs/operations.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """One problem, for a person on a phone: what happened, what was not done with the money, what to do, where."""
+
+    title: str
+    happened: str
+    money: str
+    do: str
+    link: str
+
+    @property
+    def body(self) -> str:
+        """The text below the title."""
+        return f"{self.happened}\n\nThe money: {self.money}\nWhat to do: {self.do}\n{self.link}"
+
+
+class Alerts:
+    """Where alerts go. Settings are read on first use; wrong ones of other things do not silence alerts."""
+
+    def __init__(self, load: Callable[[], Settings]) -> None:
+        self._load = load
+        self._settings: Settings | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The settings, as far as they are right."""
+        if self._settings is None:
+            try:
+                self._settings = self._load()
+            except SettingsError:
+                self._settings, _ = load_what_is_right()
+        return self._settings
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody is to be told."""
+        return self.settings.alert_urls is not None
+
+    def link(self, path: str) -> str:
+        """A page of the Dagster UI."""
+        return f"{self.settings.dagster_ui_url}/{path}"
+
+    def send(self, alert: Alert) -> bool:
+        """Tell everybody. False: somebody could not be told; try again later. Never raises, waits seconds at most."""
+        if self.settings.alert_urls is None:
+            return True
+        try:
+            receivers, faults = read_urls(self.settings.alert_urls.get_secret_value())
+            if faults or not len(receivers):
+                return False
+            body = alert.body if len(alert.body) <= _LONGEST else f"{alert.body[:_LONGEST]}…"
+            return bool(receivers.notify(title=alert.title, body=body))
+        except Exception:  # noqa: BLE001 - whatever a notification library does, billing goes on
+            return False
+
+
+def read_urls(text: str) -> tuple[Apprise, int]:
+    """The receivers of ALERT_URLS (separated by commas or white space), and how many of them cannot be read."""
+    from apprise import Apprise
+    from apprise.utils.parse import parse_urls
+
+    # It logs what it cannot deliver, with addresses that hold tokens.
+    logging.getLogger("apprise").disabled = True
+    receivers = Apprise()
+    faults = sum(not receivers.add(url) for url in parse_urls(text))  # type: ignore[no-untyped-call]
+    return receivers, faults + (not len(receivers))

@@ -1,0 +1,138 @@
+"""The money's invariants and numbers, each one read-only statement. The checks ask hourly, a person from the UI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import Decimal
+
+import sqlalchemy as sa
+
+from billing_orchestration.database.tables import naive_utc
+
+# What a check looks back over: long enough for a weekend and a holiday, short enough to stay cheap after years.
+LOOKS_BACK = timedelta(days=7)
+# Two renewals of one period may lie a grace and a few retries apart.
+LOOKS_BACK_FOR_TWINS = timedelta(days=60)
+KEY_LIFETIME_HOURS = 23
+# A tick every two minutes; what is later than this is not a slow run.
+MATCHING_MAY_LAG = timedelta(hours=1)
+_MOST_NAMED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether an invariant holds; if not, what breaks it (the first few)."""
+
+    passed: bool
+    broken: tuple[str, ...] = ()
+    count: int = 0
+
+
+_NOT_GRANTED = sa.text("""
+    SELECT 'settled payment ' || s.external_payment_id || ': its row ' || s.payment_id || ' is '
+           || coalesce(p.status::text, 'gone') AS what
+    FROM billing_orchestration.settlements s LEFT JOIN payments p ON p.id = s.payment_id
+    WHERE s.settled_at > :since AND (p.status IS NULL OR p.status NOT IN ('SUCCEEDED', 'REFUNDED'))
+    UNION ALL
+    SELECT 'attempt ' || a.id || ' of subscription ' || a.subscription_id || ' is ' || a.state
+           || ' without a settlement'
+    FROM billing_orchestration.renewal_attempts a
+    WHERE a.state IN ('SUCCEEDED', 'REFUNDED') AND a.closed_at > :since AND NOT EXISTS (
+        SELECT FROM billing_orchestration.settlements s WHERE s.external_payment_id = a.external_payment_id)
+    UNION ALL
+    SELECT 'settled renewal ' || s.external_payment_id || ': its attempt is ' || a.state
+    FROM billing_orchestration.settlements s JOIN billing_orchestration.renewal_attempts a ON a.id = s.attempt_id
+    WHERE s.settled_at > :since AND a.state NOT IN ('SUCCEEDED', 'REFUNDED')
+""")
+
+_OLD_UNKNOWN = sa.text("""
+    SELECT 'attempt ' || number || ' of subscription ' || subscription_id || ', first sent '
+           || to_char(first_sent_at, 'YYYY-MM-DD HH24:MI') || ' UTC' AS what
+    FROM billing_orchestration.renewal_attempts
+    WHERE state IN ('PLANNED', 'UNKNOWN') AND first_sent_at < :since ORDER BY first_sent_at
+""")
+
+_PAID_TWICE = sa.text("""
+    SELECT 'subscription ' || subscription_id || ', period from ' || period_start || ': ' || count(*) || ' renewals'
+    FROM billing_orchestration.settlements
+    WHERE kind = 'renewed' AND period_start IS NOT NULL AND settled_at > :since
+    GROUP BY subscription_id, period_start HAVING count(*) > 1
+    UNION ALL
+    SELECT 'quarantine entry ' || id || ': ' || reason FROM billing_orchestration.quarantine
+    WHERE resolved_at IS NULL AND kind = 'second_success'
+""")
+
+_NOT_COVERED = sa.text("""
+    SELECT job || ' has covered nothing since ' || to_char(covered_until, 'YYYY-MM-DD HH24:MI') || ' UTC' AS what
+    FROM billing_orchestration.watermarks WHERE covered_until < :since ORDER BY job
+""")
+
+
+def _ask(connection: sa.Connection, statement: sa.TextClause, since: datetime) -> Verdict:
+    broken = [str(what) for what in connection.execute(statement, {"since": since}).scalars()]
+    return Verdict(not broken, tuple(broken[:_MOST_NAMED]), len(broken))
+
+
+def paid_is_granted(connection: sa.Connection, now: datetime) -> Verdict:
+    """Every success that was settled has its payment row and its closed attempt, and the other way round."""
+    return _ask(connection, _NOT_GRANTED, now - LOOKS_BACK)
+
+
+def no_old_unknown(connection: sa.Connection, now: datetime) -> Verdict:
+    """No charge has an unknown outcome for longer than its key may be sent again."""
+    return _ask(connection, _OLD_UNKNOWN, now - timedelta(hours=KEY_LIFETIME_HOURS))
+
+
+def no_second_success(connection: sa.Connection, now: datetime) -> Verdict:
+    """No period was paid twice."""
+    return _ask(connection, _PAID_TWICE, now - LOOKS_BACK_FOR_TWINS)
+
+
+def matching_keeps_up(connection: sa.Connection, now: datetime) -> Verdict:
+    """Both matching jobs have covered the last hour."""
+    return _ask(connection, _NOT_COVERED, now - MATCHING_MAY_LAG)
+
+
+_NUMBERS = sa.text("""
+    SELECT 'quarantine: open' AS name, count(*)::numeric AS value
+    FROM billing_orchestration.quarantine WHERE resolved_at IS NULL
+    UNION ALL
+    SELECT 'unknown outcomes', count(*) FROM billing_orchestration.renewal_attempts
+    WHERE state = 'UNKNOWN' OR (state = 'PLANNED' AND first_sent_at IS NOT NULL)
+    UNION ALL
+    SELECT 'pending renewals', count(*) FROM billing_orchestration.renewal_attempts WHERE state = 'PENDING'
+    UNION ALL
+    SELECT 'oldest unfinished payment, hours',
+           coalesce(round(extract(epoch FROM CAST(:naive_now AS timestamp) - min(created_at))::numeric / 3600, 1), 0)
+    FROM payments WHERE status = 'PENDING'
+    UNION ALL
+    SELECT 'granted in 24 h: ' || kind, count(*) FROM billing_orchestration.settlements
+    WHERE settled_at > :day GROUP BY kind
+    UNION ALL
+    SELECT 'granted in 24 h, ' || currency, sum(amount) FROM billing_orchestration.settlements
+    WHERE settled_at > :day AND kind <> 'refunded' GROUP BY currency
+    UNION ALL
+    SELECT 'declines in 24 h: ' || decline_class, count(*) FROM billing_orchestration.renewal_attempts
+    WHERE last_sent_at > :day AND state IN ('DECLINED', 'STOPPED') AND decline_class IS NOT NULL GROUP BY decline_class
+""")
+
+
+def numbers(connection: sa.Connection, now: datetime) -> Mapping[str, int | float]:
+    """What is plotted over time."""
+    day = now - timedelta(days=1)
+    rows = connection.execute(_NUMBERS, {"naive_now": naive_utc(now), "day": day})
+    values = {row.name: row.value if isinstance(row.value, Decimal) else Decimal(row.value) for row in rows}
+    return {name: int(value) if value == value.to_integral_value() else float(value) for name, value in values.items()}
+
+
+def count_and_last(connection: sa.Connection) -> tuple[int, int]:
+    """How many entries of the quarantine are open, and the newest open one's id (0: none)."""
+    row = connection.execute(
+        sa.text("""
+            SELECT count(*) AS open, coalesce(max(id), 0) AS last
+            FROM billing_orchestration.quarantine WHERE resolved_at IS NULL
+        """)
+    ).one()
+    return int(row.open), int(row.last)

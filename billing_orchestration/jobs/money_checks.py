@@ -1,0 +1,249 @@
+"""The money's invariants as asset checks, its numbers over time, and the quarantine where an operator sees it.
+
+A sensor looks every five minutes, in the code server, without a run: new entries of the quarantine alert at once, the
+checks and numbers are written hourly. Nothing is written when nothing is new. The checks can also be run from the UI.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from billing_orchestration.alerting import RUNBOOK, Alert, Alerts
+from billing_orchestration.domain.problem_kinds import kind_of
+from billing_orchestration.jobs.run_alerts import tell_what_was_not_sent
+from billing_orchestration.resources import BillingDatabase, Clock
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from billing_orchestration.database.money_checks import Verdict
+    from billing_orchestration.database.quarantine import Entry
+
+MONEY = dg.AssetKey(["billing", "money"])
+QUARANTINE = dg.AssetKey(["billing", "quarantine"])
+EVERY = timedelta(hours=1)
+_SENSOR_INTERVAL_S = 300
+_ENTRIES_SHOWN = 100
+_ENTRIES_TOLD = 10
+
+
+@dataclass(frozen=True)
+class MoneyCheck:
+    """One invariant: its name is that of the statement in `database.money_checks`."""
+
+    name: str
+    description: str
+    money: str
+    do: str
+
+    def ask(self, connection: "sa.Connection", now: datetime) -> "Verdict":
+        """Whether it holds."""
+        from billing_orchestration.database import money_checks
+
+        verdict: Verdict = getattr(money_checks, self.name)(connection, now)
+        return verdict
+
+
+CHECKS = (
+    MoneyCheck(
+        "paid_is_granted",
+        "Succeeded provider payments = grants: every settlement has its payment row and attempt, and back (7 days).",
+        "a customer may have paid without a grant, or been granted without a payment.",
+        "look at each with `billing-orchestration explain payment ID`; somebody may have changed rows by hand.",
+    ),
+    MoneyCheck(
+        "no_old_unknown",
+        "No charge has an unknown outcome for longer than 23 h, the life of its key.",
+        "these customers may have been charged and not renewed. They are never charged again before it is known.",
+        "launch autopayment_job: it searches the provider's list for them.",
+    ),
+    MoneyCheck(
+        "no_second_success",
+        "No period of a subscription was paid twice.",
+        "a customer has paid twice for one period.",
+        "resolve the entry: accept it as one more period, or refund it at the provider and ignore it.",
+    ),
+    MoneyCheck(
+        "matching_keeps_up",
+        "Both matching jobs have covered the last hour.",
+        "customers may have paid and not got it yet. The next tick that succeeds covers up to seven days.",
+        "is the daemon running, are both schedules on, are their runs red?",
+    ),
+)
+
+
+def _metadata(verdict: "Verdict") -> Mapping[str, Any]:
+    return {
+        "broken": dg.MetadataValue.int(verdict.count),
+        **({"first": dg.MetadataValue.md("\n".join(f"- {what}" for what in verdict.broken))} if verdict.broken else {}),
+    }
+
+
+def _asset_check(check: MoneyCheck) -> dg.AssetChecksDefinition:
+    @dg.asset_check(asset=MONEY, name=check.name, description=check.description)
+    def body(
+        billing_database: dg.ResourceParam[BillingDatabase], clock: dg.ResourceParam[Clock]
+    ) -> dg.AssetCheckResult:
+        from billing_orchestration.database.engine import translated
+
+        with translated(), billing_database.engine.connect() as connection:
+            verdict = check.ask(connection, clock.now())
+        return dg.AssetCheckResult(passed=verdict.passed, metadata=_metadata(verdict))
+
+    return body
+
+
+money_asset_checks = [_asset_check(check) for check in CHECKS]
+money_assets = [
+    dg.AssetSpec(
+        MONEY, description="Numbers over all jobs, hourly: charges, declines, unknown outcomes, what is open."
+    ),
+    dg.AssetSpec(QUARANTINE, description="What waits for a person. A new version each time the open entries change."),
+]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one tick has seen. `verdicts` and `numbers` are None between the hours."""
+
+    open: int
+    last: int
+    fresh: "Sequence[Entry]"
+    entries: "Sequence[Entry] | None"
+    verdicts: "Mapping[str, Verdict] | None"
+    numbers: Mapping[str, int | float] | None
+
+
+def look(connection: "sa.Connection", now: datetime, cursor: Mapping[str, Any]) -> Look:
+    """Read what a tick needs: one small query, and more only if something is new or the hour has come."""
+    from billing_orchestration.database.money_checks import count_and_last, numbers
+    from billing_orchestration.database.quarantine import entries_since, open_entries
+
+    count, last = count_and_last(connection)
+    told = int(cursor.get("told", 0))
+    changed = [count, last] != cursor.get("shown")
+    hourly = cursor.get("at") is None or now - datetime.fromisoformat(cursor["at"]) >= EVERY
+    return Look(
+        count,
+        last,
+        entries_since(connection, told, 1000) if last > told else (),
+        open_entries(connection, _ENTRIES_SHOWN) if changed else None,
+        {check.name: check.ask(connection, now) for check in CHECKS} if hourly else None,
+        numbers(connection, now) if hourly else None,
+    )
+
+
+def quarantine_alert(fresh: "Sequence[Entry]", waiting: int, alerts: Alerts) -> Alert:
+    """One alert for all new entries."""
+    lines = [
+        f"- {entry.id}, {entry.subject}: {entry.kind}: {entry.reason[:200]} ({kind_of(entry.kind).means})"
+        for entry in fresh[:_ENTRIES_TOLD]
+    ]
+    more = [f"- and {len(fresh) - _ENTRIES_TOLD} more"] if len(fresh) > _ENTRIES_TOLD else []
+    one = len(fresh) == 1
+    return Alert(
+        title="a new entry in the quarantine" if one else f"{len(fresh)} new entries in the quarantine",
+        happened="\n".join([*lines, *more]),
+        money=f"nothing more happens with it until a person has decided ({waiting} open in all).",
+        do="billing-orchestration quarantine show "
+        f"{fresh[0].id if one else 'ID'}, then resolve. See {RUNBOOK}#quarantine",
+        link=alerts.link("assets/billing/quarantine"),
+    )
+
+
+def check_alert(check: MoneyCheck, verdict: "Verdict", alerts: Alerts) -> Alert:
+    """The alert of an invariant that does not hold any more."""
+    return Alert(
+        title=f"money check failed: {check.name}",
+        happened="\n".join([check.description, *(f"- {what}" for what in verdict.broken)]),
+        money=check.money,
+        do=f"{check.do} See {RUNBOOK}#{check.name}",
+        link=alerts.link("assets/billing/money?view=checks"),
+    )
+
+
+def _events(seen: Look) -> list[dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation]:
+    events: list[dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation] = []
+    if seen.entries is not None:
+        names = ("id", "opened", "kind", "about", "reason")
+        events.append(
+            dg.AssetMaterialization(
+                QUARANTINE,
+                metadata={
+                    "open": dg.MetadataValue.int(seen.open),
+                    f"entries (first {_ENTRIES_SHOWN})": dg.MetadataValue.table(
+                        records=[
+                            dg.TableRecord(
+                                dict(zip(names, (entry.id, f"{entry.opened_at:%Y-%m-%d %H:%M}", entry.kind,
+                                                 entry.subject, entry.reason), strict=True))
+                            )
+                            for entry in seen.entries
+                        ],
+                        schema=dg.TableSchema([dg.TableColumn(name) for name in names]),
+                    ),
+                    "to resolve one": dg.MetadataValue.md("`billing-orchestration quarantine show ID`"),
+                },
+            )
+        )  # fmt: skip
+    if seen.numbers is not None:
+        events.append(dg.AssetMaterialization(MONEY, metadata=dict(seen.numbers)))
+    for name, verdict in (seen.verdicts or {}).items():
+        events.append(dg.AssetCheckEvaluation(MONEY, name, verdict.passed, metadata=_metadata(verdict)))
+    return events
+
+
+def tick(
+    instance: dg.DagsterInstance, cursor_text: str | None, database: BillingDatabase, alerts: Alerts, now: datetime
+) -> dg.SensorResult | dg.SkipReason:
+    """One look: what is new is shown and told. What nobody took is tried again by the next one."""
+    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.errors import BillingDatabaseError
+    from billing_orchestration.settings import SettingsError
+
+    tell_what_was_not_sent(instance, alerts)
+    cursor: dict[str, Any] = json.loads(cursor_text) if cursor_text else {}
+    try:
+        with translated(), database.engine.connect() as connection:
+            seen = look(connection, now, cursor)
+    except (BillingDatabaseError, SettingsError) as error:
+        # The jobs' own red runs alert about it.
+        return dg.SkipReason(str(error))
+    cursor["shown"] = [seen.open, seen.last]
+    if seen.fresh and alerts.send(quarantine_alert(seen.fresh, seen.open, alerts)):
+        cursor["told"] = seen.fresh[-1].id
+    if seen.verdicts is not None:
+        cursor["at"] = now.isoformat()
+        told = set(cursor.get("failing", ()))
+        failing = {check.name: check for check in CHECKS if not seen.verdicts[check.name].passed}
+        told &= set(failing)
+        told |= {
+            name
+            for name, check in failing.items()
+            if name not in told and alerts.send(check_alert(check, seen.verdicts[name], alerts))
+        }
+        cursor["failing"] = sorted(told)
+    events = _events(seen)
+    text = json.dumps(cursor, sort_keys=True)
+    if not events:
+        return dg.SensorResult(skip_reason=f"nothing new; {seen.open} open in the quarantine", cursor=text)
+    return dg.SensorResult(asset_events=events, cursor=text)
+
+
+@dg.sensor(
+    name="money_checks_sensor",
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=_SENSOR_INTERVAL_S,
+    description="Shows and alerts about new quarantine entries; hourly the money checks and numbers. Starts no run.",
+)
+def money_checks_sensor(
+    context: dg.SensorEvaluationContext,
+    billing_database: dg.ResourceParam[BillingDatabase],
+    alerts: dg.ResourceParam[Alerts],
+    clock: dg.ResourceParam[Clock],
+) -> dg.SensorResult | dg.SkipReason:
+    """One tick."""
+    return tick(context.instance, context.cursor, billing_database, alerts, clock.now())
