@@ -109,7 +109,7 @@ def planned(books: Books, modes: Sequence[str]) -> Iterator[tuple[sa.Connection,
     def explain(
         connection: sa.Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
     ) -> None:
-        if not many:
+        if not many and "SAVEPOINT" not in statement:
             plans.found.append((statement, list(_whole_tables(cursor.connection, statement, parameters or {}, modes))))
 
     with books.engine.connect() as connection:
