@@ -17,6 +17,7 @@ from billing_orchestration.database.errors import (
     BillingDatabaseError,
     DatabaseBusy,
     DatabaseUnavailable,
+    RowRefused,
     SchemaMissing,
     SchemaOutdated,
     SchemaTooNew,
@@ -235,7 +236,7 @@ def test_a_value_that_cannot_be_sent_is_not_taken_for_a_lost_connection(engine: 
     with engine.connect() as connection:
         with pytest.raises(BillingDatabaseError, match="NUL") as caught, translated():
             connection.execute(sa.text("SELECT CAST(:text AS text)"), {"text": "a\x00b"})
-        assert type(caught.value) is BillingDatabaseError
+        assert type(caught.value) is RowRefused
 
 
 def test_a_full_pool_says_so(database_url: str) -> None:
