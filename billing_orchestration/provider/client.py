@@ -14,12 +14,9 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
-
-from yookassa import Payment
-from yookassa.client import ApiClient
-from yookassa.domain.common import HttpVerb, UserAgent
 
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
 from billing_orchestration.provider.errors import (
@@ -36,6 +33,9 @@ from billing_orchestration.provider.pacing import Pace, map_concurrently
 from billing_orchestration.provider.records import parse_payment, provider_instant, read_json
 from billing_orchestration.provider.slices import Collector, Slice
 from billing_orchestration.provider.wire import Answer, Wire
+
+if TYPE_CHECKING:
+    from billing_orchestration.provider.sdk import Charges
 
 __all__ = ["PaymentProvider", "Slice", "Timeouts"]
 
@@ -62,79 +62,48 @@ class Timeouts:
     read_s: float = 15.0
 
 
-class _ApiClient(ApiClient):
-    """The SDK's transport with our own wire: no global Configuration, and an answer instead of a guess."""
+class _Client:
+    """One request, exactly once, with the headers of this shop. A charge may take longer than a read."""
 
-    def __init__(self, *, api_url: str, authorization: str, wire: Wire, timeouts: Timeouts) -> None:
-        # No super().__init__: it reads the process-wide Configuration, in which two shops mix.
-        self.endpoint = api_url
+    def __init__(self, *, authorization: str, wire: Wire, timeouts: Timeouts) -> None:
         self._wire = wire
         self._timeouts = timeouts
-        # It holds the operating system's name, in whatever alphabet.
-        agent = UserAgent().get_header_string().encode("ascii", "replace").decode("ascii")
-        common = {
-            "Accept": "application/json",
-            "Authorization": authorization,
-            "User-Agent": agent,
-            "YM-User-Agent": agent,
-        }
+        common = {"Accept": "application/json", "Authorization": authorization}
         # Pages compress tenfold. A charge's answer is small, and its fate shall not hang on a decompressor.
-        self._get_headers = {**common, "Accept-Encoding": "gzip"}
+        self._get_headers = {**common, "Accept-Encoding": "gzip", "User-Agent": "billing-orchestration"}
         self._post_headers = {**common, "Accept-Encoding": "identity", "Content-Type": "application/json"}
 
-    def request(
-        self,
-        method: str = "",
-        path: str = "",
-        query_params: Mapping[str, str] | None = None,
-        headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
-    ) -> Answer:
-        """Send once; the answer as it came, whatever its status."""
-        return self.execute(body, method, path, query_params, self.prepare_request_headers(headers, method))
+    def get(self, path: str) -> Answer:
+        """Read."""
+        return self._wire.send("GET", path, headers=self._get_headers.copy(), body=None, read_s=self._timeouts.read_s)
 
-    def prepare_request_headers(self, headers: Mapping[str, str] | None, method: str = HttpVerb.GET) -> dict[str, str]:
-        """A fresh dictionary for one request."""
-        ready = self._post_headers if method == HttpVerb.POST else self._get_headers
-        return {**ready, **headers} if headers else ready.copy()
-
-    def execute(
-        self,
-        body: bytes | None,
-        method: str,
-        path: str,
-        query_params: Mapping[str, str] | None,
-        request_headers: dict[str, str],
-    ) -> Answer:
-        """One request, exactly once. A charge may take longer than a read."""
-        is_charge = method == HttpVerb.POST
-        return self._wire.send(
-            method.upper(),
-            f"{path}?{urlencode(query_params)}" if query_params else path,
-            headers=request_headers,
-            body=body,
-            read_s=self._timeouts.charge_read_s if is_charge else self._timeouts.read_s,
-        )
+    def send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
+        """Charge, with the headers of the SDK."""
+        ready = {**self._post_headers, **headers}
+        return self._wire.send(method, path, headers=ready, body=body, read_s=self._timeouts.charge_read_s)
 
 
-class _Payments(Payment):
-    """The SDK's paths and verbs of payments, bound to one client instead of the global one."""
+class _Payments:
+    """The provider's resource of that name: charges go through the official SDK, reads do without it."""
 
-    def __init__(self, client: _ApiClient) -> None:
-        # No super().__init__: it makes a client of the global Configuration.
+    def __init__(self, api_url: str, client: _Client) -> None:
         self.client = client
+        self._api_url = api_url
 
-    def post(self, body: bytes, idempotence_key: str) -> Answer:
-        """Exactly these bytes: the SDK's `create` would add `cms_name`, and make up a missing key."""
-        return self.client.request(HttpVerb.POST, self.base_path, None, {"Idempotence-Key": idempotence_key}, body)
+    @cached_property
+    def charges(self) -> Charges:
+        """The SDK's payments, imported with the first charge."""
+        from billing_orchestration.provider.sdk import Charges
+
+        return Charges(self._api_url, self.client.send)
 
     def one(self, quoted_id: str) -> Answer:
         """GET one payment."""
-        return self.client.request(HttpVerb.GET, f"{self.base_path}/{quoted_id}")
+        return self.client.get(f"/payments/{quoted_id}")
 
     def page(self, query: Mapping[str, str]) -> Answer:
         """GET one page of the list."""
-        return self.client.request(HttpVerb.GET, self.base_path, query)
+        return self.client.get(f"/payments?{urlencode(query)}")
 
 
 class PaymentProvider:
@@ -172,9 +141,8 @@ class PaymentProvider:
         self._wire = Wire(self.api_url, max_connections=max_connections, connect_s=timeouts.connect_s)
         token = b64encode(f"{shop_id}:{secret_key}".encode()).decode("ascii")
         self._outcomes = Outcomes(self.api_url, (secret_key, token))
-        self._payments = _Payments(
-            _ApiClient(api_url=self.api_url, authorization=f"Basic {token}", wire=self._wire, timeouts=timeouts)
-        )
+        client = _Client(authorization=f"Basic {token}", wire=self._wire, timeouts=timeouts)
+        self._payments = _Payments(self.api_url, client)
 
     def __repr__(self) -> str:
         return f"PaymentProvider(api_url={self.api_url!r}, shop_id={self.shop_id!r})"
@@ -206,8 +174,9 @@ class PaymentProvider:
         if not isinstance(idempotence_key, str) or not _KEY.fullmatch(idempotence_key):
             raise ValueError("the idempotence key must be 1 to 64 visible ASCII characters; nothing was sent")
         sent = body.encode("utf-8")
+        charges = self._payments.charges
         call = Call(f"charge with key {idempotence_key}", moves_money=True)
-        answer = self._send(call, lambda: self._payments.post(sent, idempotence_key), before_send)
+        answer = self._send(call, lambda: charges.post(sent, idempotence_key), before_send)
         payment = parse_payment(self._object(answer, call))
         if isinstance(payment, UnusablePayment):
             name = f"payment {payment.payment_id}" if payment.payment_id else "a payment without a readable id"

@@ -11,8 +11,10 @@ from __future__ import annotations
 import http.client
 import io
 import os
+import select
 import socket
 import ssl
+import sys
 import threading
 import time
 import zlib
@@ -23,10 +25,6 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urlsplit
-
-import certifi
-from requests.utils import get_environ_proxies, select_proxy
-from urllib3.util import wait_for_read
 
 # Where an operator names the certificates to trust, in the order in which `requests` and OpenSSL look.
 _CERTIFICATE_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -95,7 +93,7 @@ class Wire:
             except IndexError:
                 return self._way.connect()
             # Something to read before anything was asked is the server's goodbye.
-            if time.monotonic() - since < _LONGEST_IDLE_S and not wait_for_read(connection.sock, timeout=0.0):
+            if time.monotonic() - since < _LONGEST_IDLE_S and not _has_something_to_read(connection.sock):
                 return connection
             connection.close()
 
@@ -247,7 +245,12 @@ def _api_url_parts(api_url: str) -> SplitResult:
 
 def _proxy_for(api_url: str, host: str) -> tuple[tuple[str, int] | None, Mapping[str, str]]:
     """The proxy that HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY name for this URL; never one for this machine."""
-    proxy: str | None = None if _is_loopback(host) else select_proxy(api_url, get_environ_proxies(api_url, None))
+    proxy: str | None = None
+    if not _is_loopback(host) and _names_proxies():
+        # Imported where a proxy is named: it takes longer than a whole read does.
+        from requests.utils import get_environ_proxies, select_proxy
+
+        proxy = select_proxy(api_url, get_environ_proxies(api_url, None))
     if not proxy:
         return None, {}
     parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
@@ -258,6 +261,19 @@ def _proxy_for(api_url: str, host: str) -> tuple[tuple[str, int] | None, Mapping
         account = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Proxy-Authorization"] = "Basic " + b64encode(account.encode()).decode("ascii")
     return (parts.hostname, parts.port or 80), headers
+
+
+def _names_proxies() -> bool:
+    """Whether any proxy may be set: in the environment, or (macOS, Windows) in the system's settings."""
+    return sys.platform in ("darwin", "win32") or any(name.lower().endswith("_proxy") for name in os.environ)
+
+
+def _has_something_to_read(sock: socket.socket) -> bool:
+    if not hasattr(select, "poll"):  # Windows
+        return bool(select.select([sock], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _is_loopback(host: str) -> bool:
@@ -275,6 +291,8 @@ def _tls_context() -> ssl.SSLContext:
         if path:
             break
     else:
+        import certifi
+
         variable, path = "certifi", certifi.where()
     try:
         if os.path.isdir(path):
