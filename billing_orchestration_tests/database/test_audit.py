@@ -131,7 +131,7 @@ def test_evidence_is_cut_to_what_a_person_reads(books: Books) -> None:
     assert evidence_of({"a": 1}) == {"item": {"a": 1}}
 
 
-@pytest.mark.parametrize("depth", [100, 100_000])
+@pytest.mark.parametrize("depth", [100, 20_000])
 def test_evidence_of_any_depth_is_kept(books: Books, depth: int) -> None:
     nested: Any = "the core"
     for _ in range(depth):
