@@ -30,9 +30,14 @@ def count_by_action(decisions: Iterable[Decision]) -> dict[str, int]:
 
 
 def sum_by_currency(decisions: Iterable[Decision], actions: frozenset[str] | None = None) -> dict[str, Decimal]:
-    """The money of the decisions (of the given actions), added up by currency."""
+    """The money of the decisions (of the given actions), added up by currency.
+
+    An amount that is no number (PostgreSQL's numeric holds NaN) is left out: nobody could be shown its sum.
+    """
     sums: dict[str, Decimal] = {}
     for decision in decisions:
-        if decision.money is not None and (actions is None or decision.action in actions):
+        if decision.money is None or not decision.money.amount.is_finite():
+            continue
+        if actions is None or decision.action in actions:
             sums[decision.money.currency] = sums.get(decision.money.currency, Decimal(0)) + decision.money.amount
     return sums

@@ -488,6 +488,8 @@ def test_an_amount_that_is_no_number_stops_neither_the_run_nor_its_report(servic
 
     assert run.ok, run.failure
     assert [status(service, odd), status(service, usual)] == ["EXPIRED", "EXPIRED"]
+    # A sum that is no number could not be shown: the page of the run would not load.
+    assert run.report["sum: expire, RUB"] == pytest.approx(299.0)
 
 
 def test_as_of_is_what_decides_and_not_the_clock_on_the_wall(service: Service) -> None:
