@@ -1,0 +1,275 @@
+"""What the killed runs work on: for each job a small service in which every kind of its work is waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration_tests.jobs.service import NOON, Service
+from billing_orchestration_tests.torture.kill_oracle import Expected
+
+AUTOPAYMENT = "autopayment_job"
+MATCHING = ("matching_pending_payments_job", "matching_successful_payments_job")
+DAY = timedelta(days=1)
+HOUR = timedelta(hours=1)
+A_MONTH_LATER = NOON.replace(month=4)
+SENT_ONCE = {"charge_renewals": {"max_sends": 1}}
+NOBODY_LISTENS = "http://127.0.0.1:9/v3"
+
+
+@dataclass(frozen=True)
+class Story:
+    """A scenario once its rows are written: what must come of it, and how the provider misbehaves in each case."""
+
+    expected: Expected
+    misbehave: Callable[[Sandbox], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A job with its work. `again_after`: how long after a killed run the next one comes."""
+
+    name: str
+    job: str
+    prepare: Callable[[Service], Story]
+    again_after: timedelta
+    ops: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _few_renewals(service: Service, count: int = 1) -> Story:
+    paid = [service.subscriber() for _ in range(count)]
+    declined = service.subscriber(script="canceled:insufficient_funds")
+    lost = service.subscriber()
+
+    def misbehave(sandbox: Sandbox) -> None:
+        sandbox.misbehave("create", "cut_after", payment_method_id=f"method-{lost}")
+
+    return Story(
+        Expected(
+            ends={**dict.fromkeys([*paid, lost], ("ACTIVE", A_MONTH_LATER)), declined: ("ACTIVE", NOON)},
+            attempts={**dict.fromkeys([*paid, lost], ("SUCCEEDED",)), declined: ("DECLINED",)},
+        ),
+        misbehave,
+    )
+
+
+def _lost(service: Service, effect: str, **subscriber: Any) -> int:
+    subscription = service.subscriber(**subscriber)
+    service.sandbox.misbehave("create", effect, payment_method_id=f"method-{subscription}")
+    return subscription
+
+
+def _run_for_new_ones(service: Service, subscriptions: list[int], **run: Any) -> None:
+    """A run of autopayment that looks at these only; the others are paused meanwhile."""
+    service.execute("UPDATE subscriptions SET status = 'PAUSED' WHERE NOT id = ANY(:ids)", ids=subscriptions)
+    service.run(AUTOPAYMENT, ops=SENT_ONCE, **run)
+    service.execute("UPDATE subscriptions SET status = 'ACTIVE'")
+    service.sandbox.behave()
+
+
+def _every_kind_of_renewal(service: Service) -> Story:
+    ends: dict[int, tuple[str, Any]] = {}
+    attempts: dict[int, list[str]] = {}
+
+    def expect(subscription: int, end: Any, *states: str, status: str = "ACTIVE") -> None:
+        ends[subscription], attempts[subscription] = (status, end), list(states)
+
+    # Yesterday: what is too old to be sent again today, and what was left pending.
+    yesterday, a_month_on = NOON - 25 * HOUR, A_MONTH_LATER - 25 * HOUR
+    service.set_time(yesterday)
+    found = _lost(service, "cut_after")
+    found_declined = _lost(service, "cut_after", script="canceled:card_expired")
+    found_unwanted = _lost(service, "cut_after")
+    absent_twice, absent_once = _lost(service, "cut_before"), _lost(service, "cut_before")
+    paid_since = service.subscriber(script="pending:succeeded:90000")
+    still_pending = service.subscriber(script="pending")
+    declined_since = service.subscriber(script=["pending:canceled:insufficient_funds:90000", "succeeded"])
+    old = [found, found_declined, found_unwanted, absent_twice, absent_once, paid_since, still_pending, declined_since]
+    _run_for_new_ones(service, old)
+    # This morning: an answer that was lost, and two that nobody was there to take, one of which has a new price since.
+    service.set_time(NOON - 3 * HOUR)
+    young = _lost(service, "reset_after")
+    _run_for_new_ones(service, [young])
+    service.set_time(NOON - HOUR)
+    dearer_plan = service.plan("199.00")
+    planned, dearer = service.subscriber(), service.subscriber(dearer_plan)
+    down = service.settings.model_copy(update={"yookassa_api_url": NOBODY_LISTENS})
+    _run_for_new_ones(service, [planned, dearer], load=lambda: down)
+    service.execute("UPDATE prices SET amount = 249 WHERE plan_id = :id", id=dearer_plan)
+    service.execute(
+        "UPDATE billing_orchestration.renewal_attempts SET first_absent_at = :at WHERE subscription_id = :id",
+        at=NOON - 2 * HOUR,
+        id=absent_twice,
+    )
+    service.execute("UPDATE subscriptions SET status = 'CANCELED' WHERE id = :id", id=found_unwanted)
+    service.set_time(NOON)
+    new, lost = [service.subscriber(), service.subscriber()], service.subscriber()
+    hard, soft = service.subscriber(script="canceled:card_expired"), service.subscriber(script="canceled:call_issuer")
+    review = service.subscriber()
+
+    expect(found, a_month_on, "SUCCEEDED")
+    expect(found_declined, yesterday, "STOPPED")
+    expect(found_unwanted, a_month_on, "SUCCEEDED", status="CANCELED")
+    expect(absent_twice, a_month_on, "VOID", "SUCCEEDED")
+    expect(absent_once, a_month_on, "VOID", "SUCCEEDED")
+    expect(paid_since, a_month_on, "SUCCEEDED")
+    expect(still_pending, yesterday, "PENDING")
+    expect(declined_since, a_month_on, "DECLINED", "SUCCEEDED")
+    expect(young, A_MONTH_LATER - 3 * HOUR, "SUCCEEDED")
+    expect(planned, A_MONTH_LATER - HOUR, "SUCCEEDED")
+    expect(dearer, A_MONTH_LATER - HOUR, "VOID", "SUCCEEDED")
+    for subscription in [*new, lost]:
+        expect(subscription, A_MONTH_LATER, "SUCCEEDED")
+    expect(hard, NOON, "STOPPED")
+    expect(soft, NOON, "DECLINED")
+    expect(review, NOON, "REVIEW")
+
+    def misbehave(sandbox: Sandbox) -> None:
+        sandbox.misbehave("create", "error_after", payment_method_id=f"method-{lost}")
+        sandbox.misbehave(
+            "create", "change", payment_method_id=f"method-{review}", set={"amount.value": "1.00"}, times=None
+        )
+
+    return Story(
+        Expected(ends=ends, attempts=attempts, quarantine={"amount_differs": 1, "unwanted_renewal": 1}), misbehave
+    )
+
+
+def _ends_of_subscriptions(service: Service) -> Story:
+    held = _lost(service, "cut_after", ended_at=NOON - 3 * DAY)
+    _run_for_new_ones(service, [held])
+    plan = service.plan()
+    over = [service.subscription(plan, ended_at=NOON - timedelta(days=days)) for days in (3, 4, 10)]
+    grace = service.subscription(plan, ended_at=NOON - 2 * DAY)
+    paused = service.subscription(plan, ended_at=NOON - 10 * DAY, status="PAUSED")
+    ends: dict[int, tuple[str, Any]] = {
+        subscription: ("EXPIRED", NOON - timedelta(days=days))
+        for subscription, days in zip(over, (3, 4, 10), strict=True)
+    }
+    ends |= {
+        held: ("ACTIVE", NOON - 3 * DAY),
+        grace: ("ACTIVE", NOON - 2 * DAY),
+        paused: ("PAUSED", NOON - 10 * DAY),
+    }
+    # The held one's success is found by a later run of another job; here it is still unknown.
+    return Story(Expected(ends=ends, attempts={held: ["UNKNOWN"]}, unsettled=1))
+
+
+def _stale_payments(service: Service) -> Story:
+    old = NOON - 8 * DAY
+    plan = service.plan()
+    running = service.subscription(plan, ended_at=NOON + DAY, user="runs")
+    for index in service.rows("pg_indexes", "tablename = 'payments' AND indexname <> 'payments_pkey'"):
+        service.execute(f"DROP INDEX {index.indexname}")  # several rows for one provider payment, as real data has
+
+    def stale(name: str | None, status: str | None = None, **there: Any) -> int:
+        if status is not None:
+            service.paid_there(name, status=status, plan_id=plan, created_at=old, **there)
+        return service.payment(external_id=name, status="PENDING", created_at=old)
+
+    payments = {
+        stale("unpaid", "pending"): "EXPIRED",
+        stale("declined", "canceled"): "EXPIRED",
+        stale("unheard-of"): "EXPIRED",
+        stale(None): "EXPIRED",
+        stale("paid-by-a-new-user", "succeeded", user="new"): "SUCCEEDED",
+        stale("paid-by-a-running-one", "succeeded", user="runs"): "SUCCEEDED",
+        stale("paid-back", "succeeded", user="back", refunded_amount="299.00"): "REFUNDED",
+        stale("held", "waiting_for_capture"): "PENDING",
+        stale("paid-in-two-rows", "succeeded", user="two"): "SUCCEEDED",
+        service.payment(external_id="paid-in-two-rows", status="PENDING", created_at=old): "EXPIRED",
+        service.payment(external_id="young", status="PENDING", created_at=NOON - 6 * DAY): "PENDING",
+    }
+    return Story(
+        Expected(
+            ends={running: ("ACTIVE", (NOON + DAY).replace(month=4))},
+            payments=payments,
+            bought=("new", "two"),
+            refunds=1,
+        )
+    )
+
+
+def _covered_until_an_hour_ago(service: Service) -> None:
+    service.set_time(NOON - HOUR)
+    for job in MATCHING:
+        service.run(job)
+    service.set_time(NOON)
+
+
+def _pending_payments(service: Service) -> Story:
+    _covered_until_an_hour_ago(service)
+    plan = service.plan()
+    running = service.subscription(plan, ended_at=NOON + DAY, user="runs")
+    just = NOON - timedelta(minutes=20)
+
+    def pending(user: str, **there: Any) -> int:
+        name = service.paid_there(f"paid-by-{user}", user=user, plan_id=plan, **there)
+        return service.payment(external_id=name, status="PENDING", created_at=just)
+
+    payments = {
+        pending("new"): "SUCCEEDED",
+        pending("runs"): "SUCCEEDED",
+        pending("back", refunded_amount="299.00"): "REFUNDED",
+        pending("other", amount="1.00"): "PENDING",
+        service.payment(external_id="unpaid", status="PENDING", created_at=just): "PENDING",
+    }
+    return Story(
+        Expected(
+            ends={running: ("ACTIVE", (NOON + DAY).replace(month=4))},
+            payments=payments,
+            bought=("new",),
+            quarantine={"amount_differs": 1},
+            refunds=1,
+        )
+    )
+
+
+def _successful_payments(service: Service) -> Story:
+    renewed = _lost(service, "cut_after", ended_at=NOON)
+    _covered_until_an_hour_ago(service)
+    _run_for_new_ones(service, [renewed])
+    plan = service.plan()
+    running = service.subscription(plan, ended_at=NOON + DAY, user="runs")
+    service.paid_there("orphan-new", user="new", plan_id=plan)
+    service.paid_there("orphan-of-a-running-one", user="runs", plan_id=plan)
+    service.paid_there("orphan-paid-back", user="back", plan_id=plan, refunded_amount="299.00")
+    service.paid_there("orphan-of-nobody", metadata={})
+    service.paid_there("unreadable", user="odd", plan_id=plan, override={"amount": {"value": "x", "currency": "RUB"}})
+    revived = service.paid_there("revived", user="late", plan_id=plan)
+    canceled = service.paid_there("canceled", user="no", plan_id=plan)
+    payments = {
+        service.payment(external_id=revived, status="EXPIRED"): "SUCCEEDED",
+        service.payment(external_id=canceled, status="CANCELED"): "CANCELED",
+    }
+    return Story(
+        Expected(
+            ends={running: ("ACTIVE", (NOON + DAY).replace(month=4)), renewed: ("ACTIVE", A_MONTH_LATER)},
+            attempts={renewed: ["SUCCEEDED"]},
+            payments=payments,
+            bought=("new", "late"),
+            quarantine={"metadata": 1, "unreadable": 1, "canceled_here": 1},
+            refunds=1,
+        )
+    )
+
+
+def _at_a_time(max_concurrency: int) -> Mapping[str, Any]:
+    return {"charge_renewals": {"max_concurrency": max_concurrency, "resend_wait_s": 0.0}}
+
+
+SHORT = Scenario("autopayment, one by one", AUTOPAYMENT, _few_renewals, 2 * HOUR, _at_a_time(1))
+ALL = (
+    SHORT,
+    Scenario(
+        "autopayment, side by side", AUTOPAYMENT, lambda service: _few_renewals(service, 6), 2 * HOUR, _at_a_time(4)
+    ),
+    Scenario("autopayment, every kind of renewal", AUTOPAYMENT, _every_kind_of_renewal, 2 * HOUR, _at_a_time(4)),
+    Scenario("expiry of subscriptions", "expire_subscriptions_job", _ends_of_subscriptions, 2 * HOUR),
+    Scenario("expiry of payments", "expire_payments_job", _stale_payments, 2 * HOUR),
+    Scenario("matching pending payments", MATCHING[0], _pending_payments, timedelta(minutes=2)),
+    Scenario("matching successful payments", MATCHING[1], _successful_payments, timedelta(minutes=2)),
+)

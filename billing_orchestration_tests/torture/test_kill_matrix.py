@@ -1,0 +1,188 @@
+"""Killed anywhere, run again, and the books agree: a short matrix always, all of it with `make torture`."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+
+from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration_tests.fixtures.postgres import Server
+from billing_orchestration_tests.jobs.service import NOON, Service
+from billing_orchestration_tests.torture.kill_matrix import Stage, play
+from billing_orchestration_tests.torture.kill_oracle import Expected, complaints
+from billing_orchestration_tests.torture.kill_points import AFTER, BEFORE, Death, Step, name_of
+from billing_orchestration_tests.torture.kill_runner import Runner
+from billing_orchestration_tests.torture.kill_scenarios import ALL, SHORT, Scenario
+
+# `make torture` sets it: then every job, every step, and as many random rounds as it says (0: these).
+THOROUGH = "TORTURE_ROUNDS" in os.environ
+ROUNDS = int(os.environ.get("TORTURE_ROUNDS") or 0) or (25 if THOROUGH else 2)
+PROCESSES = 8
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    """The process that forks; its imports take three seconds."""
+    with Runner() as running:
+        yield running
+
+
+@pytest.mark.parametrize("scenario", ALL if THOROUGH else [SHORT], ids=lambda scenario: scenario.name)
+def test_a_run_that_is_killed_at_any_step_is_completed_by_the_next_ones(
+    postgres_server: Server,
+    migrated_template: str,
+    sandbox: Sandbox,
+    runner: Runner,
+    scenario: Scenario,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    matrix = play(postgres_server, migrated_template, sandbox, runner, scenario, thorough=THOROUGH)
+
+    with capsys.disabled():
+        if THOROUGH or matrix.lost:
+            print(f"\n{matrix.table()}")  # noqa: T201 - the matrix is what one runs this for
+    assert not matrix.lost
+    assert len(matrix.unreached) * 10 <= len(matrix.cells), matrix.unreached
+    if scenario is SHORT:
+        # The instruments see what leaves the process; a blind matrix would be green as well.
+        assert matrix.names >= {
+            "pg_try_advisory_lock", "INSERT renewal_attempts", "POST /payments", "UPDATE subscriptions",
+            "INSERT payments", "INSERT settlements", "UPDATE renewal_attempts", "INSERT audit_trail", "COMMIT",
+            "pg_advisory_unlock",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_processes_that_charge_at_once_and_die_at_random_charge_each_period_once(
+    postgres_server: Server, migrated_template: str, sandbox: Sandbox, runner: Runner, seed: int
+) -> None:
+    """Seed 0: none of them dies. A failure names its seed in the test's name."""
+    chance = random.Random(seed)
+    scenario = ALL[2] if seed % 5 == 4 else ALL[1]
+    stage = Stage(postgres_server, migrated_template, sandbox, runner, scenario)
+    try:
+        stage.warm_up()
+        lived, _ = stage.live()
+        deaths = [
+            Death(chance.choice(lived.steps), chance.choice((BEFORE, AFTER)))
+            for _ in range(chance.randint(1, PROCESSES - 1) if seed else 0)
+        ]
+        _, wrong = stage.race(PROCESSES, deaths)
+    finally:
+        stage.close()
+
+    assert not wrong, deaths
+
+
+def deaths_of_the_command() -> list[Death]:
+    if not THOROUGH:
+        return [Death(Step("POST /payments", 1), AFTER)]
+    names = ("INSERT renewal_attempts", "POST /payments", "UPDATE subscriptions", "COMMIT")
+    return [Death(Step(name, 1), when) for name in names for when in (BEFORE, AFTER)]
+
+
+@pytest.mark.parametrize("death", deaths_of_the_command(), ids=lambda d: f"{d.when} {d.step.name} {d.step.nth}")
+def test_the_command_of_an_operator_that_is_killed_is_completed_by_the_next_one(
+    engine: sa.Engine, database_url: str, sandbox: Sandbox, tmp_path: Path, death: Death
+) -> None:
+    now = datetime.now(timezone.utc).replace(microsecond=0)
+    service = Service(engine, database_url, sandbox, now=now)
+    end = now - timedelta(hours=1)
+    subscription = service.subscriber(service.plan(duration=30, unit="days"), ended_at=end)
+    sandbox.clock.run()
+    command = [sys.executable, "-m", "billing_orchestration_tests.torture.kill_cli", "job", "execute"]
+    command += ["-m", "billing_orchestration.definitions", "-j", "autopayment_job"]
+    root = Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DAGSTER_", "YOOKASSA_"))}
+    environment |= {
+        "BILLING_DATABASE_URL": database_url,
+        "YOOKASSA_SHOP_ID": sandbox.shop_id,
+        "YOOKASSA_SECRET_KEY": sandbox.secret_key,
+        "YOOKASSA_API_URL": sandbox.url,
+        "PYTHONPATH": str(root),
+    }
+
+    def execute(**more: str) -> int:
+        return subprocess.run(
+            command, env={**environment, **more}, cwd=tmp_path, capture_output=True, timeout=120, check=False
+        ).returncode
+
+    killed = execute(TORTURE_DEATH=json.dumps([death.step.name, death.step.nth, death.when]))
+    again = execute()
+
+    assert (killed, again) == (-signal.SIGKILL, 0)
+    expected = Expected(
+        ends={subscription: ("ACTIVE", end + timedelta(days=30))}, attempts={subscription: ["SUCCEEDED"]}
+    )
+    assert complaints(database_url, sandbox.provider.ledger(), expected) == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("SELECT id FROM payments WHERE id = 1", None),
+        ("WITH x AS (SELECT 1) SELECT updated_at FROM x", None),
+        ("INSERT INTO billing_orchestration.settlements (a) SELECT 1", "INSERT settlements"),
+        (
+            "WITH o AS (SELECT 1 FROM s FOR SHARE OF s) INSERT INTO x SELECT 1 ON CONFLICT DO UPDATE SET a = 1",
+            "INSERT x",
+        ),
+        ("WITH o AS (SELECT 1), e AS (UPDATE s SET a = 1 RETURNING 1) INSERT INTO t SELECT 1 FROM e", "INSERT t"),
+        ("UPDATE payments p SET status = 'X' FROM y", "UPDATE payments"),
+        ("SELECT a FROM payments WHERE x ORDER BY id FOR NO KEY UPDATE", "SELECT payments FOR NO KEY UPDATE"),
+        ("SELECT id, pg_try_advisory_lock(1, 2) FROM unnest(x) AS id", "pg_try_advisory_lock"),
+        ("DELETE FROM billing_orchestration.watermarks", "DELETE watermarks"),
+    ],
+)
+def test_a_statement_that_writes_or_locks_is_a_step(statement: str, name: str | None) -> None:
+    assert name_of(statement) == name
+
+
+CORRUPTIONS = {
+    "a grant without a success": "INSERT INTO billing_orchestration.settlements SELECT 'made-up', kind, payment_id,"
+    " subscription_id, attempt_id, user_id, plan_id, amount, currency, period_start, period_end, settled_at, run_id"
+    " FROM billing_orchestration.settlements LIMIT 1",
+    "a lost grant": "DELETE FROM billing_orchestration.settlements",
+    "an extension too many": "UPDATE subscriptions SET ended_at = ended_at + interval '1 month'",
+    "a missing row": "DELETE FROM payments WHERE external_payment_id NOT LIKE 'method-%'",
+    "a row too many": "INSERT INTO payments SELECT id + 1000, subscription_id, payment_provider_id, payment_method,"
+    " status, currency, amount, external_payment_id, created_at, updated_at FROM payments"
+    " WHERE external_payment_id NOT LIKE 'method-%'",
+    "another amount": "UPDATE billing_orchestration.settlements SET amount = 1",
+    "a change without its trail": "DELETE FROM billing_orchestration.audit_trail",
+    "an open attempt": "UPDATE billing_orchestration.renewal_attempts SET state = 'UNKNOWN'",
+    "a subscription out of nothing": "INSERT INTO subscriptions (user_id, status, started_at, ended_at, created_at,"
+    " updated_at) SELECT 'x', status, started_at, ended_at, created_at, updated_at FROM subscriptions",
+}
+
+
+@pytest.mark.parametrize("corruption", [*CORRUPTIONS.values(), None], ids=[*CORRUPTIONS, "a second charge"])
+def test_the_judge_notices(engine: sa.Engine, database_url: str, sandbox: Sandbox, corruption: str | None) -> None:
+    service = Service(engine, database_url, sandbox)
+    subscription = service.subscriber()
+    for index in service.rows("pg_indexes", "tablename = 'payments' AND indexname <> 'payments_pkey'"):
+        service.execute(f"DROP INDEX {index.indexname}")
+    service.run("autopayment_job")
+    expected = Expected(ends={subscription: ("ACTIVE", NOON.replace(month=4))}, attempts={subscription: ["SUCCEEDED"]})
+    assert complaints(database_url, service.provider.ledger(), expected) == []
+
+    if corruption is None:
+        [charge] = service.charges()
+        service.provider.add_payment(id="again", amount=Decimal(299), metadata=dict(charge.metadata))
+    else:
+        with psycopg.connect(database_url) as connection:
+            connection.execute(corruption)
+
+    assert complaints(database_url, service.provider.ledger(), expected) != []
