@@ -15,6 +15,7 @@ from billing_orchestration.jobs.matching_slice import (
     AFTER,
     MatchingPlan,
     PaidSlice,
+    PaidSliceConfig,
     apply_matching,
     fetch_paid,
     plan_matching,
@@ -41,6 +42,7 @@ class PendingMatch:
 @dg.op(description="Read the provider's succeeded payments of the window, created or captured in it, to the last page.")
 def fetch_paid_for_pending(
     context: dg.OpExecutionContext,
+    config: PaidSliceConfig,
     run: RunSettings,
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
@@ -49,7 +51,8 @@ def fetch_paid_for_pending(
 ) -> None:
     """The provider's slice, read before the database."""
     with told_plainly():
-        hand_over.leave(fetch_paid(context, JOB, run, billing_database, payment_provider, clock))
+        paid = fetch_paid(context, JOB, run, billing_database, payment_provider, clock, config.parallel_windows)
+        hand_over.leave(paid)
 
 
 @dg.op(

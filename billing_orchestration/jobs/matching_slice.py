@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 import dagster as dg
+from pydantic import Field
 
 from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.domain.decisions import Decision
@@ -28,6 +29,20 @@ from billing_orchestration.resources import BillingDatabase, Clock, ProviderConn
 
 if TYPE_CHECKING:
     from billing_orchestration.provider.client import Slice
+
+
+class PaidSliceConfig(dg.Config):
+    """How the provider's list is read."""
+
+    parallel_windows: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description=(
+            "In how many parts, side by side, the provider's list is read. Left out: page by page up to three pages, a"
+            " longer one in four parts."
+        ),
+    )
 
 
 # How an op of these jobs names the one before it: the order is Dagster's, what it works on comes from `hand_over`.
@@ -61,6 +76,7 @@ def fetch_paid(
     database: BillingDatabase,
     provider: ProviderConnection,
     clock: Clock,
+    parallel_windows: int | None = None,
 ) -> PaidSlice:
     """Read the provider's slice: succeeded, created or captured in the window. Whole, or the run fails here."""
     from billing_orchestration.database.engine import translated
@@ -72,7 +88,7 @@ def fetch_paid(
     with translated(), database.engine.connect() as connection:
         watermark = read_watermark(connection, job)
     window = covering_window(scope, watermark)
-    paid = provider.client.fetch_slice(window.start, window.end)
+    paid = provider.client.fetch_slice(window.start, window.end, parallel_windows=parallel_windows)
     context.add_output_metadata(
         {
             **describe_scope(scope),

@@ -17,6 +17,7 @@ from billing_orchestration.jobs.matching_slice import (
     AFTER,
     MatchingPlan,
     PaidSlice,
+    PaidSliceConfig,
     apply_matching,
     fetch_paid,
     plan_matching,
@@ -60,6 +61,7 @@ class SuccessfulMatch:
 @dg.op(description="Read the provider's succeeded payments of the window, created or captured in it, to the last page.")
 def fetch_paid_for_successful(
     context: dg.OpExecutionContext,
+    config: PaidSliceConfig,
     run: RunSettings,
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
@@ -68,7 +70,8 @@ def fetch_paid_for_successful(
 ) -> None:
     """The provider's slice, read before the database."""
     with told_plainly():
-        hand_over.leave(fetch_paid(context, JOB, run, billing_database, payment_provider, clock))
+        paid = fetch_paid(context, JOB, run, billing_database, payment_provider, clock, config.parallel_windows)
+        hand_over.leave(paid)
 
 
 @dg.op(

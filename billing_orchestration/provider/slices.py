@@ -30,6 +30,8 @@ class Collector:
         self._unusable: dict[str, UnusablePayment] = {}
         self.pages = 0
         self.requests = 0
+        # Whether reading a list was given up before its end, to go about it in another way.
+        self.is_cut = False
 
     def add_page(self, items: Iterable[Any]) -> None:
         """Take a page's items, one by one."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
+from itertools import count
+from threading import Event
 from typing import Any
 
 import pytest
@@ -252,6 +254,43 @@ def test_a_slice_read_in_parts_side_by_side_is_the_same_slice(
     sandbox.misbehave("list", "html_before", times=None, skip=parts)
     with pytest.raises(IncompleteSlice):
         provider.fetch_slice(start, NOW, parallel_windows=parts)
+
+
+@pytest.mark.parametrize("parts", [1, 4, None])
+def test_a_slice_is_complete_when_payments_arrive_while_it_is_read(
+    sandbox: Sandbox, provider: PaymentProvider, parts: int | None
+) -> None:
+    start = NOW - 60 * MINUTE
+    before = sandbox.provider.add_payments([{"created_at": start + timedelta(seconds=4 * n)} for n in range(900)])
+    over = Event()
+
+    def go_on_paying() -> None:
+        """New ones at the head of the list, late captures of old ones, and a straggler in the midst of every page."""
+        for n in count():
+            sandbox.provider.add_payment(created_at=NOW - timedelta(milliseconds=n))
+            sandbox.provider.add_payment(created_at=start - timedelta(days=1), captured_at=NOW)
+            sandbox.provider.add_payment(created_at=start + timedelta(seconds=n % 3600))
+            if over.wait(0.002):
+                return
+
+    with ThreadPoolExecutor(1) as service:
+        service.submit(go_on_paying)
+        try:
+            told = provider.fetch_slice(start, NOW, parallel_windows=parts)
+        finally:
+            over.set()
+    found = [payment.id for payment in told.payments]
+    assert len(found) == len(set(found))
+    assert {payment.id for payment in before} <= set(found)
+
+
+@pytest.mark.parametrize(("payments", "requests"), [(0, 2), (100, 2), (300, 6)])
+def test_a_short_slice_costs_no_request_more_than_its_pages(
+    sandbox: Sandbox, provider: PaymentProvider, payments: int, requests: int
+) -> None:
+    sandbox.provider.add_payments([{"created_at": NOW - timedelta(seconds=n)} for n in range(payments)])
+    told = provider.fetch_slice(NOW - 60 * MINUTE, NOW, parallel_windows=None)
+    assert (len(told.payments), sandbox.count("list")) == (payments, requests)
 
 
 def test_odd_items_of_a_page_leave_the_other_99(sandbox: Sandbox, provider: PaymentProvider) -> None:
