@@ -38,9 +38,12 @@ check: $(STAMP) ## Lint, format, types, layers, definitions, tracked files
 	@$(PYTHON) .ci/check_definitions
 	@$(PYTHON) .ci/check_tracked_files
 
-bench: $(STAMP) ## Speed against the physical limit (docs/performance.md)
-	@test -d bench || { echo 'There is no benchmark yet: it will live in bench/.' >&2; exit 1; }
+bench: $(VENV)/.bench ## Speed against the physical limit, in a quarter of an hour (docs/performance.md)
 	@$(PYTHON) -m bench $(ARGS)
+
+$(VENV)/.bench: $(STAMP)
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
 
 torture: $(STAMP) ## The promise under seeded simulation, kills, faults and races; ROUNDS=n for a night
 	@test -d $(TESTS)/torture || { echo 'There is no torture suite yet: it will live in $(TESTS)/torture/.' >&2; exit 1; }
