@@ -428,6 +428,21 @@ class Charging:
         Second: those that the database would not let us look at again (a row that somebody keeps locked), with the
         reason. One such row does not hold up the others of its group.
         """
+        claimed: dict[uuid.UUID, bool] = {}
+        busy: dict[uuid.UUID, str] = {}
+        # Two kinds, two transactions: what the one has committed must not be claimed anew because the other failed.
+        for kind in (
+            [work for work in group if work.is_new and not work.sends],
+            [work for work in group if not work.is_new or work.sends],
+        ):
+            one, refused = self._claim_kind(kind, alone)
+            claimed.update(one)
+            busy.update(refused)
+        return claimed, busy
+
+    def _claim_kind(
+        self, group: Sequence[_Work], alone: "sa.Connection"
+    ) -> tuple[dict[uuid.UUID, bool], dict[uuid.UUID, str]]:
         from billing_orchestration.database.errors import BillingDatabaseError, DatabaseUnavailable
 
         try:
@@ -440,13 +455,16 @@ class Charging:
         claimed: dict[uuid.UUID, bool] = {}
         busy: dict[uuid.UUID, str] = {}
         for work in group:
-            one, refused = self._claim([work], alone)
+            one, refused = self._claim_kind([work], alone)
             claimed.update(one)
             busy.update(refused)
         return claimed, busy
 
     def _claim_together(self, group: Sequence[_Work], alone: "sa.Connection") -> dict[uuid.UUID, bool]:
-        """`alone`: a connection in autocommit, on which one statement is one committed transaction."""
+        """In one transaction: all of them new, or all sent again.
+
+        `alone`: a connection in autocommit, on which one statement is one committed transaction.
+        """
         from billing_orchestration.database.engine import translated
 
         if not group:
@@ -454,16 +472,11 @@ class Charging:
         stamp = self.make_stamp()
         for work in group:
             work.claimed_at = stamp.at
-        fresh = [work.attempt for work in group if work.is_new and not work.sends]
-        again = [work.attempt.id for work in group if not work.is_new or work.sends]
-        claimed: dict[uuid.UUID, bool] = {}
         with translated():
-            if fresh:
-                claimed.update(dict.fromkeys(open_and_claim(alone, stamp, fresh), False))
-            if again:
-                with self.database.engine.begin() as connection:
-                    claimed.update(claim(connection, stamp, again, stamp.at - KEY_LIFETIME))
-        return claimed
+            if group[0].is_new and not group[0].sends:
+                return dict.fromkeys(open_and_claim(alone, stamp, [work.attempt for work in group]), False)
+            with self.database.engine.begin() as connection:
+                return claim(connection, stamp, [work.attempt.id for work in group], stamp.at - KEY_LIFETIME)
 
     def _send(self, work: _Work) -> None:
         """Step 3, in a worker: one POST, and its answer into the queue."""
