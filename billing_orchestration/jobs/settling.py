@@ -165,6 +165,8 @@ def report_settled(
         reason = decision.reason
         if isinstance(decision, Settle):
             report.applied += 1
+            # A grant with a notice (the customer had said no meanwhile) opens a problem of its own.
+            report.opened += result.newly_opened
             if result.subscription_id is not None:
                 reason = f"{reason} (subscription {result.subscription_id}, until {decision.period_end:%Y-%m-%d})"
             report.decisions.append(Decision(_VERBS[decision.kind], subject, reason, payment.money))

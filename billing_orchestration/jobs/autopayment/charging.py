@@ -765,7 +765,10 @@ class Charging:
         return f"{done} of {total} done ({told or 'no answer yet'}), {rate:.1f} a second{remaining}"
 
     def _autocommit(self) -> "sa.Connection":
-        return self.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        connection = self.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        # Not the pool's any more: closing it ends the session, and with it every lock, whatever went wrong.
+        connection.detach()
+        return connection
 
 
 def _count(outcomes: Iterable[str]) -> Iterator[tuple[str, int]]:
