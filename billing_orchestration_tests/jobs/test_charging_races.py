@@ -270,6 +270,33 @@ def test_a_subscription_that_somebody_keeps_locked_does_not_hold_up_the_others(
     service.check_books()
 
 
+@pytest.mark.parametrize("locked_one", ["planned before", "new"])
+def test_a_locked_row_holds_up_neither_what_is_new_nor_what_was_planned_before(
+    impatient: Service, locked_one: str
+) -> None:
+    """Both kinds are claimed side by side, by different statements."""
+    service = impatient
+    planned = never_sent(service, 4)
+    new = [service.subscriber() for _ in range(4)]
+    # The last of the former and the first of the latter share a group: by then the run is wide enough.
+    locked = planned[-1] if locked_one == "planned before" else new[0]
+    with service.engine.begin() as somebody:
+        somebody.execute(sa.text("SELECT FROM subscriptions WHERE id = :id FOR UPDATE"), {"id": locked})
+        somebody.execute(
+            sa.text("SELECT FROM billing_orchestration.renewal_attempts WHERE subscription_id = :id FOR UPDATE"),
+            {"id": locked},
+        )
+        run = service.run(JOB, ops={"charge_renewals": {"max_concurrency": 8}})
+
+    others = [subscription for subscription in (*planned, *new) if subscription != locked]
+    assert charged(service) == each_once(*others)
+    assert f"subscription {locked} (never sent): not sent: the database was busy" in run.failure
+    assert service.attempts(locked) == [] or service.attempts(locked)[0].first_sent_at is None
+    assert service.run(JOB).ok
+    assert charged(service) == each_once(*planned, *new)
+    service.check_books()
+
+
 def test_an_answer_that_cannot_be_written_down_does_not_lose_the_others_of_its_batch(impatient: Service) -> None:
     service = impatient
     locked = service.subscriber(script="canceled:insufficient_funds")
