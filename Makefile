@@ -6,6 +6,9 @@ STAMP := $(VENV)/.complete
 TESTS := billing_orchestration_tests
 # More words for pytest, for example: make test ARGS='-k refund'
 ARGS :=
+# A folder for the pictures of `make browser` (docs/images), which takes none without; and a browser off the PATH.
+SCREENSHOTS :=
+CHROMIUM :=
 # How long `make torture` goes on (0: its own default).
 ROUNDS := 0
 
@@ -28,7 +31,7 @@ dev: $(STAMP) ## The same data with the Dagster UI open on http://localhost:3000
 	@$(PYTHON) -m billing_orchestration.sandbox.dev $(ARGS)
 
 test: $(STAMP) ## All tests, on a real PostgreSQL and the sandbox provider over HTTP
-	@$(PYTHON) -m pytest $(TESTS) -n 2 $(ARGS)
+	@$(PYTHON) -m pytest $(TESTS) --ignore $(TESTS)/browser -n 2 $(ARGS)
 
 check: $(STAMP) ## Lint, format, types, layers, definitions, tracked files
 	@$(PYTHON) -m ruff check .
@@ -49,9 +52,20 @@ torture: $(STAMP) ## The promise under seeded simulation, kills, faults and race
 	@test -d $(TESTS)/torture || { echo 'There is no torture suite yet: it will live in $(TESTS)/torture/.' >&2; exit 1; }
 	@TORTURE_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest $(TESTS)/torture $(ARGS)
 
-browser: $(STAMP) ## The Dagster UI, driven in a real browser
-	@test -d $(TESTS)/browser || { echo 'There is no browser suite yet: it will live in $(TESTS)/browser/.' >&2; exit 1; }
-	@$(PYTHON) -m pytest $(TESTS)/browser $(ARGS)
+# Chromium is a package of the operating system: root on a machine with apt gets it, everybody else is told.
+browser: $(VENV)/.browser ## The Dagster UI on the whole deployment, driven in a real browser (Chromium), in some minutes
+	@test -n "$(CHROMIUM)" || command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo 'Installing chromium ...'; \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium >/dev/null; \
+	  else \
+	    echo 'No Chromium was found: install the package chromium, or name one: make browser CHROMIUM=/path' >&2; exit 1; \
+	  fi; }
+	@CHROMIUM=$(CHROMIUM) SCREENSHOTS=$(SCREENSHOTS) $(PYTHON) -m pytest $(TESTS)/browser $(ARGS)
+
+$(VENV)/.browser: $(STAMP)
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	@touch $@
 
 clean: ## Remove .venv, the demo's data and all caches
 	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

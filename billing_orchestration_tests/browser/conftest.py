@@ -1,0 +1,59 @@
+"""One desk for all tests of this folder: to start it takes a quarter of a minute, and to wait for ticks longer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from billing_orchestration.database.engine import create_engine
+from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration_tests.browser.desk import Desk, open_desk
+from billing_orchestration_tests.fixtures.postgres import Server
+
+if TYPE_CHECKING:
+    from billing_orchestration_tests.browser.ui import Ui
+
+# `make browser` brings Playwright; without it a plain pytest passes these tests by.
+collect_ignore_glob = [] if importlib.util.find_spec("playwright") else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def desk(
+    postgres_server: Server,
+    migrated_template: str,
+    sandbox_server: Sandbox,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Desk]:
+    """The deployment after an outage, with work waiting. Its lists are slow until `answering_provider`."""
+    sandbox_server.reset()
+    with postgres_server.database(migrated_template) as billing_url, postgres_server.database() as run_history_url:
+        engine = create_engine(billing_url, application_name="tests")
+        try:
+            with open_desk(
+                tmp_path_factory.mktemp("deployment"), engine, billing_url, run_history_url, sandbox_server
+            ) as desk:
+                yield desk
+                sandbox_server.behave()  # a run that still waits for it ends, instead of being ended
+        finally:
+            engine.dispose()
+
+
+@pytest.fixture
+def ui(desk: Desk) -> Iterator[Ui]:
+    """A browser with an empty profile, in front of the webserver."""
+    from billing_orchestration_tests.browser.ui import browsing
+
+    with browsing(desk.deployment.address) as ui:
+        yield ui
+
+
+@pytest.fixture
+def answering_provider(desk: Desk) -> Iterator[Sandbox]:
+    """The provider in good health, before and after: what it held back so far goes on at once."""
+    sandbox = desk.service.sandbox
+    sandbox.behave()
+    yield sandbox
+    sandbox.behave()

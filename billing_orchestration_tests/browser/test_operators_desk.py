@@ -1,0 +1,246 @@
+"""A day at the operator's desk: code server, webserver and daemon as processes, and a real browser.
+
+The tests are one story, in this order; each waits for what it needs, so one of them can be run alone. The daemon has
+just come back after an hour. Nothing here asks how long something takes: the daemon's clock is the real one, and a tick
+of the matching jobs comes every two minutes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from datetime import datetime, timedelta, timezone
+
+import dagster as dg
+from playwright.sync_api import expect
+
+from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration_tests.browser.deployment import wait_for
+from billing_orchestration_tests.browser.desk import GRID_DAYS, MATCHING, Desk
+from billing_orchestration_tests.browser.ui import Ui
+
+UTC = timezone.utc
+PENDING_JOB, SUCCESSFUL_JOB = MATCHING
+AUTOPAYMENT = "autopayment_job"
+SLOW_SCHEDULE = "matching_pending_payments_every_2_minutes_schedule"
+
+
+def ticks(desk: Desk, schedule: str) -> list[dg.TickData]:  # type: ignore[name-defined]
+    """The ticks of a schedule, latest first."""
+    instance = desk.deployment.instance
+    state = next(state for state in instance.all_instigator_state() if state.instigator_name == schedule)
+    return list(instance.get_ticks(state.instigator_origin_id, state.selector_id))
+
+
+def scheduled_at(record: dg.RunRecord) -> datetime:
+    return datetime.fromisoformat(record.dagster_run.tags[".dagster/scheduled_execution_time"])
+
+
+def test_a_daemon_that_was_down_an_hour_starts_one_run_of_each_job_and_not_thirty(desk: Desk) -> None:
+    schedules = {
+        PENDING_JOB: SLOW_SCHEDULE,
+        SUCCESSFUL_JOB: "matching_successful_payments_every_2_minutes_schedule",
+        AUTOPAYMENT: "autopayment_daily_schedule",
+    }
+    for job, schedule in schedules.items():
+        wait_for(lambda job=job: desk.deployment.runs(job), f"a run of {job}")  # type: ignore[misc]
+        missed = [record for record in desk.deployment.runs(job) if scheduled_at(record) <= desk.began]
+        assert len(missed) == 1, f"{job}: {[scheduled_at(record) for record in missed]}"
+        assert missed[0].dagster_run.tags["dagster/schedule_name"] == schedule
+    assert desk.deployment.runs("expire_payments_job") == []  # not its hour
+
+
+def test_the_daily_job_ran_as_of_three_o_clock_in_the_billing_time_zone_and_marks_its_day(desk: Desk, ui: Ui) -> None:
+    run = wait_for(lambda: desk.finished(AUTOPAYMENT), "the end of the daily run")[0]
+    at = scheduled_at(run).astimezone(desk.zone)
+    assert (at.date(), at.hour, at.minute) == (desk.today, 3, 0)
+    assert run.dagster_run.tags["dagster/partition"] == desk.day(0)
+    assert (desk.charges_of("anna"), desk.charges_of("poor")) == (1, 0)
+    ui.open_schedule("autopayment_daily_schedule")
+    ui.sees(desk.zone.key)
+    ui.sees("At 03:00 AM")
+    ui.sees_green(AUTOPAYMENT, [desk.day(0)])
+
+
+def test_a_run_tells_what_it_decided_and_why_with_sums_and_the_next_step(desk: Desk, ui: Ui) -> None:
+    run = wait_for(lambda: desk.finished(AUTOPAYMENT), "the end of the daily run")[-1]
+    ui.open_run(run.dagster_run.run_id, "fetch_due_subscriptions")
+    slice_sizes = ui.full_message("STEP_OUTPUT")
+    for text in ("open attempts", "due", "not charged: the plan is not recurring"):
+        expect(slice_sizes).to_contain_text(text)
+    ui.open_run(run.dagster_run.run_id, "charge_renewals")
+    told = ui.full_message("STEP_OUTPUT")
+    expect(told).to_contain_text("changed 2, skipped 0, quarantined 0")
+    for text in ("charged", "paid until", "declined", "insufficient_funds (soft)", "sum: charged, RUB", "299.00 RUB"):
+        expect(told).to_contain_text(text)
+    ui.picture("run")
+    expect(told.get_by_role("link", name=AUTOPAYMENT)).to_have_attribute("href", f"/assets/billing/{AUTOPAYMENT}")
+
+
+def test_the_launchpad_describes_the_shared_run_config(desk: Desk, ui: Ui) -> None:
+    for job in (AUTOPAYMENT, SUCCESSFUL_JOB):
+        ui.open_launchpad(job)
+        offered = ui.completions()
+        assert "Show every decision and write nothing" in offered
+        assert "The instant the run stands for, ISO 8601" in offered
+        assert "Stop before anything is applied" in offered
+
+
+def test_a_dry_run_from_the_launchpad_shows_the_charge_and_makes_none(desk: Desk, ui: Ui) -> None:
+    wait_for(lambda: desk.finished(AUTOPAYMENT), "the end of the daily run")
+    bob = desk.customer("bob")
+    before = desk.service.snapshot()
+    ui.open_launchpad(AUTOPAYMENT)
+    ui.set_dry_run()
+    run_id = ui.launch()
+    ui.sees("RUN_SUCCESS")
+    ui.open_run(run_id, "charge_renewals")
+    told = ui.full_message("STEP_OUTPUT")
+    expect(told).to_contain_text("would change 1,")
+    expect(told).to_contain_text(f"subscription {bob}")
+    assert desk.charges_of("bob") == 0
+    assert desk.service.snapshot() == before
+
+
+def test_a_backfill_of_three_days_charges_each_period_once_and_repeated_none(desk: Desk, ui: Ui) -> None:
+    wait_for(lambda: desk.finished(AUTOPAYMENT), "the end of the daily run")
+    late = {f"late-{days}": desk.customer(f"late-{days}", days_ago=days) for days in (3, 2, 1)}
+    days = [desk.day(days_ago) for days_ago in (3, 2, 1)]
+    for repetition in range(2):
+        dialog = ui.open_backfill(AUTOPAYMENT)
+        # The grid is today and the days before it; these three are next to the last.
+        ui.select_by_mouse(dialog, GRID_DAYS - 3, GRID_DAYS - 1, GRID_DAYS + 1)
+        backfill = ui.launch_backfill(dialog, 3)
+        runs = wait_for(lambda backfill=backfill: _all_finished(desk, AUTOPAYMENT, backfill, 3), "the backfill's end")  # type: ignore[misc]
+        assert {record.dagster_run.tags["dagster/partition"] for record in runs} == set(days)
+        assert all(record.dagster_run.is_success for record in runs)
+        ui.sees_green(AUTOPAYMENT, days)
+        assert {name: desk.charges_of(name) for name in late} == dict.fromkeys(late, 1)
+        if repetition == 0:
+            once = desk.service.snapshot()
+    assert desk.service.snapshot() == once
+    desk.service.check_books()
+
+
+def test_a_tick_that_would_overlap_is_skipped_and_the_ui_says_why(desk: Desk, ui: Ui) -> None:
+    skipped = wait_for(
+        lambda: [tick for tick in ticks(desk, SLOW_SCHEDULE) if tick.status.value == "SKIPPED"], "a skipped tick"
+    )[-1]
+    assert "of an earlier tick is still STARTED; the next tick covers this one" in (skipped.skip_reason or "")
+    ui.open_schedule(SLOW_SCHEDULE)
+    at = datetime.fromtimestamp(skipped.timestamp, UTC).strftime("%-I:%M:%S %p")
+    row = ui.page.get_by_role("row").filter(has_text="View logs").filter(has_text=at)
+    row.get_by_text("0 runs requested").first.hover()
+    ui.sees(skipped.skip_reason or "")
+    ui.picture("skipped_tick")
+
+
+def test_a_second_run_of_a_job_waits_for_the_first(desk: Desk, ui: Ui) -> None:
+    first = wait_for(
+        lambda: [r for r in desk.deployment.runs(PENDING_JOB) if r.dagster_run.status == dg.DagsterRunStatus.STARTED],
+        "a run at work",
+    )[0]
+    ui.open_launchpad(PENDING_JOB)
+    ui.set_dry_run()
+    second = ui.launch()
+    ui.sees("Queued")
+    desk.service.sandbox.behave()
+    ui.sees("RUN_SUCCESS")
+    ends = {record.dagster_run.run_id: record for record in desk.finished(PENDING_JOB)}
+    assert ends[second].start_time >= ends[first.dagster_run.run_id].end_time
+
+
+def test_an_outage_is_healed_by_the_first_tick_after_it_and_the_tick_marks_its_hour(
+    desk: Desk, ui: Ui, answering_provider: Sandbox
+) -> None:
+    tick = wait_for(lambda: desk.finished(SUCCESSFUL_JOB), "the end of the first tick")[-1]
+    assert tick.dagster_run.is_success
+    settled = desk.service.rows("billing_orchestration.settlements", "external_payment_id = 'in-the-outage'")
+    assert [row.run_id for row in settled] == [tick.dagster_run.run_id]
+    hour = (scheduled_at(tick) - timedelta(hours=1)).strftime("%Y-%m-%d-%H:00")
+    assert tick.dagster_run.tags["dagster/partition"] == hour
+    ui.open_run(tick.dagster_run.run_id)
+    ui.sees("catching up from")
+    ui.sees_green(SUCCESSFUL_JOB, [hour])
+
+
+def test_three_missed_hours_are_backfilled_from_the_grid_and_repeated_change_nothing(
+    desk: Desk, ui: Ui, answering_provider: Sandbox
+) -> None:
+    hours = [desk.hour(hours_ago) for hours_ago in (30, 29, 28)]
+    keys = [hour.strftime("%Y-%m-%d-%H:00") for hour in hours]
+    lost = [f"lost-{hours_ago}" for hours_ago in (30, 29, 28)]
+    for repetition in range(2):
+        dialog = ui.open_backfill(SUCCESSFUL_JOB)
+        ui.select_by_name(dialog, keys[0], keys[-1])
+        backfill = ui.launch_backfill(dialog, 3)
+        runs = wait_for(
+            lambda backfill=backfill: _all_finished(desk, SUCCESSFUL_JOB, backfill, 3), "the backfill's end"
+        )  # type: ignore[misc]
+        ui.sees_green(SUCCESSFUL_JOB, keys)
+        if repetition == 0:
+            ui.picture("grid")
+            by_hour = {record.dagster_run.tags["dagster/partition"]: record.dagster_run.run_id for record in runs}
+            for payment, key in zip(lost, keys, strict=True):
+                settled = desk.service.rows(
+                    "billing_orchestration.settlements", "external_payment_id = :id", id=payment
+                )
+                assert [row.run_id for row in settled] == [by_hour[key]], f"{payment} by the run of its hour"
+            ui.open_run(by_hour[keys[0]], "apply_successful_matches")
+            told = ui.full_message("STEP_OUTPUT")
+            expect(told).to_contain_text("changed 1,")
+            expect(told).to_contain_text(f"payment {lost[0]}")
+            once = [desk.service.rows("subscriptions"), desk.service.rows("payments")]
+        else:
+            assert all("billing/changed" not in record.dagster_run.tags for record in runs)
+    assert [desk.service.rows("subscriptions"), desk.service.rows("payments")] == once
+
+
+def test_long_charging_shows_its_progress_while_it_runs(desk: Desk, ui: Ui, answering_provider: Sandbox) -> None:
+    for name in ("carol", "dave", "erin"):
+        desk.customer(name)
+    answering_provider.misbehave("create", "none", delay_s=600, payment_method_id="card-of-erin")
+    ui.open_launchpad(AUTOPAYMENT)
+    ui.launch()
+    ui.sees(" done (")
+    progress = ui.page.get_by_text(" done (").first.inner_text()
+    assert "charged" in progress
+    assert "a second, about" in progress
+    assert "to go" in progress
+    assert desk.charges_of("erin") == 0
+    answering_provider.behave()
+    ui.sees("RUN_SUCCESS")
+    assert [desk.charges_of(name) for name in ("carol", "dave", "erin")] == [1, 1, 1]
+
+
+def test_the_first_line_of_a_failed_run_says_what_to_do(desk: Desk, ui: Ui, answering_provider: Sandbox) -> None:
+    answering_provider.misbehave("list", "error_before", times=None)
+    before = desk.service.snapshot()
+    ui.open_launchpad(PENDING_JOB)
+    run_id = ui.launch()
+    ui.sees("RUN_FAILURE")
+    ui.open_run(run_id, "fetch_paid_for_pending")
+    failure = ui.full_message("STEP_FAILURE").inner_text()
+    line = next(line for line in failure.splitlines() if "Failure:" in line)
+    assert "the list of payments broke off at page 1" in line
+    assert "Nothing was decided from it" in line
+    assert "What to do: nothing yet, the next run covers this one" in line
+    assert desk.service.snapshot() == before
+
+
+def test_no_job_ever_ran_twice_at_a_time_and_the_ticks_came_every_two_minutes(desk: Desk) -> None:
+    for job in (AUTOPAYMENT, *MATCHING):
+        runs = sorted(desk.finished(job), key=lambda record: record.start_time or 0)
+        for earlier, later in itertools.pairwise(runs):
+            assert (later.start_time or 0) >= (earlier.end_time or 0), f"{later.dagster_run.run_id} of {job} overlaps"
+    times = wait_for(lambda: _two(sorted(tick.timestamp for tick in ticks(desk, SLOW_SCHEDULE))), "two ticks")
+    assert all(at % 120 == 0 for at in times)
+    assert times[1] - times[0] == 120
+
+
+def _two(times: list[float]) -> list[float] | None:
+    return times[-2:] if len(times) > 1 else None
+
+
+def _all_finished(desk: Desk, job: str, backfill: str, count: int) -> list[dg.RunRecord] | None:
+    records = desk.finished(job, **{"dagster/backfill": backfill})
+    return records if len(records) == count else None

@@ -1,0 +1,176 @@
+"""The Dagster UI in a real browser: pages by name, clicks as an operator makes them, and what is on the screen.
+
+Selectors go by what a person reads wherever there is such a text. Grids and editors have none: there they go by the
+stable part of a class name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+# Where pictures for the README go; without it none is taken, so that a test run leaves no trace.
+PICTURES = os.environ.get("SCREENSHOTS")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+# Nothing here needs the network beyond this machine, and the tests may run as root in a container.
+# A run of a job is launched and over within seconds; ticks, which take longer, are waited for in the run history.
+PATIENCE_S = 90.0
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+SIZE = {"width": 1280, "height": 800}
+_GREEN = re.compile("success")
+
+
+def find_browser() -> str:
+    """The path of a Chromium: CHROMIUM, or the first on the PATH. Raises FileNotFoundError that says how to get one."""
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if not found:
+        raise FileNotFoundError("no Chromium was found: install the package chromium, or name one: CHROMIUM=/path")
+    return found
+
+
+@contextmanager
+def browsing(address: str) -> Iterator[Ui]:
+    """Lend a browser with an empty profile."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=list(FLAGS))
+        try:
+            context = browser.new_context(viewport=SIZE, timezone_id="UTC", locale="en-US")  # type: ignore[arg-type]
+            page = context.new_page()
+            page.set_default_timeout(PATIENCE_S * 1000)
+            expect.set_options(timeout=PATIENCE_S * 1000)
+            yield Ui(page, address)
+        finally:
+            browser.close()
+
+
+class Ui:
+    """One tab."""
+
+    def __init__(self, page: Page, address: str) -> None:
+        self.page = page
+        self._address = address
+
+    def open(self, path: str) -> None:
+        """Open a page of the UI."""
+        self.page.goto(self._address + path)
+
+    def sees(self, text: str) -> None:
+        """Wait until a text is on the screen."""
+        expect(self.page.get_by_text(text).first).to_be_visible()
+
+    def picture(self, name: str) -> None:
+        """Take a picture for the README, if pictures are asked for."""
+        if PICTURES:
+            Path(PICTURES).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=Path(PICTURES) / f"{name}.png")
+
+    # --- a job's partitions
+
+    def open_backfill(self, job: str) -> Locator:
+        """Open the dialog that launches a backfill."""
+        self.open(f"/locations/billing/jobs/{job}/partitions")
+        self.page.get_by_role("button", name="Launch backfill").click()
+        dialog = self.page.get_by_role("dialog")
+        expect(dialog).to_contain_text(f"Launch {job} backfill")
+        return dialog
+
+    def select_by_mouse(self, dialog: Locator, first: int, last: int, count: int) -> None:
+        """Drag over the bar, from the middle of one of its `count` partitions to the middle of another."""
+        bar = dialog.locator("[class*=PartitionStatusBar_partitionSpansContainer]")
+        expect(bar).to_be_visible()
+        box = bar.bounding_box()
+        assert box is not None
+        y, width = box["y"] + box["height"] / 2, box["width"] / count
+        self.page.mouse.move(box["x"] + width * (first + 0.5), y)
+        self.page.mouse.down()
+        self.page.mouse.move(box["x"] + width * (last + 0.5), y, steps=10)
+        self.page.mouse.up()
+
+    def select_by_name(self, dialog: Locator, first: str, last: str) -> None:
+        """Type a range, as one does in a grid of thousands."""
+        dialog.locator("input[placeholder^='ex:']").fill(f"[{first}...{last}]")
+        self.page.keyboard.press("Enter")
+
+    def launch_backfill(self, dialog: Locator, runs: int) -> str:
+        """Include what is complete already, launch, and hand back the backfill's id."""
+        expect(dialog.get_by_text("Completed (")).to_be_visible()
+        completed = dialog.locator("label", has_text="Completed (")
+        if not completed.locator("input").is_checked():
+            completed.click()
+        dialog.get_by_role("button", name=f"Submit {runs} runs").click()
+        toast = self.page.get_by_text("Created backfill")
+        expect(toast).to_be_visible()
+        return toast.inner_text().split()[-1]
+
+    def sees_green(self, job: str, partitions: Sequence[str]) -> None:
+        """Wait until the grid shows the last run of each of these partitions in green."""
+        self.open(f"/locations/billing/jobs/{job}/partitions")
+        self.page.get_by_role("button", name="Show per-step status").click()
+        for partition in partitions:
+            column = self.page.locator("[class*=RunMatrixUtils_gridColumn]").filter(has_text=partition)
+            expect(column.locator("[class*=RunMatrixUtils_square]").first).to_have_attribute("class", _GREEN)
+
+    # --- the launchpad
+
+    def open_launchpad(self, job: str) -> None:
+        """Open a job's launchpad, with its editor loaded and checked."""
+        self.open(f"/locations/billing/jobs/{job}/playground")
+        self.sees("No errors")
+
+    def completions(self) -> str:
+        """What the editor offers for the fields of the resource `run`, with their descriptions."""
+        self.page.locator(".CodeMirror-line", has_text="dry_run").click()
+        self.page.keyboard.press("Home")
+        self.page.keyboard.press("Control+Space")
+        hints = self.page.locator(".CodeMirror-hints")
+        expect(hints).to_be_visible()
+        text = hints.inner_text()
+        self.page.keyboard.press("Escape")
+        return text
+
+    def set_dry_run(self) -> None:
+        """Make it a dry run, with a double click on the value."""
+        self.page.locator(".CodeMirror-line", has_text="dry_run").get_by_text("false").dblclick()
+        self.page.keyboard.type("true")
+        expect(self.page.locator(".CodeMirror-line", has_text="dry_run: true")).to_be_visible()
+        self.sees("No errors")
+
+    def launch(self) -> str:
+        """Launch without a partition, and hand back the run's id."""
+        self.page.get_by_role("button", name="Launch Run").click()
+        self.page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
+        self.page.wait_for_url("**/runs/*")
+        return self.page.url.rsplit("/", 1)[-1].partition("?")[0]
+
+    # --- a run
+
+    def open_run(self, run_id: str, op: str = "") -> None:
+        """Open a run's page, with the events of one op or of all."""
+        self.open(f"/runs/{run_id}" + (f"?logs=step%3A{op}" if op else ""))
+
+    def full_message(self, event: str) -> Locator:
+        """Open an event in full, by its type, as a click on "View full message" does."""
+        row = self.page.locator("[class*=VirtualizedTable_row]", has_text=event).last
+        row.get_by_role("button", name="View full message").click()
+        return self.page.get_by_role("dialog")
+
+    # --- schedules
+
+    def open_schedule(self, name: str) -> None:
+        """Open a schedule's page, with its ticks."""
+        self.open(f"/locations/billing/schedules/{name}")
+        self.sees("Tick history")
