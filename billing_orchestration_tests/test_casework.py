@@ -302,6 +302,16 @@ def test_attaching_to_an_expired_subscription_revives_it_from_now(service: Servi
     assert service.ended_at(subscription) == datetime(2026, 4, 12, 12, tzinfo=UTC)
 
 
+def test_attaching_to_one_that_is_long_over_grants_a_period_that_the_customer_can_use(service: Service) -> None:
+    subscription = service.subscription(service.plan(), ended_at=NOON - timedelta(days=90))
+    service.paid_there("odd", metadata={})
+    entry = quarantined(service, "odd")
+
+    person(service, "attached", entry, subscription)
+
+    assert service.ended_at(subscription) == datetime(2026, 4, 12, 12, tzinfo=UTC)
+
+
 @pytest.mark.parametrize("status", ["CANCELED", "PAUSED", "DELETED", "CREATED", None])
 def test_attaching_to_a_subscription_that_the_customer_cannot_use_is_refused(
     service: Service, status: str | None

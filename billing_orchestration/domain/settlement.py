@@ -388,7 +388,7 @@ def _grant_period(
     attempt: Attempt | None,
     reason: str,
 ) -> SettlementDecision:
-    """One period by a person's word: from the subscription's end, or from now if it has expired since."""
+    """One period by a person's word: from the subscription's end; from now if it expired or that period would be over."""
     if subscription.status not in ("ACTIVE", "EXPIRED"):
         return Quarantine(
             payment,
@@ -402,13 +402,15 @@ def _grant_period(
             payment, "no_end", f"subscription {subscription.id} has no end to extend from", row, subscription.id
         )
     plan = facts.plans.get(plan_id)
-    is_over = subscription.status == "EXPIRED" and subscription.ended_at < now
-    start = now if is_over else subscription.ended_at
+    start = subscription.ended_at
     try:
         if plan is None:
             raise UnusablePeriod(f"plan {plan_id} does not exist any more")
         period = parse_period(plan.duration, plan.duration_unit)
-        end = calendar.add_period(now, period) if is_over else calendar.next_end(subscription.started_at, start, period)
+        end = calendar.next_end(subscription.started_at, start, period)
+        # What the customer could not use any more is no grant.
+        if (subscription.status == "EXPIRED" and start < now) or end <= now:
+            start, end = now, calendar.add_period(now, period)
     except UnusablePeriod as error:
         return Quarantine(payment, "period", str(error), row, subscription.id)
     return Settle(
