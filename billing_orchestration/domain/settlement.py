@@ -388,7 +388,7 @@ def _grant_period(
     attempt: Attempt | None,
     reason: str,
 ) -> SettlementDecision:
-    """One period by a person's word: from the subscription's end; from now if it expired or that period would be over."""
+    """One period by a person's word: from the subscription's end, or from now if it would be over by then."""
     if subscription.status not in ("ACTIVE", "EXPIRED"):
         return Quarantine(
             payment,
