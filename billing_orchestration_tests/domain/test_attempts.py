@@ -416,6 +416,9 @@ def test_an_answer_without_the_attempts_name_is_still_about_it(kept: dict[str, A
     assert answer.metadata["user_id"] == "ada"
     whole = the_payment_of(attempt)
     assert as_answer_to(attempt, whole) == whole
+    # What names another attempt keeps its name: it is not about this one.
+    foreign = the_payment_of(an_attempt(number=2))
+    assert as_answer_to(attempt, foreign) == foreign
 
 
 # --- Attempts of earlier runs
