@@ -64,7 +64,7 @@ class Problem:
     @property
     def key(self) -> str:
         """The identity of the problem, as the database holds it."""
-        return _name(f"{self.subject}:{self.kind}")
+        return storable_name(f"{self.subject}:{self.kind}")
 
 
 def to_json(value: Any) -> str:
@@ -91,7 +91,13 @@ def _encode_one(value: Any) -> Any:
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_encode_one).encode
 
 
-def _name(text: str) -> str:
+def storable(text: str) -> str:
+    """What PostgreSQL's text can hold of it: no NUL, no lone surrogate."""
+    plain: str = _plain(text)
+    return plain
+
+
+def storable_name(text: str) -> str:
     """Text that is found by an index: what PostgreSQL can store of it, and a digest of it in place of its length."""
     plain: str = _plain(text)
     if len(plain) <= _LONGEST_NAME:
@@ -145,12 +151,14 @@ def record_changes(connection: sa.Connection, stamp: Stamp, changes: Sequence[Ch
     rows = [
         {
             "entity": change.entity,
-            "entity_id": _name(change.entity_id),
+            "entity_id": storable_name(change.entity_id),
             "action": change.action,
             "old": change.old,
             "new": change.new,
             "reason": change.reason,
-            "external_payment_id": None if change.external_payment_id is None else _name(change.external_payment_id),
+            "external_payment_id": None
+            if change.external_payment_id is None
+            else storable_name(change.external_payment_id),
         }
         for change in changes
     ]
@@ -187,7 +195,9 @@ def open_problems(connection: sa.Connection, stamp: Stamp, problems: Sequence[Pr
             "problem_key": problem.key,
             "kind": problem.kind,
             "reason": problem.reason,
-            "external_payment_id": None if problem.external_payment_id is None else _name(problem.external_payment_id),
+            "external_payment_id": None
+            if problem.external_payment_id is None
+            else storable_name(problem.external_payment_id),
             "payment_id": problem.payment_id,
             "subscription_id": problem.subscription_id,
             "attempt_id": problem.attempt_id,

@@ -8,7 +8,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from billing_orchestration.database.audit import Change, Stamp, record_changes
+from billing_orchestration.database.audit import Stamp, storable, storable_name
 from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import RowRefused
 from billing_orchestration.database.payment_rows import select_rows
@@ -208,6 +208,29 @@ def fetch_stale_payments(connection: sa.Connection, created_before: datetime) ->
     )
 
 
+# One statement with its audit trail: each row travels once.
+_EXPIRE_PAYMENTS = sa.text("""
+    WITH stale AS (
+        SELECT p.id, x.name, x.reason FROM payments p
+        JOIN unnest(
+            CAST(:ids AS int[]), CAST(:external_ids AS text[]), CAST(:names AS text[]), CAST(:reasons AS text[]))
+            AS x (id, external_payment_id, name, reason)
+          ON x.id = p.id AND p.external_payment_id IS NOT DISTINCT FROM x.external_payment_id
+        WHERE p.status = 'PENDING' ORDER BY p.id FOR NO KEY UPDATE OF p
+    ), expired AS (
+        UPDATE payments p SET status = 'EXPIRED', updated_at = :naive_at
+        FROM stale WHERE p.id = stale.id RETURNING p.id, stale.name, stale.reason
+    ), trail AS (
+        INSERT INTO billing_orchestration.audit_trail
+            (at, job, run_id, entity, entity_id, action, old, new, reason, external_payment_id)
+        SELECT :at, :job, :run_id, 'payment', id::text, 'expired',
+               jsonb_build_object('status', 'PENDING'), jsonb_build_object('status', 'EXPIRED'), reason, name
+        FROM expired
+    )
+    SELECT id FROM expired
+""")
+
+
 def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[tuple[PaymentRow, str]]) -> set[int]:
     """PENDING -> EXPIRED for these rows, each with its reason; give back the ids of those that still were PENDING.
 
@@ -215,40 +238,21 @@ def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[t
     """
     if not reasons:
         return set()
-    expired = set(
+    return set(
         connection.execute(
-            sa.text("""
-                WITH stale AS (
-                    SELECT p.id FROM payments p
-                    JOIN unnest(CAST(:ids AS int[]), CAST(:external_ids AS text[])) AS x (id, external_payment_id)
-                      ON x.id = p.id AND p.external_payment_id IS NOT DISTINCT FROM x.external_payment_id
-                    WHERE p.status = 'PENDING' ORDER BY p.id FOR NO KEY UPDATE OF p
-                )
-                UPDATE payments p SET status = 'EXPIRED', updated_at = :naive_at
-                FROM stale WHERE p.id = stale.id RETURNING p.id
-            """),
+            _EXPIRE_PAYMENTS,
             {
                 "ids": [row.id for row, _ in reasons],
                 "external_ids": [row.external_payment_id for row, _ in reasons],
+                "names": [
+                    None if row.external_payment_id is None else storable_name(row.external_payment_id)
+                    for row, _ in reasons
+                ],
+                "reasons": [storable(reason) for _, reason in reasons],
+                "at": stamp.at,
                 "naive_at": naive_utc(stamp.at),
+                "job": stamp.job,
+                "run_id": stamp.run_id,
             },
         ).scalars()
     )
-    record_changes(
-        connection,
-        stamp,
-        [
-            Change(
-                "payment",
-                str(row.id),
-                "expired",
-                reason,
-                old={"status": "PENDING"},
-                new={"status": "EXPIRED"},
-                external_payment_id=row.external_payment_id,
-            )
-            for row, reason in reasons
-            if row.id in expired
-        ],
-    )
-    return expired
