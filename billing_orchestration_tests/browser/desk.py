@@ -124,7 +124,7 @@ def _work_that_waits(desk: Desk) -> None:
     desk.customer("anna")
     desk.customer("poor", script="canceled:insufficient_funds")
     # Paid in an hour that nobody ever covered, and paid during the outage: older than the last hour, both.
-    for hours_ago in (30, 29, 28):
+    for hours_ago in (12, 11, 10):
         paid_at = desk.hour(hours_ago) + timedelta(minutes=20)
         service.paid_there(f"lost-{hours_ago}", user=f"lost-{hours_ago}", plan_id=desk.plan, created_at=paid_at)
     service.paid_there(

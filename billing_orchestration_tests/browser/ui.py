@@ -76,7 +76,7 @@ class Ui:
         """Take a picture for the README, if pictures are asked for."""
         if PICTURES:
             Path(PICTURES).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=Path(PICTURES) / f"{name}.png")
+            self.page.screenshot(path=Path(PICTURES) / f"{name}.png", animations="disabled")
 
     # --- a job's partitions
 
