@@ -94,10 +94,12 @@ class Steps:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """One step, from before to after. One that raises has no "after"."""
+        """One step, from before to after; also one that fails, for an answer that is lost is an answer."""
         begun = self.begin(name)
-        yield
-        self.end(begun)
+        try:
+            yield
+        finally:
+            self.end(begun)
 
     def watch(self) -> None:
         """From now on and for the rest of this process. Not to be undone: it is for a process that will be killed."""
