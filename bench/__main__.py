@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 from datetime import datetime, timezone
 from typing import Any
 
@@ -27,6 +29,8 @@ def main() -> None:
     parser.add_argument("--payments", type=int, default=500_000, help="rows of the payments table (goal: 5000000)")
     parser.add_argument("--largest", type=int, default=100_000, help="growth: rows of the largest table (100000)")
     given = parser.parse_args()
+    # Ended from outside, it still stops its server and removes its data.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parts = given.parts or list(PARTS)
     if unknown := set(parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))}: none of {', '.join(PARTS)}")
