@@ -49,8 +49,8 @@ $(VENV)/.bench: $(STAMP)
 	@touch $@
 
 torture: $(STAMP) ## The promise under seeded simulation, kills, faults and races; ROUNDS=n for a night
-	@test -d $(TESTS)/torture || { echo 'There is no torture suite yet: it will live in $(TESTS)/torture/.' >&2; exit 1; }
 	@TORTURE_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest $(TESTS)/torture $(ARGS)
+	@$(PYTHON) -m $(TESTS).torture.simulation --rounds $$(( $(ROUNDS) > 0 ? $(ROUNDS) : 10 ))
 
 # Chromium is a package of the operating system: root on a machine with apt gets it, everybody else is told.
 browser: $(VENV)/.browser ## The Dagster UI on the whole deployment, driven in a real browser (Chromium), in some minutes

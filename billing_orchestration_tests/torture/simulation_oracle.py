@@ -1,0 +1,351 @@
+"""The judge of the simulation: compares the provider's ledger with the tables, by its own SQL and its own arithmetic.
+
+Nothing in here comes from `billing_orchestration.domain`, `.database` or `.provider`: it must not share their mistakes.
+What it is told by the simulation (the `Journal`) are facts of the world outside the code under test: which
+subscriptions were there before, what the service's own webhook granted, when a customer was refunded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta, timezone, tzinfo
+from typing import Any
+
+import psycopg
+from psycopg.rows import namedtuple_row
+
+UTC = timezone.utc
+DAY = timedelta(days=1)
+# An attempt whose outcome is unknown: sent on day 0, too old for its key on day 1 (first scan), second scan on day 2.
+UNDISTURBED_RUNS_UNTIL_KNOWN = 3
+
+
+def naive(instant: datetime) -> datetime:
+    """As the service's tables hold it."""
+    return instant.astimezone(UTC).replace(tzinfo=None)
+
+
+def last_day_of_month(day: date) -> int:
+    """28 to 31."""
+    return ((day.replace(day=28) + timedelta(days=4)).replace(day=1) - DAY).day
+
+
+def end_of_next_period(zone: tzinfo, started_at: datetime, ended_at: datetime, duration: int, unit: str) -> datetime:
+    """One period after `ended_at` (both naive UTC), the wall clock's time and the anchor day kept (SPEC 4)."""
+    end = ended_at.replace(tzinfo=UTC).astimezone(zone)
+    if unit == "days":
+        day = end.date() + duration * DAY
+    else:
+        start = started_at.replace(tzinfo=UTC).astimezone(zone)
+        anchor = end.day
+        if start.day > end.day and end.day == last_day_of_month(end.date()):
+            anchor = start.day
+        month_number = end.month - 1 + duration * (12 if unit == "year" else 1)
+        first = date(end.year + month_number // 12, month_number % 12 + 1, 1)
+        day = first.replace(day=min(anchor, last_day_of_month(first)))
+    wall = datetime(day.year, day.month, day.day, end.hour, end.minute, end.second, end.microsecond, tzinfo=zone)
+    return naive(wall)
+
+
+@dataclass
+class Journal:
+    """Facts of the world that neither the tables nor the ledger hold."""
+
+    # Payments and subscriptions that were there before the first run: (started_at, ended_at), naive UTC.
+    history: set[str] = field(default_factory=set)
+    before: dict[int, tuple[datetime, datetime]] = field(default_factory=dict)
+    # The service's own webhook: provider payment -> subscription it extended or created.
+    service_grants: dict[str, int] = field(default_factory=dict)
+    # Refunded in full: provider payment -> whether anybody had granted it by then.
+    refunded: dict[str, bool] = field(default_factory=dict)
+    # Successes that must not be granted but shown to a person, with the kind of problem.
+    poisoned: dict[str, str] = field(default_factory=dict)
+    # Stretches (aware UTC, the provider's clock) that no matching run covers until an operator backfills them.
+    gaps: list[tuple[datetime, datetime]] = field(default_factory=list)
+    # Attempt id -> how many undisturbed runs of autopayment_job ended since it was first sent.
+    # Instants (aware UTC, our clock) of undisturbed, green runs, by job.
+    undisturbed: dict[str, list[datetime]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The numbers behind the rules, and how the two clocks differ: the provider's minus ours."""
+
+    zone: tzinfo
+    grace_days: int
+    ttl_days: int
+    provider_skew: timedelta
+    list_lag: timedelta
+
+
+class Oracle:
+    """One installation's judge. `violations` runs every check; the others are for certain moments."""
+
+    def __init__(self, connection: psycopg.Connection[Any], journal: Journal, rules: Rules) -> None:
+        self._connection = connection
+        self._journal = journal
+        self._rules = rules
+
+    def rows(self, statement: str, *values: Any) -> list[Any]:
+        """Whatever a statement of the oracle's own finds."""
+        with self._connection.cursor(row_factory=namedtuple_row) as cursor:
+            return cursor.execute(statement, values).fetchall()
+
+    def billing_day(self, instant: datetime) -> date:
+        """The billing day of an aware instant."""
+        return instant.astimezone(self._rules.zone).date()
+
+    # --- the whole comparison
+
+    def violations(self, ledger: Sequence[Any], payments: Mapping[str, Any], now: datetime) -> list[str]:
+        """Every disagreement. `ledger`: the provider's entries; `payments`: its payments by id; `now`: our clock."""
+        found: list[str] = []
+        charged = {entry.payment_id: entry for entry in ledger if entry.kind == "charge"}
+        found.extend(self._nobody_is_charged_twice(ledger))
+        found.extend(self._grants_follow_successes(charged, payments))
+        found.extend(self._nothing_stays_open(payments, now))
+        found.extend(self._everything_has_a_reason())
+        return found
+
+    def _nobody_is_charged_twice(self, ledger: Sequence[Any]) -> Iterator[str]:
+        by_payment = Counter(entry.payment_id for entry in ledger if entry.kind == "charge")
+        by_key = Counter(entry.idempotence_key for entry in ledger if entry.kind == "charge" and entry.idempotence_key)
+        by_period = Counter(
+            (entry.metadata.get("subscription_id"), entry.metadata.get("period_start"))
+            for entry in ledger
+            if entry.kind == "charge" and entry.idempotence_key
+        )
+        for what, counts in (("payment", by_payment), ("key", by_key), ("subscription and period", by_period)):
+            for name, count in counts.items():
+                if count > 1:
+                    yield f"CHARGED TWICE: {what} {name} has {count} charges in the provider's ledger"
+
+    def _grants_follow_successes(self, charged: Mapping[str, Any], payments: Mapping[str, Any]) -> Iterator[str]:
+        journal = self._journal
+        ours = {
+            row.external_payment_id: row
+            for row in self.rows(
+                "SELECT external_payment_id, kind, payment_id, subscription_id, amount, currency, period_end,"
+                " settled_at"
+                " FROM billing_orchestration.settlements"
+            )
+        }
+        grants: dict[str, int] = dict(journal.service_grants)
+        for payment_id, row in ours.items():
+            if payment_id not in charged:
+                yield f"GRANTED UNPAID: settlement of {payment_id}, for which no money moved"
+                continue
+            if row.kind == "refunded" or row.period_end is None:
+                continue
+            if payment_id in journal.service_grants:
+                yield f"GRANTED TWICE: {payment_id} by the service's webhook and by {row.kind} here"
+            if journal.refunded.get(payment_id) is False:
+                yield f"GRANTED UNPAID: {payment_id} was refunded in full before it was granted"
+            if payment_id in journal.poisoned:
+                yield f"GRANTED WRONGLY: {payment_id} was to be set aside ({journal.poisoned[payment_id]})"
+            grants[payment_id] = row.subscription_id
+            entry = charged[payment_id]
+            if (row.amount, row.currency) != (entry.amount, entry.currency):
+                yield f"settlement of {payment_id} says {row.amount} {row.currency}, the ledger {entry.amount}"
+        for payment_id in set(grants) - set(charged):
+            yield f"GRANTED UNPAID: {payment_id}"
+        yield from self._rows_agree(grants, ours, charged)
+        yield from self._periods_add_up(grants)
+
+    def _rows_agree(
+        self, grants: Mapping[str, int], ours: Mapping[str, Any], charged: Mapping[str, Any]
+    ) -> Iterator[str]:
+        by_id: dict[str, list[Any]] = defaultdict(list)
+        for row in self.rows(
+            "SELECT id, external_payment_id, status::text AS status, amount, currency::text AS currency,"
+            " subscription_id FROM payments WHERE external_payment_id IS NOT NULL"
+        ):
+            by_id[row.external_payment_id].append(row)
+        for payment_id, subscription_id in grants.items():
+            if payment_id not in charged:
+                continue
+            final = [row for row in by_id[payment_id] if row.status in ("SUCCEEDED", "REFUNDED")]
+            if len(final) != 1:
+                yield f"{payment_id} was granted and has {len(final)} finished payment rows"
+                continue
+            row, entry = final[0], charged[payment_id]
+            if (row.amount, row.currency) != (entry.amount, entry.currency):
+                yield f"payment {row.id} says {row.amount} {row.currency}, the ledger {entry.amount} {entry.currency}"
+            if row.subscription_id != subscription_id:
+                yield f"payment {row.id} is linked to {row.subscription_id}, its grant went to {subscription_id}"
+            if row.status == "REFUNDED" and payment_id not in self._journal.refunded:
+                yield f"payment {row.id} is REFUNDED, and nobody refunded {payment_id}"
+        for payment_id, rows in by_id.items():
+            for row in rows:
+                if row.status == "SUCCEEDED" and payment_id not in grants and payment_id not in self._journal.history:
+                    yield f"payment {row.id} ({payment_id}) is SUCCEEDED without a grant"
+        for payment_id, row in ours.items():
+            if row.kind == "refunded" and self._journal.refunded.get(payment_id) is not False:
+                yield f"{payment_id} was recorded as refunded and not granted, which it was not by then"
+
+    def _periods_add_up(self, grants: Mapping[str, int]) -> Iterator[str]:
+        counts = Counter(grants.values())
+        subscriptions = self.rows(
+            "SELECT s.id, s.started_at, s.ended_at, p.duration, p.duration_unit FROM subscriptions s"
+            " JOIN plans p ON p.id = s.plan_id WHERE s.status <> 'CREATED'"
+        )
+        for row in subscriptions:
+            number = counts.pop(row.id, 0)
+            started_at, expected = self._journal.before.get(row.id, (row.started_at, row.started_at))
+            for _ in range(number):
+                expected = end_of_next_period(self._rules.zone, started_at, expected, row.duration, row.duration_unit)
+            if row.started_at != started_at:
+                yield f"subscription {row.id} started {started_at} and now says {row.started_at}"
+            if row.ended_at != expected:
+                yield (
+                    f"subscription {row.id} ends {row.ended_at}; {number} paid periods of {row.duration}"
+                    f" {row.duration_unit} from {started_at} end {expected}"
+                )
+        for subscription_id in counts:
+            yield f"granted to subscription {subscription_id}, which does not exist"
+
+    def _nothing_stays_open(self, payments: Mapping[str, Any], now: datetime) -> Iterator[str]:
+        runs = self._journal.undisturbed["autopayment_job"]
+        for row in self.rows(
+            "SELECT id, state, first_sent_at, last_sent_at, planned_at, external_payment_id, subscription_id"
+            " FROM billing_orchestration.renewal_attempts WHERE state IN ('PLANNED', 'UNKNOWN', 'PENDING')"
+        ):
+            since = row.last_sent_at or row.planned_at
+            days = {self.billing_day(at) for at in runs if at > since}
+            if row.state == "PENDING":
+                payment = payments.get(row.external_payment_id)
+                final_at = payment.changed_at - self._rules.provider_skew if payment is not None else since
+                asked = [at for at in runs if at > final_at]
+                if payment is None or (payment.status in ("succeeded", "canceled") and asked):
+                    told = payment.status if payment is not None else "unknown"
+                    yield f"OPEN TOO LONG: attempt {row.id} is PENDING, the provider says {told} since {final_at}"
+            elif len(days) > UNDISTURBED_RUNS_UNTIL_KNOWN:
+                yield f"OPEN TOO LONG: attempt {row.id} is {row.state} since {since}, over {len(days)} undisturbed days"
+
+    def _everything_has_a_reason(self) -> Iterator[str]:
+        for table, where in (
+            ("quarantine", "coalesce(trim(reason), '') = ''"),
+            ("audit_trail", "coalesce(trim(reason), '') = ''"),
+            ("renewal_attempts", "state NOT IN ('PLANNED', 'SUCCEEDED') AND coalesce(trim(last_error), '') = ''"),
+        ):
+            for row in self.rows(f"SELECT id FROM billing_orchestration.{table} WHERE {where}"):
+                yield f"WITHOUT A REASON: {table} {row.id}"
+
+    # --- what holds right after an undisturbed run
+
+    def unsettled(
+        self, ledger: Sequence[Any], payments: Mapping[str, Any], as_of: datetime, now: datetime
+    ) -> list[str]:
+        """After a green tick of both matching jobs: successes that it was to see, and that nobody has in the books."""
+        rules, journal = self._rules, self._journal
+        settled = {
+            row.id for row in self.rows("SELECT external_payment_id AS id FROM billing_orchestration.settlements")
+        }
+        quarantined = {
+            row.id
+            for row in self.rows(
+                "SELECT external_payment_id AS id FROM billing_orchestration.quarantine"
+                " WHERE external_payment_id IS NOT NULL"
+            )
+        }
+        canceled_or_final = {
+            row.id
+            for row in self.rows(
+                "SELECT external_payment_id AS id FROM payments WHERE status IN ('SUCCEEDED', 'REFUNDED')"
+                " AND external_payment_id IS NOT NULL"
+            )
+        }
+        provider_now = now + rules.provider_skew
+        found = []
+        for entry in ledger:
+            if entry.kind != "charge" or entry.payment_id in journal.history:
+                continue
+            payment = payments[entry.payment_id]
+            captured_at = payment.captured_at
+            visible = captured_at <= as_of and provider_now - payment.changed_at >= rules.list_lag
+            left_to_webhook = timedelta(0) <= now - captured_at < timedelta(seconds=61) or captured_at > now
+            in_gap = any(start <= captured_at <= end for start, end in journal.gaps)
+            if not visible or left_to_webhook or in_gap:
+                continue
+            if entry.payment_id in journal.poisoned:
+                if entry.payment_id not in quarantined | settled and entry.payment_id not in journal.refunded:
+                    found.append(f"NOT SHOWN: {entry.payment_id} ({journal.poisoned[entry.payment_id]})")
+            elif entry.payment_id not in settled | canceled_or_final:
+                why = "in quarantine, and nothing was wrong with it" if entry.payment_id in quarantined else "lost"
+                found.append(f"NOT GRANTED: {entry.payment_id}, paid {captured_at} (provider's clock), {why}")
+        return found
+
+    def stale_payments(self, payments: Mapping[str, Any], as_of: datetime) -> list[str]:
+        """After an undisturbed run of expire_payments_job: PENDING rows it was to expire or settle."""
+        return [
+            f"OPEN TOO LONG: payment {row.id} is PENDING since {row.created_at}"
+            for row in self.rows(
+                "SELECT id, created_at, external_payment_id FROM payments WHERE status = 'PENDING' AND created_at < %s",
+                naive(as_of - self._rules.ttl_days * DAY),
+            )
+            if (payment := payments.get(row.external_payment_id)) is None
+            or (payment.status != "waiting_for_capture" and row.external_payment_id not in self._journal.poisoned)
+        ]
+
+    def stale_subscriptions(self, as_of: datetime) -> list[str]:
+        """After an undisturbed run of expire_subscriptions_job: ACTIVE ones that are over, and not held back."""
+        last = self.billing_day(as_of) - self._rules.grace_days * DAY
+        return [
+            f"OPEN TOO LONG: subscription {row.id} is ACTIVE and ended {row.ended_at}"
+            for row in self.rows(
+                "SELECT id, ended_at FROM subscriptions s WHERE status = 'ACTIVE' AND ended_at IS NOT NULL"
+                " AND NOT EXISTS (SELECT FROM billing_orchestration.renewal_attempts a WHERE a.subscription_id = s.id"
+                " AND a.state IN ('PLANNED', 'UNKNOWN', 'PENDING', 'REVIEW'))"
+            )
+            if self.billing_day(row.ended_at.replace(tzinfo=UTC)) <= last
+        ]
+
+    def due(self, as_of: datetime, max_overdue_days: int) -> list[int]:
+        """The subscriptions that a run of autopayment_job has to charge or to give a reason for."""
+        today = self.billing_day(as_of)
+        return [
+            row.id
+            for row in self.rows(
+                "SELECT s.id, s.ended_at FROM subscriptions s JOIN plans p ON p.id = s.plan_id"
+                " WHERE s.status = 'ACTIVE' AND p.is_recurring AND s.ended_at IS NOT NULL"
+            )
+            if 0 <= (today - self.billing_day(row.ended_at.replace(tzinfo=UTC))).days <= max_overdue_days
+        ]
+
+    def unexplained(self, due: Iterable[int], decisions: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Due subscriptions that a finished run of autopayment_job neither charged nor gave a reason for."""
+        told = {row["subject"].partition(",")[0]: row["reason"] for row in decisions}
+        return [
+            f"WITHOUT A REASON: subscription {number} was due and the run says nothing of it"
+            for number in due
+            if not (told.get(f"subscription {number}") or "").strip()
+        ]
+
+    # --- at the wire: every POST, before the provider sees it
+
+    def wrong_send(self, key: str, body: str) -> list[str]:
+        """What is wrong with a charge that is about to be sent, by the tables as they are committed at this moment."""
+        rows = self.rows(
+            "SELECT a.state, a.body, a.first_sent_at, a.period_start, s.status::text AS status, s.ended_at"
+            " FROM billing_orchestration.renewal_attempts a JOIN subscriptions s ON s.id = a.subscription_id"
+            " WHERE a.idempotence_key::text = %s",
+            key,
+        )
+        if not rows:
+            return [f"SENT WITHOUT A RECORD: key {key} is not in the database at the moment of its POST"]
+        row = rows[0]
+        found = []
+        if row.first_sent_at is None:
+            found.append(f"SENT WITHOUT A RECORD: key {key} is sent, first_sent_at is not committed")
+        if row.body != body:
+            found.append(f"key {key} is sent with another body than the frozen one")
+        if row.state not in ("PLANNED", "UNKNOWN"):
+            found.append(f"key {key} is sent while its attempt is {row.state}")
+        if row.status != "ACTIVE" or row.ended_at != row.period_start:
+            found.append(
+                f"CHARGED UNWANTED: key {key} is sent while its subscription is {row.status}, ends {row.ended_at},"
+                f" period {row.period_start}"
+            )
+        return found

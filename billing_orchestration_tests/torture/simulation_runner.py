@@ -1,0 +1,153 @@
+"""The jobs' own ops, run one after another without Dagster's machinery: 0.3 s of bookkeeping a run become 0.2 ms.
+
+Which ops a job consists of, in which order, and whose output is whose input, is read from the job itself. An op gets
+what Dagster would give it (its config, its upstream's output, the resources it names) and a context that collects what
+it reports. A share of the simulation's runs goes through whole Dagster all the same (`simulation_world`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+import dagster as dg
+
+
+@dataclass
+class _Run:
+    tags: dict[str, str]
+
+
+@dataclass
+class _Instance:
+    run_tags: dict[str, str]
+
+    def add_run_tags(self, _run_id: str, tags: Mapping[str, str]) -> None:
+        self.run_tags.update(tags)
+
+
+class _Log:
+    def __init__(self, lines: list[str]) -> None:
+        self._lines = lines
+
+    def info(self, text: str) -> None:
+        self._lines.append(text)
+
+    debug = warning = error = info
+
+
+@dataclass
+class Context:
+    """What the ops use of Dagster's context. Anything else is an AttributeError, which the simulation reports."""
+
+    run_id: str
+    job_def: dg.JobDefinition
+    tags: dict[str, str]
+    partition: dg.TimeWindow | None
+    lines: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    events: list[Any] = field(default_factory=list)
+
+    @property
+    def instance(self) -> _Instance:
+        return _Instance(self.tags)
+
+    @property
+    def log(self) -> _Log:
+        return _Log(self.lines)
+
+    @property
+    def run(self) -> _Run:
+        return _Run(self.tags)
+
+    @property
+    def has_partition_key(self) -> bool:
+        return self.partition is not None
+
+    @property
+    def partition_time_window(self) -> dg.TimeWindow:
+        assert self.partition is not None
+        return self.partition
+
+    def add_output_metadata(self, metadata: Mapping[str, Any]) -> None:
+        self.metadata.update(metadata)
+
+    def log_event(self, event: Any) -> None:
+        self.events.append(event)
+
+
+@dataclass
+class Outcome:
+    """How a run ended. `failure` is the text of a red run, `crash` an exception that no run may end with."""
+
+    run_id: str
+    failure: str | None = None
+    crash: BaseException | None = None
+    metadata: list[Mapping[str, Any]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.failure is None and self.crash is None
+
+    @property
+    def decisions(self) -> list[dict[str, Any]]:
+        """The rows of every decisions table that the ops attached, the applying op's last."""
+        return [
+            dict(record.data)
+            for attached in self.metadata
+            for name, value in attached.items()
+            if name.startswith("decisions")
+            for record in value.records
+        ]
+
+
+def run_ops(
+    job: dg.JobDefinition,
+    resources: Mapping[str, Any],
+    *,
+    op_config: Mapping[str, Mapping[str, Any]] | None = None,
+    tags: Mapping[str, str] | None = None,
+    partition: dg.TimeWindow | None = None,
+) -> Outcome:
+    """Run every op of the job. Ends as Dagster would: red on dg.Failure; whatever else is raised is a crash.
+
+    A BaseException that is no Exception (the simulation's kill) passes through.
+    """
+    outcome = Outcome(str(uuid.uuid4()))
+    results: dict[str, Any] = {}
+    tags = dict(tags or {})
+    if partition is not None and isinstance(job.partitions_def, dg.TimeWindowPartitionsDefinition):
+        tags["dagster/partition"] = partition.start.strftime(job.partitions_def.fmt)
+    upstream = job.graph.dependency_structure
+    for node in job.nodes_in_topological_order:
+        compute: Any = node.definition.compute_fn.decorated_fn  # type: ignore[union-attr]
+        inputs = {
+            wanted.input_name: sources[0].node_name
+            for wanted, sources in upstream.input_to_upstream_outputs_for_node(node.name).items()
+        }
+        context = Context(outcome.run_id, job, tags, partition)
+        given: dict[str, Any] = {}
+        for name in inspect.signature(compute).parameters:
+            if name == "context":
+                given[name] = context
+            elif name == "config":
+                given[name] = get_type_hints(compute)["config"](**(op_config or {}).get(node.name, {}))
+            elif name in inputs:
+                given[name] = results[inputs[name]]
+            else:
+                given[name] = resources[name]
+        try:
+            results[node.name] = compute(**given)
+        except dg.Failure as failure:
+            outcome.failure = failure.description or "without a word"
+            outcome.metadata.append(failure.metadata)
+            return outcome
+        except Exception as error:  # noqa: BLE001 - told as a fault of the code under test
+            outcome.crash = error
+            return outcome
+        finally:
+            outcome.metadata.append(context.metadata)
+    return outcome

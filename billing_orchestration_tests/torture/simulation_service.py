@@ -1,0 +1,162 @@
+"""The other hand: the billing service itself, which sells, refunds and handles webhooks beside the jobs.
+
+It writes rows as SPEC 1 says and shares no code with the jobs. Its webhook handler is a decent one: it locks the payment
+row, looks at its status, and grants in the same transaction. When a row is locked by somebody else it gives up at once,
+and the provider delivers the webhook again later.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, tzinfo
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+from psycopg.rows import namedtuple_row
+
+from billing_orchestration_tests.torture.simulation_oracle import Journal, end_of_next_period, naive
+
+
+class Busy(Exception):
+    """A row was locked: nothing was written, the caller tries again later."""
+
+
+class BillingService:
+    """The service's own code, on its own connection. Instants are aware; its clock is the caller's concern."""
+
+    def __init__(self, connection: psycopg.Connection[Any], zone: tzinfo, journal: Journal, provider_row: int) -> None:
+        self._connection = connection
+        self._zone = zone
+        self._journal = journal
+        self.provider_row = provider_row
+
+    def execute(self, statement: str, *values: Any) -> list[Any]:
+        """One transaction of one statement; Busy when it would have to wait."""
+        try:
+            with self._connection.transaction(), self._connection.cursor(row_factory=namedtuple_row) as cursor:
+                cursor.execute(statement, values)
+                return cursor.fetchall() if cursor.description else []
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+            raise Busy from error
+
+    def insert(self, table: str, **values: Any) -> int:
+        """One row; its id."""
+        names, marks = ", ".join(values), ", ".join("%s" for _ in values)
+        rows = self.execute(f"INSERT INTO {table} ({names}) VALUES ({marks}) RETURNING id", *values.values())
+        return int(rows[0].id)
+
+    def payment(
+        self,
+        now: datetime,
+        amount: Decimal,
+        currency: str,
+        *,
+        external_id: str | None,
+        status: str = "PENDING",
+        subscription_id: int | None = None,
+        method: str | None = "BANK_CARD",
+    ) -> int:
+        """A payments row, as the service writes it when a customer begins to pay."""
+        return self.insert(
+            "payments",
+            subscription_id=subscription_id,
+            payment_provider_id=self.provider_row,
+            payment_method=method,
+            status=status,
+            currency=currency,
+            amount=amount,
+            external_payment_id=external_id,
+            created_at=naive(now),
+            updated_at=naive(now),
+        )
+
+    def on_success(self, payment: Any, now: datetime, *, writes_unknown: bool, settles_renewals: str) -> str:
+        """The webhook `payment.succeeded`. Returns what it did; raises Busy when the provider has to come again.
+
+        `writes_unknown`: whether it creates a row for a payment that it does not know. `settles_renewals`: what it
+        does with a renewal that the jobs charged: "leave", "grant", or "row" (the row only, without the extension).
+        """
+        metadata = payment.metadata
+        is_renewal = "renewal_attempt_id" in metadata
+        try:
+            with self._connection.transaction(), self._connection.cursor(row_factory=namedtuple_row) as cursor:
+                rows = cursor.execute(
+                    "SELECT id, status::text AS status, amount, currency::text AS currency, subscription_id"
+                    " FROM payments WHERE external_payment_id = %s ORDER BY id FOR UPDATE",
+                    (payment.id,),
+                ).fetchall()
+                if any(row.status in ("SUCCEEDED", "REFUNDED", "CANCELED") for row in rows):
+                    return "known"
+                if not rows and not (settles_renewals != "leave" if is_renewal else writes_unknown):
+                    return "left alone"
+                if payment.refunded >= payment.amount:
+                    return "refunded"
+                if rows and (rows[0].amount, rows[0].currency) != (payment.amount, payment.currency):
+                    return "another amount"
+                if not metadata.get("user_id") or not str(metadata.get("plan_id", "")).isdigit():
+                    return "strange metadata"
+                known = cursor.execute(
+                    "SELECT id FROM plans WHERE id = %s AND duration IS NOT NULL", (int(metadata["plan_id"]),)
+                ).fetchall()
+                if not known:
+                    return "strange metadata"
+                subscription_id = (
+                    int(metadata["subscription_id"])
+                    if is_renewal and settles_renewals == "row"
+                    else self._grant(cursor, metadata, is_renewal, now)
+                )
+                if subscription_id is None:
+                    return "left alone"
+                if rows:
+                    cursor.execute(
+                        "UPDATE payments SET status = 'SUCCEEDED', subscription_id = %s, updated_at = %s WHERE id = %s",
+                        (subscription_id, naive(now), rows[0].id),
+                    )
+                else:
+                    cursor.execute(
+                        "INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency,"
+                        " amount, external_payment_id, created_at, updated_at)"
+                        " VALUES (%s, %s, 'BANK_CARD', 'SUCCEEDED', %s, %s, %s, %s, %s)",
+                        (subscription_id, self.provider_row, payment.currency, payment.amount, payment.id,
+                         naive(now), naive(now)),
+                    )  # fmt: skip
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+            raise Busy from error
+        except psycopg.errors.UniqueViolation:
+            return "somebody else wrote it"
+        if is_renewal and settles_renewals == "row":
+            return "row"
+        self._journal.service_grants[payment.id] = subscription_id
+        return "granted"
+
+    def _grant(self, cursor: Any, metadata: Any, is_renewal: bool, now: datetime) -> int | None:
+        plan_id = int(metadata["plan_id"])
+        plan = cursor.execute("SELECT duration, duration_unit FROM plans WHERE id = %s", (plan_id,)).fetchone()
+        if is_renewal:
+            wanted, values = "id = %s", (int(metadata["subscription_id"]),)
+        else:
+            wanted, values = "user_id = %s AND plan_id = %s AND status = 'ACTIVE'", (metadata["user_id"], plan_id)
+        found = cursor.execute(
+            f"SELECT id, started_at, ended_at FROM subscriptions WHERE {wanted}"
+            " ORDER BY ended_at DESC, id DESC FOR UPDATE",
+            values,
+        ).fetchall()
+        if found:
+            row = found[0]
+            end = end_of_next_period(self._zone, row.started_at, row.ended_at, plan.duration, plan.duration_unit)
+            cursor.execute(
+                "UPDATE subscriptions SET ended_at = %s, updated_at = %s,"
+                " status = CASE WHEN status = 'EXPIRED' THEN 'ACTIVE' ELSE status END WHERE id = %s",
+                (end, naive(now), row.id),
+            )
+            return int(row.id)
+        if is_renewal:
+            return None
+        start = naive(now)
+        end = end_of_next_period(self._zone, start, start, plan.duration, plan.duration_unit)
+        cursor.execute(
+            "INSERT INTO subscriptions (user_id, status, started_at, ended_at, plan_id, created_at, updated_at)"
+            " VALUES (%s, 'ACTIVE', %s, %s, %s, %s, %s) RETURNING id",
+            (metadata["user_id"], start, end, plan_id, start, start),
+        )
+        return int(cursor.fetchone().id)
