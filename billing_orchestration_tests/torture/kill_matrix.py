@@ -266,13 +266,13 @@ def main() -> None:
             if asked.step is not None:
                 stage = Stage(server, migrated, sandbox, runner, scenario)
                 stage.warm_up()
-                print(*stage.die(Death(Step(asked.step, asked.nth), asked.when)), sep="\n")  # noqa: T201
+                print(*stage.die(Death(Step(asked.step, asked.nth), asked.when)), sep="\n")
                 stage.close()
                 continue
             started = time.monotonic()
             matrix = play(server, migrated, sandbox, runner, scenario)
             lost += len(matrix.lost)
-            print(matrix.table(), f"\n  {time.monotonic() - started:.0f} s\n", flush=True)  # noqa: T201
+            print(matrix.table(), f"\n  {time.monotonic() - started:.0f} s\n", flush=True)
     sys.exit(1 if lost else 0)
 
 

@@ -202,7 +202,7 @@ def main() -> None:
             answers = [_hear_out(*one) for one in started]
         else:
             answers = [_warm_up(case) for case in cases]
-        print(json.dumps(answers), flush=True)  # noqa: T201 - the protocol
+        print(json.dumps(answers), flush=True)
 
 
 if __name__ == "__main__":

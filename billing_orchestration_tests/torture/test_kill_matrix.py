@@ -52,7 +52,7 @@ def test_a_run_that_is_killed_at_any_step_is_completed_by_the_next_ones(
 
     with capsys.disabled():
         if THOROUGH or matrix.lost:
-            print(f"\n{matrix.table()}")  # noqa: T201 - the matrix is what one runs this for
+            print(f"\n{matrix.table()}")
     assert not matrix.lost
     assert len(matrix.unreached) * 10 <= len(matrix.cells), matrix.unreached
     if scenario is SHORT:
