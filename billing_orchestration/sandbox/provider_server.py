@@ -128,10 +128,24 @@ class ProviderApi:
         request, call = self._arrival(scope, body)
         self.in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        left = False
+
+        def leave() -> None:
+            nonlocal left
+            if not left:
+                left = True
+                self.in_flight -= 1
+
+        async def answer(message: MutableMapping[str, Any]) -> None:
+            # Out of flight before the client can know it: its next request may be here before this one has ended.
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                leave()
+            await send(message)
+
         try:
-            await self._respond(_Exchange(scope, receive, send, request, self), call)
+            await self._respond(_Exchange(scope, receive, answer, request, self), call)
         finally:
-            self.in_flight -= 1
+            leave()
 
     def _arrival(self, scope: Scope, body: bytes) -> tuple[ReceivedRequest, Call]:
         method, path = scope["method"], scope["path"]

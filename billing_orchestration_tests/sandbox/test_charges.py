@@ -288,7 +288,7 @@ def test_a_second_request_while_the_first_is_worked_on_can_be_sent_away(
     sandbox.provider.switches.processing_s = 3600
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(client.post, charge(), "key-1")
-        wait_until(lambda: sandbox.api.in_flight == 1)
+        wait_until(lambda: sandbox.count("create") == 1)
         assert client.post(charge(), "key-1").status == second
         sandbox.behave()
         assert first.result().status == 200
@@ -301,7 +301,7 @@ def test_a_second_request_while_the_first_is_worked_on_waits_for_its_answer(
     sandbox.provider.switches.processing_s = 3600
     with ThreadPoolExecutor(2) as threads:
         answers = [threads.submit(client.post, charge(), "key-1") for _ in range(2)]
-        wait_until(lambda: sandbox.api.in_flight == 2)
+        wait_until(lambda: sandbox.count("create") == 2)
         sandbox.behave()
         first, second = (answer.result() for answer in answers)
     assert (first.status, second.status) == (200, 200)
