@@ -81,6 +81,7 @@ class ProviderApi:
         self.misbehaviours = Misbehaviours()
         self.requests: deque[ReceivedRequest] = deque(maxlen=REQUESTS_KEPT)
         self.counts: Counter[str] = Counter()
+        self._epoch = 0
         self.in_flight = 0
         self.peak_in_flight = 0
         self.connections_opened = 0
@@ -97,7 +98,9 @@ class ProviderApi:
         self.misbehaviours.clear()
         self.requests.clear()
         self.counts.clear()
-        self.peak_in_flight = self.in_flight
+        # What is still on its way belongs to what is forgotten: it is not counted among what comes now.
+        self._epoch += 1
+        self.in_flight = self.peak_in_flight = 0
         self.release()
 
     def release(self) -> None:
@@ -128,13 +131,13 @@ class ProviderApi:
         request, call = self._arrival(scope, body)
         self.in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
-        left = False
+        epoch, left = self._epoch, False
 
         def leave() -> None:
             nonlocal left
-            if not left:
-                left = True
+            if not left and epoch == self._epoch:
                 self.in_flight -= 1
+            left = True
 
         async def answer(message: MutableMapping[str, Any]) -> None:
             # Out of flight before the client can know it: its next request may be here before this one has ended.
