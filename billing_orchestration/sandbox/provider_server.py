@@ -81,7 +81,6 @@ class ProviderApi:
         self.misbehaviours = Misbehaviours()
         self.requests: deque[ReceivedRequest] = deque(maxlen=REQUESTS_KEPT)
         self.counts: Counter[str] = Counter()
-        self._epoch = 0
         self.in_flight = 0
         self.peak_in_flight = 0
         self.connections_opened = 0
@@ -99,7 +98,6 @@ class ProviderApi:
         self.requests.clear()
         self.counts.clear()
         # What is still on its way belongs to what is forgotten: it is not counted among what comes now.
-        self._epoch += 1
         self.in_flight = self.peak_in_flight = 0
         self.release()
 
