@@ -15,6 +15,7 @@ from billing_orchestration.jobs import (
     money_checks,
     run_history,
 )
+from billing_orchestration.jobs.autopayment.shards import in_process_or_multiprocess, renewals_hand_over
 from billing_orchestration.jobs.partitions import DAILY
 from billing_orchestration.jobs.run_alerts import failed_run_sensor
 from billing_orchestration.resources import (
@@ -38,9 +39,11 @@ def build_definitions(
     load: "Callable[[], Settings]" = load_settings,
     now: Callable[[], datetime] = utc_now,
     connect: "Callable[[Settings], PaymentProvider] | None" = None,
+    executor: dg.ExecutorDefinition = in_process_or_multiprocess,
 ) -> dg.Definitions:
     """The definitions for given settings, clock and provider: the environment's, the real ones, by default.
 
+    `executor` is what the shards of autopayment_job run on (dagster_k8s.k8s_job_executor, say); no other job uses it.
     Settings are read when a run first needs them, so the code location loads without any.
     """
     return dg.Definitions(
@@ -67,7 +70,7 @@ def build_definitions(
                 dg.AssetSpec(
                     dg.AssetKey(["billing", job]), description=f"Numbers of {job}, by day.", partitions_def=DAILY
                 )
-                for job in (autopayment.JOB, expire_payments.JOB, expire_subscriptions.JOB)
+                for job in (autopayment.autopayment_job.name, expire_payments.JOB, expire_subscriptions.JOB)
             ),
             *(
                 dg.AssetSpec(dg.AssetKey(["billing", job]), description=f"Corrections of {job}, by tick.")
@@ -88,6 +91,7 @@ def build_definitions(
             ),
             money_checks.money_checks_sensor,
         ],
+        executor=executor,
         resources={
             "alerts": alerts_resource(load),
             "run": RunSettings(),
@@ -95,6 +99,7 @@ def build_definitions(
             "payment_provider": payment_provider_resource(load, connect),
             "clock": dg.ResourceDefinition.hardcoded_resource(Clock(now), "The time of the run."),
             "hand_over": hand_over_resource,
+            "renewals_hand_over": renewals_hand_over,
             # Slices are handed over in memory: nothing of a run's data stays on a disk (docs/decisions/0002).
             "io_manager": dg.mem_io_manager,
         },

@@ -17,6 +17,7 @@ from billing_orchestration.database.audit import Change, Stamp, record_changes, 
 from billing_orchestration.database.tables import OPEN_STATES, naive_utc, renewal_attempts
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.renewals import Attempt
+from billing_orchestration.domain.shards import Shard
 
 _COLUMNS = (
     renewal_attempts.c.id,
@@ -73,12 +74,24 @@ def select_attempts(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
     return sa.select(*_COLUMNS).where(*where).order_by(table.c.subscription_id, table.c.period_start, table.c.number)
 
 
-def open_attempts(connection: sa.Connection) -> list[Attempt]:
-    """Every attempt whose outcome is open, of whatever age and whatever became of its subscription."""
-    # As words of the statement, not as its values: so every plan of it can use the index on open attempts.
-    is_open = renewal_attempts.c.state.in_([sa.literal_column(f"'{state}'") for state in OPEN_STATES])
-    rows = connection.execute(select_attempts(is_open))
+# As words of the statement, not as its values: so every plan of it can use the index on open attempts.
+_IS_OPEN = renewal_attempts.c.state.in_([sa.literal_column(f"'{state}'") for state in OPEN_STATES])
+
+
+def of_shard(shard: Shard | None) -> list[sa.ColumnElement[bool]]:
+    """The condition that an attempt is of this shard's subscriptions; none without a shard."""
+    return [] if shard is None else [renewal_attempts.c.subscription_id % shard.count == shard.number - 1]
+
+
+def open_attempts(connection: sa.Connection, shard: Shard | None = None) -> list[Attempt]:
+    """Every attempt (of the shard) whose outcome is open, of whatever age and whatever became of its subscription."""
+    rows = connection.execute(select_attempts(_IS_OPEN, *of_shard(shard)))
     return [attempt_of(row) for row in rows]
+
+
+def count_open_attempts(connection: sa.Connection) -> int:
+    """How many there are."""
+    return int(connection.execute(sa.select(sa.func.count()).where(_IS_OPEN)).scalar_one())
 
 
 _OPEN_AND_CLAIM = sa.text("""

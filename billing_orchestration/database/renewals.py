@@ -9,9 +9,16 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from billing_orchestration.database.attempts import attempt_of, open_attempts, select_attempts
+from billing_orchestration.database.attempts import (
+    attempt_of,
+    count_open_attempts,
+    of_shard,
+    open_attempts,
+    select_attempts,
+)
 from billing_orchestration.database.tables import UtcNaive, naive_utc, readable, renewal_attempts, subscriptions
 from billing_orchestration.domain.renewals import Attempt, DueSubscription
+from billing_orchestration.domain.shards import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +38,7 @@ class DueSlice:
 
 # One pass: each due subscription with its plan, the method our own records hold for it or else its latest SUCCEEDED
 # payment that is not one of our renewals (a renewal's id is not chargeable), and the plan's prices in that currency.
-_DUE = sa.text(f"""
+_DUE = f"""
     SELECT s.id, s.user_id, s.plan_id, {readable("s.started_at")} AS started_at, s.ended_at,
            pl.duration, pl.duration_unit, price.amounts,
            method.id AS method_id, method.currency AS method_currency, method.provider_id AS method_provider_id
@@ -58,47 +65,52 @@ _DUE = sa.text(f"""
         FROM prices pr WHERE pr.plan_id = s.plan_id AND pr.currency::text = method.currency
     ) price ON true
     WHERE s.status = 'ACTIVE' AND s.ended_at >= :oldest AND s.ended_at < :over_before
-      AND (pl.id IS NULL OR pl.is_recurring)
+      AND (pl.id IS NULL OR pl.is_recurring) {{of_shard}}
     ORDER BY s.ended_at, s.id
-""").columns(
-    id=sa.Integer,
-    user_id=sa.String,
-    plan_id=sa.Integer,
-    started_at=UtcNaive,
-    ended_at=UtcNaive,
-    duration=sa.Integer,
-    duration_unit=sa.String,
-    method_id=sa.String,
-    method_currency=sa.String,
-    method_provider_id=sa.Integer,
-    amounts=sa.ARRAY(sa.Numeric(8, 2)),
-)
+"""
+_DUE_COLUMNS: Mapping[str, Any] = {
+    "id": sa.Integer,
+    "user_id": sa.String,
+    "plan_id": sa.Integer,
+    "started_at": UtcNaive,
+    "ended_at": UtcNaive,
+    "duration": sa.Integer,
+    "duration_unit": sa.String,
+    "method_id": sa.String,
+    "method_currency": sa.String,
+    "method_provider_id": sa.Integer,
+    "amounts": sa.ARRAY(sa.Numeric(8, 2)),
+}
 
-_COUNTS = sa.text("""
+_COUNTS = """
     SELECT count(*) FILTER (WHERE s.ended_at < :oldest AND (pl.id IS NULL OR pl.is_recurring)) AS too_old,
            count(*) FILTER (WHERE s.ended_at < :over_before AND pl.id IS NOT NULL AND pl.is_recurring IS NOT TRUE)
-               AS not_recurring
+               AS not_recurring,
+           count(*) FILTER (WHERE s.ended_at >= :oldest AND (pl.id IS NULL OR pl.is_recurring)) AS due
     FROM subscriptions s LEFT JOIN plans pl ON pl.id = s.plan_id
-    WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before
-""")
+    WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before {of_shard}
+"""
 
-_TOO_OLD_EXAMPLES = sa.text("""
+_WITHOUT_END = "SELECT count(*) FROM subscriptions s WHERE s.status = 'ACTIVE' AND s.ended_at IS NULL {of_shard}"
+
+_TOO_OLD_EXAMPLES = """
     SELECT s.id, s.ended_at::text AS ended_at
     FROM subscriptions s LEFT JOIN plans pl ON pl.id = s.plan_id
     WHERE s.status = 'ACTIVE' AND s.ended_at < :oldest AND (pl.id IS NULL OR pl.is_recurring)
+      {of_shard}
     ORDER BY s.ended_at DESC, s.id LIMIT :size
-""")
+"""
 # As many as a report shows.
 _EXAMPLES = 100
 
-_TRIED_TODAY = sa.text("""
+_TRIED_TODAY = """
     SELECT subscription_id, max(last_sent_at) AS at
     FROM billing_orchestration.renewal_attempts
-    WHERE last_sent_at >= :today
+    WHERE last_sent_at >= :today {of_shard}
       -- Refused because of the shop's own key or rights: nobody's card was tried.
       AND NOT (state = 'REJECTED' AND coalesce(decline_class, '') IN ('401', '403'))
     GROUP BY subscription_id
-""")
+"""
 
 _DECLINED_TODAY = sa.text("""
     SELECT payment_method_id, max(last_sent_at) AS at
@@ -108,13 +120,53 @@ _DECLINED_TODAY = sa.text("""
 """)
 
 
-def fetch_due(connection: sa.Connection, *, over_before: datetime, oldest: datetime, today: datetime) -> DueSlice:
+# Only where a run has shards: PostgreSQL guesses badly how many rows a remainder leaves.
+_OF_SHARD = "AND {column} % :shards = :remainder"
+
+
+def _statement(query: str, shard: Shard | None, column: str = "s.id") -> sa.TextClause:
+    return sa.text(query.format(of_shard=_OF_SHARD.format(column=column) if shard else ""))
+
+
+@dataclass(frozen=True, slots=True)
+class DueCounts:
+    """How much there is to do, without fetching it; the counts of what is not fetched as in DueSlice."""
+
+    due: int
+    open_attempts: int
+    too_old: int
+    not_recurring: int
+    without_end: int
+
+
+def count_due(connection: sa.Connection, *, over_before: datetime, oldest: datetime) -> DueCounts:
+    """The sizes of the slice that `fetch_due` reads, for a run that leaves the reading to its shards."""
+    bounds = {"over_before": naive_utc(over_before), "oldest": naive_utc(oldest)}
+    counts = connection.execute(_statement(_COUNTS, None), bounds).one()
+    return DueCounts(
+        due=counts.due,
+        open_attempts=count_open_attempts(connection),
+        too_old=counts.too_old,
+        not_recurring=counts.not_recurring,
+        without_end=connection.execute(_statement(_WITHOUT_END, None)).scalar_one(),
+    )
+
+
+def fetch_due(
+    connection: sa.Connection,
+    *,
+    over_before: datetime,
+    oldest: datetime,
+    today: datetime,
+    shard: Shard | None = None,
+) -> DueSlice:
     """Every subscription that is due: ACTIVE, ended before `over_before`, its plan recurring (or gone).
 
     Those that ended before `oldest` are only counted: months of stale rows cost nothing. `today` is the first instant
-    of the billing day on the wall.
+    of the billing day on the wall. With a `shard`, all of it is of that shard's subscriptions only.
     """
-    bounds = {"over_before": naive_utc(over_before), "oldest": naive_utc(oldest)}
+    part = {"shards": shard.count, "remainder": shard.number - 1} if shard else {}
+    bounds = {"over_before": naive_utc(over_before), "oldest": naive_utc(oldest), **part}
     attempts: dict[tuple[int, datetime], list[Attempt]] = {}
     of_due_periods = select_attempts(
         sa.exists().where(
@@ -123,12 +175,13 @@ def fetch_due(connection: sa.Connection, *, over_before: datetime, oldest: datet
             subscriptions.c.status == "ACTIVE",
             subscriptions.c.ended_at >= oldest,
             subscriptions.c.ended_at < over_before,
-        )
+        ),
+        *of_shard(shard),
     )
     for row in connection.execute(of_due_periods):
         attempts.setdefault((row.subscription_id, row.period_start), []).append(attempt_of(row))
-    tried = _instants(connection, _TRIED_TODAY, today)
-    declined = _instants(connection, _DECLINED_TODAY, today)
+    tried = _instants(connection, _statement(_TRIED_TODAY, shard, "subscription_id"), {"today": today, **part})
+    declined = _instants(connection, _DECLINED_TODAY, {"today": today})
     due = tuple(
         DueSubscription(
             id=row.id,
@@ -146,16 +199,14 @@ def fetch_due(connection: sa.Connection, *, over_before: datetime, oldest: datet
             last_tried_at=tried.get(row.id),
             method_declined_at=declined.get(row.method_id) if row.method_id else None,
         )
-        for row in connection.execute(_DUE, bounds)
+        for row in connection.execute(_statement(_DUE, shard).columns(**_DUE_COLUMNS), bounds)
     )
-    counts = connection.execute(_COUNTS, bounds).one()
-    without_end = connection.execute(
-        sa.text("SELECT count(*) FROM subscriptions WHERE status = 'ACTIVE' AND ended_at IS NULL")
-    ).scalar_one()
-    examples = connection.execute(_TOO_OLD_EXAMPLES, {"oldest": bounds["oldest"], "size": _EXAMPLES}).all()
+    counts = connection.execute(_statement(_COUNTS, shard), bounds).one()
+    without_end = connection.execute(_statement(_WITHOUT_END, shard), part).scalar_one()
+    examples = connection.execute(_statement(_TOO_OLD_EXAMPLES, shard), {**bounds, "size": _EXAMPLES}).all()
     return DueSlice(
         due=due,
-        open_attempts=tuple(open_attempts(connection)),
+        open_attempts=tuple(open_attempts(connection, shard)),
         too_old=counts.too_old,
         too_old_examples=tuple((row.id, row.ended_at) for row in examples),
         not_recurring=counts.not_recurring,
@@ -163,5 +214,5 @@ def fetch_due(connection: sa.Connection, *, over_before: datetime, oldest: datet
     )
 
 
-def _instants(connection: sa.Connection, query: sa.TextClause, today: datetime) -> Mapping[Any, datetime]:
-    return {row[0]: row[1] for row in connection.execute(query, {"today": today})}
+def _instants(connection: sa.Connection, query: sa.TextClause, bounds: Mapping[str, Any]) -> Mapping[Any, datetime]:
+    return {row[0]: row[1] for row in connection.execute(query, bounds)}

@@ -33,11 +33,12 @@ from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
 from billing_orchestration.jobs.run_report import (
     RunReport,
+    Told,
     conclude,
     describe_decisions,
     describe_scope,
     instant,
-    plot,
+    plotted,
     stop_before_applying,
     told_plainly,
 )
@@ -213,7 +214,7 @@ def apply_payment_expiry(
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
-) -> None:
+) -> Told:
     """Apply the plan, row by row; red at the end if something needs another try."""
     with told_plainly():
         scope = plan.scope
@@ -256,8 +257,7 @@ def apply_payment_expiry(
             dry_run=scope.dry_run,
         )
         if not scope.dry_run:
-            plot(
-                context,
+            yield plotted(
                 ("billing", JOB),
                 {
                     "expired": report.applied - settled,
@@ -273,6 +273,7 @@ def apply_payment_expiry(
         retry_hint="They stay PENDING, nothing was granted for them; launch the job again, or wait for tomorrow's run.",
         job=JOB,
     )
+    yield dg.Output(None)
 
 
 def _holder_of(result: "Settled | Failed") -> int | None:

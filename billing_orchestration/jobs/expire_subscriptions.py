@@ -19,11 +19,12 @@ from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_k
 from billing_orchestration.jobs.run_report import (
     ROWS_SHOWN,
     RunReport,
+    Told,
     conclude,
     describe_decisions,
     describe_scope,
     instant,
-    plot,
+    plotted,
     stop_before_applying,
     told_plainly,
 )
@@ -117,7 +118,7 @@ def apply_subscription_expiry(
     over: SubscriptionsOver,
     billing_database: dg.ResourceParam[BillingDatabase],
     clock: dg.ResourceParam[Clock],
-) -> None:
+) -> Told:
     """ACTIVE -> EXPIRED, oldest first."""
     report = RunReport(decisions=_decisions(over))
     wanted = over.slice.over - over.slice.held
@@ -132,8 +133,7 @@ def apply_subscription_expiry(
     if changed_meanwhile:
         context.log.info(f"{changed_meanwhile} were renewed, ended or held back meanwhile: skipped")
     if not over.scope.dry_run:
-        plot(
-            context,
+        yield plotted(
             ("billing", JOB),
             {"expired": report.applied, "held back": over.slice.held, "active": over.slice.active - report.applied},
             day=str(billing_database.calendar.day_of(over.scope.as_of)),
@@ -145,6 +145,7 @@ def apply_subscription_expiry(
         retry_hint="No money is involved. They stay ACTIVE; launch the job again, or wait for tomorrow's run.",
         job=JOB,
     )
+    yield dg.Output(None)
 
 
 def _decisions(over: SubscriptionsOver) -> list[Decision]:

@@ -17,11 +17,12 @@ from billing_orchestration.domain.settlement import PaymentRow
 from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.run_report import (
     RunReport,
+    Told,
     conclude,
     describe_decisions,
     describe_scope,
     instant,
-    plot,
+    plotted,
     stop_before_applying,
 )
 from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
@@ -146,7 +147,7 @@ def apply_matching(
     database: BillingDatabase,
     provider: ProviderConnection,
     clock: Clock,
-) -> None:
+) -> Told:
     """Settle what differs, quarantine what is odd, and move the watermark when everything of the window was applied."""
     scope, window = plan.scope, plan.window
 
@@ -167,8 +168,7 @@ def apply_matching(
         if not report.again and plan.is_whole:
             _advance(job, scope, window, database, stamp())
         if report.applied or report.opened or report.again:
-            plot(
-                context,
+            yield plotted(
                 ("billing", job),
                 {
                     "corrections": report.applied,
@@ -183,6 +183,7 @@ def apply_matching(
         retry_hint="Nothing was granted for them; the next tick tries again, and nothing is granted twice.",
         job=job,
     )
+    yield dg.Output(None)
 
 
 def _advance(job: str, scope: RunScope, window: Window, database: BillingDatabase, stamp: Stamp) -> None:

@@ -23,7 +23,7 @@ from billing_orchestration.jobs.matching_slice import (
     plan_matching,
 )
 from billing_orchestration.jobs.partitions import HOURLY, hour_key
-from billing_orchestration.jobs.run_report import told_plainly
+from billing_orchestration.jobs.run_report import Told, told_plainly
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.resources import BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
 
@@ -132,11 +132,11 @@ def apply_successful_matches(
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
     hand_over: dg.ResourceParam[HandOver],
-) -> None:
+) -> Told:
     """Apply the plan, payment by payment; red at the end if something needs another try."""
     with told_plainly():
         plan = hand_over.take(MatchingPlan)
-        apply_matching(context, JOB, plan, billing_database, payment_provider, clock)
+        yield from apply_matching(context, JOB, plan, billing_database, payment_provider, clock)
 
 
 @dg.job(

@@ -12,6 +12,9 @@ import dagster as dg
 from billing_orchestration.domain.decisions import Decision, count_by_action, sum_by_currency
 from billing_orchestration.domain.run_scope import RunRefused, RunScope
 
+# What an applying op yields: numbers to plot, and its end.
+Told = Iterator[dg.AssetMaterialization | dg.Output[None]]
+
 # Longer tables are slow to read and to load; the counts tell of all rows.
 ROWS_SHOWN = 100
 _FAILURES_TOLD = 5
@@ -24,8 +27,8 @@ CHANGED_TAG = "billing/changed"
 @dataclass
 class RunReport:
     """What an applying op has done. `applied` counts changes that were committed, `opened` new quarantine entries,
-    `again` names what needs another try (the run then ends red), `stopped_by` is what ended the applying early,
-    `numbers` are plotted over time."""
+    `again` names what needs another try (the run then ends red), `again_unnamed` counts what it leaves out,
+    `stopped_by` is what ended the applying early, `numbers` are plotted over time."""
 
     decisions: list[Decision] = field(default_factory=list)
     applied: int = 0
@@ -33,8 +36,14 @@ class RunReport:
     quarantined: int = 0
     opened: int = 0
     again: list[str] = field(default_factory=list)
+    again_unnamed: int = 0
     stopped_by: str | None = None
     numbers: dict[str, int | float] = field(default_factory=dict)
+
+    @property
+    def needs_another_try(self) -> int:
+        """How many do."""
+        return len(self.again) + self.again_unnamed
 
 
 def describe_decisions(decisions: Sequence[Decision]) -> dict[str, dg.MetadataValue[Any]]:
@@ -72,19 +81,10 @@ def describe_scope(scope: RunScope) -> dict[str, dg.MetadataValue[Any]]:
     }
 
 
-def conclude(context: dg.OpExecutionContext, scope: RunScope, report: RunReport, *, retry_hint: str, job: str) -> None:
-    """Attach an applying op's report; end the run red if something needs another try.
-
-    A run that changed something carries the tag billing/changed with the number of changes. Raises dg.Failure whose
-    first line says what to do and what is known about the money (`retry_hint`).
-    """
-    result = (
-        f"{'would change' if scope.dry_run else 'changed'} {report.applied}, skipped {report.skipped}, quarantined"
-        f" {report.quarantined} ({report.opened} new), needs another try {len(report.again)}"
-    )
-    # A run's page shows the first lines of this without a click.
-    metadata = {
-        "result": dg.MetadataValue.text(result),
+def describe_report(scope: RunScope, report: RunReport, job: str) -> dict[str, dg.MetadataValue[Any]]:
+    """Metadata: what was done. A run's page shows the first lines of this without a click."""
+    return {
+        "result": dg.MetadataValue.text(_result(scope, report)),
         **_next_steps(scope, report, job),
         **describe_decisions(report.decisions),
         **describe_scope(scope),
@@ -92,23 +92,48 @@ def conclude(context: dg.OpExecutionContext, scope: RunScope, report: RunReport,
         "skipped": dg.MetadataValue.int(report.skipped),
         "quarantined": dg.MetadataValue.int(report.quarantined),
         "quarantined for the first time": dg.MetadataValue.int(report.opened),
-        "needs another try": dg.MetadataValue.int(len(report.again)),
+        "needs another try": dg.MetadataValue.int(report.needs_another_try),
         **{name: _number(value) for name, value in report.numbers.items()},
     }
+
+
+def _result(scope: RunScope, report: RunReport) -> str:
+    return (
+        f"{'would change' if scope.dry_run else 'changed'} {report.applied}, skipped {report.skipped}, quarantined"
+        f" {report.quarantined} ({report.opened} new), needs another try {report.needs_another_try}"
+    )
+
+
+def conclude(
+    context: dg.OpExecutionContext,
+    scope: RunScope,
+    report: RunReport,
+    *,
+    retry_hint: str,
+    job: str,
+    more: Mapping[str, dg.MetadataValue[Any]] | None = None,
+) -> None:
+    """Attach an applying op's report (and `more` metadata); end the run red if something needs another try.
+
+    A run that changed something carries the tag billing/changed with the number of changes. Raises dg.Failure whose
+    first line says what to do and what is known about the money (`retry_hint`).
+    """
+    metadata = {**describe_report(scope, report, job), **(more or {})}
     if report.decisions or report.again:  # an empty run has said so in its metadata: a line more is a row more
-        context.log.info(f"{job}: {result}")
+        context.log.info(f"{job}: {_result(scope, report)}")
     if report.applied and not scope.dry_run:
         context.instance.add_run_tags(context.run_id, {CHANGED_TAG: str(report.applied)})
     if report.again:
         shown = "; ".join(report.again[:_FAILURES_TOLD])
-        more = f"; and {len(report.again) - _FAILURES_TOLD} more" if len(report.again) > _FAILURES_TOLD else ""
+        untold = report.needs_another_try - min(len(report.again), _FAILURES_TOLD)
+        and_more = f"; and {untold} more" if untold else ""
         # What stopped everything comes first: it is what the person at night has to mend.
         why = f"{report.stopped_by}. It stopped there. " if report.stopped_by else ""
         others = "and this was a dry run: nothing was written." if scope.dry_run else (
             f"everything else was applied. {retry_hint}"
         )  # fmt: skip
         raise dg.Failure(
-            f"{why}{len(report.again)} need another try, {others} In detail: {shown}{more}",
+            f"{why}{report.needs_another_try} need another try, {others} In detail: {shown}{and_more}",
             metadata=metadata,
             allow_retries=False,
         )
@@ -125,17 +150,16 @@ def _next_steps(scope: RunScope, report: RunReport, job: str) -> dict[str, dg.Me
     return steps
 
 
-def plot(
-    context: dg.OpExecutionContext,
-    key: Sequence[str],
-    numbers: Mapping[str, int | float | Decimal],
-    day: str | None = None,
-) -> None:
-    """Log numbers of this run to the asset that Dagster plots them under, over time or over days."""
-    context.log_event(
-        dg.AssetMaterialization(
-            list(key), partition=day, metadata={name: _number(value) for name, value in numbers.items()}
-        )
+def plotted(
+    key: Sequence[str], numbers: Mapping[str, int | float | Decimal], day: str | None = None
+) -> dg.AssetMaterialization:
+    """Numbers of this run for the asset that Dagster plots them under, over time or over days.
+
+    An op yields it before `conclude`: an event that is only logged is lost with the op's failure, and the numbers of
+    the red days are those that matter.
+    """
+    return dg.AssetMaterialization(
+        list(key), partition=day, metadata={name: _number(value) for name, value in numbers.items()}
     )
 
 

@@ -49,7 +49,9 @@ class Run:
     def report(self) -> dict[str, Any]:
         """The metadata of the applying op, whether it ended green or red."""
         return next(
-            value for key, value in self.metadata.items() if key.startswith(("apply_", "charge_")) or key == "failure"
+            value
+            for key, value in self.metadata.items()
+            if key.startswith(("apply_", "charge_", "conclude_")) or key == "failure"
         )
 
     @property
@@ -239,7 +241,9 @@ class Service:
         run_config: dict[str, Any] = {"resources": {"run": {"config": config}}} if config else {}
         op_config = {name: {"config": value} for name, value in (ops or {}).items()}
         if job == "autopayment_job":
-            charging = op_config.setdefault("charge_renewals", {"config": {}})["config"]
+            is_divided = "shards" in (ops or {}).get("fetch_due_subscriptions", {})
+            op = "renew_shard" if is_divided else "charge_renewals"
+            charging = op_config.setdefault(op, {"config": {}})["config"]
             charging.setdefault("resend_wait_s", 0.0)
         if op_config:
             run_config["ops"] = op_config

@@ -11,9 +11,9 @@ import sqlalchemy as sa
 _PATIENCE_S = 30.0
 
 
-def wait_until(condition: Callable[[], object]) -> None:
+def wait_until(condition: Callable[[], object], patience_s: float = _PATIENCE_S) -> None:
     """Return as soon as the condition holds."""
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError("the condition never held")

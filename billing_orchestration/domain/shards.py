@@ -1,0 +1,83 @@
+"""Shards: the due subscriptions in parts that know nothing of each other, so that several processes can share a run.
+
+A subscription belongs to one shard by its id alone. So do its attempts: whatever decides about a period is in one
+place, and no two shards of a run ever look at the same one. (Runs with different numbers of shards may meet: what
+keeps them apart are the attempts' locks and the unique index, as between any two runs.)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+_KEY = re.compile(r"shard_([0-9]{1,4})_of_([0-9]{1,4})")
+# Far more than a database takes connections of; each costs a process's start.
+MOST_SHARDS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Part `number` (1 to `count`) of `count`: subscriptions whose id leaves the remainder `number` - 1."""
+
+    number: int
+    count: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the run, such as shard_1_of_4."""
+        return f"shard_{self.number}_of_{self.count}"
+
+
+def divide(count: int) -> list[Shard]:
+    """All shards of a run."""
+    return [Shard(number, count) for number in range(1, count + 1)]
+
+
+def shard_of_key(key: str | None) -> Shard:
+    """The shard that `Shard.key` names. Raises ValueError for anything else."""
+    match = _KEY.fullmatch(key or "")
+    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= MOST_SHARDS:
+        raise ValueError(f"{key!r} is no shard; they are named as in {Shard(1, 4).key}")
+    return Shard(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """What all shards of a run must agree on, however long after each other they begin, and in whatever process.
+
+    `at_once`: how many of them may run side by side, so how many share the provider's limits. `max_overdue_days`: as
+    the run was configured.
+    """
+
+    as_of: datetime
+    source: str
+    at_once: int
+    max_overdue_days: int
+
+    def to_text(self) -> str:
+        """As text, for the run's record."""
+        return json.dumps(
+            {
+                "as_of": self.as_of.isoformat(),
+                "source": self.source,
+                "at_once": self.at_once,
+                "max_overdue_days": self.max_overdue_days,
+            }
+        )
+
+    @staticmethod
+    def from_text(text: str) -> Division:
+        """What `to_text` has written. Raises ValueError for anything else."""
+        told = json.loads(text)
+        try:
+            as_of = datetime.fromisoformat(told["as_of"]).astimezone(timezone.utc)
+            return Division(as_of, str(told["source"]), int(told["at_once"]), int(told["max_overdue_days"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a division into shards: {text!r}") from error
+
+
+def share(limit: int, at_once: int) -> int:
+    """A shard's share of a whole number that the run must not exceed; one at least, since none could do nothing."""
+    return max(1, limit // at_once)

@@ -1,0 +1,325 @@
+"""A run in shards: the due in parts that are renewed one by one in flat memory, or side by side in several processes.
+
+Chosen by run config: `shards` of `fetch_due_subscriptions`, and the executor (`execution`). The first op counts and
+divides; each shard is one step that reads, asks, decides and charges its own part (slices are handed over in memory,
+which does not cross processes); the last op adds up. What keeps two processes from charging one period twice is the
+protocol of `charging`, the same as between any two runs: shards add nothing to it and take nothing from it.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import dagster as dg
+
+from billing_orchestration.domain.decisions import Decision
+from billing_orchestration.domain.expiry import over_limit
+from billing_orchestration.domain.renewals import NotCharged
+from billing_orchestration.domain.run_scope import RunRefused, RunScope
+from billing_orchestration.domain.shards import Division, divide, shard_of_key, share
+from billing_orchestration.jobs.autopayment.steps import (
+    JOB,
+    RETRY_HINT,
+    ChargingConfig,
+    RenewalPlan,
+    apply_plan,
+    ask_about_open,
+    decide,
+    read_renewals,
+    shown,
+)
+from billing_orchestration.jobs.run_report import (
+    RunReport,
+    Told,
+    conclude,
+    describe_report,
+    describe_scope,
+    plotted,
+    stop_before_applying,
+    told_plainly,
+)
+from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+
+# On the run's record in the run history, which every process of a run can read: nothing else needs to be shared.
+DIVISION_TAG = "billing/division"
+# What a shard tells the last op, in its own metadata, for the same reason.
+_REPORT = "report of the shard"
+# Names of those that need another try, of each shard; the rest is counted.
+_NAMED = 5
+# Not the io_manager of the other jobs: Dagster refuses several processes for whatever could use that one.
+HAND_OVER = "renewals_hand_over"
+_EXECUTOR = "in_process_or_multiprocess"
+
+
+def _either(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config
+
+
+# One process by default, because its start costs more than most lists of due subscriptions take.
+in_process_or_multiprocess: dg.ExecutorDefinition = dg.configured(
+    dg.multi_or_in_process_executor,
+    name=_EXECUTOR,
+    config_schema=dg.Field(
+        dg.Selector(  # type: ignore[no-untyped-call]
+            {
+                "in_process": dg.Field({}, description="All steps in the run's own process, one after another."),
+                "multiprocess": dg.Field(
+                    {
+                        "max_concurrent": dg.Field(
+                            dg.Noneable(dg.Int),
+                            default_value=None,
+                            description="How many shards run at a time. Left out: one a core.",
+                        )
+                    },
+                    description="Each shard in a process of its own.",
+                ),
+            }
+        ),
+        default_value={"in_process": {}},
+        description="Where the shards run.",
+    ),
+)(_either)
+
+
+class RenewalsHandOver(dg.InMemoryIOManager):
+    """What the ops of a run that is not divided hand to each other, in the memory of the run's process."""
+
+    def load_input(self, context: dg.InputContext) -> object:
+        """What an earlier op has left. Raises dg.Failure when it was left in another process, or not at all."""
+        try:
+            return super().load_input(context)
+        except KeyError:
+            _refuse_lone_step()
+
+
+def _refuse_lone_step() -> NoReturn:
+    raise dg.Failure(
+        "this step was launched without those before it, or in another process than they, and what they found is gone"
+        " with their memory. Nothing was sent and nobody was charged by it. Launch the whole job: it is safe to repeat."
+        " An executor with several processes needs `shards` in the config of fetch_due_subscriptions",
+        allow_retries=False,
+    )
+
+
+@dg.io_manager(description="What the ops of one renewal run hand to each other, in memory.")
+def renewals_hand_over() -> RenewalsHandOver:
+    """The resource `renewals_hand_over`."""
+    return RenewalsHandOver()  # type: ignore[no-untyped-call]
+
+
+def shards_wanted(context: dg.OpExecutionContext, configured: int | None) -> tuple[int | None, int]:
+    """How many shards the run has (None: it is not divided), and how many of them may run at a time."""
+    run_config: Mapping[str, Any] = context.run.run_config
+    execution = (run_config.get("execution") or {}).get("config") or {}
+    if "multiprocess" in execution:
+        at_once = (execution["multiprocess"] or {}).get("max_concurrent") or os.cpu_count() or 1
+        shards = configured or at_once
+    elif context.job_def.executor_def.name in (_EXECUTOR, "in_process"):
+        at_once, shards = 1, configured
+    else:
+        # An executor of the deployment's own (Kubernetes, Celery): so many at a time as it says, else all.
+        at_once = execution.get("max_concurrent") or configured or 1
+        shards = configured
+    return shards, min(at_once, shards or 1)
+
+
+def divide_due(
+    context: dg.OpExecutionContext,
+    scope: RunScope,
+    max_overdue_days: int,
+    shards: int,
+    at_once: int,
+    database: BillingDatabase,
+    provider: ProviderConnection,
+    clock: Clock,
+) -> Iterator[dg.DynamicOutput[None]]:
+    """Count what is due, and yield the shards. Raises before any of them begins what would stop each of them."""
+    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.renewals import count_due
+
+    if scope.approved_plan is not None:
+        raise RunRefused(
+            "a plan is approved as a whole: give either approved_plan or shards. Nothing was read or written"
+        )
+    calendar = database.calendar
+    due_day = calendar.day_of(scope.as_of)
+    with translated(), database.engine.connect() as connection:
+        counts = count_due(
+            connection,
+            over_before=calendar.end_of(due_day),
+            oldest=calendar.start_of(due_day - timedelta(days=max_overdue_days)),
+        )
+    # A wrong shop key is found by one request, not by one of each shard.
+    provider.client.check()
+    if scope.max_changes is not None:
+        _stop_if_over(scope, scope.max_changes, max_overdue_days, shards, database, provider, clock)
+    division = Division(scope.as_of, scope.source, at_once, max_overdue_days)
+    context.instance.add_run_tags(context.run_id, {DIVISION_TAG: division.to_text()})
+    context.log.info(f"{counts.due} due subscriptions in {shards} shards, {at_once} at a time")
+    metadata = {
+        **describe_scope(scope),
+        "due": dg.MetadataValue.int(counts.due),
+        "open attempts": dg.MetadataValue.int(counts.open_attempts),
+        f"not charged: overdue by more than {max_overdue_days} days": dg.MetadataValue.int(counts.too_old),
+        "not charged: the plan is not recurring": dg.MetadataValue.int(counts.not_recurring),
+        "ACTIVE without an end": dg.MetadataValue.int(counts.without_end),
+        "shards": dg.MetadataValue.int(shards),
+        "shards at a time": dg.MetadataValue.int(at_once),
+    }
+    for shard in divide(shards):
+        yield dg.DynamicOutput(
+            None, mapping_key=shard.key, output_name="shards", metadata=metadata if shard.number == 1 else None
+        )
+
+
+def _stop_if_over(
+    scope: RunScope,
+    max_changes: int,
+    max_overdue_days: int,
+    shards: int,
+    database: BillingDatabase,
+    provider: ProviderConnection,
+    clock: Clock,
+) -> None:
+    """A limit on changes holds for the whole run: decide all shards once, one after another, before any begins."""
+    changes = 0
+    first: list[Decision] = []
+    for shard in divide(shards):
+        asked = ask_about_open(read_renewals(database, clock, scope, max_overdue_days, shard), provider, clock)
+        decisions = [decision for decision in decide(asked, clock) if not isinstance(decision, NotCharged)]
+        changes += len(decisions)
+        first.extend(shown(decision) for decision in decisions[: 100 - len(first)])
+    stop_before_applying(over_limit(changes, max_changes), first)
+
+
+@dg.op(
+    description="Renew one shard of the due: read it, ask about its open attempts, decide each, charge. Runs only if"
+    " the run is divided (`shards`).",
+    ins={"shard": dg.In(dg.Nothing)},
+    out=dg.Out(dg.Nothing, io_manager_key=HAND_OVER),
+)
+def renew_shard(
+    context: dg.OpExecutionContext,
+    config: ChargingConfig,
+    run: RunSettings,
+    billing_database: dg.ResourceParam[BillingDatabase],
+    payment_provider: dg.ResourceParam[ProviderConnection],
+    clock: dg.ResourceParam[Clock],
+) -> None:
+    """All steps of one shard. What needs another try is told to the last op, which ends the run red."""
+    report = RunReport()
+    with told_plainly():
+        shard = shard_of_key(context.get_mapping_key())
+        scope, division = _agreed(context, run, clock)
+        renewals = read_renewals(billing_database, clock, scope, division.max_overdue_days, shard)
+        asked = ask_about_open(renewals, payment_provider, clock)
+        plan = RenewalPlan(scope, tuple(decide(asked, clock)), asked.view.extra, asked.unusable)
+        del renewals, asked
+        apply_plan(
+            context,
+            _of_one_shard(config, division.at_once),
+            plan,
+            report,
+            billing_database,
+            payment_provider,
+            clock,
+        )
+    context.add_output_metadata(
+        {
+            **describe_report(scope, report, JOB),
+            _REPORT: dg.MetadataValue.text(
+                json.dumps(
+                    {
+                        "applied": report.applied,
+                        "skipped": report.skipped,
+                        "quarantined": report.quarantined,
+                        "opened": report.opened,
+                        "again": report.again[:_NAMED],
+                        "again_unnamed": max(0, len(report.again) - _NAMED),
+                        "stopped_by": report.stopped_by,
+                        "numbers": report.numbers,
+                    }
+                )
+            ),
+        }
+    )
+
+
+def _agreed(context: dg.OpExecutionContext, run: RunSettings, clock: Clock) -> tuple[RunScope, Division]:
+    """What all shards of the run agree on, whatever the time is when this one begins."""
+    record = context.instance.get_run_by_id(context.run_id)
+    told = record.tags.get(DIVISION_TAG) if record else None
+    if told is None:
+        _refuse_lone_step()
+    division = Division.from_text(told)
+    scope = run.scope(context, clock, whole_days=True)
+    return replace(scope, as_of=division.as_of, source=division.source), division
+
+
+def _of_one_shard(config: ChargingConfig, at_once: int) -> ChargingConfig:
+    """The limits of the run, divided among the shards that run at a time."""
+    rate = config.max_requests_per_second
+    return ChargingConfig(
+        max_concurrency=share(config.max_concurrency, at_once),
+        max_requests_per_second=None if rate is None else rate / at_once,
+        max_sends=config.max_sends,
+        resend_wait_s=config.resend_wait_s,
+    )
+
+
+@dg.op(
+    description="Add up what the shards did; red if something needs another try. Runs only if the run is divided.",
+    ins={"shards": dg.In(dg.Nothing)},
+    out=dg.Out(dg.Nothing, io_manager_key=HAND_OVER),
+)
+def conclude_shards(
+    context: dg.OpExecutionContext,
+    run: RunSettings,
+    billing_database: dg.ResourceParam[BillingDatabase],
+    clock: dg.ResourceParam[Clock],
+) -> Told:
+    """The run's result, from what each shard has left in the run history."""
+    with told_plainly():
+        scope, _ = _agreed(context, run, clock)
+    report = RunReport()
+    rows = []
+    for name, told in sorted(_reports(context).items()):
+        report.applied += told["applied"]
+        report.skipped += told["skipped"]
+        report.quarantined += told["quarantined"]
+        report.opened += told["opened"]
+        report.again.extend(told["again"])
+        report.again_unnamed += told["again_unnamed"]
+        report.stopped_by = report.stopped_by or told["stopped_by"]
+        for number, value in told["numbers"].items():
+            report.numbers[number] = report.numbers.get(number, 0) + value
+        rows.append(
+            dg.TableRecord(
+                {
+                    "shard": name,
+                    "changed": told["applied"],
+                    "skipped": told["skipped"],
+                    "quarantined": told["quarantined"],
+                    "needs another try": len(told["again"]) + told["again_unnamed"],
+                }
+            )
+        )
+    if not scope.dry_run:
+        yield plotted(("billing", JOB), report.numbers, day=str(billing_database.calendar.day_of(scope.as_of)))
+    shards = {"shards": dg.MetadataValue.table(rows)} if rows else {}
+    conclude(context, scope, report, retry_hint=RETRY_HINT, job=JOB, more=shards)
+    yield dg.Output(None)
+
+
+def _reports(context: dg.OpExecutionContext) -> dict[str, dict[str, Any]]:
+    """What the shards of this run have told, by the step's name."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in context.instance.all_logs(context.run_id, of_type=dg.DagsterEventType.STEP_OUTPUT):
+        event = entry.dagster_event
+        metadata = event.step_output_data.metadata if event is not None else {}
+        if event is not None and _REPORT in metadata:
+            found[str(event.step_key)] = json.loads(str(metadata[_REPORT].value))
+    return found

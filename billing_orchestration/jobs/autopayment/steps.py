@@ -1,0 +1,375 @@
+"""The steps of a renewal run: read, ask, decide, apply. For the whole of the due, and for one shard of it.
+
+They take what a run works on and give back what it found; what a run's page shows is attached where they are used.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import dagster as dg
+from pydantic import Field
+
+from billing_orchestration.database.audit import Problem, Stamp
+from billing_orchestration.domain.decisions import Decision
+from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
+from billing_orchestration.domain.renewals import (
+    Attempt,
+    Charge,
+    Conclude,
+    NotCharged,
+    NoteAbsence,
+    ProviderView,
+    RenewalDecision,
+    RenewalRules,
+    Resend,
+    State,
+    Void,
+    as_answer_to,
+    attempts_to_search,
+    decide_renewals,
+    judge_answer,
+    merge_views,
+    names_another_attempt,
+    read_scan,
+    scan_windows,
+)
+from billing_orchestration.domain.run_scope import RunScope
+from billing_orchestration.domain.shards import Shard
+from billing_orchestration.jobs.run_report import RunReport
+from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
+from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection
+
+if TYPE_CHECKING:
+    from billing_orchestration.database.renewals import DueSlice
+
+JOB = "autopayment_job"
+RETRY_HINT = (
+    "Nobody is charged twice: an attempt whose outcome is unknown keeps its key. Launch the job again today, or wait"
+    " for tomorrow's run; successes are also picked up by the matching jobs."
+)
+
+
+class ChargingConfig(dg.Config):
+    """How hard the provider is driven."""
+
+    max_concurrency: int = Field(default=16, ge=1, le=256, description="How many charges are under way at a time.")
+    max_requests_per_second: float | None = Field(
+        default=None, gt=0, description="A cap on requests per second, if the provider gave you one. Left out: none."
+    )
+    max_sends: int = Field(
+        default=3,
+        ge=1,
+        le=10,
+        description="How often one attempt is sent in one run at most (same key and body) while it is unknown.",
+    )
+    resend_wait_s: float = Field(
+        default=2.0,
+        ge=0,
+        description="Seconds before the first re-send of an attempt; each further wait is three times longer.",
+    )
+
+
+@dataclass(frozen=True)
+class Renewals:
+    """The database's slice."""
+
+    scope: RunScope
+    rules: RenewalRules
+    slice: "DueSlice"
+
+
+@dataclass(frozen=True)
+class AskedRenewals:
+    """Both slices: what is due, and what the provider says about open attempts."""
+
+    renewals: Renewals
+    view: ProviderView
+    unusable: tuple[UnusablePayment, ...]
+    asked_about: int
+    searched_for: int
+
+
+@dataclass(frozen=True)
+class RenewalPlan:
+    """What the run will apply."""
+
+    scope: RunScope
+    decisions: tuple[RenewalDecision, ...]
+    extra: tuple[ProviderPayment, ...]
+    unusable: tuple[UnusablePayment, ...]
+    refused: tuple[Decision, ...] = ()
+
+
+def read_renewals(
+    database: BillingDatabase, clock: Clock, scope: RunScope, max_overdue_days: int, shard: Shard | None = None
+) -> Renewals:
+    """The database's slice: what is due, with saved method, price and attempts, and all open attempts."""
+    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.renewals import fetch_due
+
+    settings, calendar = database.settings, database.calendar
+    due_day = calendar.day_of(scope.as_of)
+    with translated(), database.engine.connect() as connection:
+        found = fetch_due(
+            connection,
+            over_before=calendar.end_of(due_day),
+            oldest=calendar.start_of(due_day - timedelta(days=max_overdue_days)),
+            today=calendar.start_of(calendar.day_of(clock.now())),
+            shard=shard,
+        )
+    rules = RenewalRules(calendar, settings.subscription_grace_days, max_overdue_days)
+    return Renewals(scope, rules, found)
+
+
+def ask_about_open(renewals: Renewals, provider: ProviderConnection, clock: Clock) -> AskedRenewals:
+    """The provider's slice: what became of attempts whose outcome is open. It reads only."""
+    attempts = renewals.slice.open_attempts
+    pending = [attempt for attempt in attempts if attempt.state == State.PENDING]
+    lost = attempts_to_search(attempts, clock.now())
+    views = []
+    unusable: list[UnusablePayment] = []
+    if pending:
+        views.append(_ask_about(pending, provider))
+    if lost:
+        view, odd = _search(lost, provider)
+        views.append(view)
+        unusable.extend(odd)
+    return AskedRenewals(renewals, merge_views(views), tuple(unusable), len(pending), len(lost))
+
+
+def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection) -> ProviderView:
+    from billing_orchestration.provider.errors import ProviderError
+    from billing_orchestration.provider.pacing import map_concurrently
+
+    answers, silent = {}, {}
+    by_payment = {attempt.external_payment_id: attempt for attempt in pending if attempt.external_payment_id}
+    for payment_id, result in map_concurrently(provider.client.get_payment, list(by_payment), 8):
+        attempt = by_payment[payment_id]
+        if isinstance(result, ProviderError):
+            silent[attempt.id] = str(result)
+        elif isinstance(result, Exception):
+            raise result
+        elif isinstance(result, UnusablePayment):
+            silent[attempt.id] = f"the provider's record of {payment_id} cannot be used: {result.reason}"
+        elif names_another_attempt(attempt, result):
+            silent[attempt.id] = f"payment {payment_id} names another attempt in its metadata"
+        else:
+            answers[attempt.id] = as_answer_to(attempt, result)
+    return ProviderView(answers, frozenset(), silent)
+
+
+def _search(lost: Sequence[Attempt], provider: ProviderConnection) -> tuple[ProviderView, list[UnusablePayment]]:
+    from billing_orchestration.provider.errors import ProviderError, WrongCredentials
+
+    views: list[ProviderView] = []
+    unusable: list[UnusablePayment] = []
+    for start, end, attempts in scan_windows(lost):
+        try:
+            scan = provider.client.scan(start, end)
+        except WrongCredentials:
+            raise
+        except ProviderError as error:
+            views.append(ProviderView(silent={attempt.id: str(error) for attempt in attempts}))
+        else:
+            views.append(read_scan(attempts, scan.payments, scan.unusable))
+            unusable.extend(scan.unusable)
+    return merge_views(views), unusable
+
+
+def decide(asked: AskedRenewals, clock: Clock) -> list[RenewalDecision]:
+    """One decision for each open attempt and each due subscription, and for examples of what is overdue by too much."""
+    renewals = asked.renewals
+    decisions = decide_renewals(
+        renewals.slice.due,
+        renewals.slice.open_attempts,
+        asked.view,
+        as_of=renewals.scope.as_of,
+        now=clock.now(),
+        rules=renewals.rules,
+    )
+    decisions.extend(
+        NotCharged(
+            f"subscription {subscription_id}",
+            f"ended {ended_at} UTC: overdue by more than max_overdue_days ({renewals.rules.max_overdue_days})",
+        )
+        for subscription_id, ended_at in renewals.slice.too_old_examples
+    )
+    return decisions
+
+
+def line_of(decision: Charge | Resend | Conclude | Void | NoteAbsence) -> str:
+    """Everything of a change that an approval is bound to."""
+    attempt = decision.attempt
+    if isinstance(decision, Conclude):
+        return f"conclude {attempt.id} {decision.payment.id} {decision.payment.status} {decision.payment.money}"
+    return f"{type(decision).__name__} {attempt.id} {attempt.state} {attempt.idempotence_key} {attempt.body}"
+
+
+def shown(decision: RenewalDecision) -> Decision:
+    if isinstance(decision, NotCharged):
+        return Decision("leave", decision.subject, decision.reason, decision.money)
+    verb = {Charge: "charge", Resend: "send again", Conclude: "conclude", Void: "void", NoteAbsence: "note absence"}
+    attempt = decision.attempt
+    subject = f"subscription {attempt.subscription_id}" if isinstance(decision, Charge) else attempt.subject
+    return Decision(verb[type(decision)], subject, decision.reason, attempt.money)
+
+
+def apply_plan(
+    context: dg.OpExecutionContext,
+    config: ChargingConfig,
+    plan: RenewalPlan,
+    report: RunReport,
+    database: BillingDatabase,
+    provider: ProviderConnection,
+    clock: Clock,
+) -> None:
+    """Conclude what the provider told, then charge; a dry run only reports the plan."""
+    scope = plan.scope
+
+    def stamp() -> Stamp:
+        return Stamp(JOB, scope.run_id, clock.now())
+
+    if scope.dry_run:
+        report.decisions = [shown(decision) for decision in plan.decisions]
+        report.applied = sum(not isinstance(decision, NotCharged) for decision in plan.decisions)
+    else:
+        _conclude_open(plan, report, database, provider, stamp())
+        _charge(context, config, plan, report, database, provider, clock)
+    for decision in plan.decisions:
+        if isinstance(decision, NotCharged):
+            report.skipped += 1
+            if not scope.dry_run:
+                report.decisions.append(shown(decision))
+            if decision.needs_retry:
+                report.again.append(f"{decision.subject}: {decision.reason}")
+    report.skipped += len(plan.refused)
+    report.decisions.extend(plan.refused)
+    report_unusable(report, plan.unusable, database=database, stamp=stamp(), dry_run=scope.dry_run)
+
+
+def _conclude_open(
+    plan: RenewalPlan, report: RunReport, database: BillingDatabase, provider: ProviderConnection, stamp: Stamp
+) -> None:
+    """Apply what the provider told about open attempts, and close those by which no money moved."""
+    from billing_orchestration.database.attempts import Closing, close
+    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.errors import BillingDatabaseError, DatabaseUnavailable
+
+    told = [decision for decision in plan.decisions if isinstance(decision, Conclude)]
+    successes = [decision.payment for decision in told if decision.payment.status == SUCCEEDED]
+    closings: list[tuple[Closing, str]] = []
+    for decision in told:
+        if decision.payment.status != SUCCEEDED:
+            outcome = judge_answer(decision.payment)
+            closings.append(
+                (
+                    Closing(
+                        decision.attempt,
+                        outcome.state,
+                        outcome.reason,
+                        external_payment_id=decision.payment.id,
+                        decline_party=decision.payment.cancellation_party,
+                        decline_reason=decision.payment.cancellation_reason,
+                        decline_class=outcome.decline_class,
+                        as_read=True,
+                    ),
+                    outcome.state.lower(),
+                )
+            )
+    for other in plan.decisions:
+        if isinstance(other, Void):
+            closings.append((Closing(other.attempt, State.VOID, other.reason, as_read=True), "void"))
+        elif isinstance(other, NoteAbsence):
+            closing = Closing(other.attempt, other.attempt.state, other.reason, as_read=True, absent_since=stamp.at)
+            closings.append((closing, "first absence"))
+    closed: set[uuid.UUID] = set()
+    try:
+        with translated(), database.engine.begin() as connection:
+            closed = close(connection, stamp, [closing for closing, _ in closings])
+    except DatabaseUnavailable:
+        raise
+    except BillingDatabaseError:
+        # One row that somebody keeps locked does not hold up the others.
+        for closing, _ in closings:
+            try:
+                with translated(), database.engine.begin() as connection:
+                    closed |= close(connection, stamp, [closing])
+            except DatabaseUnavailable:
+                raise
+            except BillingDatabaseError as error:
+                report.again.append(f"{closing.attempt.subject}: {error}")
+    for closing, word in closings:
+        if closing.attempt.id in closed:
+            changed = closing.state != closing.attempt.state
+            report.applied += changed
+            report.decisions.append(Decision(word, closing.attempt.subject, closing.reason, closing.attempt.money))
+    results = settle_all(
+        database, [*successes, *plan.extra], make_stamp=lambda: stamp, is_live=provider.client.is_live, dry_run=False
+    ) if successes or plan.extra else iter(())  # fmt: skip
+    report_settled(report, results, database=database, stamp=stamp, dry_run=False)
+
+
+def _charge(
+    context: dg.OpExecutionContext,
+    config: ChargingConfig,
+    plan: RenewalPlan,
+    report: RunReport,
+    database: BillingDatabase,
+    provider: ProviderConnection,
+    clock: Clock,
+) -> None:
+    from billing_orchestration.jobs.autopayment.charging import SHOP_REFUSALS, Charging, ChargingLimits
+
+    to_send = [decision for decision in plan.decisions if isinstance(decision, (Charge, Resend))]
+    report.numbers = dict.fromkeys(
+        ("charged", "pending", "declined", "stopped", "rejected", "in review", "unknown", "never sent"), 0
+    )
+    if not to_send:
+        return
+    client = provider.client
+    if config.max_requests_per_second is not None:
+        client.limit_rate(config.max_requests_per_second)
+    charging = Charging(
+        database=database,
+        provider=client,
+        limits=ChargingLimits(config.max_concurrency, config.max_sends, config.resend_wait_s),
+        make_stamp=lambda: Stamp(JOB, plan.scope.run_id, clock.now()),
+        log=context.log.info,
+    )
+    refused: list[Problem] = []
+    for result in charging.run(to_send):
+        attempt = result.attempt
+        word = "in review" if result.outcome == "review" else result.outcome
+        report.decisions.append(Decision(word, f"subscription {attempt.subscription_id}", result.reason, attempt.money))
+        report.numbers[word] = report.numbers.get(word, 0) + 1
+        if result.outcome == "rejected" and result.decline_class not in SHOP_REFUSALS:
+            refused.append(_refused(attempt, result.reason))
+        if result.outcome in ("declined", "stopped"):
+            name = f"declines: {result.decline_class}"
+            report.numbers[name] = report.numbers.get(name, 0) + 1
+        if result.outcome == "charged":
+            name = f"charged, {attempt.money.currency}"
+            report.numbers[name] = report.numbers.get(name, 0) + float(attempt.money.amount)
+        report.applied += result.outcome not in ("skipped", "unknown", "never sent")
+        report.skipped += result.outcome == "skipped"
+        report.quarantined += result.outcome == "review"
+        report.opened += result.newly_quarantined
+        if result.needs_retry:
+            report.again.append(f"subscription {attempt.subscription_id} ({result.outcome}): {result.reason}")
+    report.stopped_by = charging.stop_reason
+    report.quarantined += len(refused)
+    report.opened += open_all(database, charging.make_stamp(), refused)
+
+
+def _refused(attempt: Attempt, reason: str) -> Problem:
+    return Problem(
+        f"subscription {attempt.subscription_id}",
+        "rejected",
+        f"the provider refuses to charge {attempt.payment_method_id}, no money moved: {reason}",
+        subscription_id=attempt.subscription_id,
+        attempt_id=attempt.id,
+        evidence={"body": attempt.body},
+    )

@@ -1,0 +1,367 @@
+"""autopayment_job in shards: the same charges as in one piece, the run's limits for all of them, and one red line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+
+from billing_orchestration.definitions import build_definitions
+from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration_tests.jobs.service import NOON, Service
+from billing_orchestration_tests.jobs.waiting import wait_until
+
+UTC = timezone.utc
+JOB = "autopayment_job"
+ROOT = Path(__file__).parents[2]
+
+
+def divided(shards: int, **more: Any) -> dict[str, dict[str, Any]]:
+    """The config of the ops of a divided run."""
+    return {"fetch_due_subscriptions": {"shards": shards, **more}}
+
+
+def charged(service: Service) -> Counter[int]:
+    """How often each subscription was charged, by the provider's ledger."""
+    return Counter(int(charge.metadata["subscription_id"]) for charge in service.charges())
+
+
+@pytest.mark.parametrize("shards", [1, 3, 8])
+def test_every_due_subscription_is_charged_once_by_its_shard(service: Service, shards: int) -> None:
+    subscriptions = [service.subscriber() for _ in range(5)]
+    later = service.subscriber(ended_at=NOON + timedelta(days=2))
+
+    run = service.run(JOB, ops=divided(shards))
+
+    assert run.ok, run.failure
+    assert charged(service) == dict.fromkeys(subscriptions, 1)
+    assert service.attempts(later) == []
+    assert run.number("fetch_due_subscriptions", "due") == 5
+    assert run.report["charged"] == 5
+    assert run.report["charged, RUB"] == 5 * 299
+    assert run.materialized[JOB]["charged"] == 5
+    assert {row["shard"] for row in run.report["shards"]} == {
+        f"renew_shard[shard_{number}_of_{shards}]" for number in range(1, shards + 1)
+    }
+    for number in range(1, shards + 1):
+        mine = [id_ for id_ in subscriptions if id_ % shards == number - 1]
+        told = run.metadata[f"renew_shard[shard_{number}_of_{shards}]"]
+        assert told["applied"] == len(mine)
+    service.check_books()
+
+
+def test_a_divided_run_after_a_whole_one_and_the_other_way_round_change_nothing(service: Service) -> None:
+    for _ in range(4):
+        service.subscriber()
+    assert service.run(JOB, ops=divided(3)).ok
+    before = service.snapshot()
+
+    assert service.run(JOB).ok
+    assert service.run(JOB, ops=divided(2)).ok
+
+    assert service.snapshot() == before
+
+
+def test_a_divided_dry_run_shows_each_shard_and_writes_nothing(service: Service) -> None:
+    first, second = service.subscriber(), service.subscriber()
+    before = service.snapshot()
+
+    run = service.run(JOB, ops=divided(2), dry_run=True)
+
+    assert run.ok, run.failure
+    shown = [
+        row["subject"]
+        for op, metadata in run.metadata.items()
+        if op.startswith("renew_shard[")
+        for row in metadata["decisions (1)"]
+    ]
+    assert sorted(shown) == sorted(f"subscription {id_}" for id_ in (first, second))
+    assert run.report["result"].startswith("would change 2,")
+    assert service.snapshot() == before
+    assert service.charges() == []
+
+
+def test_max_changes_holds_for_the_whole_run_and_stops_it_before_the_first_shard(service: Service) -> None:
+    for _ in range(4):
+        service.subscriber()
+    before = service.snapshot()
+
+    run = service.run(JOB, ops=divided(4), max_changes=3)
+
+    assert not run.ok
+    assert "stopped before anything was applied" in run.failure
+    assert "4" in run.failure
+    assert service.snapshot() == before
+    assert service.sandbox.count("create") == 0
+    assert service.run(JOB, ops=divided(4), max_changes=4).ok
+    assert len(service.charges()) == 4
+
+
+def test_what_is_overdue_by_too_much_is_so_in_every_shard(service: Service) -> None:
+    old = [service.subscriber(ended_at=NOON - timedelta(days=9)) for _ in range(2)]
+    due = [service.subscriber() for _ in range(2)]
+
+    run = service.run(JOB, ops=divided(2, max_overdue_days=5))
+
+    assert run.ok, run.failure
+    assert charged(service) == dict.fromkeys(due, 1)
+    assert run.number("fetch_due_subscriptions", "not charged: overdue by more than 5 days") == len(old)
+
+
+def test_an_approved_plan_is_not_divided(service: Service) -> None:
+    service.subscriber()
+
+    run = service.run(JOB, ops=divided(2), approved_plan="0" * 16)
+
+    assert not run.ok
+    assert "a plan is approved as a whole" in run.failure
+    assert service.sandbox.count() == 0
+
+
+def test_a_wrong_shop_key_costs_one_request_and_no_shard_begins(service: Service) -> None:
+    for _ in range(4):
+        service.subscriber()
+    service.provider.secret_key = "another"
+
+    run = service.run(JOB, ops=divided(4))
+
+    assert not run.ok
+    assert "YOOKASSA_SHOP_ID" in run.failure
+    assert service.sandbox.count() == 1
+    assert service.rows("billing_orchestration.renewal_attempts") == []
+
+
+def test_what_needs_another_try_ends_the_run_red_after_all_shards_and_names_it(service: Service) -> None:
+    lost, *others = [service.subscriber() for _ in range(4)]
+    service.sandbox.misbehave("create", "error_after", payment_method_id=f"method-{lost}", times=None)
+
+    run = service.run(JOB, ops=divided(2))
+
+    assert not run.ok
+    assert run.failure.startswith("1 need another try, everything else was applied. Nobody is charged twice")
+    assert f"subscription {lost} (unknown)" in run.failure
+    assert {id_: charged(service)[id_] for id_ in others} == dict.fromkeys(others, 1)
+    assert run.materialized[JOB]["unknown"] == 1
+    service.sandbox.behave()
+    assert service.run(JOB, ops=divided(3)).ok
+    assert charged(service) == dict.fromkeys([lost, *others], 1)
+    service.check_books()
+
+
+def test_an_open_attempt_is_concluded_by_its_own_shard(service: Service) -> None:
+    subscriptions = [service.subscriber(script="pending") for _ in range(3)]
+    service.run(JOB)
+    for subscription in subscriptions:
+        service.provider.pay(service.attempts(subscription)[0].external_payment_id)
+
+    run = service.run(JOB, ops=divided(2))
+
+    assert run.ok, run.failure
+    assert [service.attempts(id_)[0].state for id_ in subscriptions] == ["SUCCEEDED"] * 3
+    for number in (1, 2):
+        mine = [id_ for id_ in subscriptions if id_ % 2 == number - 1]
+        assert run.metadata[f"renew_shard[shard_{number}_of_2]"]["applied"] == len(mine)
+    service.check_books()
+
+
+def test_all_shards_are_about_the_instant_at_which_the_run_began(service: Service) -> None:
+    service.set_time(NOON.replace(hour=23, minute=59))
+    today = [service.subscriber(ended_at=NOON) for _ in range(2)]
+    tomorrow = [service.subscriber(ended_at=NOON + timedelta(days=1)) for _ in range(2)]
+    service.sandbox.misbehave("create", "none", delay_s=600, times=1)
+    ended = service.begin(JOB, ops=divided(2))
+    wait_until(lambda: service.sandbox.count("create"))
+    service.advance(minutes=5)  # the first shard is at work, the second begins after midnight
+    service.sandbox.behave()
+
+    run = ended()
+
+    assert run.ok, run.failure
+    assert charged(service) == dict.fromkeys(today, 1)
+    assert [service.attempts(id_) for id_ in tomorrow] == [[], []]
+
+
+def the_job() -> dg.JobDefinition:
+    """The job as a deployment loads it: settings from the environment."""
+    return build_definitions().get_job_def(JOB)
+
+
+def test_a_step_that_is_repeated_alone_says_to_launch_the_whole_job(
+    present: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present.subscriber(ended_at=present.now - timedelta(hours=1))
+    for name, value in environment_of(present).items():
+        monkeypatch.setenv(name, value)
+    present.sandbox.misbehave("create", "error_before", times=None)
+    config = {"ops": {"charge_renewals": {"config": {"max_sends": 1}}}}
+    with dg.instance_for_test() as instance:
+        job = dg.reconstructable(the_job)
+        with dg.execute_job(job, instance=instance, run_config=config) as red:
+            assert not red.success
+        sent = present.sandbox.count()
+        options = dg.ReexecutionOptions.from_failure(red.run_id, instance)
+
+        with dg.execute_job(job, instance=instance, run_config=config, reexecution_options=options) as again:
+            [failure] = [event for event in again.all_events if event.event_type_value == "STEP_FAILURE"]
+
+    assert failure.step_key == "charge_renewals"
+    assert "Launch the whole job: it is safe to repeat" in failure.step_failure_data.error.message
+    assert present.sandbox.count() == sent
+
+
+# --- in processes of their own
+
+
+@pytest.fixture
+def present(engine: sa.Engine, database_url: str, sandbox: Sandbox) -> Service:
+    """A service in the real present: processes of their own have the real clock."""
+    service = Service(engine, database_url, sandbox, now=datetime.now(UTC).replace(microsecond=0))
+    sandbox.clock.run()
+    return service
+
+
+def environment_of(service: Service) -> dict[str, str]:
+    """The settings of SPEC 2 that lead to this service."""
+    return {
+        "BILLING_DATABASE_URL": service.settings.billing_database_url,
+        "YOOKASSA_SHOP_ID": service.sandbox.shop_id,
+        "YOOKASSA_SECRET_KEY": service.sandbox.secret_key,
+        "YOOKASSA_API_URL": service.sandbox.url,
+    }
+
+
+@contextmanager
+def executing(service: Service, folder: Path, config: str) -> Iterator[subprocess.Popen[str]]:
+    """`dagster job execute` with this run config, on a home of its own."""
+    home = folder / "home"
+    home.mkdir(exist_ok=True)
+    (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    (folder / "run.yaml").write_text(config)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DAGSTER_", "YOOKASSA_"))}
+    environment |= {**environment_of(service), "DAGSTER_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    command = [str(Path(sys.executable).parent / "dagster"), "job", "execute"]
+    command += ["-m", "billing_orchestration.definitions", "-j", JOB, "-c", str(folder / "run.yaml")]
+    with subprocess.Popen(
+        command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def events(folder: Path) -> list[dg.EventLogEntry]:
+    """Everything that the runs of this home have recorded."""
+    with dg.DagsterInstance.from_config(str(folder / "home")) as instance:
+        return [entry for run in instance.get_runs() for entry in instance.all_logs(run.run_id)]
+
+
+TWO_PROCESSES = """
+execution: {config: {multiprocess: {max_concurrent: 2}}}
+"""
+
+
+def test_two_processes_charge_their_shards_side_by_side(present: Service, tmp_path: Path) -> None:
+    subscriptions = [present.subscriber(ended_at=present.now - timedelta(hours=1)) for _ in range(4)]
+    for shard in (0, 1):
+        of_shard = next(id_ for id_ in subscriptions if id_ % 2 == shard)
+        present.sandbox.misbehave("create", "none", delay_s=600, payment_method_id=f"method-{of_shard}")
+
+    # Without `shards`: one a process.
+    with executing(present, tmp_path, TWO_PROCESSES) as process:
+        # Both shards have a charge under way at the same moment, and each goes on only after that.
+        wait_until(lambda: present.sandbox.count("create") >= 2 or process.poll() is not None, patience_s=120)
+        present.sandbox.behave()
+        told, _ = process.communicate(timeout=300)
+
+    assert process.returncode == 0, told[-3000:]
+    assert charged(present) == dict.fromkeys(subscriptions, 1)
+    pids = {
+        str(entry.step_key): entry.pid_of_step
+        for entry in _started(events(tmp_path))
+        if str(entry.step_key).startswith("renew_shard[")
+    }
+    assert set(pids) == {"renew_shard[shard_1_of_2]", "renew_shard[shard_2_of_2]"}
+    assert len(set(pids.values())) == 2
+    present.check_books()
+
+
+class _Started:
+    """That a step has begun, and in which process."""
+
+    def __init__(self, step_key: str | None, metadata: Mapping[str, Any]) -> None:
+        self.step_key = step_key
+        self.pid_of_step = metadata["pid"].value
+
+
+def _started(entries: list[dg.EventLogEntry]) -> list[_Started]:
+    found = []
+    for entry in entries:
+        event = entry.dagster_event
+        if event is not None and event.event_type_value == "STEP_WORKER_STARTED":
+            found.append(_Started(event.step_key, event.engine_event_data.metadata))
+    return found
+
+
+@pytest.mark.parametrize("victim", ["a shard", "the run"])
+def test_a_process_that_is_killed_in_its_charge_leaves_nothing_that_the_next_run_does_not_complete(
+    present: Service, tmp_path: Path, victim: str
+) -> None:
+    subscriptions = [present.subscriber(ended_at=present.now - timedelta(hours=1)) for _ in range(4)]
+    # Charged at the provider, the answer never comes.
+    hanging = present.sandbox.misbehave("create", "silence_after", times=None)
+    with executing(present, tmp_path, TWO_PROCESSES) as process:
+        wait_until(lambda: hanging.fired >= 2 or process.poll() is not None, patience_s=120)
+        shards = _pids_of_shards(tmp_path)
+        assert len(shards) == 2, process.stdout and process.stdout.read()[-3000:]
+        for pid in shards if victim == "a shard" else [process.pid, *shards]:
+            os.kill(pid, signal.SIGKILL)
+        present.sandbox.behave()
+        process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert all(count == 1 for count in charged(present).values())
+
+    with executing(present, tmp_path, TWO_PROCESSES) as process:
+        told, _ = process.communicate(timeout=300)
+
+    assert process.returncode == 0, told[-3000:]
+    assert charged(present) == dict.fromkeys(subscriptions, 1)
+    present.check_books()
+
+
+def _pids_of_shards(folder: Path) -> list[int]:
+    return [
+        int(started.pid_of_step)
+        for started in _started(events(folder))
+        if str(started.step_key).startswith("renew_shard[")
+    ]
+
+
+@pytest.mark.parametrize("shards", [0, -2, 257])
+def test_a_number_of_shards_that_makes_no_sense_is_refused(service: Service, shards: int) -> None:
+    service.subscriber()
+
+    run = service.run(JOB, ops=divided(shards))
+
+    assert not run.ok
+    assert "shards" in run.failure
+    assert service.sandbox.count() == 0
+
+
+def test_an_executor_of_the_deployments_own_takes_the_place_of_ours() -> None:
+    definitions = build_definitions(executor=dg.in_process_executor.configured({}, name="mine"))
+
+    assert definitions.get_job_def(JOB).executor_def.name == "mine"
+    assert definitions.get_job_def("expire_payments_job").executor_def.name != "mine"
