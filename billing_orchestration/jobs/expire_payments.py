@@ -207,7 +207,10 @@ def _shown(decision: PaymentExpiry) -> Decision:
     return Decision("quarantine" if decision.quarantine else "leave", row.subject, decision.reason, row.money)
 
 
-@dg.op(description="Settle the paid ones, set the others EXPIRED, each by its precondition, with the audit trail.")
+@dg.op(
+    description="Settle the paid ones, set the others EXPIRED, each by its precondition, with the audit trail.",
+    out=dg.Out(dg.Nothing),
+)
 def apply_payment_expiry(
     context: dg.OpExecutionContext,
     plan: ExpiryPlan,

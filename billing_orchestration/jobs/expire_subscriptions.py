@@ -111,7 +111,8 @@ def diff_subscriptions_over(context: dg.OpExecutionContext, over: SubscriptionsO
 
 
 @dg.op(
-    description="Set them EXPIRED in chunks, each row re-read under lock with its precondition, with the audit trail."
+    description="Set them EXPIRED in chunks, each row re-read under lock with its precondition, with the audit trail.",
+    out=dg.Out(dg.Nothing),
 )
 def apply_subscription_expiry(
     context: dg.OpExecutionContext,

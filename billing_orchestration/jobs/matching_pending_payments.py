@@ -96,6 +96,7 @@ def diff_pending_payments(context: dg.OpExecutionContext, hand_over: dg.Resource
 @dg.op(
     description="Settle each: re-read under lock, then payment SUCCEEDED and its subscription extended or created.",
     ins=AFTER,
+    out=dg.Out(dg.Nothing),
 )
 def apply_pending_matches(
     context: dg.OpExecutionContext,

@@ -125,6 +125,7 @@ def diff_successful_payments(
 @dg.op(
     description="Settle each: re-read under lock, then create or finish the payment and grant its subscription.",
     ins=AFTER,
+    out=dg.Out(dg.Nothing),
 )
 def apply_successful_matches(
     context: dg.OpExecutionContext,
