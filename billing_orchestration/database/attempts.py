@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,7 +19,7 @@ from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.renewals import Attempt
 from billing_orchestration.domain.shards import Shard
 
-_COLUMNS = (
+ATTEMPT_COLUMNS = (
     renewal_attempts.c.id,
     renewal_attempts.c.subscription_id,
     renewal_attempts.c.period_start,
@@ -68,10 +68,26 @@ def attempt_of(row: Any) -> Attempt:
     )
 
 
+def attempt_of_raw(row: Sequence[Any]) -> Attempt:
+    """The same from a row as the driver gives it: the values of ATTEMPT_COLUMNS, the period's start naive."""
+    id_, subscription_id, period_start, number, state, key, body, amount, currency, *rest = row
+    return Attempt(
+        id_,
+        subscription_id,
+        period_start.replace(tzinfo=timezone.utc),
+        number,
+        state,
+        key,
+        body,
+        Money(amount, currency),
+        *rest,
+    )
+
+
 def select_attempts(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
     """A SELECT of whole attempts, in a stable order."""
     table = renewal_attempts
-    return sa.select(*_COLUMNS).where(*where).order_by(table.c.subscription_id, table.c.period_start, table.c.number)
+    return sa.select(*ATTEMPT_COLUMNS).where(*where).order_by(table.c.subscription_id, table.c.period_start, table.c.number)
 
 
 # As words of the statement, not as its values: so every plan of it can use the index on open attempts.

@@ -135,13 +135,13 @@ def evidence_of(value: Any) -> dict[str, Any]:
     return {"item": plain} if len(text) <= _LONGEST_TEXT else {"item": text[:_LONGEST_TEXT], "cut": True}
 
 
-_INSERT_AUDIT = sa.text("""
+_INSERT_AUDIT = """
     INSERT INTO billing_orchestration.audit_trail
         (at, job, run_id, entity, entity_id, action, old, new, reason, external_payment_id)
-    SELECT :at, :job, :run_id, x.entity, x.entity_id, x.action, x.old, x.new, x.reason, x.external_payment_id
-    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+    SELECT %(at)s, %(job)s, %(run_id)s, x.entity, x.entity_id, x.action, x.old, x.new, x.reason, x.external_payment_id
+    FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
         entity text, entity_id text, action text, old jsonb, new jsonb, reason text, external_payment_id text)
-""")
+"""
 
 
 def record_changes(connection: sa.Connection, stamp: Stamp, changes: Sequence[Change]) -> None:
@@ -162,7 +162,7 @@ def record_changes(connection: sa.Connection, stamp: Stamp, changes: Sequence[Ch
         }
         for change in changes
     ]
-    connection.execute(_INSERT_AUDIT, {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": to_json(rows)})
+    connection.exec_driver_sql(_INSERT_AUDIT, {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": to_json(rows)})
 
 
 _OPEN_PROBLEMS = sa.text("""
@@ -226,31 +226,24 @@ def open_problems(connection: sa.Connection, stamp: Stamp, problems: Sequence[Pr
     return {row.problem_key for row in opened}
 
 
-_CLOSE_SETTLED = sa.text("""
+# For the driver as it is, alone or inside another statement.
+CLOSE_SETTLED = """
     UPDATE billing_orchestration.quarantine
-    SET resolved_at = :at, resolution = 'settled', resolved_by = :job,
-        resolution_reason = 'what stood in the way is gone: settled by run ' || :run_id
-    WHERE external_payment_id = ANY(:ids) AND resolved_at IS NULL AND kind = ANY(:kinds)
+    SET resolved_at = %(at)s, resolution = 'settled', resolved_by = %(job)s,
+        resolution_reason = 'what stood in the way is gone: settled by run ' || %(run_id)s
+    WHERE external_payment_id = ANY(%(ids)s) AND resolved_at IS NULL AND kind = ANY(%(kinds)s)
     RETURNING id, external_payment_id
-""")
+"""
 
 
-def close_settled(connection: sa.Connection, stamp: Stamp, payment_ids: Sequence[str], kinds: Sequence[str]) -> None:
-    """Close the open problems of the given kinds of payments that have just been settled after all."""
-    if not payment_ids:
-        return
-    closed = connection.execute(
-        _CLOSE_SETTLED,
-        {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "ids": list(payment_ids), "kinds": list(kinds)},
-    ).all()
+def record_healed(connection: sa.Connection, stamp: Stamp, healed: Sequence[tuple[int, str]]) -> None:
+    """Write down which problems (their id, their payment's id) were closed because their payment was settled."""
     record_changes(
         connection,
         stamp,
         [
-            Change(
-                "quarantine", str(row.id), "resolved", "settled after all", external_payment_id=row.external_payment_id
-            )
-            for row in closed
+            Change("quarantine", str(id_), "resolved", "settled after all", external_payment_id=payment_id)
+            for id_, payment_id in healed
         ],
     )
 

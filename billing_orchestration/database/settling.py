@@ -9,25 +9,27 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 import sqlalchemy as sa
 
-from billing_orchestration.database.attempts import attempt_of, select_attempts
+from billing_orchestration.database.attempts import ATTEMPT_COLUMNS, attempt_of_raw
 from billing_orchestration.database.audit import (
+    CLOSE_SETTLED,
     Change,
     Problem,
     Stamp,
-    close_settled,
     evidence_of,
     open_problems,
     record_changes,
+    record_healed,
     to_json,
 )
-from billing_orchestration.database.payment_rows import select_rows
-from billing_orchestration.database.tables import naive_utc, readable, renewal_attempts
+from billing_orchestration.database.tables import naive_utc, readable
 from billing_orchestration.database.tables import subscriptions as subscriptions_table
 from billing_orchestration.domain.billing_calendar import BillingCalendar
+from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.renewals import Attempt, State
 from billing_orchestration.domain.settlement import (
@@ -73,45 +75,71 @@ class Settled:
     newly_opened: bool = False
 
 
-_LOCK_USERS = sa.text("""
+_LOCK_USERS = """
     SELECT count(pg_advisory_xact_lock(key)) FROM (
         SELECT DISTINCT hashtextextended('billing_orchestration/user/' || name, 0) AS key
-        FROM unnest(CAST(:names AS text[])) AS name ORDER BY key
+        FROM unnest(CAST(%(names)s AS text[])) AS name ORDER BY key
     ) AS keys
-""")
+"""
 
-_KNOWN = sa.text("""
-    SELECT external_payment_id, kind, false AS set_aside
-    FROM billing_orchestration.settlements WHERE external_payment_id = ANY(:ids)
+# Statements of the hot path are handed to the driver as they are: compiling and caching them costs SQLAlchemy as much
+# as the driver needs to send them. Each takes a constant text, so that the server plans it once for a connection.
+
+# The payment rows, locked, and with them what our own books say about the same ids.
+_ROWS = """
+    WITH held AS (
+        SELECT id, subscription_id, payment_provider_id, status::text AS status, amount,
+               currency::text AS currency, external_payment_id
+        FROM payments WHERE external_payment_id = ANY(%(ids)s) ORDER BY id FOR NO KEY UPDATE
+    )
+    SELECT 'row' AS what, external_payment_id, status AS word, id, subscription_id, payment_provider_id, amount,
+           currency
+    FROM held
     UNION ALL
-    SELECT DISTINCT external_payment_id, NULL, true
+    SELECT 'settled', external_payment_id, kind, NULL, NULL, NULL, NULL, NULL
+    FROM billing_orchestration.settlements WHERE external_payment_id = ANY(%(ids)s)
+    UNION ALL
+    SELECT DISTINCT 'set aside', external_payment_id, NULL, CAST(NULL AS int), CAST(NULL AS int), CAST(NULL AS int),
+           CAST(NULL AS numeric), NULL
     FROM billing_orchestration.quarantine
     -- An entry about a row of the service's (its expiry was refused) says nothing about the provider's payment.
-    WHERE external_payment_id = ANY(:ids) AND resolution = 'ignored'
+    WHERE external_payment_id = ANY(%(ids)s) AND resolution = 'ignored'
       AND NOT (kind = 'not_writable' AND payment_id IS NOT NULL)
-""")
+"""
+
+# The named attempts and all others of their periods.
+_PERIODS = f"""
+    SELECT {", ".join(column.name for column in ATTEMPT_COLUMNS)}
+    FROM billing_orchestration.renewal_attempts
+    WHERE (subscription_id, period_start) IN (
+        SELECT subscription_id, period_start FROM billing_orchestration.renewal_attempts WHERE id = ANY(%(ids)s))
+    ORDER BY subscription_id, period_start, number FOR UPDATE
+"""
 
 # An end that Python has no datetime for ('infinity') reads as none: nothing can be added to it.
-_SUBSCRIPTIONS = sa.text(f"""
+_SUBSCRIPTIONS = f"""
     SELECT s.id, s.user_id, s.plan_id, s.status::text AS status,
            {readable("s.started_at")} AS started_at, {readable("s.ended_at")} AS ended_at
     FROM subscriptions s
     WHERE s.id IN (
-        SELECT unnest(CAST(:ids AS int[]))
+        SELECT unnest(CAST(%(ids)s AS int[]))
         UNION
         SELECT a.id FROM subscriptions a
-        JOIN (SELECT * FROM unnest(CAST(:users AS text[]), CAST(:plans AS int[])) AS w (user_id, plan_id)) w
+        JOIN (SELECT * FROM unnest(CAST(%(users)s AS text[]), CAST(%(plans)s AS int[])) AS w (user_id, plan_id)) w
           ON a.user_id = w.user_id AND a.plan_id = w.plan_id
         WHERE a.status = 'ACTIVE')
     ORDER BY s.id FOR NO KEY UPDATE OF s
-""").columns(
-    sa.column("id", sa.Integer),
-    sa.column("user_id", sa.String),
-    sa.column("plan_id", sa.Integer),
-    sa.column("status", sa.String),
-    sa.column("started_at", subscriptions_table.c.started_at.type),
-    sa.column("ended_at", subscriptions_table.c.ended_at.type),
-)
+"""
+
+# What is read last, when everything is locked: the payment rows once more, and what no transaction of ours changes.
+_BESIDE = """
+    SELECT 'row' AS what, id, NULL AS duration, NULL AS duration_unit
+    FROM payments WHERE external_payment_id = ANY(%(ids)s)
+    UNION ALL
+    SELECT 'plan', id, duration, duration_unit FROM plans WHERE id = ANY(CAST(%(plans)s AS int[]))
+    UNION ALL
+    SELECT 'provider', id, CAST(NULL AS int), NULL FROM payment_providers
+"""
 
 
 def lock_users(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> None:
@@ -121,7 +149,7 @@ def lock_users(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> N
 
 def lock_user_names(connection: sa.Connection, names: Sequence[str]) -> None:
     """The same by name: a user's, or "payment ID" for a payment that names no user."""
-    connection.execute(_LOCK_USERS, {"names": sorted(set(names))})
+    connection.exec_driver_sql(_LOCK_USERS, {"names": sorted(set(names))})
 
 
 def _read_facts(
@@ -129,7 +157,7 @@ def _read_facts(
 ) -> dict[str, Facts]:
     """Everything that decides about each payment of the batch, read under lock.
 
-    Users, payment rows, attempts, subscriptions: always in that order and each sorted, so that two settlers wait for
+    Users, payment rows, attempts, subscriptions: locked always in that order and each sorted, so that two settlers wait for
     each other instead of deadlocking. Raises ChangedMeanwhile when the service writes a payment row in between.
     """
     ids = [payment.id for payment in batch]
@@ -137,61 +165,79 @@ def _read_facts(
     lock_users(connection, batch)
     settled_as: dict[str, str] = {}
     set_aside: set[str] = set()
-    for row in connection.execute(_KNOWN, {"ids": ids}):
-        if row.set_aside:
-            set_aside.add(row.external_payment_id)
-        else:
-            settled_as[row.external_payment_id] = row.kind
     rows: dict[str, list[PaymentRow]] = {}
-    for payment_row in select_rows(
-        connection, "external_payment_id = ANY(:ids) ORDER BY id FOR NO KEY UPDATE", {"ids": ids}
-    ):
-        rows.setdefault(payment_row.external_payment_id or "", []).append(payment_row)
+    found = connection.exec_driver_sql(_ROWS, {"ids": ids})
+    for what, payment_id, word, row_id, subscription_id, provider_id, amount, currency in found:
+        if what == "row":
+            money = Money(amount, currency) if currency is not None else None
+            row = PaymentRow(row_id, subscription_id, provider_id, word, money, payment_id)
+            rows.setdefault(payment_id, []).append(row)
+        elif what == "settled":
+            settled_as[payment_id] = word
+        else:
+            set_aside.add(payment_id)
+    for of_one in rows.values():
+        of_one.sort(key=lambda row: row.id)
     named = {payment.id: named_attempt_id(payment) for payment in batch}
     attempts = _read_periods(connection, [id_ for id_ in named.values() if id_ is not None])
-    subscription_ids = {
-        row.subscription_id for found in rows.values() for row in found if row.subscription_id is not None
-    }
+    periods: dict[tuple[int, datetime], list[Attempt]] = {}
+    for attempt in attempts.values():
+        periods.setdefault((attempt.subscription_id, attempt.period_start), []).append(attempt)
+    subscription_ids = {row.subscription_id for of_one in rows.values() for row in of_one}
     subscription_ids |= {attempt.subscription_id for attempt in attempts.values()}
     attached = {ruling.attach_to for ruling in rulings.values() if ruling.attach_to is not None}
     subscription_ids |= attached
-    pairs = [(users[payment.id], metadata_int(payment, "plan_id")) for payment in batch]
-    wanted = sorted({(user, plan) for user, plan in pairs if user is not None and plan is not None})
+    wanted = sorted(
+        {
+            (user, plan)
+            for payment in batch
+            if (user := users[payment.id]) is not None and (plan := metadata_int(payment, "plan_id")) is not None
+        }
+    )
     subscriptions = {
-        row.id: SubscriptionRow(row.id, row.user_id, row.plan_id, row.status, row.started_at, row.ended_at)
-        for row in connection.execute(
+        row[0]: SubscriptionRow(row[0], row[1], row[2], row[3], _utc(row[4]), _utc(row[5]))
+        for row in connection.exec_driver_sql(
             _SUBSCRIPTIONS,
             {
-                "ids": sorted(subscription_ids),
+                "ids": sorted(id_ for id_ in subscription_ids if id_ is not None),
                 "users": [user for user, _ in wanted],
                 "plans": [plan for _, plan in wanted],
             },
         )
     }
-    _refuse_new_rows(connection, ids, rows)
     plan_ids = {plan for _, plan in wanted} | {attempt.plan_id for attempt in attempts.values()}
     plan_ids |= {row.plan_id for row in subscriptions.values() if row.id in attached and row.plan_id is not None}
-    plans = {
-        row.id: PlanRow(row.id, row.duration, row.duration_unit)
-        for row in connection.execute(
-            sa.text("SELECT id, duration, duration_unit FROM plans WHERE id = ANY(:ids)"), {"ids": sorted(plan_ids)}
-        )
-    }
-    provider_ids = frozenset(connection.execute(sa.text("SELECT id FROM payment_providers")).scalars())
+    appeared: set[int] = set()
+    plans: dict[int, PlanRow] = {}
+    providers: set[int] = set()
+    for what, id_, duration, unit in connection.exec_driver_sql(_BESIDE, {"ids": ids, "plans": sorted(plan_ids)}):
+        if what == "row":
+            appeared.add(id_)
+        elif what == "plan":
+            plans[id_] = PlanRow(id_, duration, unit)
+        else:
+            providers.add(id_)
+    appeared -= {row.id for of_one in rows.values() for row in of_one}
+    if appeared:
+        # The service's webhook writes a row and extends the subscription in one transaction. Its new row cannot be
+        # waited for, the subscription can: when that wait is over, the row is there, and its period must not be
+        # granted again.
+        raise ChangedMeanwhile(f"payment rows of this batch appeared while it was read: {sorted(appeared)}")
+    provider_ids = frozenset(providers)
     facts: dict[str, Facts] = {}
     for payment in batch:
-        attempt = attempts.get(named[payment.id]) if named[payment.id] is not None else None  # type: ignore[arg-type]
-        rivals = [] if attempt is None else [
+        named_id = named[payment.id]
+        its_attempt = None if named_id is None else attempts.get(named_id)
+        rivals = [] if its_attempt is None else [
             other
-            for other in attempts.values()
-            if other.id != attempt.id
-            and (other.subscription_id, other.period_start) == (attempt.subscription_id, attempt.period_start)
+            for other in periods[its_attempt.subscription_id, its_attempt.period_start]
+            if other is not its_attempt
         ]  # fmt: skip
         facts[payment.id] = Facts(
             settled_as=settled_as.get(payment.id),
             set_aside=payment.id in set_aside,
             rows=rows.get(payment.id, []),
-            attempt=attempt,
+            attempt=its_attempt,
             rivals=rivals,
             subscriptions=subscriptions,
             plans=plans,
@@ -200,27 +246,17 @@ def _read_facts(
     return facts
 
 
-def _refuse_new_rows(connection: sa.Connection, ids: Sequence[str], rows: Mapping[str, Sequence[PaymentRow]]) -> None:
-    """Look for payment rows that were committed after these were read.
-
-    The service's webhook writes a row and extends the subscription in one transaction. Its new row cannot be waited
-    for, the subscription can: when that wait is over, the row is there, and its period must not be granted again.
-    """
-    known = {row.id for found in rows.values() for row in found}
-    now = connection.execute(sa.text("SELECT id FROM payments WHERE external_payment_id = ANY(:ids)"), {"ids": ids})
-    appeared = set(now.scalars()) - known
-    if appeared:
-        raise ChangedMeanwhile(f"payment rows of this batch appeared while it was read: {sorted(appeared)}")
+def _utc(instant: datetime | None) -> datetime | None:
+    """A naive timestamp of the service's, which holds UTC."""
+    return None if instant is None else instant.replace(tzinfo=timezone.utc)
 
 
 def _read_periods(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> Mapping[uuid.UUID, Attempt]:
     """The named attempts and all others of their periods, locked."""
     if not attempt_ids:
         return {}
-    table = renewal_attempts
-    periods = sa.select(table.c.subscription_id, table.c.period_start).where(table.c.id.in_(list(attempt_ids)))
-    query = select_attempts(sa.tuple_(table.c.subscription_id, table.c.period_start).in_(periods))
-    return {row.id: attempt_of(row) for row in connection.execute(query.with_for_update())}
+    found = connection.exec_driver_sql(_PERIODS, {"ids": attempt_ids})
+    return {row[0]: attempt_of_raw(row) for row in found}
 
 
 def settle_batch(
@@ -266,8 +302,6 @@ def settle_batch(
     record_changes(connection, stamp, changes)
     _write_settlements(connection, stamp, decisions, created, payment_rows)
     opened = _write_problems(connection, stamp, decisions)
-    settled_ids = [d.payment.id for d in decisions if isinstance(d, (Settle, RecordRefund, CloseAsGranted))]
-    close_settled(connection, stamp, settled_ids, HEALING_KINDS)
     return [
         Settled(
             payment=decision.payment,
@@ -318,14 +352,14 @@ def _refuse_collisions(decisions: Sequence[SettlementDecision]) -> None:
             seen.add(key)
 
 
-_EXTEND = sa.text("""
+_EXTEND = """
     UPDATE subscriptions s
-    SET ended_at = x.ended_at, updated_at = :naive_at,
+    SET ended_at = x.ended_at, updated_at = %(naive_at)s,
         status = CASE WHEN x.reactivate THEN 'ACTIVE'::subscriptionstatusenum ELSE s.status END
-    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+    FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
         id int, ended_at timestamp, old_ended_at timestamp, old_status text, reactivate boolean)
     WHERE s.id = x.id AND s.ended_at = x.old_ended_at AND s.status::text IS NOT DISTINCT FROM x.old_status
-""")
+"""
 
 
 def _write_subscriptions(
@@ -346,7 +380,7 @@ def _write_subscriptions(
             }
             for grant, subscription in extended
         ]
-        result = connection.execute(_EXTEND, {"rows": to_json(rows), "naive_at": naive_utc(stamp.at)})
+        result = connection.exec_driver_sql(_EXTEND, {"rows": to_json(rows), "naive_at": naive_utc(stamp.at)})
         if result.rowcount != len(rows):
             raise ChangedMeanwhile(f"{len(rows)} subscriptions were to be extended, {result.rowcount} could be")
         changes += [
@@ -399,30 +433,30 @@ def _write_subscriptions(
     return created
 
 
-_FINISH_PAYMENT = sa.text("""
+_FINISH_PAYMENT = """
     UPDATE payments p
     SET status = x.status::paymentstatusenum, subscription_id = coalesce(x.subscription_id, p.subscription_id),
-        payment_method = coalesce(x.payment_method::paymentmethodsenum, p.payment_method), updated_at = :naive_at,
+        payment_method = coalesce(x.payment_method::paymentmethodsenum, p.payment_method), updated_at = %(naive_at)s,
         amount = coalesce(x.amount, p.amount), currency = coalesce(x.currency::currencyenum, p.currency)
-    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+    FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
         id int, status text, old_status text, subscription_id int, payment_method text, amount numeric(8,2),
         currency text)
     WHERE p.id = x.id AND p.status::text IS NOT DISTINCT FROM x.old_status
-""")
+"""
 
 # The provider's ids of a batch are distinct, so each new row is found by its own.
-_INSERT_PAYMENTS = sa.text("""
+_INSERT_PAYMENTS = """
     INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,
                           external_payment_id, created_at, updated_at)
     SELECT x.subscription_id, x.payment_provider_id, x.payment_method::paymentmethodsenum,
            x.status::paymentstatusenum, x.currency::currencyenum, x.amount, x.external_payment_id, x.created_at,
            x.updated_at
-    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+    FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
         number int, subscription_id int, payment_provider_id int, payment_method text, status text, currency text,
         amount numeric(8,2), external_payment_id text, created_at timestamp, updated_at timestamp)
     ORDER BY x.number
     RETURNING external_payment_id, id
-""")
+"""
 
 
 def _write_payments(
@@ -493,7 +527,7 @@ def _write_payments(
         }
         inserts.append((values, decision.reason))
     if updates:
-        result = connection.execute(_FINISH_PAYMENT, {"rows": to_json(updates), "naive_at": naive_utc(stamp.at)})
+        result = connection.exec_driver_sql(_FINISH_PAYMENT, {"rows": to_json(updates), "naive_at": naive_utc(stamp.at)})
         if result.rowcount != len(updates):
             raise ChangedMeanwhile(f"{len(updates)} payment rows were to be finished, {result.rowcount} could be")
     if inserts:
@@ -506,7 +540,7 @@ def _write_payments(
             }
             for number, (values, _) in enumerate(inserts)
         ]
-        inserted = dict(connection.execute(_INSERT_PAYMENTS, {"rows": to_json(rows)}).tuples().all())
+        inserted = dict(connection.exec_driver_sql(_INSERT_PAYMENTS, {"rows": to_json(rows)}).tuples().all())
         for values, reason in inserts:
             row_id = inserted[values["external_payment_id"]]
             written[values["external_payment_id"]] = row_id
@@ -528,14 +562,14 @@ def _write_payments(
     return written
 
 
-_CLOSE_ATTEMPTS = sa.text("""
+_CLOSE_ATTEMPTS = """
     UPDATE billing_orchestration.renewal_attempts a
     SET state = x.state, external_payment_id = coalesce(x.external_payment_id, a.external_payment_id),
-        last_error = x.reason, closed_at = :at
-    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+        last_error = x.reason, closed_at = %(at)s
+    FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
         id uuid, state text, old_state text, external_payment_id text, reason text)
     WHERE a.id = x.id AND a.state = x.old_state
-""")
+"""
 
 
 def _write_attempts(
@@ -571,7 +605,7 @@ def _write_attempts(
             }
             for attempt, state, payment_id, reason in group
         ]
-        result = connection.execute(_CLOSE_ATTEMPTS, {"rows": to_json(rows), "at": stamp.at})
+        result = connection.exec_driver_sql(_CLOSE_ATTEMPTS, {"rows": to_json(rows), "at": stamp.at})
         if result.rowcount != len(rows):
             raise ChangedMeanwhile(f"{len(rows)} attempts were to be closed, {result.rowcount} could be")
     changes += [
@@ -588,16 +622,22 @@ def _write_attempts(
     ]
 
 
-_INSERT_SETTLEMENTS = sa.text("""
+# With each settlement the open problems of its payment are closed, of the kinds that are gone by it.
+_INSERT_SETTLEMENTS = f"""
+    WITH healed AS (
+        {CLOSE_SETTLED}
+    ), written AS (
     INSERT INTO billing_orchestration.settlements
         (external_payment_id, kind, payment_id, subscription_id, attempt_id, user_id, plan_id, amount, currency,
          period_start, period_end, settled_at, run_id)
     SELECT x.external_payment_id, x.kind, x.payment_id, x.subscription_id, x.attempt_id, x.user_id, x.plan_id,
-           x.amount, x.currency, x.period_start, x.period_end, :at, :run_id
-    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
+           x.amount, x.currency, x.period_start, x.period_end, %(at)s, %(run_id)s
+    FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
         external_payment_id text, kind text, payment_id int, subscription_id int, attempt_id uuid, user_id text,
         plan_id int, amount numeric(8,2), currency text, period_start timestamp, period_end timestamp)
-""")
+    )
+    SELECT id, external_payment_id FROM healed
+"""
 
 _SAVE_METHODS = sa.text("""
     INSERT INTO billing_orchestration.saved_methods
@@ -664,7 +704,9 @@ def _write_settlements(
                 "saved_at": payment.captured_at or payment.created_at,
             }
     if rows:
-        connection.execute(_INSERT_SETTLEMENTS, {"rows": to_json(rows), "at": stamp.at, "run_id": stamp.run_id})
+        values = {"rows": to_json(rows), "at": stamp.at, "job": stamp.job, "run_id": stamp.run_id}
+        values |= {"ids": [row["external_payment_id"] for row in rows], "kinds": list(HEALING_KINDS)}
+        record_healed(connection, stamp, connection.exec_driver_sql(_INSERT_SETTLEMENTS, values).all())
     if methods:
         connection.execute(_SAVE_METHODS, {"rows": to_json(list(methods.values()))})
 

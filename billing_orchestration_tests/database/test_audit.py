@@ -16,7 +16,6 @@ import sqlalchemy as sa
 from billing_orchestration.database.audit import (
     Change,
     Problem,
-    close_settled,
     count_open_problems,
     evidence_of,
     open_problems,
@@ -178,13 +177,11 @@ def test_what_a_person_resolved_for_good_is_not_opened_again(books: Books, resol
     assert count(books) == 0
 
 
-def test_closing_is_by_payment_and_kind(books: Books) -> None:
+def test_settling_closes_problems_by_payment_and_kind(books: Books) -> None:
     for payment_id in ("p", "q"):
         for kind in ("metadata", "second_success"):
             open_one(books, Problem(f"payment {payment_id}", kind, "odd", external_payment_id=payment_id))
-    with books.engine.begin() as connection:
-        close_settled(connection, books.stamp("healer"), ["p"], ["metadata"])
-        close_settled(connection, books.stamp("healer"), [], ["metadata"])
+    books.settle(books.paid("p"))
     open_ones = {row.problem_key for row in books.rows("quarantine", "resolved_at IS NULL")}
     assert open_ones == {"payment p:second_success", "payment q:metadata", "payment q:second_success"}
 
