@@ -87,7 +87,11 @@ def attempt_of_raw(row: Sequence[Any]) -> Attempt:
 def select_attempts(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
     """A SELECT of whole attempts, in a stable order."""
     table = renewal_attempts
-    return sa.select(*ATTEMPT_COLUMNS).where(*where).order_by(table.c.subscription_id, table.c.period_start, table.c.number)
+    return (
+        sa.select(*ATTEMPT_COLUMNS)
+        .where(*where)
+        .order_by(table.c.subscription_id, table.c.period_start, table.c.number)
+    )
 
 
 # As words of the statement, not as its values: so every plan of it can use the index on open attempts.

@@ -162,7 +162,9 @@ def record_changes(connection: sa.Connection, stamp: Stamp, changes: Sequence[Ch
         }
         for change in changes
     ]
-    connection.exec_driver_sql(_INSERT_AUDIT, {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": to_json(rows)})
+    connection.exec_driver_sql(
+        _INSERT_AUDIT, {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": to_json(rows)}
+    )
 
 
 _OPEN_PROBLEMS = sa.text("""

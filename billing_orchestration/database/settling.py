@@ -157,8 +157,9 @@ def _read_facts(
 ) -> dict[str, Facts]:
     """Everything that decides about each payment of the batch, read under lock.
 
-    Users, payment rows, attempts, subscriptions: locked always in that order and each sorted, so that two settlers wait for
-    each other instead of deadlocking. Raises ChangedMeanwhile when the service writes a payment row in between.
+    Users, payment rows, attempts, subscriptions: locked always in that order and each sorted, so that two settlers
+    wait for each other instead of deadlocking. Raises ChangedMeanwhile when the service writes a payment row in
+    between.
     """
     ids = [payment.id for payment in batch]
     users = {payment.id: metadata_user(payment) for payment in batch}
@@ -527,7 +528,9 @@ def _write_payments(
         }
         inserts.append((values, decision.reason))
     if updates:
-        result = connection.exec_driver_sql(_FINISH_PAYMENT, {"rows": to_json(updates), "naive_at": naive_utc(stamp.at)})
+        result = connection.exec_driver_sql(
+            _FINISH_PAYMENT, {"rows": to_json(updates), "naive_at": naive_utc(stamp.at)}
+        )
         if result.rowcount != len(updates):
             raise ChangedMeanwhile(f"{len(updates)} payment rows were to be finished, {result.rowcount} could be")
     if inserts:

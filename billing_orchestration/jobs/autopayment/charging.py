@@ -30,7 +30,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -236,6 +235,8 @@ class Charging:
     _to_claim: "queue.SimpleQueue[tuple[list[_Work], list[uuid.UUID]] | None]" = field(
         default_factory=queue.SimpleQueue
     )
+    _to_send: "queue.SimpleQueue[_Work | None]" = field(default_factory=queue.SimpleQueue)
+    _senders: list[threading.Thread] = field(default_factory=list)
     _to_write: "queue.SimpleQueue[_Batch | None]" = field(default_factory=queue.SimpleQueue)
     _judged: "deque[_Judged]" = field(default_factory=deque)
     _oldest_judged_at: float = 0.0
@@ -266,7 +267,6 @@ class Charging:
         if not total:
             return []
         started = told = self.monotonic()
-        senders = ThreadPoolExecutor(min(self.limits.max_concurrency, total), thread_name_prefix="charge")
         try:
             with self._autocommit() as locks:
                 with self._database_threads(locks):
@@ -274,7 +274,7 @@ class Charging:
                         self._claim_more()
                         self._write_more()
                         if self._in_flight or self._claiming or self._writing:
-                            self._take_events(senders)
+                            self._take_events()
                         elif not self._judged and not self._wait_for_delayed():
                             break
                         if self.monotonic() - told >= _PROGRESS_EVERY_S:
@@ -284,7 +284,10 @@ class Charging:
         finally:
             # Whatever happens here, nothing new is sent, and what was sent is waited for before the run ends.
             self._stopped.set()
-            senders.shutdown(wait=True)
+            for _ in self._senders:
+                self._to_send.put(None)
+            for sender in self._senders:
+                sender.join()
         self.log(self._progress(total, self.monotonic() - started))
         return self._results
 
@@ -318,17 +321,17 @@ class Charging:
         except BaseException as error:  # noqa: BLE001 - raised again by the deciding thread
             self._events.put(_Broken(error))
 
-    def _take_events(self, senders: ThreadPoolExecutor) -> None:
+    def _take_events(self) -> None:
         """Wait for the next event, and take all that have come."""
         try:
             event = self._events.get(timeout=self._patience_s())
             while True:
-                self._take(event, senders)
+                self._take(event)
                 event = self._events.get_nowait()
         except queue.Empty:
             pass
 
-    def _take(self, event: "_Answered | _Claimed | _Written | _Broken", senders: ThreadPoolExecutor) -> None:
+    def _take(self, event: "_Answered | _Claimed | _Written | _Broken") -> None:
         if isinstance(event, _Answered):
             self._in_flight -= 1
             if not self._judged:
@@ -336,7 +339,7 @@ class Charging:
             self._judged.append(self._judge(event.work, event.answer))
         elif isinstance(event, _Claimed):
             self._claiming = 0
-            self._send_claimed(event, senders)
+            self._send_claimed(event)
         elif isinstance(event, _Written):
             self._writing -= len(event.batch)
             self._batches -= 1
@@ -395,7 +398,7 @@ class Charging:
             claimed, busy = self._claim([work for work in group if work.attempt.id in free], locks)
             self._events.put(_Claimed(group, free, claimed, busy))
 
-    def _send_claimed(self, event: _Claimed, senders: ThreadPoolExecutor) -> None:
+    def _send_claimed(self, event: _Claimed) -> None:
         for work in event.group:
             attempt_id = work.attempt.id
             if attempt_id not in event.free:
@@ -406,7 +409,12 @@ class Charging:
                     work.sent_before = event.claimed[attempt_id]
                 work.sends += 1
                 self._in_flight += 1
-                senders.submit(self._send, work)
+                self._to_send.put(work)
+                # One for each that may be under way at a time, as they are needed.
+                if len(self._senders) < min(self._in_flight, self.limits.max_concurrency):
+                    sender = threading.Thread(target=self._keep_sending, name=f"charge {len(self._senders)}")
+                    self._senders.append(sender)
+                    sender.start()
             elif attempt_id in event.busy:
                 self._done.append(attempt_id)
                 outcome = "unknown" if work.sent_before else "never sent"
@@ -478,8 +486,13 @@ class Charging:
             with self.database.engine.begin() as connection:
                 return claim(connection, stamp, [work.attempt.id for work in group], stamp.at - KEY_LIFETIME)
 
+    def _keep_sending(self) -> None:
+        """Step 3, in one of many threads, until it is told to end."""
+        while (work := self._to_send.get()) is not None:
+            self._send(work)
+
     def _send(self, work: _Work) -> None:
-        """Step 3, in a worker: one POST, and its answer into the queue."""
+        """One POST, and its answer into the queue."""
         answer: ProviderPayment | Exception
 
         def before_send() -> None:
@@ -514,7 +527,11 @@ class Charging:
 
     def _keep_writing(self) -> None:
         """Step 4, in a thread and on a connection of its own."""
+        from billing_orchestration.database.engine import keep_to_indexes
+
         with self.database.engine.connect() as connection:
+            connection.detach()
+            keep_to_indexes(connection)
             while (batch := self._to_write.get()) is not None:
                 results, unwritten = self._write(
                     connection,
@@ -765,9 +782,12 @@ class Charging:
         return f"{done} of {total} done ({told or 'no answer yet'}), {rate:.1f} a second{remaining}"
 
     def _autocommit(self) -> "sa.Connection":
+        from billing_orchestration.database.engine import keep_to_indexes
+
         connection = self.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         # Not the pool's any more: closing it ends the session, and with it every lock, whatever went wrong.
         connection.detach()
+        keep_to_indexes(connection)
         return connection
 
 
