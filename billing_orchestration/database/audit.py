@@ -37,10 +37,13 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One entry of the audit trail. `entity` is subscription, payment, attempt or quarantine."""
+    """One entry of the audit trail. `entity` is subscription, payment, attempt or quarantine.
+
+    `entity_id` None: the payment row that settling creates in the same statement, found by its `external_payment_id`.
+    """
 
     entity: str
-    entity_id: str
+    entity_id: str | None
     action: str
     reason: str
     old: Mapping[str, Any] | None = None
@@ -144,14 +147,13 @@ _INSERT_AUDIT = """
 """
 
 
-def record_changes(connection: sa.Connection, stamp: Stamp, changes: Sequence[Change]) -> None:
-    """Write the audit entries of what the caller's transaction changes."""
-    if not changes:
-        return
-    rows = [
+def change_rows(changes: Sequence[Change]) -> list[dict[str, Any]]:
+    """The rows of the JSON parameter from which audit entries are written."""
+    return [
         {
+            "number": number,
             "entity": change.entity,
-            "entity_id": storable_name(change.entity_id),
+            "entity_id": None if change.entity_id is None else storable_name(change.entity_id),
             "action": change.action,
             "old": change.old,
             "new": change.new,
@@ -160,11 +162,16 @@ def record_changes(connection: sa.Connection, stamp: Stamp, changes: Sequence[Ch
             if change.external_payment_id is None
             else storable_name(change.external_payment_id),
         }
-        for change in changes
+        for number, change in enumerate(changes)
     ]
-    connection.exec_driver_sql(
-        _INSERT_AUDIT, {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": to_json(rows)}
-    )
+
+
+def record_changes(connection: sa.Connection, stamp: Stamp, changes: Sequence[Change]) -> None:
+    """Write the audit entries of what the caller's transaction changes."""
+    if not changes:
+        return
+    rows = to_json(change_rows(changes))
+    connection.exec_driver_sql(_INSERT_AUDIT, {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": rows})
 
 
 _OPEN_PROBLEMS = sa.text("""

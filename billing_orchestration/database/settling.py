@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -20,9 +20,9 @@ from billing_orchestration.database.audit import (
     Change,
     Problem,
     Stamp,
+    change_rows,
     evidence_of,
     open_problems,
-    record_changes,
     record_healed,
     to_json,
 )
@@ -296,12 +296,12 @@ def settle_batch(
         for payment in batch
     ]
     _refuse_collisions(decisions)
-    changes: list[Change] = []
-    created = _write_subscriptions(connection, stamp, decisions, changes)
-    payment_rows = _write_payments(connection, stamp, decisions, created, changes)
-    _write_attempts(connection, stamp, decisions, changes)
-    record_changes(connection, stamp, changes)
-    _write_settlements(connection, stamp, decisions, created, payment_rows)
+    writing = _Writing()
+    created = _write_subscriptions(connection, stamp, decisions, writing)
+    payment_rows = _write_payments(connection, stamp, decisions, created, writing)
+    _write_attempts(connection, stamp, decisions, writing)
+    _write_settlements(connection, decisions, created, payment_rows, writing)
+    payment_rows |= _write(connection, stamp, writing)
     opened = _write_problems(connection, stamp, decisions)
     return [
         Settled(
@@ -353,49 +353,150 @@ def _refuse_collisions(decisions: Sequence[SettlementDecision]) -> None:
             seen.add(key)
 
 
-_EXTEND = """
-    UPDATE subscriptions s
-    SET ended_at = x.ended_at, updated_at = %(naive_at)s,
-        status = CASE WHEN x.reactivate THEN 'ACTIVE'::subscriptionstatusenum ELSE s.status END
-    FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
-        id int, ended_at timestamp, old_ended_at timestamp, old_status text, reactivate boolean)
-    WHERE s.id = x.id AND s.ended_at = x.old_ended_at AND s.status::text IS NOT DISTINCT FROM x.old_status
+@dataclass(slots=True)
+class _Writing:
+    """What one statement writes for a whole batch, each as the rows of a JSON parameter."""
+
+    extensions: list[dict[str, Any]] = field(default_factory=list)
+    payments: list[dict[str, Any]] = field(default_factory=list)
+    closings: list[dict[str, Any]] = field(default_factory=list)
+    settlements: list[dict[str, Any]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+
+
+_CLOSE_ATTEMPTS = """
+    UPDATE billing_orchestration.renewal_attempts a
+    SET state = x.state, external_payment_id = coalesce(x.external_payment_id, a.external_payment_id),
+        last_error = x.reason, closed_at = %(at)s
+    FROM jsonb_to_recordset(CAST(%(closings)s AS jsonb)) AS x (
+        id uuid, state text, old_state text, external_payment_id text, reason text)
+    WHERE a.id = x.id AND a.state = x.old_state
+"""
+
+# Everything that a batch changes, in one statement: on the way to the server and back, a batch waits longer than for
+# the work itself. What it updates was locked and read before; each part repeats its precondition and tells how many
+# rows it changed. The provider's ids of a batch are distinct, so a new payment row is found by its own.
+_WRITE = f"""
+    WITH paid AS (
+        INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,
+                              external_payment_id, created_at, updated_at)
+        SELECT x.subscription_id, x.payment_provider_id, x.payment_method::paymentmethodsenum,
+               x.status::paymentstatusenum, x.currency::currencyenum, x.amount, x.external_payment_id, x.created_at,
+               x.updated_at
+        FROM jsonb_to_recordset(CAST(%(payments)s AS jsonb)) AS x (
+            number int, subscription_id int, payment_provider_id int, payment_method text, status text,
+            currency text, amount numeric(8,2), external_payment_id text, created_at timestamp, updated_at timestamp)
+        ORDER BY x.number
+        RETURNING external_payment_id, id
+    ), settled AS (
+        INSERT INTO billing_orchestration.settlements
+            (external_payment_id, kind, payment_id, subscription_id, attempt_id, user_id, plan_id, amount, currency,
+             period_start, period_end, settled_at, run_id)
+        SELECT x.external_payment_id, x.kind, coalesce(x.payment_id, paid.id), x.subscription_id, x.attempt_id,
+               x.user_id, x.plan_id, x.amount, x.currency, x.period_start, x.period_end, %(at)s, %(run_id)s
+        FROM jsonb_to_recordset(CAST(%(settlements)s AS jsonb)) AS x (
+            external_payment_id text, kind text, payment_id int, subscription_id int, attempt_id uuid, user_id text,
+            plan_id int, amount numeric(8,2), currency text, period_start timestamp, period_end timestamp)
+        LEFT JOIN paid ON x.payment_id IS NULL AND paid.external_payment_id = x.external_payment_id
+    ), noted AS (
+        INSERT INTO billing_orchestration.audit_trail
+            (at, job, run_id, entity, entity_id, action, old, new, reason, external_payment_id)
+        SELECT %(at)s, %(job)s, %(run_id)s, x.entity, coalesce(x.entity_id, CAST(paid.id AS text)), x.action, x.old,
+               x.new, x.reason, x.external_payment_id
+        FROM jsonb_to_recordset(CAST(%(changes)s AS jsonb)) AS x (
+            number int, entity text, entity_id text, action text, old jsonb, new jsonb, reason text,
+            external_payment_id text)
+        LEFT JOIN paid ON x.entity_id IS NULL AND paid.external_payment_id = x.external_payment_id
+        ORDER BY x.number
+    ), healed AS (
+        -- The open problems of these payments, of the kinds that are gone by their settlement.
+        {CLOSE_SETTLED}
+    ), closed AS (
+        {_CLOSE_ATTEMPTS}
+        RETURNING a.id
+    ), extended AS (
+        UPDATE subscriptions s
+        SET ended_at = x.ended_at, updated_at = %(naive_at)s,
+            status = CASE WHEN x.reactivate THEN 'ACTIVE'::subscriptionstatusenum ELSE s.status END
+        FROM jsonb_to_recordset(CAST(%(extensions)s AS jsonb)) AS x (
+            id int, ended_at timestamp, old_ended_at timestamp, old_status text, reactivate boolean)
+        WHERE s.id = x.id AND s.ended_at = x.old_ended_at AND s.status::text IS NOT DISTINCT FROM x.old_status
+        RETURNING s.id
+    )
+    SELECT 'paid' AS what, id, external_payment_id FROM paid
+    UNION ALL SELECT 'healed', id, external_payment_id FROM healed
+    UNION ALL SELECT 'closed', count(*), NULL FROM closed
+    UNION ALL SELECT 'extended', count(*), NULL FROM extended
 """
 
 
+def _write(connection: sa.Connection, stamp: Stamp, writing: _Writing) -> dict[str, int]:
+    """Write it; give back the ids of the created payment rows by provider payment id.
+
+    Raises ChangedMeanwhile when a row is not what it was: the caller's transaction must be rolled back then.
+    """
+    if not (writing.changes or writing.settlements):
+        return {}
+    written = connection.exec_driver_sql(
+        _WRITE,
+        {
+            "payments": to_json(writing.payments),
+            "settlements": to_json(writing.settlements),
+            "changes": to_json(change_rows(writing.changes)),
+            "closings": to_json(writing.closings),
+            "extensions": to_json(writing.extensions),
+            "ids": [row["external_payment_id"] for row in writing.settlements],
+            "kinds": list(HEALING_KINDS),
+            "at": stamp.at,
+            "naive_at": naive_utc(stamp.at),
+            "job": stamp.job,
+            "run_id": stamp.run_id,
+        },
+    )
+    created: dict[str, int] = {}
+    healed: list[tuple[int, str]] = []
+    for what, number, payment_id in written:
+        if what == "paid":
+            created[payment_id] = number
+        elif what == "healed":
+            healed.append((number, payment_id))
+        elif what == "closed" and number != len(writing.closings):
+            raise ChangedMeanwhile(f"{len(writing.closings)} attempts were to be closed, {number} could be")
+        elif what == "extended" and number != len(writing.extensions):
+            raise ChangedMeanwhile(f"{len(writing.extensions)} subscriptions were to be extended, {number} could be")
+    record_healed(connection, stamp, healed)
+    return created
+
+
 def _write_subscriptions(
-    connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision], changes: list[Change]
+    connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision], writing: _Writing
 ) -> dict[str, int]:
-    """Extend and create subscriptions, noting the changes; give back the created ones' ids by provider payment id."""
+    """Create subscriptions, prepare the extensions; give back the created ones' ids by provider payment id."""
     grants = [decision for decision in decisions if isinstance(decision, Settle)]
     extended = [(grant, grant.subscription) for grant in grants if grant.subscription is not None]
     creations = [grant for grant in grants if grant.subscription is None]
-    if extended:
-        rows = [
-            {
-                "id": subscription.id,
-                "ended_at": naive_utc(grant.period_end),
-                "old_ended_at": None if subscription.ended_at is None else naive_utc(subscription.ended_at),
-                "old_status": subscription.status,
-                "reactivate": grant.reactivate,
-            }
-            for grant, subscription in extended
-        ]
-        result = connection.exec_driver_sql(_EXTEND, {"rows": to_json(rows), "naive_at": naive_utc(stamp.at)})
-        if result.rowcount != len(rows):
-            raise ChangedMeanwhile(f"{len(rows)} subscriptions were to be extended, {result.rowcount} could be")
-        changes += [
-            Change(
-                "subscription",
-                str(subscription.id),
-                grant.kind,
-                grant.reason,
-                old={"ended_at": subscription.ended_at, "status": subscription.status},
-                new={"ended_at": grant.period_end, "status": "ACTIVE" if grant.reactivate else subscription.status},
-                external_payment_id=grant.payment.id,
-            )
-            for grant, subscription in extended
-        ]
+    writing.extensions += [
+        {
+            "id": subscription.id,
+            "ended_at": naive_utc(grant.period_end),
+            "old_ended_at": None if subscription.ended_at is None else naive_utc(subscription.ended_at),
+            "old_status": subscription.status,
+            "reactivate": grant.reactivate,
+        }
+        for grant, subscription in extended
+    ]
+    writing.changes += [
+        Change(
+            "subscription",
+            str(subscription.id),
+            grant.kind,
+            grant.reason,
+            old={"ended_at": subscription.ended_at, "status": subscription.status},
+            new={"ended_at": grant.period_end, "status": "ACTIVE" if grant.reactivate else subscription.status},
+            external_payment_id=grant.payment.id,
+        )
+        for grant, subscription in extended
+    ]
     created: dict[str, int] = {}
     if creations:
         inserted = connection.execute(
@@ -415,7 +516,7 @@ def _write_subscriptions(
         ).scalars()
         for grant, subscription_id in zip(creations, inserted, strict=True):
             created[grant.payment.id] = subscription_id
-            changes.append(
+            writing.changes.append(
                 Change(
                     "subscription",
                     str(subscription_id),
@@ -445,32 +546,17 @@ _FINISH_PAYMENT = """
     WHERE p.id = x.id AND p.status::text IS NOT DISTINCT FROM x.old_status
 """
 
-# The provider's ids of a batch are distinct, so each new row is found by its own.
-_INSERT_PAYMENTS = """
-    INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,
-                          external_payment_id, created_at, updated_at)
-    SELECT x.subscription_id, x.payment_provider_id, x.payment_method::paymentmethodsenum,
-           x.status::paymentstatusenum, x.currency::currencyenum, x.amount, x.external_payment_id, x.created_at,
-           x.updated_at
-    FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
-        number int, subscription_id int, payment_provider_id int, payment_method text, status text, currency text,
-        amount numeric(8,2), external_payment_id text, created_at timestamp, updated_at timestamp)
-    ORDER BY x.number
-    RETURNING external_payment_id, id
-"""
-
 
 def _write_payments(
     connection: sa.Connection,
     stamp: Stamp,
     decisions: Sequence[SettlementDecision],
     created: Mapping[str, int],
-    changes: list[Change],
+    writing: _Writing,
 ) -> dict[str, int]:
-    """Turn payment rows SUCCEEDED or REFUNDED, create the missing ones; give back row ids by provider payment id."""
+    """Turn payment rows SUCCEEDED or REFUNDED, prepare the missing ones; give back row ids by provider payment id."""
     written: dict[str, int] = {}
     updates: list[dict[str, Any]] = []
-    inserts: list[tuple[dict[str, Any], str]] = []
     for decision in decisions:
         if not isinstance(decision, (Settle, RecordRefund, CloseAsGranted)):
             continue
@@ -497,7 +583,7 @@ def _write_payments(
                     "payment_method": payment.method_label,
                 }
             )
-            changes.append(
+            writing.changes.append(
                 Change(
                     "payment",
                     str(row.id),
@@ -515,70 +601,48 @@ def _write_payments(
             )
             continue
         # A created row takes the provider's instant of creation; so does a renewal's (SPEC 4).
-        values: dict[str, Any] = {
-            "subscription_id": subscription_id,
-            "payment_provider_id": decision.payment_provider_id,
-            "payment_method": payment.method_label,
-            "status": status,
-            "currency": payment.money.currency,
-            "amount": payment.money.amount,
-            "external_payment_id": payment.id,
-            "created_at": payment.created_at,
-            "updated_at": stamp.at,
-        }
-        inserts.append((values, decision.reason))
+        writing.payments.append(
+            {
+                "number": len(writing.payments),
+                "subscription_id": subscription_id,
+                "payment_provider_id": decision.payment_provider_id,
+                "payment_method": payment.method_label,
+                "status": status,
+                "currency": payment.money.currency,
+                "amount": payment.money.amount,
+                "external_payment_id": payment.id,
+                "created_at": naive_utc(payment.created_at),
+                "updated_at": naive_utc(stamp.at),
+            }
+        )
+        writing.changes.append(
+            Change(
+                "payment",
+                None,
+                "created",
+                decision.reason,
+                new={
+                    "status": status,
+                    "amount": payment.money.amount,
+                    "currency": payment.money.currency,
+                    "subscription_id": subscription_id,
+                },
+                external_payment_id=payment.id,
+            )
+        )
     if updates:
         result = connection.exec_driver_sql(
             _FINISH_PAYMENT, {"rows": to_json(updates), "naive_at": naive_utc(stamp.at)}
         )
         if result.rowcount != len(updates):
             raise ChangedMeanwhile(f"{len(updates)} payment rows were to be finished, {result.rowcount} could be")
-    if inserts:
-        rows = [
-            {
-                **values,
-                "number": number,
-                "created_at": naive_utc(values["created_at"]),
-                "updated_at": naive_utc(values["updated_at"]),
-            }
-            for number, (values, _) in enumerate(inserts)
-        ]
-        inserted = dict(connection.exec_driver_sql(_INSERT_PAYMENTS, {"rows": to_json(rows)}).tuples().all())
-        for values, reason in inserts:
-            row_id = inserted[values["external_payment_id"]]
-            written[values["external_payment_id"]] = row_id
-            changes.append(
-                Change(
-                    "payment",
-                    str(row_id),
-                    "created",
-                    reason,
-                    new={
-                        "status": values["status"],
-                        "amount": values["amount"],
-                        "currency": values["currency"],
-                        "subscription_id": values["subscription_id"],
-                    },
-                    external_payment_id=values["external_payment_id"],
-                )
-            )
     return written
 
 
-_CLOSE_ATTEMPTS = """
-    UPDATE billing_orchestration.renewal_attempts a
-    SET state = x.state, external_payment_id = coalesce(x.external_payment_id, a.external_payment_id),
-        last_error = x.reason, closed_at = %(at)s
-    FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
-        id uuid, state text, old_state text, external_payment_id text, reason text)
-    WHERE a.id = x.id AND a.state = x.old_state
-"""
-
-
 def _write_attempts(
-    connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision], changes: list[Change]
+    connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision], writing: _Writing
 ) -> None:
-    """Close the attempts whose payments are settled, refunded or in review; void the ones that must give way."""
+    """Void the attempts that must give way; prepare the end of those that are settled, refunded or in review."""
     closings: list[tuple[Attempt, str, str | None, str]] = []
     voids: list[tuple[Attempt, str, str | None, str]] = []
     for decision in decisions:
@@ -595,23 +659,13 @@ def _write_attempts(
         if attempt is not None and attempt.state != state:
             closings.append((attempt, state, decision.payment.id, decision.reason))
     # The voids first: at most one live attempt per period, at every moment (a unique index).
-    for group in (voids, closings):
-        if not group:
-            continue
-        rows = [
-            {
-                "id": attempt.id,
-                "state": state,
-                "old_state": attempt.state,
-                "external_payment_id": payment_id,
-                "reason": reason,
-            }
-            for attempt, state, payment_id, reason in group
-        ]
-        result = connection.exec_driver_sql(_CLOSE_ATTEMPTS, {"rows": to_json(rows), "at": stamp.at})
-        if result.rowcount != len(rows):
-            raise ChangedMeanwhile(f"{len(rows)} attempts were to be closed, {result.rowcount} could be")
-    changes += [
+    if voids:
+        rows = [_closing(*void) for void in voids]
+        voided = connection.exec_driver_sql(_CLOSE_ATTEMPTS, {"closings": to_json(rows), "at": stamp.at}).rowcount
+        if voided != len(rows):
+            raise ChangedMeanwhile(f"{len(rows)} attempts were to be voided, {voided} could be")
+    writing.closings += [_closing(*closing) for closing in closings]
+    writing.changes += [
         Change(
             "attempt",
             str(attempt.id),
@@ -625,22 +679,15 @@ def _write_attempts(
     ]
 
 
-# With each settlement the open problems of its payment are closed, of the kinds that are gone by it.
-_INSERT_SETTLEMENTS = f"""
-    WITH healed AS (
-        {CLOSE_SETTLED}
-    ), written AS (
-    INSERT INTO billing_orchestration.settlements
-        (external_payment_id, kind, payment_id, subscription_id, attempt_id, user_id, plan_id, amount, currency,
-         period_start, period_end, settled_at, run_id)
-    SELECT x.external_payment_id, x.kind, x.payment_id, x.subscription_id, x.attempt_id, x.user_id, x.plan_id,
-           x.amount, x.currency, x.period_start, x.period_end, %(at)s, %(run_id)s
-    FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
-        external_payment_id text, kind text, payment_id int, subscription_id int, attempt_id uuid, user_id text,
-        plan_id int, amount numeric(8,2), currency text, period_start timestamp, period_end timestamp)
-    )
-    SELECT id, external_payment_id FROM healed
-"""
+def _closing(attempt: Attempt, state: str, payment_id: str | None, reason: str) -> dict[str, Any]:
+    return {
+        "id": attempt.id,
+        "state": state,
+        "old_state": attempt.state,
+        "external_payment_id": payment_id,
+        "reason": reason,
+    }
+
 
 _SAVE_METHODS = sa.text("""
     INSERT INTO billing_orchestration.saved_methods
@@ -660,13 +707,12 @@ _SAVE_METHODS = sa.text("""
 
 def _write_settlements(
     connection: sa.Connection,
-    stamp: Stamp,
     decisions: Sequence[SettlementDecision],
     created: Mapping[str, int],
     payment_rows: Mapping[str, int],
+    writing: _Writing,
 ) -> None:
-    """The idempotence record of each payment, and the method that a purchase has saved for its subscription."""
-    rows: list[dict[str, Any]] = []
+    """Prepare the idempotence record of each payment; save the method that a purchase brings for its subscription."""
     methods: dict[int, dict[str, Any]] = {}
     for decision in decisions:
         if not isinstance(decision, (Settle, RecordRefund, CloseAsGranted)):
@@ -675,11 +721,11 @@ def _write_settlements(
         subscription_id = _subscription_of(decision, created)
         attempt = decision.attempt
         grant = decision if isinstance(decision, Settle) else None
-        rows.append(
+        writing.settlements.append(
             {
                 "external_payment_id": payment.id,
                 "kind": grant.kind if grant else "refunded" if isinstance(decision, RecordRefund) else "renewed",
-                "payment_id": payment_rows[payment.id],
+                "payment_id": payment_rows.get(payment.id),  # None: the row that is created with it
                 "subscription_id": subscription_id,
                 "attempt_id": attempt.id if attempt else None,
                 "user_id": grant.user_id if grant else metadata_user(payment),
@@ -706,10 +752,6 @@ def _write_settlements(
                 "external_payment_id": payment.id,
                 "saved_at": payment.captured_at or payment.created_at,
             }
-    if rows:
-        values = {"rows": to_json(rows), "at": stamp.at, "job": stamp.job, "run_id": stamp.run_id}
-        values |= {"ids": [row["external_payment_id"] for row in rows], "kinds": list(HEALING_KINDS)}
-        record_healed(connection, stamp, connection.exec_driver_sql(_INSERT_SETTLEMENTS, values).all())
     if methods:
         connection.execute(_SAVE_METHODS, {"rows": to_json(list(methods.values()))})
 
