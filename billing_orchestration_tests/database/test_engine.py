@@ -11,7 +11,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from billing_orchestration.database.engine import create_engine, translate, translated
+from billing_orchestration.database.engine import create_engine, keep_to_indexes, translate, translated
 from billing_orchestration.database.errors import (
     AccessDenied,
     BillingDatabaseError,
@@ -81,6 +81,30 @@ def test_every_accepted_scheme_ends_at_psycopg_3(database_url: str, scheme: str)
     with engine.connect() as connection:
         assert isinstance(connection.connection.driver_connection, psycopg.Connection)
     engine.dispose()
+
+
+def test_a_session_that_keeps_to_indexes_does_not_keep_the_plan_of_an_empty_table(engine: sa.Engine) -> None:
+    """A run's first batches meet tables of nothing; their plans are kept, and the last ones meet a million rows."""
+
+    def plan(connection: sa.Connection) -> str:
+        connection.exec_driver_sql("CREATE TEMPORARY TABLE small (id int PRIMARY KEY)")
+        connection.exec_driver_sql("INSERT INTO small VALUES (1)")
+        connection.exec_driver_sql("ANALYZE small")
+        connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
+        connection.exec_driver_sql("PREPARE one (int[]) AS SELECT FROM small WHERE id = ANY($1)")
+        told = "".join(connection.exec_driver_sql("EXPLAIN EXECUTE one ('{1}')").scalars())
+        connection.exec_driver_sql("DEALLOCATE one")
+        return told
+
+    with engine.connect() as ordinary:
+        assert "Seq Scan" in plan(ordinary)
+    with engine.connect() as session:
+        session.detach()
+        keep_to_indexes(session)
+        session.rollback()
+        assert "Seq Scan" not in plan(session)
+    with engine.connect() as of_the_pool:
+        assert of_the_pool.scalar(sa.text("SHOW enable_seqscan")) == "on"
 
 
 def test_options_in_the_url_win_but_never_over_the_time_zone(database_url: str) -> None:
