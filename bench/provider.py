@@ -1,7 +1,7 @@
 """A provider that costs next to nothing, as a process of its own: so that the client is measured and not the server.
 
 It speaks what the client needs of the provider's API (a charge, and the list with its filters and cursors), answers
-each request after a given latency, and does no more: 0.05 ms of CPU an answer, against 0.9 ms of the sandbox, which
+each request after a given latency, and does no more: 0.1 ms of CPU an answer, against 0.9 ms of the sandbox, which
 checks everything and would itself be the limit on a machine with two cores. Tests use the sandbox, never this.
 """
 

@@ -413,8 +413,8 @@ class Charging:
                 # One for each that may be under way at a time, as they are needed.
                 if len(self._senders) < min(self._in_flight, self.limits.max_concurrency):
                     sender = threading.Thread(target=self._keep_sending, name=f"charge {len(self._senders)}")
-                    self._senders.append(sender)
                     sender.start()
+                    self._senders.append(sender)
             elif attempt_id in event.busy:
                 self._done.append(attempt_id)
                 outcome = "unknown" if work.sent_before else "never sent"
