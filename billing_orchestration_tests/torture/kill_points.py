@@ -122,7 +122,8 @@ class Steps:
         send = Wire.send
 
         def watched_commit(dialect: Any, dbapi_connection: Any) -> None:
-            driver = getattr(dbapi_connection, "driver_connection", None) or dbapi_connection
+            # Not `driver_connection`: of a connection that was detached from its pool that is None.
+            driver = getattr(dbapi_connection, "dbapi_connection", None) or dbapi_connection
             if id(driver) not in dirty:
                 commit(dialect, dbapi_connection)  # type: ignore[no-untyped-call]
                 return

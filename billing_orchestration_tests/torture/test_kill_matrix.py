@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -62,6 +63,9 @@ def test_a_run_that_is_killed_at_any_step_is_completed_by_the_next_ones(
             # The one statement that writes a settlement: payment row, settlement, audit trail, attempt, extension.
             "UPDATE subscriptions", "COMMIT", "pg_advisory_unlock",
         }  # fmt: skip
+        # Each settlement is followed by the COMMIT of its own transaction, and dies at that, too.
+        times = Counter(step.name for step in {cell.death.step for cell in matrix.cells})
+        assert times["COMMIT"] >= times["UPDATE subscriptions"] + times["UPDATE renewal_attempts"], times
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
