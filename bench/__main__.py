@@ -9,11 +9,11 @@ import sys
 from datetime import datetime, timezone
 from typing import Any
 
-from bench import charging, expiry, growth, matching, tick
+from bench import charging, expiry, growth, matching, shards, tick
 from bench.measuring import ROOT, Row, machine, markdown
 from bench.stage import database
 
-PARTS = ("charging", "tick", "expiry", "matching", "growth")
+PARTS = ("charging", "shards", "tick", "expiry", "matching", "growth")
 
 
 def main() -> None:
@@ -45,6 +45,8 @@ def main() -> None:
             raw: Any
             if part == "charging":
                 raw, more = charging.measure(server, given.rounds, given.charges, given.concurrency)
+            elif part == "shards":
+                raw, more = shards.measure(server, given.rounds, given.charges, given.concurrency)
             elif part == "tick":
                 raw, more = tick.measure(server, given.rounds)
             elif part == "expiry":

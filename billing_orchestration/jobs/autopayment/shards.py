@@ -54,8 +54,32 @@ HAND_OVER = "renewals_hand_over"
 _EXECUTOR = "in_process_or_multiprocess"
 
 
-def _either(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config
+# What a shard's process needs, imported once in the process that all of them are forked from: imports are most of what
+# the start of a process costs. None of these opens a connection or starts a thread.
+_PRELOADED = [
+    "billing_orchestration.definitions",
+    "billing_orchestration.jobs.autopayment.charging",
+    "billing_orchestration.database.renewals",
+    "billing_orchestration.database.settling",
+    "billing_orchestration.provider.sdk",
+    "dagster_postgres",
+    "sqlalchemy.dialects.postgresql.psycopg",
+]
+
+
+def _chosen(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "multiprocess" not in config:
+        return config
+    return {
+        "multiprocess": {
+            "max_concurrent": _processes(config["multiprocess"]),
+            "start_method": {"forkserver": {"preload_modules": _PRELOADED}},
+        }
+    }
+
+
+def _processes(config: Mapping[str, Any] | None) -> int:
+    return int((config or {}).get("max_concurrent") or os.cpu_count() or 1)
 
 
 # One process by default, because its start costs more than most lists of due subscriptions take.
@@ -81,7 +105,7 @@ in_process_or_multiprocess: dg.ExecutorDefinition = dg.configured(
         default_value={"in_process": {}},
         description="Where the shards run.",
     ),
-)(_either)
+)(_chosen)
 
 
 class RenewalsHandOver(dg.InMemoryIOManager):
@@ -114,14 +138,16 @@ def shards_wanted(context: dg.OpExecutionContext, configured: int | None) -> tup
     """How many shards the run has (None: it is not divided), and how many of them may run at a time."""
     run_config: Mapping[str, Any] = context.run.run_config
     execution = (run_config.get("execution") or {}).get("config") or {}
+    shards: int | None
     if "multiprocess" in execution:
-        at_once = (execution["multiprocess"] or {}).get("max_concurrent") or os.cpu_count() or 1
+        at_once = _processes(execution["multiprocess"])
         shards = configured or at_once
     elif context.job_def.executor_def.name in (_EXECUTOR, "in_process"):
-        at_once, shards = 1, configured
+        at_once = 1
+        shards = configured
     else:
         # An executor of the deployment's own (Kubernetes, Celery): so many at a time as it says, else all.
-        at_once = execution.get("max_concurrent") or configured or 1
+        at_once = int(execution.get("max_concurrent") or configured or 1)
         shards = configured
     return shards, min(at_once, shards or 1)
 

@@ -1,0 +1,142 @@
+"""Beyond one process (point 6): whole runs of autopayment_job, in one piece, in shards, and in two processes.
+
+All are `dagster job execute` with the run history in PostgreSQL and the same limits for the run as a whole
+(`max_concurrency`); what differs is the run config. CPU seconds are those of all processes of the run, memory is that
+of its largest one, both as last seen in /proc (its processes are not all children of the first). The rate is that of
+the charges, from the first to the last that was settled, so that the start of processes does not count against it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psycopg
+
+from bench.charging import fill
+from bench.measuring import ROOT, Round, Row, interleaved, ratio, values
+from bench.provider import provider
+from bench.stage import Database
+
+LATENCY_S = 0.1
+SHARDS = 2
+
+_CHARGING = "{{max_concurrency: {concurrency}}}"
+CONFIGS = {
+    "in one piece": "ops: {{charge_renewals: {{config: {charging}}}}}",
+    "in shards, one process": (
+        "ops: {{fetch_due_subscriptions: {{config: {{shards: {shards}}}}}, renew_shard: {{config: {charging}}}}}"
+    ),
+    "in shards, two processes": (
+        "execution: {{config: {{multiprocess: {{max_concurrent: 2}}}}}}\n"
+        "ops: {{fetch_due_subscriptions: {{config: {{shards: {shards}}}}}, renew_shard: {{config: {charging}}}}}"
+    ),
+}
+
+
+def measure(server: Database, rounds: int, count: int, concurrency: int) -> tuple[list[Round], list[Row]]:
+    """The rounds and the table's lines."""
+    home = Path(tempfile.mkdtemp(prefix="billing-bench-home-"))
+    shutil.copy(ROOT / "dagster.yaml", home)
+    history = server.create("dagster").replace("postgresql://", "postgresql+psycopg2://", 1)
+    url = server.url("billing")
+    try:
+        with provider(LATENCY_S) as api_url:
+            env = {
+                **os.environ,
+                "PYTHONDONTWRITEBYTECODE": "",
+                "DAGSTER_HOME": str(home),
+                "DAGSTER_POSTGRES_URL": history,
+                "BILLING_DATABASE_URL": url,
+                "YOOKASSA_SHOP_ID": "100500",
+                "YOOKASSA_SECRET_KEY": "live_bench",
+                "YOOKASSA_API_URL": api_url,
+            }
+
+            def execute(name: str) -> Mapping[str, float]:
+                fill(url, count)
+                charging = _CHARGING.format(concurrency=concurrency)
+                config = home / "run.yaml"
+                config.write_text(CONFIGS[name].format(charging=charging, shards=SHARDS))
+                command = [sys.executable, "-m", "dagster", "job", "execute", "-m", "billing_orchestration.definitions"]
+                spent = _watched([*command, "-j", "autopayment_job", "-c", str(config)], env)
+                return {**spent, "per_s": _rate(url, count)}
+
+            done = interleaved(rounds, {name: (lambda name=name: execute(name)) for name in CONFIGS})
+    finally:
+        server.drop("dagster")
+        shutil.rmtree(home, ignore_errors=True)
+    ideal = concurrency / LATENCY_S
+    rows = []
+    for name in CONFIGS:
+        what = f"{count:,} renewals {name}"
+        rate = tuple(value / ideal for value in values(done, "per_s", name))
+        rows.append(Row(f"{what}: throughput", f"max_concurrency / latency = {ideal:.0f}/s", "", rate))
+        rows.append(Row(f"{what}: memory of the largest process", "", "", values(done, "memory_mib", name), " MiB"))
+        if name != "in one piece":
+            against = f"{count:,} in one piece"
+            rows.append(Row(f"{what}: wall, the whole run", against, "", ratio(done, "wall_s", name, "in one piece")))
+            rows.append(Row(f"{what}: CPU, the whole run", against, "", ratio(done, "cpu_s", name, "in one piece")))
+    return done, rows
+
+
+def _watched(command: Sequence[str], env: Mapping[str, str]) -> dict[str, float]:
+    """Run a command to its end in a session of its own; look at every process of that session while it runs."""
+    began = time.monotonic()
+    cpu_s: dict[int, float] = {}
+    memory_mib: dict[int, float] = {}
+    with tempfile.TemporaryFile("w+") as words:
+        process = subprocess.Popen(
+            command,
+            env=dict(env),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=words,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        while process.poll() is None:
+            for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+                try:
+                    if os.getsid(pid) == process.pid:
+                        cpu_s[pid], peak = _used(pid)
+                        memory_mib[pid] = max(peak, memory_mib.get(pid, 0.0))
+                except (ProcessLookupError, FileNotFoundError):
+                    continue  # it ended in between: what was seen last counts
+            time.sleep(0.1)
+        if process.returncode != 0:
+            words.seek(0)
+            raise RuntimeError(f"{' '.join(command)[:200]} ended with {process.returncode}:\n{words.read()[-3000:]}")
+    return {
+        "wall_s": time.monotonic() - began,
+        "cpu_s": sum(cpu_s.values()),
+        "memory_mib": max(memory_mib.values()),
+        "processes": len(cpu_s),
+    }
+
+
+def _used(pid: int) -> tuple[float, float]:
+    """CPU seconds, and the most memory in MiB, of a process. Raises FileNotFoundError when it is gone."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    ticks = int(fields[11]) + int(fields[12])
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    peak_kib = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+    return ticks / os.sysconf("SC_CLK_TCK"), peak_kib / 1024
+
+
+def _rate(url: str, count: int) -> float:
+    """Charges a second between the first and the last one that was settled. Raises unless each was, once."""
+    with psycopg.connect(url) as connection:
+        row = connection.execute(
+            "SELECT count(*), extract(epoch FROM max(settled_at) - min(settled_at))"
+            " FROM billing_orchestration.settlements WHERE kind = 'renewed'"
+        ).fetchone()
+    assert row is not None
+    assert row[0] == count, f"{row[0]} of {count} were charged"
+    return float((count - 1) / row[1])
