@@ -50,7 +50,7 @@ JOB = "quarantine"
 # Somebody settles for the same user at this moment: the next try decides from what it has left.
 _TRIES = 3
 # Entries whose payment was granted when they were opened, or which no grant can answer.
-_GRANTED_ALREADY = "unwanted_renewal"
+_GRANTED_ALREADY = ("unwanted_renewal", "spent_period")
 
 
 class NotResolved(Exception):
@@ -112,14 +112,14 @@ def resolve(
     with translated(), engine.connect() as connection:
         entry = _open_entry(read_entry(connection, entry_id), entry_id)
     stamp = Stamp(JOB, f"cli-{uuid.uuid4()}", now())
-    if resolution.word == IGNORED or not entry.about_provider_payment or entry.kind == _GRANTED_ALREADY:
+    if resolution.word == IGNORED or not entry.about_provider_payment or entry.kind in _GRANTED_ALREADY:
         if resolution.word == ATTACHED:
             raise NotResolved(
                 f"entry {entry.id} ({entry.kind}) is about nothing that could be granted to a subscription: accept or"
                 " ignore it"
             )
         with translated(), engine.begin() as connection:
-            if entry.about_provider_payment and entry.kind != _GRANTED_ALREADY:
+            if entry.about_provider_payment and entry.kind not in _GRANTED_ALREADY:
                 _refuse_granted(connection, entry)
             _close(connection, stamp, entry, _closing_word(entry, resolution), resolution)
         return [_closed_in_words(entry, resolution)]
@@ -185,7 +185,7 @@ def _closed_in_words(entry: Entry, resolution: Resolution) -> str:
     if not entry.about_provider_payment:
         after = "if it happens again, it is told again" if resolution.word == ACCEPTED else "it is never told of again"
         return f"entry {entry.id} ({entry.kind}) is closed, nothing else was changed; {after}"
-    if entry.kind == _GRANTED_ALREADY:
+    if entry.kind in _GRANTED_ALREADY:
         return f"entry {entry.id} is closed: the renewal was granted when it was opened, and that stands"
     return (
         f"entry {entry.id} is closed: nothing is granted for payment {entry.external_payment_id}, now or later. Refund"

@@ -68,7 +68,7 @@ def diagnose(
     if not faults.keys() & {"YOOKASSA_SHOP_ID", "YOOKASSA_SECRET_KEY", "YOOKASSA_API_URL"} and not unreadable:
         yield from _provider(settings)
     if "DAGSTER_POSTGRES_URL" not in faults and not unreadable:
-        yield from _run_history(settings)
+        yield from _run_history(settings, environment)
     yield from _dagster_home(environment)
 
 
@@ -282,17 +282,35 @@ def _stop_less(error: Exception) -> str:
     return str(error).rstrip(". ")
 
 
-def _run_history(settings: Settings) -> Iterator[Finding]:
+def _needs_run_history(dagster_yaml: Path) -> bool:
+    """Whether the dagster.yaml that Dagster would read here (it looks into the working folder too) names ours."""
+    try:
+        text = dagster_yaml.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "RunHistoryStorage" in text or "DAGSTER_POSTGRES_URL" in text
+
+
+def _run_history(settings: Settings, environment: Mapping[str, str]) -> Iterator[Finding]:
     import sqlalchemy as sa
 
     from billing_orchestration.database.engine import translate
 
     if settings.dagster_postgres_url is None:
-        yield Finding(
-            Level.WARNING,
-            "history",
-            "DAGSTER_POSTGRES_URL is not set: dagster.yaml needs it for the run history; make dev sets it",
-        )
+        home = Path(environment.get("DAGSTER_HOME", "").strip() or ".")
+        if _needs_run_history(home / "dagster.yaml"):
+            yield Finding(
+                Level.FAULT,
+                "history",
+                f"DAGSTER_POSTGRES_URL is not set, and no job runs without it: {home / 'dagster.yaml'} keeps the run"
+                " history there. Put the address of a database of its own into the environment or .env",
+            )
+        else:
+            yield Finding(
+                Level.WARNING,
+                "history",
+                "DAGSTER_POSTGRES_URL is not set: this project's dagster.yaml needs it for the run history",
+            )
         return
     engine = sa.create_engine(
         settings.dagster_postgres_url, connect_args={"connect_timeout": 10}, poolclass=sa.NullPool, hide_parameters=True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -328,6 +329,19 @@ def test_no_run_history_is_a_warning(healthy: pytest.MonkeyPatch, tmp_path: Path
     assert [warning.split()[1] for warning in warnings()] == ["DAGSTER_POSTGRES_URL", "there"]
     healthy.setenv("DAGSTER_HOME", "relative/folder")
     assert ["relative path" in fault for fault in faults()] == [True]
+
+
+@pytest.mark.parametrize("home_is_told", [True, False])
+def test_no_run_history_is_a_fault_where_our_dagster_yaml_would_be_used(
+    healthy: pytest.MonkeyPatch, tmp_path: Path, home_is_told: bool
+) -> None:
+    healthy.delenv("DAGSTER_POSTGRES_URL")
+    shutil.copy(Path(__file__).parents[1] / "dagster.yaml", tmp_path)
+    healthy.chdir(tmp_path)
+    if not home_is_told:
+        healthy.delenv("DAGSTER_HOME")
+    (fault,) = faults()
+    assert "DAGSTER_POSTGRES_URL is not set, and no job runs without it" in fault
 
 
 def test_doctor_changes_nothing(healthy: pytest.MonkeyPatch, database_url: str, sandbox: Sandbox) -> None:

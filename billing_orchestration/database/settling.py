@@ -778,7 +778,7 @@ def _problem(decision: SettlementDecision) -> Problem | None:
     if isinstance(decision, Settle) and decision.notice and decision.subscription:
         return Problem(
             subject=f"payment {payment.id}",
-            kind="unwanted_renewal",
+            kind=decision.notice_kind,
             reason=decision.notice,
             external_payment_id=payment.id,
             subscription_id=decision.subscription.id,

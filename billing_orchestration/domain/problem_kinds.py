@@ -67,6 +67,13 @@ KINDS: Mapping[str, Kind] = {
         "",
         "it was refunded by hand; the grant stands, change the subscription in the service if it should not",
     ),
+    "spent_period": Kind(
+        "a customer paid for a subscription that was long over: by the rule it was extended from its old end, to a day"
+        " that had passed when they paid",
+        "the grant stands; nothing is changed",
+        "",
+        "the grant stands; its end was moved in the service, or the payment was refunded by hand",
+    ),
     "unreadable": Kind(
         "a record of the provider that this version cannot read; whether it is money is not known",
         _AGAIN,

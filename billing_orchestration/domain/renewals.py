@@ -375,9 +375,13 @@ def decide_renewal(
     if not due.prices[0].is_finite() or due.prices[0] <= 0:
         return no(f"the price {due.prices[0]} {due.method_currency} is not positive")
     try:
-        rules.calendar.next_end(due.started_at, due.ended_at, parse_period(due.plan_duration, due.plan_duration_unit))
+        period = parse_period(due.plan_duration, due.plan_duration_unit)
+        paid_until = rules.calendar.day_of(rules.calendar.next_end(due.started_at, due.ended_at, period))
     except UnusablePeriod as error:
         return no(str(error))
+    # As expire_subscriptions_job counts: it would end this morning what was paid for at three o'clock.
+    if paid_until <= rules.calendar.day_of(as_of) - timedelta(days=rules.grace_days):
+        return no(f"overdue by {overdue_days} days: the period to pay for ended on {paid_until}, and its grace is over")
     number = 1 + max((a.number for a in due.attempts), default=0)
     attempt = plan_attempt(
         due,

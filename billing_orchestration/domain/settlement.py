@@ -98,7 +98,7 @@ class Settle:
     `row`: the row to turn SUCCEEDED, None to create one, and with `row_is_final` the row stays as the service wrote it.
     `subscription`: the one to extend to `period_end`, None to create one from `period_start`; `reactivate` sets it
     ACTIVE. `void_first`: a planned, never sent attempt of the same period that must give way. `correct_money`: a person
-    accepted the provider's amount, so the row takes it.
+    accepted the provider's amount, so the row takes it. `notice`: granted by the rules, and a person has to look at it.
     """
 
     payment: ProviderPayment
@@ -116,6 +116,7 @@ class Settle:
     void_first: Attempt | None
     reason: str
     notice: str | None = None
+    notice_kind: str = "unwanted_renewal"
     correct_money: bool = False
 
 
@@ -188,7 +189,8 @@ def named_attempt_id(payment: ProviderPayment) -> uuid.UUID | None:
 def metadata_user(payment: ProviderPayment) -> str | None:
     """The user that a payment's metadata names."""
     value = payment.metadata.get("user_id")
-    return value if isinstance(value, str) and value.strip() else None
+    # U+FFFD stands where the provider sent what is no text (NUL, half a pair): a name with it names nobody.
+    return value if isinstance(value, str) and value.strip() and "\ufffd" not in value else None
 
 
 def metadata_int(payment: ProviderPayment, key: str) -> int | None:
@@ -330,8 +332,22 @@ def _decide_purchase(
         attempt=None,
         void_first=None,
         reason=_told(row, "its subscription is extended by a period" if subscription else "a subscription is created"),
+        notice=_spent_before_it_was_paid(payment, subscription, end),
+        notice_kind="spent_period",
         # Without a ruling they are equal, or it did not come here.
         correct_money=row is not None and row.money != payment.money,
+    )
+
+
+def _spent_before_it_was_paid(
+    payment: ProviderPayment, subscription: SubscriptionRow | None, end: datetime
+) -> str | None:
+    """A customer who pays for a subscription that is long stale buys, by the rule, a period that is over already."""
+    if subscription is None or end > (payment.captured_at or payment.created_at):
+        return None
+    return (
+        f"paid, and by the rule subscription {subscription.id} was extended from its old end: to {end:%Y-%m-%d}, which"
+        " was over when the customer paid. They have nothing to use: move its end in the service, or refund"
     )
 
 

@@ -128,10 +128,9 @@ def conclude(
         untold = report.needs_another_try - min(len(report.again), _FAILURES_TOLD)
         and_more = f"; and {untold} more" if untold else ""
         # What stopped everything comes first: it is what the person at night has to mend.
-        why = f"{report.stopped_by}. It stopped there. " if report.stopped_by else ""
-        others = "and this was a dry run: nothing was written." if scope.dry_run else (
-            f"everything else was applied. {retry_hint}"
-        )  # fmt: skip
+        why = f"{report.stopped_by.rstrip('.')}. It stopped there. " if report.stopped_by else ""
+        rest = "what was not begun stays as it is." if report.stopped_by else "everything else was applied."
+        others = "and this was a dry run: nothing was written." if scope.dry_run else f"{rest} {retry_hint}"
         raise dg.Failure(
             f"{why}{report.needs_another_try} need another try, {others} In detail: {shown}{and_more}",
             metadata=metadata,

@@ -167,6 +167,13 @@ def test_max_overdue_days_is_counted_in_billing_days() -> None:
     assert "overdue by 2 days" in why_not(the_day_before, as_of=as_of, now=as_of, rules=rules)
 
 
+@pytest.mark.parametrize(("days", "charged"), [(0, True), (7, True), (9, True), (10, False), (20, False)])
+def test_a_period_that_would_be_over_with_its_grace_is_not_charged(days: int, charged: bool) -> None:
+    decision = renewal(overdue(days, plan_duration=7, plan_duration_unit="days"))
+    assert isinstance(decision, Charge) is charged
+    assert charged or "the period to pay for ended on" in decision.reason
+
+
 # --- Attempts of the period
 
 

@@ -482,7 +482,7 @@ def test_the_amount_is_looked_at_before_the_metadata() -> None:
 # --- Step 4: metadata
 
 BAD_VALUES: dict[str, list[Any]] = {
-    "user_id": [None, "", "  ", 42, ["ada"], {"id": "ada"}, True],
+    "user_id": [None, "", "  ", 42, ["ada"], {"id": "ada"}, True, "a\ufffdda"],
     "plan_id": [None, "", "three", "0", "-3", "3.0", " 3", "٣", "99999999999", "2147483648", 0, True, 3.0, [3]],
     "payment_provider_id": [None, "", "one", "0", "2147483648", False],
 }
@@ -564,6 +564,17 @@ def test_a_purchase_extends_by_the_anchor_day_as_a_renewal_would() -> None:
     decision = settle(a_payment(), facts(subscriptions=[subscription]))
     assert isinstance(decision, Settle)
     assert decision.period_end == datetime(2026, 3, 31, 9, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(("days", "told"), [(-20, None), (27, None), (29, "spent_period"), (150, "spent_period")])
+def test_a_customer_who_paid_for_a_period_that_was_over_already_is_told_to_a_person(
+    days: int, told: str | None
+) -> None:
+    subscription = a_subscription(ended_at=NOW - days * DAY)  # a month of 28 days
+    decision = settle(a_payment(created_at=NOW), facts(subscriptions=[subscription]))
+    assert isinstance(decision, Settle)
+    assert (decision.kind, decision.period_start) == ("extended", subscription.ended_at)
+    assert (decision.notice and decision.notice_kind) == told
 
 
 @pytest.mark.parametrize("status", ["CREATED", "EXPIRED", "CANCELED", "PAUSED", "DELETED", None])
