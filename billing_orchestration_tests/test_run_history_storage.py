@@ -94,7 +94,9 @@ def test_the_run_history_of_our_dagster_yaml_keeps_runs(
         nothing()
 
     with dg.DagsterInstance.from_config(str(elsewhere)) as instance:
-        assert isinstance(instance._storage, RunHistoryStorage)
+        stored_by = instance.get_ref().storage_data
+        assert stored_by is not None
+        assert stored_by.class_name == RunHistoryStorage.__name__
         run_id = a_job.execute_in_process(instance=instance).run_id
         # As another process of the deployment opens it.
         with dg.DagsterInstance.from_ref(instance.get_ref()) as other:
