@@ -18,6 +18,7 @@ import psycopg
 
 from bench.measuring import Round, Row, interleaved, memory_mib, ratio, run, run_module, values
 from bench.stage import Database, analyze
+from billing_orchestration.settings import Settings
 
 NOW = datetime(2026, 3, 12, 12, 0, tzinfo=timezone.utc)
 DUE_SHARE = 10
@@ -60,29 +61,34 @@ _PSQL = {
 }
 
 
+def _settings(url: str) -> Settings:
+    return Settings(
+        _env_file=None,  # type: ignore[call-arg]
+        billing_database_url=url,
+        yookassa_shop_id="100500",
+        yookassa_secret_key="live_bench",
+    )
+
+
 def subscriptions(url: str) -> int:
     """As expire_subscriptions_job does it."""
-    from billing_orchestration.database.audit import Stamp
-    from billing_orchestration.database.engine import create_engine
-    from billing_orchestration.database.expiry import expire_subscriptions, fetch_over
-    from billing_orchestration.jobs.expire_subscriptions import CHUNK
+    from billing_orchestration.database.expiry import fetch_over
+    from billing_orchestration.domain.run_scope import RunScope
+    from billing_orchestration.jobs.expire_subscriptions import SubscriptionsOver, expire_all
+    from billing_orchestration.jobs.run_report import RunReport
+    from billing_orchestration.resources import BillingDatabase, Clock
 
     over_before = datetime(2026, 3, 10, tzinfo=timezone.utc)
-    engine = create_engine(url)
-    with engine.connect() as connection:
-        wanted = fetch_over(connection, over_before, 100).over
-    done = 0
-    while done < wanted:
-        with engine.begin() as connection:
-            done += expire_subscriptions(
-                connection,
-                Stamp("expire_subscriptions_job", "bench", NOW),
-                over_before=over_before,
-                reason="the grace of 3 days is over",
-                size=CHUNK,
-                wait_for_locks=False,
-            )
-    engine.dispose()
+    settings = _settings(url)
+    database = BillingDatabase(lambda: settings)
+    scope = RunScope(
+        as_of=NOW, source="config", heals=False, dry_run=False, max_changes=None, run_id="bench", approved_plan=None
+    )
+    with database.engine.connect() as connection:
+        found = fetch_over(connection, over_before, 100)
+    over = SubscriptionsOver(scope, over_before, found)
+    done = expire_all(over, found.over - found.held, database, Clock(lambda: NOW), RunReport(), lambda _: None)
+    database.close()
     return done
 
 
