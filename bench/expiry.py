@@ -93,22 +93,26 @@ def subscriptions(url: str) -> int:
 
 
 def payments(url: str) -> int:
-    """As expire_payments_job does it, after the provider was asked: rows read one by one, since each is asked about."""
+    """As expire_payments_job does it, without asking the provider: read page by page, since each is asked about."""
     from billing_orchestration.database.audit import Stamp
-    from billing_orchestration.database.engine import create_engine
-    from billing_orchestration.database.expiry import expire_payments, fetch_stale_payments
-    from billing_orchestration.jobs.expire_payments import CHUNK
+    from billing_orchestration.database.expiry import stream_stale_payments
+    from billing_orchestration.domain.decisions import Tally
+    from billing_orchestration.domain.expiry import ExpirePayment
+    from billing_orchestration.jobs.expire_payments import PAGE, expire_all
+    from billing_orchestration.jobs.run_report import RunReport
+    from billing_orchestration.jobs.spool import Spool
+    from billing_orchestration.resources import BillingDatabase
 
-    engine = create_engine(url)
-    with engine.connect() as connection:
-        rows = fetch_stale_payments(connection, datetime(2026, 3, 5, 12, tzinfo=timezone.utc))
-    done = 0
-    for start in range(0, len(rows), CHUNK):
-        with engine.begin() as connection:
-            chunk = [(row, "the provider says canceled") for row in rows[start : start + CHUNK]]
-            done += len(expire_payments(connection, Stamp("expire_payments_job", "bench", NOW), chunk))
-    engine.dispose()
-    return done
+    settings = _settings(url)
+    database = BillingDatabase(lambda: settings)
+    expiries: Spool[ExpirePayment] = Spool()
+    with database.engine.connect() as connection:
+        for page in stream_stale_payments(connection, datetime(2026, 3, 5, 12, tzinfo=timezone.utc), PAGE):
+            expiries.add([ExpirePayment(row, "the provider says canceled") for row in page])
+    report = RunReport(decisions=Tally(100))
+    expire_all(report, expiries.pages(), database, lambda: Stamp("expire_payments_job", "bench", NOW), dry_run=False)
+    database.close()
+    return report.applied
 
 
 def measure(server: Database, rounds: int, count: int) -> tuple[list[Round], list[Row]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from billing_orchestration.database.audit import Stamp, storable, storable_name
 from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import RowRefused
-from billing_orchestration.database.payment_rows import select_rows
+from billing_orchestration.database.payment_rows import stream_rows
 from billing_orchestration.database.tables import naive_utc
 from billing_orchestration.domain.settlement import PaymentRow
 
@@ -199,13 +199,19 @@ def expire_subscriptions(
         chunk.rollback()
 
 
-def fetch_stale_payments(connection: sa.Connection, created_before: datetime) -> list[PaymentRow]:
-    """Every PENDING payment created before that instant, oldest first."""
-    return select_rows(
+def stream_stale_payments(connection: sa.Connection, created_before: datetime, size: int) -> Iterator[list[PaymentRow]]:
+    """Every PENDING payment created before that instant, oldest first, in pages of so many rows."""
+    return stream_rows(
         connection,
         "status = 'PENDING' AND created_at < :created_before ORDER BY created_at, id",
         {"created_before": naive_utc(created_before)},
+        size,
     )
+
+
+def fetch_stale_payments(connection: sa.Connection, created_before: datetime) -> list[PaymentRow]:
+    """The same as one list."""
+    return [row for page in stream_stale_payments(connection, created_before, 1000) for row in page]
 
 
 # One statement with its audit trail: each row travels once.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,22 +15,40 @@ from billing_orchestration.domain.settlement import PaymentRow
 
 def select_rows(connection: sa.Connection, where: str, values: Mapping[str, Any]) -> list[PaymentRow]:
     """The payment rows that fit. `where` is SQL of this package (never input), its values are bound."""
-    rows = connection.execute(
-        sa.text(f"""
-            SELECT id, subscription_id, payment_provider_id, status::text AS status, amount,
-                   currency::text AS currency, external_payment_id
-            FROM payments WHERE {where}
-        """),
-        values,
-    )
-    return [
-        PaymentRow(
-            id=row.id,
-            subscription_id=row.subscription_id,
-            payment_provider_id=row.payment_provider_id,
-            status=row.status,
-            money=Money(row.amount, row.currency) if row.currency is not None else None,
-            external_payment_id=row.external_payment_id,
-        )
-        for row in rows
-    ]
+    return [_row(*columns) for columns in connection.execute(_statement(where), values).tuples()]
+
+
+def stream_rows(
+    connection: sa.Connection, where: str, values: Mapping[str, Any], size: int
+) -> Iterator[list[PaymentRow]]:
+    """The same in pages of so many rows, read as they are asked for: only one page is held."""
+    rows = connection.execute(_statement(where), values, execution_options={"stream_results": True, "yield_per": size})
+    for page in rows.tuples().partitions(size):
+        yield [_row(*columns) for columns in page]
+
+
+def _statement(where: str) -> sa.TextClause:
+    return sa.text(f"""
+        SELECT id, subscription_id, payment_provider_id, status::text AS status, amount,
+               currency::text AS currency, external_payment_id
+        FROM payments WHERE {where}
+    """)
+
+
+def _row(
+    id_: int,
+    subscription_id: int | None,
+    payment_provider_id: int | None,
+    status: str | None,
+    amount: Decimal,
+    currency: str | None,
+    external_payment_id: str | None,
+) -> PaymentRow:
+    money = None if currency is None else _money(amount, currency)
+    return PaymentRow(id_, subscription_id, payment_provider_id, status, money, external_payment_id)
+
+
+@lru_cache(maxsize=4096)
+def _money(amount: Decimal, currency: str) -> Money:
+    # A service has a handful of prices, a slice has thousands of payments.
+    return Money(amount, currency)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -24,20 +23,37 @@ class Decision:
     money: Money | None = None
 
 
-def count_by_action(decisions: Iterable[Decision]) -> dict[str, int]:
-    """How many decisions there are of each action."""
-    return dict(Counter(decision.action for decision in decisions))
+class Tally:
+    """Decisions counted and added up as they come: the first few are held, however many there are."""
 
+    def __init__(self, held: int, decisions: Iterable[Decision] = ()) -> None:
+        self._held = held
+        self._sums: dict[tuple[str, str], Decimal] = {}
+        self.first: list[Decision] = []
+        self.counts: dict[str, int] = {}
+        self.extend(decisions)
 
-def sum_by_currency(decisions: Iterable[Decision], actions: frozenset[str] | None = None) -> dict[str, Decimal]:
-    """The money of the decisions (of the given actions), added up by currency.
+    def __len__(self) -> int:
+        return sum(self.counts.values())
 
-    An amount that is no number (PostgreSQL's numeric holds NaN) is left out: nobody could be shown its sum.
-    """
-    sums: dict[str, Decimal] = {}
-    for decision in decisions:
-        if decision.money is None or not decision.money.amount.is_finite():
-            continue
-        if actions is None or decision.action in actions:
-            sums[decision.money.currency] = sums.get(decision.money.currency, Decimal(0)) + decision.money.amount
-    return sums
+    def append(self, decision: Decision) -> None:
+        """Take one."""
+        action, money = decision.action, decision.money
+        self.counts[action] = self.counts.get(action, 0) + 1
+        if money is not None and money.amount.is_finite():
+            key = action, money.currency
+            self._sums[key] = self._sums.get(key, Decimal(0)) + money.amount
+        if len(self.first) < self._held:
+            self.first.append(decision)
+
+    def extend(self, decisions: Iterable[Decision]) -> None:
+        """Take several."""
+        for decision in decisions:
+            self.append(decision)
+
+    def sums(self) -> list[tuple[str, str, Decimal]]:
+        """Action, currency and the sum of its money, sorted.
+
+        An amount that is no number (PostgreSQL's numeric holds NaN) is left out: nobody could be shown its sum.
+        """
+        return [(action, currency, total) for (action, currency), total in sorted(self._sums.items())]

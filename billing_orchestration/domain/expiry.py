@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -117,8 +116,3 @@ def decide_payment_expiry(row: PaymentRow, answer: ProviderAnswer | None, ttl_da
             row, "the customer's money is held at the provider (waiting_for_capture): capture or cancel it"
         )
     return ExpirePayment(row, f"{age}, and {answer.status} at the provider")
-
-
-def changes_of(decisions: Sequence[PaymentExpiry]) -> int:
-    """How many rows the decisions would change."""
-    return sum(not isinstance(decision, KeepPending) for decision in decisions)

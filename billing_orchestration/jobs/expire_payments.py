@@ -4,15 +4,17 @@ Daily at 04:00. One that turns out to be paid is settled instead; one whose mone
 provider does not answer, stays PENDING. A success that arrives after expiry is still settled by the matching jobs.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.database.audit import Problem, Stamp
-from billing_orchestration.domain.decisions import Decision
+from billing_orchestration.domain.decisions import Decision, Tally
 from billing_orchestration.domain.expiry import (
     ExpirePayment,
     KeepPending,
@@ -21,7 +23,6 @@ from billing_orchestration.domain.expiry import (
     PaymentExpiry,
     ProviderAnswer,
     SettleLate,
-    changes_of,
     decide_payment_expiry,
     over_limit,
     payments_over_before,
@@ -32,6 +33,7 @@ from billing_orchestration.domain.settlement import CloseAsGranted, Leave, Payme
 from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
 from billing_orchestration.jobs.run_report import (
+    ROWS_SHOWN,
     RunReport,
     Told,
     conclude,
@@ -44,6 +46,7 @@ from billing_orchestration.jobs.run_report import (
 )
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.jobs.settling import Failed, open_all, report_settled, report_unusable, settle_all
+from billing_orchestration.jobs.spool import Spool
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
 
 if TYPE_CHECKING:
@@ -51,7 +54,11 @@ if TYPE_CHECKING:
 
 JOB = "expire_payments_job"
 MAX_RUNTIME_S = 6 * 3600
-CHUNK = 500
+# Rows that are held at a time, however many are stale; and those of one transaction: few enough that the service's
+# webhook never waits long for one of them.
+PAGE = 1000
+# So many transactions at a time: PostgreSQL works on one statement with one core, and pages are disjoint.
+SIDE_BY_SIDE = 2
 # So many payments in a row about which the provider does not answer: it fails for everyone, the rest waits.
 BREAKER_SILENCES = 10
 
@@ -64,26 +71,28 @@ class ExpirePaymentsConfig(dg.Config):
 
 @dataclass(frozen=True)
 class StalePayments:
-    """The database's slice."""
+    """The database's slice, in pages."""
 
     scope: RunScope
-    rows: tuple[PaymentRow, ...]
+    rows: Spool[PaymentRow]
 
 
 @dataclass(frozen=True)
 class AskedPayments:
-    """Both slices: the rows, and what the provider said about each provider id."""
+    """Both slices, in pages: each row with what the provider said about it (None: it has no provider id)."""
 
-    stale: StalePayments
-    answers: dict[str, ProviderAnswer]
+    scope: RunScope
+    rows: Spool[tuple[PaymentRow, ProviderAnswer | None]]
 
 
 @dataclass(frozen=True)
 class ExpiryPlan:
-    """What the run will apply."""
+    """What the run will apply. Only what is not simply to expire is held."""
 
     scope: RunScope
-    decisions: tuple[PaymentExpiry, ...]
+    expiries: Spool[ExpirePayment]
+    late: tuple[SettleLate, ...]
+    kept: tuple[KeepPending, ...]
     refused: tuple[Decision, ...] = ()
 
 
@@ -97,13 +106,15 @@ def fetch_stale_payments(
     """The database's slice."""
     with told_plainly():
         from billing_orchestration.database.engine import translated
-        from billing_orchestration.database.expiry import fetch_stale_payments as fetch
+        from billing_orchestration.database.expiry import stream_stale_payments
 
         settings = billing_database.settings
         scope = run.scope(context, clock, whole_days=True)
         created_before = payments_over_before(scope.as_of, settings.pending_payment_ttl_days)
+        rows: Spool[PaymentRow] = Spool()
         with translated(), billing_database.engine.connect() as connection:
-            rows = tuple(fetch(connection, created_before))
+            for page in stream_stale_payments(connection, created_before, PAGE):
+                rows.add(page)
     context.add_output_metadata(
         {
             **describe_scope(scope),
@@ -121,49 +132,71 @@ def fetch_stale_at_provider(
     stale: StalePayments,
     payment_provider: dg.ResourceParam[ProviderConnection],
 ) -> AskedPayments:
-    """The provider's slice: one answer an id. A wrong shop key fails the run after one request."""
-    ids = list(dict.fromkeys(row.external_payment_id for row in stale.rows if row.external_payment_id))
-    answers: dict[str, ProviderAnswer] = {}
+    """The provider's slice, page by page: one answer an id. A wrong shop key fails the run after one request."""
+    inquiry = _Inquiry(context, payment_provider, config.max_concurrency)
+    asked: Spool[tuple[PaymentRow, ProviderAnswer | None]] = Spool()
     with told_plainly():
-        if ids:
-            answers = _ask(context, ids, payment_provider, config.max_concurrency)
-    silent = sum(isinstance(answer, NoAnswer) for answer in answers.values())
+        for page in stale.rows.pages():
+            answers = inquiry.ask([row.external_payment_id for row in page if row.external_payment_id])
+            asked.add([(row, answers[row.external_payment_id] if row.external_payment_id else None) for row in page])
+    stale.rows.close()
     context.add_output_metadata(
         {
-            "asked": dg.MetadataValue.int(len(ids)),
-            "not found there": dg.MetadataValue.int(sum(isinstance(a, NotFoundThere) for a in answers.values())),
-            "no answer": dg.MetadataValue.int(silent),
+            "asked": dg.MetadataValue.int(inquiry.asked),
+            "not found there": dg.MetadataValue.int(inquiry.not_found),
+            "no answer": dg.MetadataValue.int(inquiry.unanswered),
         }
     )
-    return AskedPayments(stale, answers)
+    return AskedPayments(stale.scope, asked)
 
 
-def _ask(
-    context: dg.OpExecutionContext, ids: Sequence[str], provider: ProviderConnection, max_concurrency: int
-) -> dict[str, ProviderAnswer]:
-    from billing_orchestration.provider.errors import Forbidden, PaymentNotFound, ProviderError, RequestRejected
-    from billing_orchestration.provider.pacing import map_concurrently
+class _Inquiry:
+    """Asks the provider about pages of ids, a few at a time, until it answers for nobody."""
 
-    answers: dict[str, ProviderAnswer] = {}
-    silences = 0
-    for payment_id, result in map_concurrently(provider.client.get_payment, ids, max_concurrency):
-        if isinstance(result, PaymentNotFound):
-            answers[payment_id] = NotFoundThere()
-        elif isinstance(result, RequestRejected) and not isinstance(result, Forbidden):
-            answers[payment_id] = UnusablePayment(payment_id, f"it refuses to look it up: {result}", payment_id)
-        elif isinstance(result, ProviderError):
-            answers[payment_id] = NoAnswer(str(result))
-        elif isinstance(result, Exception):
-            raise result
-        else:
-            answers[payment_id] = result
-        silences = silences + 1 if isinstance(answers[payment_id], NoAnswer) else 0
-        if silences >= BREAKER_SILENCES:
-            context.log.warning(f"the provider did not answer {silences} times in a row: the rest is left for tomorrow")
-            break
-    for payment_id in ids:
-        answers.setdefault(payment_id, NoAnswer("not asked: the provider does not answer for anyone"))
-    return answers
+    def __init__(self, context: dg.OpExecutionContext, provider: ProviderConnection, max_concurrency: int) -> None:
+        self._context = context
+        self._provider = provider
+        self._max_concurrency = max_concurrency
+        self._silences = 0
+        self.asked = self.not_found = self.unanswered = 0
+
+    def ask(self, payment_ids: Iterable[str]) -> dict[str, ProviderAnswer]:
+        """One answer for each id."""
+        ids = list(dict.fromkeys(payment_ids))
+        answers: dict[str, ProviderAnswer] = {}
+        if ids and self._silences < BREAKER_SILENCES:
+            self._ask(ids, answers)
+        for payment_id in ids:
+            answers.setdefault(payment_id, NoAnswer("not asked: the provider does not answer for anyone"))
+        self.asked += len(ids)
+        self.not_found += sum(isinstance(answer, NotFoundThere) for answer in answers.values())
+        self.unanswered += sum(isinstance(answer, NoAnswer) for answer in answers.values())
+        return answers
+
+    def _ask(self, ids: Sequence[str], answers: dict[str, ProviderAnswer]) -> None:
+        from billing_orchestration.provider.errors import Forbidden, PaymentNotFound, ProviderError, RequestRejected
+        from billing_orchestration.provider.pacing import map_concurrently
+
+        results = map_concurrently(
+            self._provider.client.get_payment, ids, self._max_concurrency, first_alone=not self.asked
+        )
+        for payment_id, result in results:
+            if isinstance(result, PaymentNotFound):
+                answers[payment_id] = NotFoundThere()
+            elif isinstance(result, RequestRejected) and not isinstance(result, Forbidden):
+                answers[payment_id] = UnusablePayment(payment_id, f"it refuses to look it up: {result}", payment_id)
+            elif isinstance(result, ProviderError):
+                answers[payment_id] = NoAnswer(str(result))
+            elif isinstance(result, Exception):
+                raise result
+            else:
+                answers[payment_id] = result
+            self._silences = self._silences + 1 if isinstance(answers[payment_id], NoAnswer) else 0
+            if self._silences >= BREAKER_SILENCES:
+                self._context.log.warning(
+                    f"the provider did not answer {self._silences} times in a row: the rest is left for tomorrow"
+                )
+                break
 
 
 @dg.op(description="Decide each: settle what is paid, expire what is not, leave what is held or not known.")
@@ -172,21 +205,37 @@ def diff_stale_payments(
 ) -> ExpiryPlan:
     """One decision a row."""
     ttl_days = billing_database.settings.pending_payment_ttl_days
-    decisions = tuple(
-        decide_payment_expiry(
-            row, asked.answers[row.external_payment_id] if row.external_payment_id else None, ttl_days
-        )
-        for row in asked.stale.rows
-    )
-    shown = [_shown(decision) for decision in decisions]
-    stop_before_applying(over_limit(changes_of(decisions), asked.stale.scope.max_changes), shown)
+    expiries: Spool[ExpirePayment] = Spool()
+    late: list[SettleLate] = []
+    kept: list[KeepPending] = []
+    shown = Tally(ROWS_SHOWN)
+    for page in asked.rows.pages():
+        decisions = [decide_payment_expiry(row, answer, ttl_days) for row, answer in page]
+        shown.extend(_shown(decision) for decision in decisions)
+        expiries.add([decision for decision in decisions if isinstance(decision, ExpirePayment)])
+        late += [decision for decision in decisions if isinstance(decision, SettleLate)]
+        kept += [decision for decision in decisions if isinstance(decision, KeepPending)]
+    asked.rows.close()
+    scope = asked.scope
+    stop_before_applying(over_limit(len(expiries) + len(late), scope.max_changes), shown)
     context.add_output_metadata(describe_decisions(shown))
-    changes = {_line(decision): decision for decision in decisions if not isinstance(decision, KeepPending)}
-    approved, refused = bind(
-        context, asked.stale.scope, list(changes.items()), {line: _shown(change) for line, change in changes.items()}
+    if not scope.dry_run and scope.approved_plan is None:
+        return ExpiryPlan(scope, expiries, tuple(late), tuple(kept))
+    # A preview and its approval name every change: these hold them all.
+    planned: list[SettleLate | ExpirePayment] = [*late, *chain.from_iterable(expiries.pages())]
+    changes = {_line(change): change for change in planned}
+    approved, refused = bind(context, scope, list(changes.items()), {line: _shown(c) for line, c in changes.items()})
+    allowed: Spool[ExpirePayment] = Spool()
+    expiring = [change for change in approved if isinstance(change, ExpirePayment)]
+    for start in range(0, len(expiring), PAGE):
+        allowed.add(expiring[start : start + PAGE])
+    return ExpiryPlan(
+        scope,
+        allowed,
+        tuple(change for change in approved if isinstance(change, SettleLate)),
+        tuple(kept),
+        tuple(refused),
     )
-    kept = [decision for decision in decisions if isinstance(decision, KeepPending)]
-    return ExpiryPlan(asked.stale.scope, (*approved, *kept), tuple(refused))
 
 
 def _line(decision: SettleLate | ExpirePayment) -> str:
@@ -221,14 +270,12 @@ def apply_payment_expiry(
     """Apply the plan, row by row; red at the end if something needs another try."""
     with told_plainly():
         scope = plan.scope
-        report = RunReport()
+        report = RunReport(decisions=Tally(ROWS_SHOWN))
 
         def stamp() -> Stamp:
             return Stamp(JOB, scope.run_id, clock.now())
 
-        expiries = [decision for decision in plan.decisions if isinstance(decision, ExpirePayment)]
-        late = [decision for decision in plan.decisions if isinstance(decision, SettleLate)]
-        kept = [decision for decision in plan.decisions if isinstance(decision, KeepPending)]
+        late, kept = plan.late, plan.kept
         is_live = bool(late) and payment_provider.client.is_live
         paid = {decision.payment.id: decision.payment for decision in late}
         results = list(
@@ -243,7 +290,9 @@ def apply_payment_expiry(
             for decision in late
             if (holder := holders[decision.payment.id]) is not None and holder != decision.row.id
         ]
-        _expire(report, [*expiries, *duplicates], billing_database, stamp(), dry_run=scope.dry_run)
+        pages = chain(plan.expiries.pages(), [duplicates] if duplicates else [])
+        expire_all(report, pages, billing_database, stamp, dry_run=scope.dry_run)
+        plan.expiries.close()
         for decision in kept:
             if decision.needs_retry:
                 report.again.append(f"{decision.row.subject}: {decision.reason}")
@@ -291,45 +340,66 @@ def _holder_of(result: "Settled | Failed") -> int | None:
     return None
 
 
-def _expire(
-    report: RunReport, expiries: Sequence[ExpirePayment], database: BillingDatabase, stamp: Stamp, *, dry_run: bool
+def expire_all(
+    report: RunReport,
+    pages: Iterable[Sequence[ExpirePayment]],
+    database: BillingDatabase,
+    make_stamp: Callable[[], Stamp],
+    *,
+    dry_run: bool,
 ) -> None:
+    """Expire pages of payments, each in a transaction of its own, some at a time. What the database refuses goes to
+    quarantine, row by row; what it is too busy for is named for another try."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     from billing_orchestration.database.engine import translated
     from billing_orchestration.database.errors import DatabaseBusy, RowRefused
     from billing_orchestration.database.expiry import expire_payments
 
-    def apply(group: Sequence[ExpirePayment]) -> None:
-        expired = {expiry.row.id for expiry in group}
-        if not dry_run:
-            with translated(), database.engine.begin() as connection:
-                expired = expire_payments(connection, stamp, [(expiry.row, expiry.reason) for expiry in group])
-        for expiry in group:
-            if expiry.row.id in expired:
-                report.applied += 1
-                report.decisions.append(_shown(expiry))
-            else:
-                report.skipped += 1
-                report.decisions.append(
-                    Decision("skip", expiry.row.subject, "changed meanwhile, not PENDING any more", expiry.row.money)
-                )
-
     refused: list[Problem] = []
-    for start in range(0, len(expiries), CHUNK):
-        chunk = expiries[start : start + CHUNK]
+
+    def write(page: Sequence[ExpirePayment]) -> set[int]:
+        if dry_run:
+            return {expiry.row.id for expiry in page}
+        with translated(), database.engine.begin() as connection:
+            return expire_payments(connection, make_stamp(), [(expiry.row, expiry.reason) for expiry in page])
+
+    def tell(page: Sequence[ExpirePayment], expired: set[int]) -> None:
+        report.applied += len(expired)
+        report.skipped += len(page) - len(expired)
+        report.decisions.extend(
+            _shown(expiry)
+            if expiry.row.id in expired
+            else Decision("skip", expiry.row.subject, "changed meanwhile, not PENDING any more", expiry.row.money)
+            for expiry in page
+        )
+
+    def finish(page: Sequence[ExpirePayment], written: "Future[set[int]]") -> None:
         try:
-            apply(chunk)
+            tell(page, written.result())
         except (DatabaseBusy, RowRefused):
-            for expiry in chunk:
+            for expiry in page:
                 try:
-                    apply([expiry])
+                    tell([expiry], write([expiry]))
                 except DatabaseBusy as error:
                     report.again.append(f"{expiry.row.subject}: {error}")
                     report.decisions.append(Decision("try again", expiry.row.subject, str(error), expiry.row.money))
                 except RowRefused as error:
                     refused.append(_refused(expiry.row, str(error)))
+
+    # Each page locks its own rows, in the order of their ids: two of them never wait for each other. Leaving the pool
+    # waits for what is under way.
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        under_way: deque[tuple[Sequence[ExpirePayment], Future[set[int]]]] = deque()
+        for page in pages:
+            under_way.append((page, pool.submit(write, page)))
+            if len(under_way) > SIDE_BY_SIDE:
+                finish(*under_way.popleft())
+        while under_way:
+            finish(*under_way.popleft())
     report.quarantined += len(refused)
     report.decisions.extend(Decision("quarantine", problem.subject, problem.reason) for problem in refused)
-    report.opened += open_all(database, stamp, refused)
+    report.opened += open_all(database, make_stamp(), refused)
 
 
 def _refused(row: PaymentRow, error: str) -> Problem:

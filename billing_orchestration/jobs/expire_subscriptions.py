@@ -215,7 +215,7 @@ def expire_all(
             size = min(CHUNK, size * SHRINK)
             log(f"expired {done} of {wanted}")
     report.quarantined = len(refused)
-    report.decisions += [Decision("quarantine", problem.subject, problem.reason) for problem in refused.values()]
+    report.decisions.extend(Decision("quarantine", problem.subject, problem.reason) for problem in refused.values())
     report.opened = open_all(database, Stamp(JOB, over.scope.run_id, clock.now()), list(refused.values()))
     return done
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import dagster as dg
 
-from billing_orchestration.domain.decisions import Decision, count_by_action, sum_by_currency
+from billing_orchestration.domain.decisions import Decision, Tally
 from billing_orchestration.domain.run_scope import RunRefused, RunScope
 
 # What an applying op yields: numbers to plot, and its end.
@@ -28,9 +28,10 @@ CHANGED_TAG = "billing/changed"
 class RunReport:
     """What an applying op has done. `applied` counts changes that were committed, `opened` new quarantine entries,
     `again` names what needs another try (the run then ends red), `again_unnamed` counts what it leaves out,
-    `stopped_by` is what ended the applying early, `numbers` are plotted over time."""
+    `stopped_by` is what ended the applying early, `numbers` are plotted over time. `decisions` is a Tally where they
+    may be too many to be held."""
 
-    decisions: list[Decision] = field(default_factory=list)
+    decisions: list[Decision] | Tally = field(default_factory=list)
     applied: int = 0
     skipped: int = 0
     quarantined: int = 0
@@ -46,12 +47,13 @@ class RunReport:
         return len(self.again) + self.again_unnamed
 
 
-def describe_decisions(decisions: Sequence[Decision]) -> dict[str, dg.MetadataValue[Any]]:
+def describe_decisions(decisions: Sequence[Decision] | Tally) -> dict[str, dg.MetadataValue[Any]]:
     """Metadata: the first rows with their reasons, sums by currency, and how many of each action."""
+    tally = decisions if isinstance(decisions, Tally) else Tally(ROWS_SHOWN, decisions)
     metadata: dict[str, dg.MetadataValue[Any]] = {}
-    if decisions:
-        cut = f"first {ROWS_SHOWN} of " if len(decisions) > ROWS_SHOWN else ""
-        metadata[f"decisions ({cut}{len(decisions)})"] = dg.MetadataValue.table(
+    if tally:
+        cut = f"first {ROWS_SHOWN} of " if len(tally) > ROWS_SHOWN else ""
+        metadata[f"decisions ({cut}{len(tally)})"] = dg.MetadataValue.table(
             records=[
                 dg.TableRecord(
                     {
@@ -61,14 +63,13 @@ def describe_decisions(decisions: Sequence[Decision]) -> dict[str, dg.MetadataVa
                         "reason": decision.reason,
                     }
                 )
-                for decision in decisions[:ROWS_SHOWN]
+                for decision in tally.first
             ],
             schema=dg.TableSchema(columns=[dg.TableColumn(name) for name in ("action", "subject", "amount", "reason")]),
         )
-    for action in sorted({decision.action for decision in decisions if decision.money is not None}):
-        for currency, total in sorted(sum_by_currency(decisions, frozenset({action})).items()):
-            metadata[f"sum: {action}, {currency}"] = dg.MetadataValue.float(float(total))
-    for action, count in sorted(count_by_action(decisions).items()):
+    for action, currency, total in tally.sums():
+        metadata[f"sum: {action}, {currency}"] = dg.MetadataValue.float(float(total))
+    for action, count in sorted(tally.counts.items()):
         metadata[f"count: {action}"] = dg.MetadataValue.int(count)
     return metadata
 
@@ -166,7 +167,7 @@ def _number(value: float | Decimal) -> dg.MetadataValue[Any]:
     return dg.MetadataValue.int(value) if isinstance(value, int) else dg.MetadataValue.float(float(value))
 
 
-def stop_before_applying(verdict: str | None, decisions: Sequence[Decision]) -> None:
+def stop_before_applying(verdict: str | None, decisions: Sequence[Decision] | Tally) -> None:
     """Stop a run whose plan is too large. Raises dg.Failure that says what it would have done and how to go on."""
     if verdict is not None:
         raise dg.Failure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-from billing_orchestration.domain.decisions import Decision, count_by_action, sum_by_currency
+from billing_orchestration.domain.decisions import Decision, Tally
 from billing_orchestration.domain.money import Money
 
 DECISIONS = [
@@ -17,13 +17,29 @@ DECISIONS = [
 
 
 def test_decisions_are_counted_by_action() -> None:
-    assert count_by_action(DECISIONS) == {"charge": 3, "leave": 2}
+    tally = Tally(100, DECISIONS)
+    assert tally.counts == {"charge": 3, "leave": 2}
+    assert len(tally) == 5
 
 
-def test_money_is_added_up_by_currency_and_never_across_currencies() -> None:
-    assert sum_by_currency(DECISIONS) == {"RUB": Decimal("299.10"), "USD": Decimal("5.00"), "EUR": Decimal("1.00")}
+def test_money_is_added_up_by_action_and_currency_and_never_across_currencies() -> None:
+    assert Tally(100, DECISIONS).sums() == [
+        ("charge", "RUB", Decimal("299.10")),
+        ("charge", "USD", Decimal("5.00")),
+        ("leave", "EUR", Decimal("1.00")),
+    ]
 
 
-def test_sums_can_be_limited_to_the_actions_that_move_money() -> None:
-    assert sum_by_currency(DECISIONS, frozenset({"charge"})) == {"RUB": Decimal("299.10"), "USD": Decimal("5.00")}
-    assert sum_by_currency(DECISIONS, frozenset()) == {}
+def test_an_amount_that_is_no_number_is_counted_and_not_added() -> None:
+    tally = Tally(100, [*DECISIONS, Decision("charge", "subscription 6", "ends", Money(Decimal("NaN"), "RUB"))])
+    assert tally.counts["charge"] == 4
+    assert ("charge", "RUB", Decimal("299.10")) in tally.sums()
+
+
+def test_only_the_first_few_are_held() -> None:
+    tally = Tally(2)
+    for decision in DECISIONS:
+        tally.append(decision)
+    assert tally.first == DECISIONS[:2]
+    assert len(tally) == 5
+    assert not Tally(2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from billing_orchestration.jobs.expire_payments import PAGE
 from billing_orchestration_tests.jobs.service import NOON, Service, stored
 
 UTC = timezone.utc
@@ -416,6 +417,36 @@ def test_one_row_that_the_database_refuses_goes_to_a_person_once_and_never_stops
     assert [run.report["quarantined for the first time"] for run in runs] == [1, 0]
     [problem] = service.rows("billing_orchestration.quarantine")
     assert (problem.kind, problem.payment_id) == ("not_writable", payments[2])
+
+
+def test_of_several_pages_each_row_is_decided_once_and_one_that_is_refused_stops_no_other(service: Service) -> None:
+    plan = service.plan()
+    paid = stale(service, there(service, "paid", plan_id=plan), days=8)
+    service.execute(
+        """
+        INSERT INTO payments (payment_provider_id, status, currency, amount, created_at, updated_at)
+        SELECT :provider, 'PENDING', 'RUB', 1.00, '2026-02-01'::timestamp + n * interval '1 s', '2026-02-01'
+        FROM generate_series(1, :count) AS n
+        """,
+        provider=service.yookassa,
+        count=2 * PAGE + 10,
+    )
+    [odd] = service.execute_scalars("SELECT id FROM payments ORDER BY id OFFSET 1100 LIMIT 1")
+    service.execute(f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN IF new.id = {odd} THEN RAISE EXCEPTION 'not this one'; END IF; RETURN new; END $$
+    """)
+    service.execute("CREATE TRIGGER refuse BEFORE UPDATE ON payments FOR EACH ROW EXECUTE FUNCTION refuse()")
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert status(service, paid) == "SUCCEEDED"
+    assert service.execute_scalars("SELECT id FROM payments WHERE status = 'PENDING'") == [odd]
+    assert run.materialized[JOB] == {"expired": 2 * PAGE + 9, "settled late": 1, "kept pending": 0}
+    assert run.report["quarantined for the first time"] == 1
+    assert len(run.decisions) == 100
+    assert run.number("fetch_stale_payments", "stale PENDING payments") == 2 * PAGE + 11
 
 
 def test_a_row_that_somebody_keeps_locked_is_left_for_another_try(service: Service, database_url: str) -> None:

@@ -9,6 +9,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from billing_orchestration.database.expiry import fetch_over
+from billing_orchestration.domain.run_scope import RunScope
+from billing_orchestration.jobs.expire_subscriptions import CHUNK, SubscriptionsOver, expire_all
+from billing_orchestration.jobs.run_report import RunReport
+from billing_orchestration.resources import BillingDatabase, Clock
 from billing_orchestration_tests.jobs.service import NOON, Service, stored
 from billing_orchestration_tests.jobs.waiting import wait_for_a_blocked_session
 
@@ -338,6 +343,43 @@ def test_one_that_the_database_refuses_goes_to_a_person_once_and_never_stops_the
     assert {(row.kind, row.subscription_id) for row in problems} == {("not_writable", row) for row in refused}
     assert "not this one" in problems[0].reason
     assert runs[0].report["applied"] == 23
+
+
+def test_of_several_chunks_all_expire_but_the_odd_ones(service: Service, engine: sa.Engine) -> None:
+    many(service, 2 * CHUNK + 500, ended_at=NOON - timedelta(days=30))
+    refused, locked = service.execute_scalars("SELECT id FROM subscriptions ORDER BY id OFFSET 12000 LIMIT 2")
+    refusing(service, refused)
+    with service.locking("subscriptions", locked):
+        wait = service.begin(JOB, max_changes=3 * CHUNK)
+        wait_for_a_blocked_session(engine)
+    run = wait()
+
+    assert run.ok, run.failure
+    assert (run.report["applied"], run.report["skipped"]) == (2 * CHUNK + 499, 0)
+    assert service.execute_scalars("SELECT id FROM subscriptions WHERE status = 'ACTIVE'") == [refused]
+    assert service.execute_scalars(
+        "SELECT count(DISTINCT entity_id) FROM billing_orchestration.audit_trail WHERE entity = 'subscription'"
+    ) == [2 * CHUNK + 499]
+    assert len(service.audit(run)) == 2 * CHUNK + 499 + 1  # and the opening of the quarantine's entry
+
+
+def test_side_by_side_no_more_expire_than_were_shown_and_guarded(service: Service) -> None:
+    many(service, 3 * CHUNK, ended_at=NOON - timedelta(days=30))
+    over_before = NOON - timedelta(days=20)
+    with service.engine.connect() as connection:
+        found = fetch_over(connection, over_before, 10)
+    scope = RunScope(
+        as_of=NOON, source="config", heals=False, dry_run=False, max_changes=None, run_id="run", approved_plan=None
+    )
+    database = BillingDatabase(lambda: service.settings)
+
+    done = expire_all(
+        SubscriptionsOver(scope, over_before, found), 2 * CHUNK + 7, database, Clock(lambda: NOON), RunReport(), print
+    )
+
+    database.close()
+    assert done == 2 * CHUNK + 7
+    assert count_of(service, "EXPIRED") == 2 * CHUNK + 7
 
 
 def test_a_database_that_refuses_everything_fails_the_run_and_fills_no_quarantine(service: Service) -> None:
