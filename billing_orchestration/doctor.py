@@ -133,7 +133,8 @@ def _server(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[
 
 
 def _service_tables(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
-    from billing_orchestration.database.health import SERVICE_TABLES, differences
+    from billing_orchestration.database.conventions import SERVICE_TABLES
+    from billing_orchestration.database.health import differences
 
     found = differences(connection)
     missing = [name for name in SERVICE_TABLES if any(d.text == f"there is no table {name}" for d in found)]

@@ -9,10 +9,10 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Stamp, storable, storable_name
+from billing_orchestration.database.conventions import naive_utc
 from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import RowRefused
 from billing_orchestration.database.payment_rows import stream_rows
-from billing_orchestration.database.tables import naive_utc
 from billing_orchestration.domain.settlement import PaymentRow
 
 # States of an attempt that hold a subscription back from expiry: what became of the customer's money is not known, or

@@ -13,17 +13,15 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql as pg
 
+from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES
 from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import SchemaMissing, SchemaOutdated, SchemaTooNew, ServiceTablesMissing
-from billing_orchestration.database.tables import SCHEMA, service
 
 # Every revision of database/migrations/versions, oldest first: a run knows the newest without loading Alembic.
 REVISIONS = ("0001",)
 HEAD_REVISION = REVISIONS[-1]
 # Not Alembic's default name: the service has an alembic_version of its own (in public, with its own revision).
 VERSION_TABLE = "schema_version"
-
-SERVICE_TABLES = tuple(service.tables)
 
 _MIGRATE = "run: billing-orchestration migrate"
 _STATE = sa.text(
@@ -125,6 +123,9 @@ _INSERTED_INTO = ("payments", "subscriptions")
 
 def differences(connection: sa.Connection) -> list[Difference]:
     """Compare the service's tables, columns, types and enum labels with SPEC 1, and name what differs."""
+    # Not before somebody asks: a run does without the tables' definitions.
+    from billing_orchestration.database.tables import service
+
     found: dict[str, dict[str, tuple[str, bool, bool]]] = {}
     for table, column, kind, mandatory, has_default in connection.execute(_COLUMNS, {"tables": list(SERVICE_TABLES)}):
         found.setdefault(table, {})[column] = (kind, mandatory, has_default)
@@ -150,6 +151,8 @@ def differences(connection: sa.Connection) -> list[Difference]:
 
 
 def _enum_columns() -> Iterator[Any]:
+    from billing_orchestration.database.tables import service
+
     for table in service.tables.values():
         for column in table.columns:
             if isinstance(column.type, pg.ENUM):

@@ -9,8 +9,8 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Stamp
+from billing_orchestration.database.conventions import naive_utc
 from billing_orchestration.database.payment_rows import select_rows
-from billing_orchestration.database.tables import naive_utc
 from billing_orchestration.domain.settlement import PaymentRow
 
 

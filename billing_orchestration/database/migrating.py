@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from sqlalchemy import exc
 
+from billing_orchestration.database.conventions import SERVICE_TABLES
 from billing_orchestration.database.engine import translate, translated
 from billing_orchestration.database.errors import (
     BillingDatabaseError,
@@ -32,7 +33,6 @@ from billing_orchestration.database.errors import (
 from billing_orchestration.database.health import (
     HEAD_REVISION,
     REVISIONS,
-    SERVICE_TABLES,
     VERSION_TABLE,
     check_revisions,
 )

@@ -14,19 +14,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
-SCHEMA = "billing_orchestration"
-
-
-def naive_utc(instant: datetime) -> datetime:
-    """An aware instant as the service's `timestamp without time zone` columns hold it. Refuses a naive one."""
-    if instant.tzinfo is None:
-        raise ValueError("a naive instant must not reach the database")
-    return instant.astimezone(timezone.utc).replace(tzinfo=None)
-
-
-def readable(column: str) -> str:
-    """SQL for a timestamp that Python can compute with in any zone, else NULL: real data has 'infinity' and worse."""
-    return f"CASE WHEN {column} >= '0002-01-01' AND {column} < '9999-01-01' THEN {column} END"
+from billing_orchestration.database.conventions import SCHEMA as SCHEMA  # noqa: PLC0414 - found here as well
+from billing_orchestration.database.conventions import naive_utc as naive_utc  # noqa: PLC0414 - found here as well
+from billing_orchestration.database.conventions import readable as readable  # noqa: PLC0414 - found here as well
 
 
 class UtcNaive(sa.types.TypeDecorator[datetime]):

@@ -261,7 +261,13 @@ def test_a_slice_is_complete_when_payments_arrive_while_it_is_read(
     sandbox: Sandbox, provider: PaymentProvider, parts: int | None
 ) -> None:
     start = NOW - 60 * MINUTE
-    before = sandbox.provider.add_payments([{"created_at": start + timedelta(seconds=4 * n)} for n in range(900)])
+    instants = [start + timedelta(seconds=4 * n) for n in range(900)]
+    before = sandbox.provider.add_payments([{"created_at": at} for at in instants])
+    # Cash is paid days after it was ordered: only the list by capture tells these.
+    before += sandbox.provider.add_payments(
+        [{"created_at": at - timedelta(days=3), "captured_at": at} for at in instants]
+    )
+    too_many = sandbox.misbehave("list", "too_many_requests", times=3, skip=5)
     over = Event()
 
     def go_on_paying() -> None:
@@ -282,6 +288,7 @@ def test_a_slice_is_complete_when_payments_arrive_while_it_is_read(
     found = [payment.id for payment in told.payments]
     assert len(found) == len(set(found))
     assert {payment.id for payment in before} <= set(found)
+    assert too_many.fired == 3
 
 
 @pytest.mark.parametrize(("payments", "requests"), [(0, 2), (100, 2), (300, 6)])

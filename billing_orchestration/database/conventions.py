@@ -1,0 +1,21 @@
+"""What every statement takes for granted: names, and how an instant is written. Imported without the tables."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+SCHEMA = "billing_orchestration"
+# The service's own (SPEC 1), in the order in which one refers to the next.
+SERVICE_TABLES = ("plans", "prices", "payment_providers", "subscriptions", "payments")
+
+
+def naive_utc(instant: datetime) -> datetime:
+    """An aware instant as the service's `timestamp without time zone` columns hold it. Refuses a naive one."""
+    if instant.tzinfo is None:
+        raise ValueError("a naive instant must not reach the database")
+    return instant.astimezone(timezone.utc).replace(tzinfo=None)
+
+
+def readable(column: str) -> str:
+    """SQL for a timestamp that Python can compute with in any zone, else NULL: real data has 'infinity' and worse."""
+    return f"CASE WHEN {column} >= '0002-01-01' AND {column} < '9999-01-01' THEN {column} END"
