@@ -23,7 +23,7 @@ def measure(server: Database, largest: int) -> tuple[dict[str, dict[int, list[fl
     costs: dict[str, dict[int, list[float]]] = {
         "expiring a tenth of the subscriptions, wall": {},
         "matching a slice of a tenth of the payments, wall": {},
-        "charging a fiftieth, CPU": {},
+        "charging a hundredth, CPU": {},
     }
     expired, matched, charged = costs
     for size in (largest // 100, largest // 10, largest):
@@ -39,7 +39,7 @@ def measure(server: Database, largest: int) -> tuple[dict[str, dict[int, list[fl
                 run_module("bench.matching", "ours", server.create("work", "size"), api_url).told["wall_s"]
                 for _ in range(_TIMES)
             ]
-        due = max(20, size // 50)
+        due = max(20, size // 100)
         url = server.create("size", "billing")
         with provider(0.01) as api_url:
             costs[charged][size] = []

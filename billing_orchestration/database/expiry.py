@@ -8,7 +8,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from billing_orchestration.database.audit import Stamp, storable, storable_name
+from billing_orchestration.database.audit import Stamp, storable, storable_name, to_json
 from billing_orchestration.database.conventions import naive_utc
 from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import RowRefused
@@ -135,7 +135,7 @@ _EXPIRE_LOCKED = sa.text(f"""
     )
     INSERT INTO billing_orchestration.audit_trail (at, job, run_id, entity, entity_id, action, old, new, reason)
     SELECT :at, :job, :run_id, 'subscription', id::text, 'expired',
-           jsonb_build_object('status', 'ACTIVE'), jsonb_build_object('status', 'EXPIRED'),
+           CAST('{{"status": "ACTIVE"}}' AS jsonb), CAST('{{"status": "EXPIRED"}}' AS jsonb),
            'ended ' || ended_at::text || ', ' || :reason
     FROM expired
 """)
@@ -214,23 +214,21 @@ def fetch_stale_payments(connection: sa.Connection, created_before: datetime) ->
     return [row for page in stream_stale_payments(connection, created_before, 1000) for row in page]
 
 
-# One statement with its audit trail: each row travels once.
+# One statement with its audit trail: each row travels once, as one JSON parameter; a reason that many share, once.
 _EXPIRE_PAYMENTS = sa.text("""
     WITH stale AS (
-        SELECT p.id, x.name, x.reason FROM payments p
-        JOIN unnest(
-            CAST(:ids AS int[]), CAST(:external_ids AS text[]), CAST(:names AS text[]), CAST(:reasons AS text[]))
-            AS x (id, external_payment_id, name, reason)
-          ON x.id = p.id AND p.external_payment_id IS NOT DISTINCT FROM x.external_payment_id
-        WHERE p.status = 'PENDING' ORDER BY p.id FOR NO KEY UPDATE OF p
+        SELECT p.id, coalesce(x.name, x.external_id) AS name, x.reason FROM payments p
+        JOIN jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (id int, external_id text, name text, reason int)
+          ON x.id = p.id AND p.external_payment_id IS NOT DISTINCT FROM x.external_id
+        WHERE p.id = ANY(CAST(:ids AS int[])) AND p.status = 'PENDING' ORDER BY p.id FOR NO KEY UPDATE OF p
     ), expired AS (
         UPDATE payments p SET status = 'EXPIRED', updated_at = :naive_at
         FROM stale WHERE p.id = stale.id RETURNING p.id, stale.name, stale.reason
     ), trail AS (
         INSERT INTO billing_orchestration.audit_trail
             (at, job, run_id, entity, entity_id, action, old, new, reason, external_payment_id)
-        SELECT :at, :job, :run_id, 'payment', id::text, 'expired',
-               jsonb_build_object('status', 'PENDING'), jsonb_build_object('status', 'EXPIRED'), reason, name
+        SELECT :at, :job, :run_id, 'payment', id::text, 'expired', CAST('{"status": "PENDING"}' AS jsonb),
+               CAST('{"status": "EXPIRED"}' AS jsonb), (CAST(:reasons AS text[]))[reason], name
         FROM expired
     )
     SELECT id FROM expired
@@ -244,17 +242,24 @@ def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[t
     """
     if not reasons:
         return set()
+    numbers: dict[str, int] = {}
+    rows = [
+        {
+            "id": row.id,
+            "external_id": row.external_payment_id,
+            # Most names are the id itself; one that no index entry would hold is cut.
+            "name": None if (name := _name(row)) == row.external_payment_id else name,
+            "reason": numbers.setdefault(reason, len(numbers) + 1),
+        }
+        for row, reason in reasons
+    ]
     return set(
         connection.execute(
             _EXPIRE_PAYMENTS,
             {
                 "ids": [row.id for row, _ in reasons],
-                "external_ids": [row.external_payment_id for row, _ in reasons],
-                "names": [
-                    None if row.external_payment_id is None else storable_name(row.external_payment_id)
-                    for row, _ in reasons
-                ],
-                "reasons": [storable(reason) for _, reason in reasons],
+                "rows": to_json(rows),
+                "reasons": [storable(reason) for reason in numbers],
                 "at": stamp.at,
                 "naive_at": naive_utc(stamp.at),
                 "job": stamp.job,
@@ -262,3 +267,7 @@ def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[t
             },
         ).scalars()
     )
+
+
+def _name(row: PaymentRow) -> str | None:
+    return None if row.external_payment_id is None else storable_name(row.external_payment_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -12,6 +12,9 @@ from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.conventions import naive_utc
 from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.domain.settlement import PaymentRow
+
+# Asked for a hundred thousand ids at once, PostgreSQL reads a payments table of five million rows from end to end.
+_IDS_AT_A_TIME = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +52,43 @@ def fetch_pending(
         if counts.without_id
         else []
     )
-    rows = select_rows(
-        connection, "external_payment_id = ANY(:ids) AND status = 'PENDING' ORDER BY id", {"ids": list(paid_ids)}
-    )
+    rows = [
+        row
+        for ids in _parts(paid_ids)
+        for row in select_rows(
+            connection, "external_payment_id = ANY(:ids) AND status = 'PENDING' ORDER BY id", {"ids": ids}
+        )
+    ]
     return PendingSlice(counts.rows, counts.without_id, tuple(nameless), tuple(rows))
 
 
 def fetch_rows(connection: sa.Connection, provider_ids: Sequence[str]) -> list[PaymentRow]:
     """The payment rows with these provider ids, whatever their status or age."""
-    return select_rows(connection, "external_payment_id = ANY(:ids) ORDER BY id", {"ids": list(provider_ids)})
+    return [
+        row
+        for ids in _parts(provider_ids)
+        for row in select_rows(connection, "external_payment_id = ANY(:ids) ORDER BY id", {"ids": ids})
+    ]
 
 
 def fetch_settled(connection: sa.Connection, provider_ids: Sequence[str]) -> set[str]:
     """Which of these provider payments are in our settlements."""
-    return set(
-        connection.execute(
+    return {
+        settled
+        for ids in _parts(provider_ids)
+        for settled in connection.execute(
             sa.text("""
                 SELECT external_payment_id FROM billing_orchestration.settlements
                 WHERE external_payment_id = ANY(:ids)
             """),
-            {"ids": list(provider_ids)},
+            {"ids": ids},
         ).scalars()
-    )
+    }
+
+
+def _parts(ids: Sequence[str]) -> Iterator[list[str]]:
+    for start in range(0, len(ids), _IDS_AT_A_TIME):
+        yield list(ids[start : start + _IDS_AT_A_TIME])
 
 
 def read_watermark(connection: sa.Connection, job: str) -> datetime | None:

@@ -246,7 +246,8 @@ def stale_payments(books: Books) -> None:
 
 def matching(books: Books) -> None:
     """The slices of both matching jobs."""
-    ids = [f"payment {n} {k}" for n in range(1, 500) for k in (0, 1)]
+    # So many that PostgreSQL would rather read the whole table, were it asked for all of them at once.
+    ids = [f"payment {n} {k}" for n in range(1, 20_000) for k in (0, 1)]
 
     def work(connection: sa.Connection) -> None:
         fetch_pending(connection, NOON - timedelta(hours=1), NOON, ids)
