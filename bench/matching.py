@@ -128,6 +128,9 @@ def _text(at: datetime) -> str:
 def measure(server: Database, rounds: int, count: int, repair: int, table: int) -> tuple[list[Round], list[Row]]:
     """The rounds and the table's lines."""
     fill(server.create("matching", "billing"), count, repair, table)
+    from bench import plans
+
+    plans.keep("matching", plans.of_matching(server.url("matching"), count))
     with provider(LATENCY_S, history(count)) as api_url:
 
         def side(who: str) -> Mapping[str, float]:

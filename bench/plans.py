@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from bench import matching
+from bench.measuring import ROOT
 from bench.provider import payment_id
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.engine import create_engine
@@ -79,4 +80,10 @@ def of_expiry(url: str) -> list[str]:
 def _of(url: str, work: Callable[[sa.Connection], None]) -> list[str]:
     with explained(url) as (connection, plans):
         work(connection)
-    return plans
+    # One statement asked with other values is told once.
+    return list({plan.partition("\n")[0]: plan for plan in plans}.values())
+
+
+def keep(name: str, plans: list[str]) -> None:
+    """Write them to bench/results/."""
+    (ROOT / "bench" / "results" / f"plans_{name}.txt").write_text("\n".join(plans), encoding="utf-8")
