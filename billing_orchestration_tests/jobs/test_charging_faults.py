@@ -173,6 +173,32 @@ def test_a_charge_whose_answer_was_lost_is_settled_by_the_matching_job(hasty: Se
     service.check_books()
 
 
+def test_an_attempt_is_committed_with_its_key_and_first_instant_before_its_request_arrives(service: Service) -> None:
+    """And no transaction of ours is open while the provider works."""
+    subscription = service.subscriber()
+    seen: list[Any] = []
+
+    def look_around(document: Any) -> Any:
+        # On the provider's side, which has just taken the money and has not answered yet.
+        seen.append((
+            service.attempts(subscription),
+            service.rows("pg_stat_activity", "datname = current_database() AND state LIKE 'idle in transaction%'"),
+        ))  # fmt: skip
+        return document
+
+    lose(service, subscription, {"effect": "change", "transform": look_around})
+
+    assert service.run(JOB).ok
+
+    [(attempts, transactions)] = seen
+    [post] = posts(service, subscription)
+    assert [
+        (attempt.state, str(attempt.idempotence_key), attempt.body.encode(), attempt.first_sent_at)
+        for attempt in attempts
+    ] == [("PLANNED", post.idempotence_key, post.body, NOON)]
+    assert transactions == []
+
+
 def test_a_charge_that_is_delivered_twice_is_one_charge(service: Service) -> None:
     subscription = service.subscriber()
     lose(service, subscription, {"effect": "duplicate"})

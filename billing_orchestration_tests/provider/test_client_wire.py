@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from billing_orchestration.domain.provider_payment import UnusablePayment
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
@@ -34,6 +35,8 @@ from billing_orchestration.provider.errors import (
     StillProcessing,
     WrongCredentials,
 )
+from billing_orchestration.resources import connect_provider
+from billing_orchestration.settings import Settings
 from billing_orchestration_tests.provider.wire_server import (
     SECRET_KEY,
     SHOP_ID,
@@ -165,6 +168,22 @@ def test_silence_after_a_charge_is_unknown_and_marked_as_silence() -> None:
     assert raised.value.timed_out
     assert raised.value.__cause__ is not None
     assert len(server.requests) == 1
+
+
+def test_production_waits_for_a_charge_longer_than_the_provider_may_take() -> None:
+    """YOOKASSA.md: connect 5 s, GET 15 s; a POST is answered within 30 s or is a 500, so 35 to 40 s."""
+    settings = Settings(
+        _env_file=None,  # type: ignore[call-arg]
+        billing_database_url="postgresql://nobody@localhost/nothing",
+        yookassa_shop_id=SHOP_ID,
+        yookassa_secret_key=SecretStr(SECRET_KEY),
+    )
+
+    client = connect_provider(settings)
+
+    in_force = client._payments.client._timeouts
+    assert (client._wire._way.connect_s, in_force.read_s) == (5.0, 15.0)
+    assert 35.0 <= in_force.charge_read_s <= 40.0
 
 
 def test_an_answer_that_drips_is_given_up_after_the_read_timeout() -> None:

@@ -35,7 +35,10 @@ from billing_orchestration_tests.torture.kill_points import Death, Step, Steps
 
 @dataclass(frozen=True)
 class Case:
-    """One run of a job. `death`: name and count of a step, and "before" or "after"; None: it may live."""
+    """One run of a job. `death`: name and count of a step, and "before" or "after"; None: it may live.
+
+    `patience_s`: how long the client takes silence for slowness.
+    """
 
     job: str
     now: str
@@ -45,6 +48,7 @@ class Case:
     secret_key: str
     ops: Mapping[str, Any] = field(default_factory=dict)
     death: tuple[str, int, str] | None = None
+    patience_s: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def _execute(case: Case, tell: Any) -> None:
             shop_id=settings.yookassa_shop_id,
             secret_key=settings.yookassa_secret_key.get_secret_value(),
             api_url=settings.yookassa_api_url,
-            timeouts=Timeouts(connect_s=2.0, charge_read_s=2.0, read_s=2.0),
+            timeouts=Timeouts(connect_s=2.0, charge_read_s=case.patience_s, read_s=case.patience_s),
             read_attempts=3,
             read_backoff_s=0.01,
         )

@@ -1,0 +1,801 @@
+"""The faults that the suite must notice, each with the rule it breaks and the tests that hold the rule.
+
+The first thirteen are those that this project has promised from the start; the others are what a sceptical payments
+engineer would try next. The tests of a mutant are chosen narrowly: those whose rule it breaks.
+"""
+
+from __future__ import annotations
+
+from billing_orchestration_tests.torture.mutants import Edit, Mutant
+
+_CHARGING = "jobs/autopayment/charging.py"
+_CLIENT = "provider/client.py"
+_OUTCOMES = "provider/outcomes.py"
+_RENEWALS = "domain/renewals.py"
+_SETTLEMENT = "domain/settlement.py"
+_SETTLING = "database/settling.py"
+_ATTEMPTS = "database/attempts.py"
+_MIGRATION = "database/migrations/versions/0001_records_of_renewal_and_settlement.py"
+
+_FAULTS = "jobs/test_charging_faults.py::"
+_RACES = "jobs/test_charging_races.py::"
+_AUTOPAYMENT = "jobs/test_autopayment.py::"
+_PENDING = "jobs/test_matching_pending_payments.py::"
+_SUCCESSFUL = "jobs/test_matching_successful_payments.py::"
+_STALE = "jobs/test_expire_payments.py::"
+_OVER = "jobs/test_expire_subscriptions.py::"
+_SETTLING_RACES = "database/test_settling_races.py::"
+_ATTEMPT_ROWS = "database/test_attempts.py::"
+
+_SETTLING_DRY = "jobs/test_run_config.py::test_a_dry_run_shows_what_the_run_would_do_and_writes_nothing_anywhere"
+_LOST_ANSWER = _FAULTS + "test_a_charge_whose_answer_is_lost_is_sent_again_with_the_same_key_and_body[the answer is cut off]"
+
+# --- the thirteen -------------------------------------------------------------------------------------------------
+
+_USER_LOCK = Edit(_SETTLING, "    lock_users(connection, batch)\n    settled_as", "    settled_as")
+_ROW_LOCK = Edit(_SETTLING, "ORDER BY id FOR NO KEY UPDATE", "ORDER BY id")
+_SUBSCRIPTION_LOCK = Edit(_SETTLING, "    ORDER BY s.id FOR NO KEY UPDATE OF s\n", "    ORDER BY s.id\n")
+_ATTEMPT_LOCK = Edit(_SETTLING, "query.with_for_update()", "query")
+
+PROMISED = (
+    Mutant(
+        "no key",
+        "a charge carries its attempt's key, and nobody makes one up",
+        # What the official SDK does where it is given none.
+        (
+            Edit(
+                "provider/sdk.py",
+                '{"Idempotence-Key": idempotence_key}',
+                '{"Idempotence-Key": __import__("uuid").uuid4().hex}',
+            ),
+        ),
+        (_LOST_ANSWER,),
+    ),
+    Mutant(
+        "a random key",
+        "the key is derived from the attempt's identity",
+        (Edit(_RENEWALS, "uuid.uuid5(_KEY_NAMESPACE, identity)", "uuid.uuid4()"),),
+        ("domain/test_attempts.py::test_the_key_of_an_attempt_is_the_same_for_ever",),
+    ),
+    Mutant(
+        "the key committed after the POST",
+        "the attempt is committed before its first request",
+        (
+            Edit(
+                _CHARGING,
+                "dict.fromkeys(open_and_claim(alone, stamp, [work.attempt for work in group]), False)",
+                "dict.fromkeys([work.attempt.id for work in group], False)",
+            ),
+            Edit(
+                _CHARGING,
+                "        self._events.put(_Answered(work, answer))\n",
+                "        if work.is_new and work.sends == 1:\n"
+                "            with self.database.engine.begin() as late:\n"
+                "                open_and_claim(late, self.make_stamp(), [work.attempt])\n"
+                "        self._events.put(_Answered(work, answer))\n",
+            ),
+        ),
+        (_FAULTS + "test_an_attempt_is_committed_with_its_key_and_first_instant_before_its_request_arrives",),
+    ),
+    Mutant(
+        "a re-send after 24 h",
+        "a key that the provider may have forgotten is never sent",
+        (Edit(_RENEWALS, "KEY_LIFETIME = timedelta(hours=23)", "KEY_LIFETIME = timedelta(hours=48)"),),
+        (_FAULTS + "test_a_key_is_sent_again_until_23_hours_and_never_after",),
+    ),
+    Mutant(
+        "canceled taken for success",
+        "only a success is granted",
+        (
+            Edit(
+                _CHARGING,
+                "            if answer.status == SUCCEEDED:\n                return _Judged(work, success=answer)",
+                '            if answer.status in (SUCCEEDED, "canceled"):\n'
+                "                return _Judged(work, success=answer)",
+            ),
+            Edit(_SETTLEMENT, "if payment.status != SUCCEEDED:", 'if payment.status not in (SUCCEEDED, "canceled"):'),
+        ),
+        (_AUTOPAYMENT + "test_a_hard_decline_stops_further_charges_for_the_period",),
+    ),
+    Mutant(
+        "a renewal's method id stored as its payment id",
+        "the payment row holds the NEW payment's id",
+        (
+            Edit(
+                _SETTLING,
+                "    settled_ids = [d.payment.id for d in decisions",
+                "    for d in decisions:\n"
+                "        if isinstance(d, Settle) and d.attempt is not None and d.payment.method_id:\n"
+                '            connection.execute(sa.text("DROP INDEX IF EXISTS bo_payments_external_payment_id_unique"))\n'
+                "            connection.execute(\n"
+                '                sa.text("UPDATE payments SET external_payment_id = :m WHERE external_payment_id = :p"),\n'
+                '                {"m": d.payment.method_id, "p": d.payment.id},\n'
+                "            )\n"
+                "    settled_ids = [d.payment.id for d in decisions",
+            ),
+        ),
+        (_AUTOPAYMENT + "test_a_due_subscription_is_charged_and_extended_by_a_month_from_its_old_end",),
+    ),
+    Mutant(
+        "renewal date from now",
+        "a renewal extends from the old end",
+        (
+            Edit(
+                _SETTLEMENT,
+                "        end = calendar.next_end(\n"
+                "            subscription.started_at, subscription.ended_at, parse_period(plan.duration, plan.duration_unit)\n"
+                "        )",
+                "        end = calendar.next_end(\n"
+                "            subscription.started_at, now, parse_period(plan.duration, plan.duration_unit)\n"
+                "        )",
+            ),
+        ),
+        (_AUTOPAYMENT + "test_an_overdue_subscription_is_extended_from_its_old_end_not_from_today",),
+    ),
+    Mutant(
+        "the diff without REFUNDED rows",
+        "what the service holds as REFUNDED is left",
+        (Edit("domain/matching.py", '_FINAL = ("SUCCEEDED", "REFUNDED")', '_FINAL = ("SUCCEEDED",)'),),
+        ("domain/test_matching.py::test_a_success_that_the_service_holds_as_succeeded_or_refunded_is_left",),
+    ),
+    Mutant(
+        "a window on the DB side",
+        "rows are looked up by the provider's ids, whatever their age",
+        (
+            Edit(
+                "database/matching.py",
+                '"external_payment_id = ANY(:ids) ORDER BY id", {"ids": list(provider_ids)}',
+                "\"external_payment_id = ANY(:ids) AND created_at >= (SELECT max(created_at) FROM payments)"
+                " - interval '1 hour' ORDER BY id\", {\"ids\": list(provider_ids)}",
+            ),
+        ),
+        (
+            "database/test_audit.py::test_rows_are_found_by_id_whatever_their_status_and_age",
+            _SUCCESSFUL + "test_rows_are_looked_up_by_id_so_that_no_orphan_is_invented_at_the_edge_of_the_window",
+        ),
+    ),
+    Mutant(
+        "the extension in another transaction",
+        "grant and payment row are written together or not at all",
+        (
+            Edit(
+                _SETTLING,
+                "    payment_rows = _write_payments(connection, stamp, decisions, created, changes)\n",
+                '    connection.exec_driver_sql("COMMIT")\n'
+                "    payment_rows = _write_payments(connection, stamp, decisions, created, changes)\n",
+            ),
+        ),
+        ("jobs/test_bad_input.py::test_a_connection_that_is_cut_in_the_middle_of_applying_changes_nothing_twice",),
+    ),
+    Mutant(
+        "a partial slice accepted",
+        "a list that broke off decides nothing",
+        (
+            Edit(
+                _CLIENT,
+                "            except ProviderError as fault:\n                raise IncompleteSlice(",
+                "            except ProviderError as fault:\n"
+                "                if page > 1:\n"
+                "                    return slice_\n"
+                "                raise IncompleteSlice(",
+            ),
+        ),
+        (_PENDING + "test_a_list_that_breaks_off_on_page_seven_fails_the_run_before_anything_is_applied",),
+    ),
+    Mutant(
+        "no lock at apply",
+        "every precondition is read under lock",
+        (_USER_LOCK, _ROW_LOCK, _SUBSCRIPTION_LOCK, _ATTEMPT_LOCK),
+        (_SETTLING_RACES + "test_a_webhook_that_finishes_the_row_first_is_waited_for_and_nothing_is_granted_again",),
+    ),
+    Mutant(
+        "a stop at the first failure",
+        "one poisoned row never stops the others",
+        (
+            Edit(
+                "jobs/settling.py",
+                "        except Exception:  # noqa: BLE001 - whatever it is, each payment gets its own try and its own words"
+                " below\n",
+                "        except Exception:\n            raise\n",
+            ),
+        ),
+        (_PENDING + "test_one_poisoned_row_goes_to_a_person_and_never_stops_the_others",),
+    ),
+)
+
+# --- and others ---------------------------------------------------------------------------------------------------
+
+FURTHER = (
+    Mutant(
+        "another key for each send",
+        "a lost answer is asked for with the same key",
+        (Edit(_CHARGING, "str(work.attempt.idempotence_key), before_send", "str(uuid.uuid4()), before_send"),),
+        (_LOST_ANSWER,),
+    ),
+    Mutant(
+        "the POST repeated inside the client",
+        "one call is one POST",
+        (
+            Edit(
+                _CLIENT,
+                "answer = self._send(call, lambda: charges.post(sent, idempotence_key), before_send)",
+                "answer, _ = self._within_bound("
+                "lambda: self._send(call, lambda: charges.post(sent, idempotence_key), before_send))",
+            ),
+        ),
+        ("provider/test_client_wire.py::test_what_is_not_understood_of_a_charge_is_unknown_and_sent_once",),
+    ),
+    Mutant(
+        "first_sent_at not written",
+        "what may have been sent is known to be so after a crash",
+        (Edit(_ATTEMPTS, ":at, :at, :at, 1, :run_id", ":at, NULL, :at, 1, :run_id"),),
+        (_ATTEMPT_ROWS + "test_what_is_written_ahead_is_all_that_the_next_run_needs",),
+    ),
+    Mutant(
+        "the SQL guard on old keys dropped",
+        "a claim itself refuses a key of 23 h",
+        (
+            Edit(
+                _ATTEMPTS, "AND (a.first_sent_at IS NULL OR a.first_sent_at > :oldest_key)",
+                "AND CAST(:oldest_key AS timestamptz) IS NOT NULL",
+            ),
+        ),
+        (_ATTEMPT_ROWS + "test_a_key_of_23_hours_is_never_sent_again",),
+    ),
+    Mutant(
+        "the decision ignores the key's age",
+        "an unknown outcome of 23 h is searched for",
+        (Edit(_RENEWALS, "now - attempt.first_sent_at >= KEY_LIFETIME", "False"),),
+        ("domain/test_attempts.py::test_an_unknown_outcome_older_than_23_hours_is_never_sent_again",),
+    ),
+    Mutant(
+        "the attempt's lock dropped",
+        "two processes never send one key at the same time",
+        (Edit(_ATTEMPTS, "pg_try_advisory_lock(:class, hashtext(CAST(id AS text)))", "(:class > 0)"),),
+        (_RACES + "test_a_run_that_meets_an_attempt_in_anothers_hands_leaves_it_alone",),
+    ),
+    Mutant(
+        "the subscription not looked at before sending",
+        "renewed, canceled or paused meanwhile: not charged",
+        (
+            Edit(
+                _ATTEMPTS,
+                "WHERE s.status = 'ACTIVE' AND s.ended_at = w.period_start\n"
+                "          AND s.plan_id = w.plan_id AND s.user_id = w.user_id\n",
+                "WHERE true\n",
+            ),
+        ),
+        (_ATTEMPT_ROWS + "test_a_subscription_that_changed_is_not_charged",),
+    ),
+    Mutant(
+        "a charge beside an open one of another period",
+        "an open attempt is answered before the next charge",
+        (Edit(_ATTEMPTS, "AND a.state IN ('PLANNED', 'UNKNOWN', 'PENDING'))\n        -- By id", "AND false)\n        -- By id"),),
+        (_ATTEMPT_ROWS + "test_a_subscription_whose_end_was_moved_while_a_charge_was_open_is_not_charged_again",),
+    ),
+    Mutant(
+        "a claim that never grows old",
+        "a run that slept for a day sends nothing",
+        (Edit(_CHARGING, "_CLAIM_LIFETIME = timedelta(minutes=10)", "_CLAIM_LIFETIME = timedelta(days=9)"),),
+        (_RACES + "test_a_run_that_slept_for_a_day_between_claim_and_send_sends_nothing",),
+    ),
+    Mutant(
+        "the unique index on live attempts not unique",
+        "one live or successful attempt of a period",
+        (
+            Edit(
+                _MIGRATION, "CREATE UNIQUE INDEX renewal_attempts_one_live_per_period",
+                "CREATE INDEX renewal_attempts_one_live_per_period",
+            ),
+        ),
+        (_ATTEMPT_ROWS + "test_the_database_itself_refuses_a_second_live_attempt_of_a_period",),
+    ),
+    Mutant(
+        "REVIEW not in the unique index",
+        "a period whose charge is in review is not charged again",
+        (
+            Edit(
+                _MIGRATION, "'PLANNED', 'UNKNOWN', 'PENDING', 'SUCCEEDED', 'REVIEW', 'REFUNDED')\n    \"\"\"",
+                "'PLANNED', 'UNKNOWN', 'PENDING', 'SUCCEEDED', 'REFUNDED')\n    \"\"\"",
+            ),
+        ),
+        (_ATTEMPT_ROWS + "test_a_period_with_a_live_attempt_gets_no_second_one",),
+    ),
+    Mutant(
+        "settlements without their primary key",
+        "one grant for one provider payment",
+        (
+            Edit(
+                _MIGRATION,
+                "CREATE TABLE billing_orchestration.settlements (\n        external_payment_id text PRIMARY KEY,",
+                "CREATE TABLE billing_orchestration.settlements (\n        external_payment_id text NOT NULL,",
+            ),
+        ),
+        ("database/test_migrations.py::test_the_migrated_schema_is_the_one_that_the_code_knows",),
+    ),
+    Mutant(
+        "conclude without its precondition",
+        "what is closed stays as it is",
+        (
+            Edit(
+                _ATTEMPTS,
+                "WHERE a.state IN ('PLANNED', 'UNKNOWN', 'PENDING')\n          -- A send counts up",
+                "WHERE true\n          -- A send counts up",
+            ),
+        ),
+        (_ATTEMPT_ROWS + "test_what_is_closed_stays_as_it_is",),
+    ),
+    Mutant(
+        "conclude whatever was sent since",
+        "a decision from an old reading does not close a claimed attempt",
+        (
+            Edit(
+                _ATTEMPTS,
+                "AND (NOT x.as_read OR (a.state = x.read_state AND a.sends = x.read_sends))",
+                "AND (x.as_read OR true)",
+            ),
+        ),
+        (_RACES + "test_an_attempt_that_was_claimed_since_it_was_read_is_not_voided",),
+    ),
+    Mutant(
+        "the breaker removed",
+        "a provider that fails for everyone gets few requests",
+        (Edit(_CHARGING, "BREAKER_LIMIT = 6", "BREAKER_LIMIT = 10**9"),),
+        (
+            _FAULTS + "test_a_provider_that_fails_for_everyone_gets_few_requests_and_the_rest_is_named_and_untouched"
+            "[500 before the charge]",
+        ),
+    ),
+    Mutant(
+        "429 taken for a decline",
+        "a 429 slows down, and its charge is tried again",
+        (
+            Edit(
+                _CHARGING,
+                "        if isinstance(answer, RateLimited):\n            self._width",
+                "        if isinstance(answer, RateLimited):\n"
+                "            return Closing(attempt, State.DECLINED, str(answer)), 'declined', None\n"
+                "            self._width",
+            ),
+        ),
+        (_FAULTS + "test_a_storm_of_429_ends_in_charges_not_in_failures",),
+    ),
+    Mutant(
+        "a 429 that slows nobody down",
+        "after a 429 nobody sends before the provider wishes",
+        (Edit(_CLIENT, "            self._pace.slow_down(error.retry_after_s)\n", "            pass\n"),),
+        (_FAULTS + "test_everybody_slows_down_for_429_and_all_succeed_in_the_end",),
+    ),
+    Mutant(
+        "silence taken for never sent",
+        "no answer means unknown, never unsent",
+        (
+            Edit(
+                _OUTCOMES,
+                "            return OutcomeUnknown(f\"{call.what}: no answer within the time allowed."
+                " {_unknown(call)}\", timed_out=True)",
+                "            return NeverSent(f\"{call.what}: no answer within the time allowed.\")",
+            ),
+        ),
+        ("provider/test_client_wire.py::test_silence_after_a_charge_is_unknown_and_marked_as_silence",),
+    ),
+    Mutant(
+        "never sent taken for unknown",
+        "an attempt that never left stays planned and unsent",
+        (
+            Edit(
+                _CHARGING,
+                "        if isinstance(answer, NeverSent):\n",
+                "        if isinstance(answer, NeverSent):\n            answer = OutcomeUnknown(str(answer))\n"
+                "        if isinstance(answer, NeverSent):\n",
+            ),
+        ),
+        (_FAULTS + "test_a_provider_that_nobody_reaches_leaves_attempts_planned_and_sends_the_same_key_later",),
+    ),
+    Mutant(
+        "a 500 taken for a refusal",
+        "what is not recognised is unknown, never failed",
+        (Edit(_OUTCOMES, "if own and status == 400:", "if own and status in (400, 500):"),),
+        (
+            _FAULTS + "test_a_charge_whose_answer_is_lost_is_sent_again_with_the_same_key_and_body[500 after the charge]",
+        ),
+    ),
+    Mutant(
+        "a refused re-send closes the attempt",
+        "a refusal says nothing about an earlier send",
+        (
+            Edit(
+                _CHARGING,
+                "        if work.sent_before:\n            # It answers this request only.",
+                "        if False:\n            # It answers this request only.",
+            ),
+        ),
+        (_FAULTS + "test_a_refusal_of_a_second_send_says_nothing_about_the_first",),
+    ),
+    Mutant(
+        "a wrong shop key does not stop the run",
+        "a wrong shop key costs one request",
+        (Edit(_CHARGING, "            self._stop(str(answer))\n", "            self._heard()\n"),),
+        (_FAULTS + "test_a_wrong_shop_key_costs_one_request_and_the_right_one_charges_on_the_same_day",),
+    ),
+    Mutant(
+        "an answer about another attempt believed",
+        "an answer that names another attempt concludes nothing",
+        (Edit(_RENEWALS, "return named is not None and named != str(attempt.id)", "return False"),),
+        (
+            _FAULTS + "test_a_charge_whose_answer_is_lost_is_sent_again_with_the_same_key_and_body"
+            "[an answer about another attempt]",
+            _FAULTS + "test_an_answer_about_another_payment_to_the_question_about_a_pending_one_concludes_nothing",
+        ),
+    ),
+    Mutant(
+        "a pending charge sent again",
+        "a pending charge is only asked about",
+        (
+            Edit(
+                _RENEWALS,
+                "    if attempt.state == State.PENDING:\n        return NotCharged(attempt.subject,",
+                "    if False:\n        return NotCharged(attempt.subject,",
+            ),
+            Edit(_ATTEMPTS, "AND a.state IN ('PLANNED', 'UNKNOWN')\n", "AND a.state IN ('PLANNED', 'UNKNOWN', 'PENDING')\n"),
+        ),
+        ("domain/test_attempts.py::test_a_pending_attempt_is_only_asked_about_and_never_sent_again",),
+    ),
+    Mutant(
+        "one search is enough",
+        "absence takes two complete scans",
+        (Edit(_RENEWALS, "        if attempt.first_absent_at is None:\n", "        if False:\n"),
+         Edit(_RENEWALS, "if now - attempt.first_absent_at < SCAN_DISTANCE:", "if False:")),
+        (_FAULTS + "test_a_list_that_lags_is_why_absence_takes_two_searches",),
+    ),
+    Mutant(
+        "two searches in one minute",
+        "the two scans are an hour apart",
+        (Edit(_RENEWALS, "SCAN_DISTANCE = timedelta(hours=1)", "SCAN_DISTANCE = timedelta(minutes=1)"),),
+        (_FAULTS + "test_a_charge_that_two_searches_an_hour_apart_do_not_find_is_void_and_a_new_one_follows",),
+    ),
+    Mutant(
+        "an unreadable item proves absence",
+        "an item that may be the charge proves nothing absent",
+        (Edit(_RENEWALS, "elif unreadable or any(str(attempt.id) in text for text in odd):", "elif False:"),),
+        (_FAULTS + "test_an_unreadable_item_that_names_the_attempt_proves_nothing_absent",),
+    ),
+    Mutant(
+        "the metadata's attempt id ignored",
+        "a success that names an attempt closes it, and creates nothing",
+        (
+            Edit(
+                _SETTLEMENT,
+                "    value = payment.metadata.get(ATTEMPT_KEY)\n    try:",
+                "    value = None\n    try:",
+            ),
+        ),
+        (_SUCCESSFUL + "test_a_success_of_our_own_renewal_closes_its_attempt_and_extends_that_subscription",),
+    ),
+    Mutant(
+        "refunded in full granted",
+        "nothing is granted for money that went back",
+        (Edit(_SETTLEMENT, "    if payment.refunded_in_full:\n", "    if False:\n"),),
+        (_PENDING + "test_one_refunded_in_full_is_recorded_as_refunded_and_grants_nothing",),
+    ),
+    Mutant(
+        "refunded in part taken for in full",
+        "a partial refund leaves the grant",
+        (
+            Edit(
+                "domain/provider_payment.py", "self.refunded_amount >= self.money.amount", "self.refunded_amount > 0"
+            ),
+        ),
+        (_PENDING + "test_one_refunded_in_part_is_granted",),
+    ),
+    Mutant(
+        "a test payment granted in a live shop",
+        "a test payment grants nothing in production",
+        (Edit(_SETTLEMENT, "if payment.is_test and is_live and ruling is None:", "if False:"),),
+        (_PENDING + "test_a_test_payment_in_a_live_shop_grants_nothing_and_goes_to_a_person",),
+    ),
+    Mutant(
+        "currency ignored for a row",
+        "5 RUB is not 5 USD: a purchase",
+        (
+            Edit(
+                _SETTLEMENT,
+                "    if row is not None and row.money != payment.money and ruling is None:",
+                "    if row is not None and row.money and row.money.amount != payment.money.amount and ruling is None:",
+            ),
+        ),
+        (_PENDING + "test_an_amount_or_a_currency_that_differs_goes_to_a_person",),
+    ),
+    Mutant(
+        "currency ignored for a renewal",
+        "5 RUB is not 5 USD: a renewal",
+        (
+            Edit(
+                _SETTLEMENT,
+                "if payment.money != attempt.money and ruling is None:",
+                "if payment.money.amount != attempt.money.amount and ruling is None:",
+            ),
+        ),
+        (_FAULTS + "test_an_answer_with_another_amount_or_currency_goes_to_a_person_and_grants_nothing",),
+    ),
+    Mutant(
+        "amount ignored",
+        "a renewal of another amount goes to a person",
+        (Edit(_SETTLEMENT, "if payment.money != attempt.money and ruling is None:", "if False:"),),
+        (_FAULTS + "test_an_answer_with_another_amount_or_currency_goes_to_a_person_and_grants_nothing",),
+    ),
+    Mutant(
+        "another user's metadata believed",
+        "metadata that names another user than the row's goes to a person",
+        (Edit(_SETTLEMENT, "if linked is not None and linked.user_id != user_id:", "if False:"),),
+        (_PENDING + "test_metadata_of_another_user_than_the_rows_own_goes_to_a_person",),
+    ),
+    Mutant(
+        "settled before, and settled again",
+        "a payment is settled at most once",
+        (Edit(_SETTLEMENT, "    if facts.settled_as is not None:\n", "    if False:\n"),),
+        ("domain/test_settlement.py::test_a_payment_is_settled_at_most_once_ever",),
+    ),
+    Mutant(
+        "a second success granted",
+        "one attempt, one grant",
+        (Edit(_SETTLEMENT, "    if other is not None:\n        reason = f", "    if False:\n        reason = f"),),
+        (_FAULTS + "test_two_successes_for_one_attempt_are_one_grant_and_a_case_for_a_person",),
+    ),
+    Mutant(
+        "an expired row not revived",
+        "a late success revives an expired payment",
+        (Edit(_SETTLEMENT, 'SETTLEABLE_ROWS = ("PENDING", "CREATED", "EXPIRED")', 'SETTLEABLE_ROWS = ("PENDING", "CREATED")'),),
+        (_SUCCESSFUL + "test_a_late_success_revives_an_expired_payment",),
+    ),
+    Mutant(
+        "a canceled row granted",
+        "canceled here and paid there is for a person",
+        (
+            Edit(
+                _SETTLEMENT, 'SETTLEABLE_ROWS = ("PENDING", "CREATED", "EXPIRED")',
+                'SETTLEABLE_ROWS = ("PENDING", "CREATED", "EXPIRED", "CANCELED")',
+            ),
+        ),
+        (_SUCCESSFUL + "test_a_row_that_is_canceled_goes_to_a_person",),
+    ),
+    Mutant(
+        "a renewal's own id taken for a saved method",
+        "only the payment that saved a method names it",
+        (
+            Edit(
+                "database/renewals.py", "WHERE a.external_payment_id = p.external_payment_id)", "WHERE false)"
+            ),
+        ),
+        ("database/test_renewals.py::test_a_renewals_payment_is_never_taken_for_a_saved_method",),
+    ),
+    Mutant(
+        "a renewal replaces the saved method",
+        "a renewal never changes the saved method",
+        (
+            Edit(_SETTLING, "            and grant.attempt is None\n            and payment.method_saved\n", ""),
+            Edit(_SETTLING, '"payment_method_id": payment.method_id,', '"payment_method_id": payment.id,'),
+        ),
+        ("database/test_settling.py::test_a_renewal_never_changes_the_saved_method",),
+    ),
+    Mutant(
+        "users not locked",
+        "two settlers of one user wait for each other",
+        (_USER_LOCK,),
+        (_SETTLING_RACES + "test_eight_payments_of_one_customer_and_plan_make_one_subscription_of_eight_periods",),
+    ),
+    Mutant(
+        "payment rows not locked",
+        "a webhook that finishes the row first is waited for",
+        (_ROW_LOCK,),
+        (_SETTLING_RACES + "test_a_webhook_that_finishes_the_row_first_is_waited_for_and_nothing_is_granted_again",),
+    ),
+    Mutant(
+        "rows that appear meanwhile not looked for",
+        "a webhook that inserts and extends first is not granted again",
+        (Edit(_SETTLING, "    _refuse_new_rows(connection, ids, rows)\n", ""),),
+        (
+            _SETTLING_RACES
+            + "test_a_webhook_that_writes_a_purchases_row_and_extends_first_is_not_granted_again",
+        ),
+    ),
+    Mutant(
+        "the extension without lock and precondition",
+        "a subscription that changed meanwhile is not overwritten",
+        (
+            _SUBSCRIPTION_LOCK,
+            Edit(
+                _SETTLING,
+                "WHERE s.id = x.id AND s.ended_at = x.old_ended_at AND s.status::text IS NOT DISTINCT FROM x.old_status",
+                "WHERE s.id = x.id",
+            ),
+        ),
+        (
+            _SETTLING_RACES + "test_a_subscription_that_the_service_cancels_meanwhile_is_not_extended_by_a_purchase",
+        ),
+    ),
+    Mutant(
+        "only created payments looked for",
+        "a payment captured late is found",
+        (
+            Edit(
+                _CLIENT,
+                '            for instant in ("created_at", "captured_at")\n            for first, last in bounds',
+                '            for instant in ("created_at",)\n            for first, last in bounds',
+            ),
+            Edit(
+                _CLIENT,
+                '        for instant in ("created_at", "captured_at"):\n            self._collect(',
+                '        for instant in ("created_at",):\n            self._collect(',
+            ),
+        ),
+        (_PENDING + "test_cash_that_is_paid_on_the_eighth_day_is_settled",),
+    ),
+    Mutant(
+        "the overlap of windows removed",
+        "what a tick left to the webhook is covered again",
+        (Edit("domain/run_scope.py", "CATCH_UP_OVERLAP = timedelta(minutes=15)", "CATCH_UP_OVERLAP = timedelta(0)"),),
+        ("jobs/test_watermarks.py::test_a_tick_after_an_outage_covers_all_of_it_with_an_overlap",),
+    ),
+    Mutant(
+        "an outage not caught up",
+        "a tick after an outage covers all of it",
+        (Edit("domain/run_scope.py", "wanted = min(start, watermark - CATCH_UP_OVERLAP)", "wanted = start"),),
+        ("jobs/test_watermarks.py::test_a_tick_after_an_outage_covers_all_of_it_with_an_overlap",),
+    ),
+    Mutant(
+        "the watermark moves over what failed",
+        "what needs another try is covered again",
+        (Edit("jobs/matching_slice.py", "if not report.again and plan.is_whole:", "if plan.is_whole:"),),
+        (_PENDING + "test_a_row_that_somebody_keeps_locked_is_left_for_another_try_and_the_others_are_settled",),
+    ),
+    Mutant(
+        "a row's age limits pending matches",
+        "a PENDING row of any age counts",
+        (
+            Edit(
+                "database/matching.py",
+                "\"external_payment_id = ANY(:ids) AND status = 'PENDING' ORDER BY id\", {\"ids\": list(paid_ids)}",
+                "\"external_payment_id = ANY(:ids) AND status = 'PENDING' AND created_at >= :start ORDER BY id\","
+                " {\"ids\": list(paid_ids), **window}",
+            ),
+        ),
+        (_PENDING + "test_a_row_of_any_age_counts_when_its_provider_payment_is_in_the_window",),
+    ),
+    Mutant(
+        "today by as_of",
+        "a backfill of three days is not three tries on one card",
+        (
+            Edit(
+                _RENEWALS,
+                "today = rules.calendar.day_of(now)",
+                "today = rules.calendar.day_of(as_of)",
+            ),
+        ),
+        (_AUTOPAYMENT + "test_a_backfill_of_three_days_is_not_three_tries_on_one_card",
+         "domain/test_renewals.py::test_a_backfill_of_three_days_is_not_three_tries_on_one_card"),
+    ),
+    Mutant(
+        "a hard decline tried again",
+        "a hard decline stops the period",
+        (Edit("domain/declines.py", "STOPPING = frozenset({HARD, ACT, OURS})", "STOPPING = frozenset({ACT, OURS})"),),
+        (_AUTOPAYMENT + "test_a_hard_decline_stops_further_charges_for_the_period",),
+    ),
+    Mutant(
+        "a retry with the declined attempt's number",
+        "another try has another key",
+        (Edit(_RENEWALS, "number = 1 + max((a.number for a in due.attempts), default=0)", "number = 1"),),
+        (_AUTOPAYMENT + "test_a_soft_decline_is_tried_again_on_a_later_day_with_a_new_key",),
+    ),
+    Mutant(
+        "grace off by one, expiry",
+        "three whole billing days of grace",
+        (
+            Edit(
+                "domain/expiry.py",
+                "calendar.day_of(as_of) - timedelta(days=grace_days)",
+                "calendar.day_of(as_of) - timedelta(days=grace_days - 1)",
+            ),
+        ),
+        (_OVER + "test_the_grace_of_three_days_is_counted_in_whole_billing_days",),
+    ),
+    Mutant(
+        "grace off by one, retries",
+        "a soft decline is tried again within the grace",
+        (
+            Edit(
+                _RENEWALS,
+                "if declined and overdue_days > rules.grace_days:",
+                "if declined and overdue_days > rules.grace_days + 1:",
+            ),
+        ),
+        (_AUTOPAYMENT + "test_a_soft_decline_is_not_tried_again_when_the_grace_is_over",),
+    ),
+    Mutant(
+        "the anchor day lost",
+        "31 January, 28 February, 31 March",
+        (Edit("domain/billing_calendar.py", "return start_day if clamped else end.day", "return end.day"),),
+        (_AUTOPAYMENT + "test_the_anchor_day_survives_a_short_month",),
+    ),
+    Mutant(
+        "expired while its charge is unknown",
+        "no expiry while a charge is open",
+        (Edit("database/expiry.py", "a.state IN ('UNKNOWN', 'PENDING') OR", "a.state IN ('PENDING') OR"),),
+        (_OVER + "test_one_whose_charge_is_unknown_pending_or_in_review_is_held_back_and_reported",),
+    ),
+    Mutant(
+        "the guard on the blast radius removed",
+        "a run that would end too many stops",
+        (Edit("domain/expiry.py", "GUARD_COUNT = 100", "GUARD_COUNT = 10**9"),),
+        (_OVER + "test_a_run_that_would_end_more_than_a_fifth_and_more_than_a_hundred_stops_before_applying",),
+    ),
+    Mutant(
+        "silence expires a payment",
+        "a payment nobody answered for stays PENDING",
+        (
+            Edit(
+                "domain/expiry.py",
+                "    if isinstance(answer, NoAnswer):\n",
+                "    if isinstance(answer, NoAnswer):\n        return ExpirePayment(row, age)\n"
+                "    if isinstance(answer, NoAnswer):\n",
+            ),
+        ),
+        (_STALE + "test_about_which_the_provider_does_not_answer_stays_pending_and_the_run_is_red_at_its_end",),
+    ),
+    Mutant(
+        "held money expired",
+        "waiting_for_capture stays PENDING",
+        (Edit("domain/expiry.py", "if answer.status == WAITING_FOR_CAPTURE:", "if False:"),),
+        (_STALE + "test_one_whose_money_is_held_stays_pending_and_is_reported",),
+    ),
+    Mutant(
+        "any 404 taken for not found",
+        "not found is the provider's own word only",
+        (Edit(_OUTCOMES, "if own and status == 404 and call.by_id:", "if status == 404 and call.by_id:"),),
+        ("provider/test_client_wire.py::test_not_found_is_the_providers_own_word_only",),
+    ),
+    Mutant(
+        "an expiry that overwrites",
+        "a row that the webhook finished meanwhile is skipped",
+        (Edit("database/expiry.py", "WHERE p.status = 'PENDING' ORDER BY p.id FOR NO KEY", "ORDER BY p.id FOR NO KEY"),),
+        (_STALE + "test_a_row_that_the_webhook_finishes_while_the_provider_is_asked_is_skipped_and_reported",),
+    ),
+    Mutant(
+        "a dry run that writes",
+        "a dry run shows and writes nothing",
+        (
+            Edit(
+                "jobs/settling.py",
+                "        if dry_run:\n            results = preview_batch",
+                "        if False:\n            results = preview_batch",
+            ),
+        ),
+        (_SETTLING_DRY,),
+    ),
+    Mutant(
+        "a dry run that charges",
+        "a dry run sends nothing",
+        (
+            Edit(
+                "jobs/autopayment/__init__.py",
+                "        if scope.dry_run:\n            report.decisions = [",
+                "        if False:\n            report.decisions = [",
+            ),
+        ),
+        (_AUTOPAYMENT + "test_a_dry_run_shows_every_decision_and_sends_and_writes_nothing",),
+    ),
+    Mutant(
+        "a charge given up after 10 s",
+        "the provider may take 30 s to answer a charge",
+        (Edit(_CLIENT, "charge_read_s: float = 40.0", "charge_read_s: float = 10.0"),),
+        ("provider/test_client_wire.py::test_production_waits_for_a_charge_longer_than_the_provider_may_take",),
+    ),
+    Mutant(
+        "credentials in an error's text",
+        "no text holds a credential",
+        (Edit(_OUTCOMES, 'text = text.replace(secret, "***")', "pass"),),
+        ("provider/test_client_wire.py::test_credentials_are_in_no_text_no_repr_and_no_log",),
+    ),
+)
+
+ALL = (*PROMISED, *FURTHER)

@@ -1,0 +1,230 @@
+"""Mutants: known faults are put into the code, and the suite must notice each.
+
+    python -m billing_orchestration_tests.torture.mutants               all of them, printed as a table
+    python -m billing_orchestration_tests.torture.mutants "a random key" ...    these only, with every test's words
+
+A mutant is an exact replacement in a copy of the package (never in the tree). Its tests run against that copy in a
+process of their own, on a real PostgreSQL and the sandbox. It is
+
+    killed     a test failed by what it asserts about the rule
+    SURVIVED   all its tests passed: a test is missing
+    BROKEN     it could not be tried: a replacement does not fit the source exactly once, the copy does not start (a smoke
+               test), or its tests end otherwise than by an assertion. That is a fault of this machinery, never a kill.
+
+The same tests pass on an unchanged copy first: else a failure would mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from billing_orchestration_tests.fixtures.postgres import BORROWED, start_server
+from billing_orchestration_tests.torture.mutant_runner import ASSERTION, ERROR, PASSED
+
+ROOT = Path(__file__).parents[2]
+PACKAGE, TESTS = "billing_orchestration", "billing_orchestration_tests"
+KILLED, SURVIVED, BROKEN = "killed", "SURVIVED", "BROKEN"
+# A mutant that does not end by then hangs, which is no assertion.
+_LONGEST_S = 240
+AT_A_TIME = 2
+
+
+class DoesNotFit(Exception):
+    """A replacement that the source does not hold exactly once, or that is no Python."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """`old`, which `file` of the package holds exactly once, becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault with its name, the rule that it breaks, and where the suite should notice (pytest's node ids).
+
+    `of_issue`: one of the thirteen that the project has promised from the start.
+    """
+
+    name: str
+    rule: str
+    edits: tuple[Edit, ...]
+    tests: tuple[str, ...]
+    of_issue: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant. `by`: the test that killed it, or why it could not be tried."""
+
+    mutant: Mutant
+    outcome: str
+    by: str
+    words: str = ""
+    seconds: float = 0.0
+
+
+def edited(sources: Path, edits: Iterable[Edit]) -> dict[str, str]:
+    """The changed files of the package below `sources`, as text. Raises DoesNotFit."""
+    texts: dict[str, str] = {}
+    for edit in edits:
+        text = texts.get(edit.file) or (sources / PACKAGE / edit.file).read_text()
+        found = text.count(edit.old)
+        if found != 1:
+            raise DoesNotFit(f"{edit.file} holds {found} times, not once: {edit.old.strip().splitlines()[0]!r}")
+        texts[edit.file] = text.replace(edit.old, edit.new)
+    for file, text in texts.items():
+        try:
+            compile(text, file, "exec")
+        except SyntaxError as error:
+            raise DoesNotFit(f"{file} would be no Python: {error}") from error
+        if text == (sources / PACKAGE / file).read_text():
+            raise DoesNotFit(f"{file} would stay as it is")
+    return texts
+
+
+def copy_to(folder: Path, edits: Sequence[Edit] = ()) -> None:
+    """Package and tests, with the replacements made. Compiled files come along: they cost half of a start."""
+    texts = edited(ROOT, edits)
+    for name in (PACKAGE, TESTS):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy2(ROOT / "pyproject.toml", folder)
+    for file, text in texts.items():
+        path = folder / PACKAGE / file
+        path.write_text(text)
+        for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+            compiled.unlink()
+
+
+def run_tests(folder: Path, tests: Sequence[str], postgres_url: str) -> dict[str, Any]:
+    """The runner's report. Raises RuntimeError when there is none."""
+    report = folder / "report.json"
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("DAGSTER_", "YOOKASSA_", "BILLING_", "PYTEST_", "TORTURE_"))
+        and name not in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+    }
+    environment |= {BORROWED: postgres_url, "PYTHONHASHSEED": "0"}
+    command = [sys.executable, "-m", f"{TESTS}.torture.mutant_runner", str(report)]
+    try:
+        ended = subprocess.run(
+            [*command, *(f"{TESTS}/{test}" for test in tests)],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=_LONGEST_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"its tests did not end within {_LONGEST_S} s") from error
+    if not report.exists():
+        raise RuntimeError(f"it did not start: {' '.join((ended.stderr or ended.stdout).split())[-300:]}")
+    told: dict[str, Any] = json.loads(report.read_text())
+    return told
+
+
+def judge(mutant: Mutant, told: dict[str, Any]) -> Verdict:
+    """Killed only by an assertion, and only after the smoke test has passed."""
+    if [how for _, how, _ in told["smoke"]] != [PASSED]:
+        words = "; ".join(words for _, _, words in told["smoke"]) or "no smoke test ran"
+        return Verdict(mutant, BROKEN, "the smoke test failed", words)
+    for name, how, words in told["tests"]:
+        if how == ASSERTION:
+            return Verdict(mutant, KILLED, name.partition("/")[2], words)
+    errors = [(name, words) for name, how, words in told["tests"] if how == ERROR]
+    if errors:
+        return Verdict(mutant, BROKEN, f"an error, no assertion: {errors[0][0].partition('/')[2]}", errors[0][1])
+    if not told["tests"]:
+        return Verdict(mutant, BROKEN, "none of its tests ran")
+    return Verdict(mutant, SURVIVED, f"{len(told['tests'])} tests passed")
+
+
+def attempt(mutant: Mutant, postgres_url: str) -> Verdict:
+    """Put it into a copy and let its tests have it."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as name:
+        try:
+            copy_to(Path(name), mutant.edits)
+            verdict = judge(mutant, run_tests(Path(name), mutant.tests, postgres_url))
+        except (DoesNotFit, RuntimeError) as error:
+            verdict = Verdict(mutant, BROKEN, str(error))
+    return Verdict(mutant, verdict.outcome, verdict.by, verdict.words, time.monotonic() - started)
+
+
+def baseline(mutants: Iterable[Mutant], postgres_url: str) -> list[str]:
+    """The same tests on an unchanged copy: everything that did not pass (nothing)."""
+    tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+    with tempfile.TemporaryDirectory(prefix="no-mutant-") as name:
+        copy_to(Path(name))
+        told = run_tests(Path(name), tests, postgres_url)
+    failed = [f"{name}: {how}, {words}" for name, how, words in (*told["smoke"], *told["tests"]) if how != PASSED]
+    if told["status"] != 0 and not failed:
+        failed = [f"pytest ended with {told['status']}: a test that is named here does not exist"]
+    return failed
+
+
+def attempt_all(mutants: Sequence[Mutant]) -> tuple[list[str], list[Verdict]]:
+    """What the baseline failed, and every verdict, some at a time."""
+    with start_server() as server, ThreadPoolExecutor(AT_A_TIME) as threads:
+        sound = threads.submit(baseline, mutants, server.url())
+        verdicts = list(threads.map(lambda mutant: attempt(mutant, server.url()), mutants))
+        return sound.result(), verdicts
+
+
+def table(verdicts: Sequence[Verdict]) -> str:
+    """As a person reads it."""
+    outcomes = [verdict.outcome for verdict in verdicts]
+    width = max(len(verdict.mutant.name) for verdict in verdicts)
+    rules = max(len(verdict.mutant.rule) for verdict in verdicts)
+    lines = [
+        f"{len(verdicts)} mutants: {outcomes.count(KILLED)} killed, {outcomes.count(SURVIVED)} survived,"
+        f" {outcomes.count(BROKEN)} broken",
+        f"  {'mutant':<{width}}  {'rule':<{rules}}  fate",
+    ]
+    for verdict in verdicts:
+        test = verdict.by.rpartition("::")[2] if verdict.outcome == KILLED else verdict.by
+        lines.append(
+            f"  {verdict.mutant.name:<{width}}  {verdict.mutant.rule:<{rules}}  {verdict.outcome}"
+            f" by {test}" if verdict.outcome == KILLED else
+            f"  {verdict.mutant.name:<{width}}  {verdict.mutant.rule:<{rules}}  {verdict.outcome}: {test} {verdict.words}"
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    from billing_orchestration_tests.torture.mutant_catalogue import ALL
+
+    parser = argparse.ArgumentParser(description="Put known faults into the code, and see the suite notice.")
+    parser.add_argument("mutant", nargs="*", help="the names in the table")
+    asked = parser.parse_args()
+    unknown = set(asked.mutant) - {mutant.name for mutant in ALL}
+    if unknown:
+        parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
+    chosen = [mutant for mutant in ALL if not asked.mutant or mutant.name in asked.mutant]
+    started = time.monotonic()
+    unsound, verdicts = attempt_all(chosen)
+    print(table(verdicts))
+    if asked.mutant:
+        for verdict in verdicts:
+            print(f"\n{verdict.mutant.name}: {verdict.outcome}, {verdict.seconds:.0f} s\n  {verdict.by}\n  {verdict.words}")
+    for line in unsound:
+        print(f"the unchanged code fails {line}")
+    print(f"{time.monotonic() - started:.0f} s")
+    sys.exit(1 if unsound or any(verdict.outcome != KILLED for verdict in verdicts) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Struck on the wire, run again, and the books agree: some cells always, the whole matrix with `make torture`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration_tests.fixtures.postgres import Server
+from billing_orchestration_tests.torture.kill_runner import Runner
+from billing_orchestration_tests.torture.kill_scenarios import Scenario
+from billing_orchestration_tests.torture.wire_matrix import (
+    ALWAYS,
+    EVERY_SECOND,
+    ONCE,
+    PAGE_2,
+    REFUSED_REPEAT,
+    REPEATED,
+    STRUCK,
+    cells_of,
+    play,
+    table,
+)
+
+THOROUGH = "TORTURE_ROUNDS" in os.environ
+# The worst of each kind of request: the money has moved and nobody learns it, and what looks like an answer and is none.
+SHORT = {
+    "POST": [("lost answer", EVERY_SECOND), ("500 after", ALWAYS), (REPEATED, ALWAYS), (REFUSED_REPEAT, ALWAYS)],
+    "GET": [("HTML 404", ALWAYS), ("60 s of silence after", ONCE)],
+    "list": [("truncated body", PAGE_2), ("HTML 200 after", ALWAYS)],
+}
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    """The process that forks; its imports take three seconds."""
+    with Runner() as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("scenario", "call", "extents"), STRUCK, ids=[f"{call}, {scenario.name}" for scenario, call, _ in STRUCK]
+)
+def test_whatever_strikes_the_wire_the_next_runs_complete_what_was_struck(
+    postgres_server: Server,
+    migrated_template: str,
+    sandbox: Sandbox,
+    runner: Runner,
+    scenario: Scenario,
+    call: str,
+    extents: Sequence[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wanted = list(cells_of(scenario, call, extents)) if THOROUGH else SHORT[call]
+
+    cells = play(postgres_server, migrated_template, sandbox, runner, scenario, call, wanted)
+
+    if THOROUGH or any(cell.runs is None for cell in cells):
+        with capsys.disabled():
+            print(f"\n{table(cells)}")
+    assert not [cell.subject for cell in cells if cell.runs is None]
+    # A fault that strikes nothing proves nothing.
+    assert not [cell.subject for cell in cells if not cell.struck]
+    # Nor does a run that calls itself a success while the provider has answered nothing at all.
+    unheard = ("lost request", "reset before", "60 s of silence before", "HTML 502 before", "500 before")
+    assert not [cell.subject for cell in cells if cell.extent == ALWAYS and cell.fault in unheard and not cell.first_failure]
