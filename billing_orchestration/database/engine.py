@@ -18,6 +18,7 @@ from billing_orchestration.database.errors import (
     AccessDenied,
     BillingDatabaseError,
     DatabaseBusy,
+    DatabaseFull,
     DatabaseUnavailable,
     RowRefused,
 )
@@ -126,6 +127,11 @@ def translate(error: BaseException) -> BillingDatabaseError:
         return _lost(reason)
     if state.startswith(("28", "3D")) or state in {"53300"}:
         return _no_connection(reason)
+    if state == "53100":
+        return DatabaseFull(
+            f"the disk of the PostgreSQL server is full: {reason}; nothing of that statement was written. Make room there;"
+            " the next run completes this one"
+        )
     if state in {"55P03", "40P01", "40001", "57014"} or state.startswith("53"):
         return DatabaseBusy(f"the database was busy and changed nothing: {reason}; the next run tries again")
     if state == "42501":

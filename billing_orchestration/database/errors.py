@@ -2,6 +2,7 @@
 
     BillingDatabaseError       also by itself: a statement failed in a way that is not told apart here
     ├── DatabaseUnavailable    no connection, or it was lost: refused, wrong password, no such database, restarting
+    │   └── DatabaseFull       its disk is full: it reads, and writes nothing
     ├── DatabaseBusy           a lock, a deadlock or a timeout: nothing was changed, another try may succeed
     ├── RowRefused             a value, a constraint or a trigger: this row cannot be written so, others can
     ├── AccessDenied           the role of BILLING_DATABASE_URL may not do this
@@ -23,6 +24,10 @@ class BillingDatabaseError(Exception):
 
 class DatabaseUnavailable(BillingDatabaseError):
     """No connection to the database, or the connection was lost."""
+
+
+class DatabaseFull(DatabaseUnavailable):
+    """The disk of the server is full. Its transaction changed nothing, and no other row would fare better."""
 
 
 class DatabaseBusy(BillingDatabaseError):

@@ -16,6 +16,7 @@ from billing_orchestration.database.errors import (
     AccessDenied,
     BillingDatabaseError,
     DatabaseBusy,
+    DatabaseFull,
     DatabaseUnavailable,
     RowRefused,
     SchemaMissing,
@@ -208,6 +209,20 @@ def test_a_deadlock_is_busy(engine: sa.Engine) -> None:
     for thread in threads:
         thread.join()
     assert [type(error) for error in errors] == [DatabaseBusy]
+
+
+def test_a_full_disk_says_so_and_what_to_do(engine: sa.Engine) -> None:
+    full = "DO $$ BEGIN RAISE disk_full USING MESSAGE = 'could not extend file: No space left on device'; END $$"
+
+    with pytest.raises(DatabaseFull, match="disk of the PostgreSQL server is full") as raised, translated():  # noqa: SIM117
+        with engine.begin() as connection:
+            connection.execute(sa.text(full))
+
+    assert "No space left on device" in str(raised.value)
+    assert "make room" in str(raised.value)
+    assert "the next run" in str(raised.value)
+    # Nothing can be written, whichever row it is: nobody goes on to the next one.
+    assert isinstance(raised.value, DatabaseUnavailable)
 
 
 def test_a_connection_cut_by_the_server_is_unavailable_and_the_next_one_works(engine: sa.Engine) -> None:

@@ -64,12 +64,19 @@ class Death:
     when: str
 
 
-class Steps:
-    """Counts the steps of this process, tells each, and kills the process at one of them (SIGKILL)."""
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def __init__(self, tell: Callable[[Step], None], death: Death | None = None) -> None:
+
+class Steps:
+    """Counts the steps of this process, tells each, and at one of them kills the process (SIGKILL), or does `strike`."""
+
+    def __init__(
+        self, tell: Callable[[Step], None], death: Death | None = None, strike: Callable[[], None] | None = None
+    ) -> None:
         self._tell = tell
         self._death = death
+        self._strike = strike or _die
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._dirty: set[int] = set()
@@ -90,7 +97,7 @@ class Steps:
 
     def _perhaps_die(self, step: Step, when: str) -> None:
         if self._death == Death(step, when):
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._strike()
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:

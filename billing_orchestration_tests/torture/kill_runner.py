@@ -9,12 +9,13 @@ from __future__ import annotations
 import gc
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import dagster as dg
@@ -37,7 +38,8 @@ from billing_orchestration_tests.torture.kill_points import Death, Step, Steps
 class Case:
     """One run of a job. `death`: name and count of a step, and "before" or "after"; None: it may live.
 
-    `patience_s`: how long the client takes silence for slowness.
+    `patience_s`: how long the client takes silence for slowness. `conductor`: "host:port" of somebody who does something
+    at that step instead, while the run waits for him (postgres_matrix.Conductor).
     """
 
     job: str
@@ -49,6 +51,7 @@ class Case:
     ops: Mapping[str, Any] = field(default_factory=dict)
     death: tuple[str, int, str] | None = None
     patience_s: float = 2.0
+    conductor: str | None = None
 
 
 @dataclass(frozen=True)
@@ -164,12 +167,19 @@ def _start(case: Case) -> tuple[int, int]:
             os.write(writing, (json.dumps(word) + "\n").encode())
 
         death = Death(Step(case.death[0], case.death[1]), case.death[2]) if case.death else None
-        Steps(lambda step: tell({"step": [step.name, step.nth]}), death).watch()
+        strike = partial(_wait_for, case.conductor) if case.conductor else None
+        Steps(lambda step: tell({"step": [step.name, step.nth]}), death, strike).watch()
         _execute(case, tell)
     except BaseException as error:  # noqa: BLE001 - told to the parent
         os.write(writing, (json.dumps({"ok": False, "failure": repr(error)}) + "\n").encode())
     finally:
         os._exit(0)
+
+
+def _wait_for(conductor: str) -> None:
+    host, _, port = conductor.rpartition(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.recv(1)
 
 
 def _hear_out(child: int, reading: int) -> dict[str, Any]:

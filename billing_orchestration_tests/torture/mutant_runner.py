@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,21 @@ PASSED, ASSERTION, ERROR = "passed", "assertion", "error"
 
 
 def is_assertion(error: BaseException) -> bool:
-    """Whether a test failed by its own words: an assert, an exception that did not come, or a group of only those."""
+    """Whether a test failed by its own words, or a group of only such failures.
+
+    That is an assert, an exception that did not come, or a list taken apart in the test itself (`[row] = rows`) that
+    has not as many items as the test says.
+    """
     if isinstance(error, BaseExceptionGroup) if sys.version_info >= (3, 11) else hasattr(error, "exceptions"):
         return all(is_assertion(inner) for inner in error.exceptions)  # type: ignore[attr-defined]
+    if isinstance(error, ValueError) and "values to unpack" in str(error):
+        return _is_of_a_test(error)
     return isinstance(error, (AssertionError, pytest.fail.Exception))
+
+
+def _is_of_a_test(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].name.startswith("test_")
 
 
 class Listener:

@@ -56,16 +56,12 @@ class Edit:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault with its name, the rule that it breaks, and where the suite should notice (pytest's node ids).
-
-    `of_issue`: one of the thirteen that the project has promised from the start.
-    """
+    """A fault with its name, the rule that it breaks, and where the suite should notice (pytest's node ids)."""
 
     name: str
     rule: str
     edits: tuple[Edit, ...]
     tests: tuple[str, ...]
-    of_issue: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,7 +215,9 @@ def main() -> None:
     print(table(verdicts))
     if asked.mutant:
         for verdict in verdicts:
-            print(f"\n{verdict.mutant.name}: {verdict.outcome}, {verdict.seconds:.0f} s\n  {verdict.by}\n  {verdict.words}")
+            print(
+                f"\n{verdict.mutant.name}: {verdict.outcome}, {verdict.seconds:.0f} s\n  {verdict.by}\n  {verdict.words}"
+            )
     for line in unsound:
         print(f"the unchanged code fails {line}")
     print(f"{time.monotonic() - started:.0f} s")

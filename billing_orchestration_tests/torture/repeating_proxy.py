@@ -23,7 +23,9 @@ def repeating_proxy(api_url: str) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def _deliver(self, body: bytes) -> tuple[int, str, bytes]:
-            headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}
+            headers = {
+                name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")
+            }
             connection = HTTPConnection(target.hostname or "", target.port, timeout=_PATIENCE_S)
             try:
                 connection.request(self.command, self.path, body or None, headers)

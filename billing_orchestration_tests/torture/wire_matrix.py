@@ -61,7 +61,12 @@ FAULTS: Mapping[str, Mapping[str, Any]] = {
     REPEATED: {},
     REFUSED_REPEAT: {},
 }
-_SLOW = ("60 s of silence before", "60 s of silence after", "executed after the client has left", "an answer that drips")
+_SLOW = (
+    "60 s of silence before",
+    "60 s of silence after",
+    "executed after the client has left",
+    "an answer that drips",
+)
 
 ONCE, EVERY_SECOND, ALWAYS = "once", "every second", "always"
 PAGE_2_ONCE, PAGE_2 = "page 2, once", "page 2"
