@@ -129,8 +129,8 @@ def translate(error: BaseException) -> BillingDatabaseError:
         return _no_connection(reason)
     if state == "53100":
         return DatabaseFull(
-            f"the disk of the PostgreSQL server is full: {reason}; nothing of that statement was written. Make room there;"
-            " the next run completes this one"
+            f"the disk of the PostgreSQL server is full: {reason}; nothing of that statement was written."
+            " Make room there; the next run completes this one"
         )
     if state in {"55P03", "40P01", "40001", "57014"} or state.startswith("53"):
         return DatabaseBusy(f"the database was busy and changed nothing: {reason}; the next run tries again")

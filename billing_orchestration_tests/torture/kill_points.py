@@ -69,7 +69,7 @@ def _die() -> None:
 
 
 class Steps:
-    """Counts the steps of this process, tells each, and at one of them kills the process (SIGKILL), or does `strike`."""
+    """Counts the steps of this process, tells each, and at one of them does `strike`: kills the process (SIGKILL)."""
 
     def __init__(
         self, tell: Callable[[Step], None], death: Death | None = None, strike: Callable[[], None] | None = None

@@ -38,8 +38,8 @@ from billing_orchestration_tests.torture.kill_points import Death, Step, Steps
 class Case:
     """One run of a job. `death`: name and count of a step, and "before" or "after"; None: it may live.
 
-    `patience_s`: how long the client takes silence for slowness. `conductor`: "host:port" of somebody who does something
-    at that step instead, while the run waits for him (postgres_matrix.Conductor).
+    `patience_s`: how long the client takes silence for slowness. `conductor`: "host:port" of whoever does something at
+    that step instead, while the run waits (postgres_matrix.Conductor).
     """
 
     job: str

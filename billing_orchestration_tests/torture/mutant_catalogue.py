@@ -108,11 +108,9 @@ PROMISED = (
                 "    settled_ids = [d.payment.id for d in decisions",
                 "    for d in decisions:\n"
                 "        if isinstance(d, Settle) and d.attempt is not None and d.payment.method_id:\n"
-                '            connection.execute(sa.text("DROP INDEX IF EXISTS bo_payments_external_payment_id_unique"))\n'
-                "            connection.execute(\n"
-                '                sa.text("UPDATE payments SET external_payment_id = :m WHERE external_payment_id = :p"),\n'
-                '                {"m": d.payment.method_id, "p": d.payment.id},\n'
-                "            )\n"
+                '            connection.exec_driver_sql("DROP INDEX IF EXISTS bo_payments_external_payment_id_unique")\n'
+                "            update = 'UPDATE payments SET external_payment_id = :m WHERE external_payment_id = :p'\n"
+                '            connection.execute(sa.text(update), {"m": d.payment.method_id, "p": d.payment.id})\n'
                 "    settled_ids = [d.payment.id for d in decisions",
             ),
         ),
@@ -125,7 +123,8 @@ PROMISED = (
             Edit(
                 _SETTLEMENT,
                 "        end = calendar.next_end(\n"
-                "            subscription.started_at, subscription.ended_at, parse_period(plan.duration, plan.duration_unit)\n"
+                "            subscription.started_at, subscription.ended_at, parse_period("
+                "plan.duration, plan.duration_unit)\n"
                 "        )",
                 "        end = calendar.next_end(\n"
                 "            subscription.started_at, now, parse_period(plan.duration, plan.duration_unit)\n"
@@ -196,8 +195,8 @@ PROMISED = (
         (
             Edit(
                 "jobs/settling.py",
-                "        except Exception:  # noqa: BLE001 - whatever it is, each payment gets its own try and its own words"
-                " below\n",
+                "        except Exception:  # noqa: BLE001 - whatever it is, each payment gets its own try and"
+                " its own words below\n",
                 "        except Exception:\n            raise\n",
             ),
         ),
@@ -630,7 +629,8 @@ FURTHER = (
             _SUBSCRIPTION_LOCK,
             Edit(
                 _SETTLING,
-                "WHERE s.id = x.id AND s.ended_at = x.old_ended_at AND s.status::text IS NOT DISTINCT FROM x.old_status",
+                "WHERE s.id = x.id AND s.ended_at = x.old_ended_at"
+                " AND s.status::text IS NOT DISTINCT FROM x.old_status",
                 "WHERE s.id = x.id",
             ),
         ),

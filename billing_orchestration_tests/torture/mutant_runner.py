@@ -30,8 +30,9 @@ def is_assertion(error: BaseException) -> bool:
     That is an assert, an exception that did not come, or a list taken apart in the test itself (`[row] = rows`) that
     has not as many items as the test says.
     """
-    if isinstance(error, BaseExceptionGroup) if sys.version_info >= (3, 11) else hasattr(error, "exceptions"):
-        return all(is_assertion(inner) for inner in error.exceptions)  # type: ignore[attr-defined]
+    # An exception group, which Python 3.10 has from a backport.
+    if (inner := getattr(error, "exceptions", None)) is not None:
+        return all(is_assertion(one) for one in inner)
     if isinstance(error, ValueError) and "values to unpack" in str(error):
         return _is_of_a_test(error)
     return isinstance(error, (AssertionError, pytest.fail.Exception))

@@ -1,15 +1,15 @@
 """Mutants: known faults are put into the code, and the suite must notice each.
 
     python -m billing_orchestration_tests.torture.mutants               all of them, printed as a table
-    python -m billing_orchestration_tests.torture.mutants "a random key" ...    these only, with every test's words
+    python -m billing_orchestration_tests.torture.mutants "a random key" ...    these only, with the words of their end
 
 A mutant is an exact replacement in a copy of the package (never in the tree). Its tests run against that copy in a
 process of their own, on a real PostgreSQL and the sandbox. It is
 
     killed     a test failed by what it asserts about the rule
     SURVIVED   all its tests passed: a test is missing
-    BROKEN     it could not be tried: a replacement does not fit the source exactly once, the copy does not start (a smoke
-               test), or its tests end otherwise than by an assertion. That is a fault of this machinery, never a kill.
+    BROKEN     it could not be tried: a replacement does not fit the source exactly once, the copy does not start (a
+               smoke test), or its tests end otherwise than by an assertion. That is a fault of this machinery, no kill.
 
 The same tests pass on an unchanged copy first: else a failure would mean nothing.
 """
@@ -190,12 +190,9 @@ def table(verdicts: Sequence[Verdict]) -> str:
         f"  {'mutant':<{width}}  {'rule':<{rules}}  fate",
     ]
     for verdict in verdicts:
-        test = verdict.by.rpartition("::")[2] if verdict.outcome == KILLED else verdict.by
-        lines.append(
-            f"  {verdict.mutant.name:<{width}}  {verdict.mutant.rule:<{rules}}  {verdict.outcome}"
-            f" by {test}" if verdict.outcome == KILLED else
-            f"  {verdict.mutant.name:<{width}}  {verdict.mutant.rule:<{rules}}  {verdict.outcome}: {test} {verdict.words}"
-        )  # fmt: skip
+        test = verdict.by.rpartition("::")[2]
+        fate = f"killed by {test}" if verdict.outcome == KILLED else f"{verdict.outcome}: {verdict.by} {verdict.words}"
+        lines.append(f"  {verdict.mutant.name:<{width}}  {verdict.mutant.rule:<{rules}}  {fate}")
     return "\n".join(lines)
 
 
@@ -215,9 +212,8 @@ def main() -> None:
     print(table(verdicts))
     if asked.mutant:
         for verdict in verdicts:
-            print(
-                f"\n{verdict.mutant.name}: {verdict.outcome}, {verdict.seconds:.0f} s\n  {verdict.by}\n  {verdict.words}"
-            )
+            print(f"\n{verdict.mutant.name}: {verdict.outcome}, {verdict.seconds:.0f} s")
+            print(f"  {verdict.by}\n  {verdict.words}")
     for line in unsound:
         print(f"the unchanged code fails {line}")
     print(f"{time.monotonic() - started:.0f} s")

@@ -1,4 +1,4 @@
-"""A proxy that delivers every POST twice, side by side: what a network that repeats itself looks like to the provider."""
+"""A proxy that delivers every POST twice, side by side: a network that repeats itself, as the provider sees it."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from billing_orchestration_tests.torture.wire_matrix import (
 )
 
 THOROUGH = "TORTURE_ROUNDS" in os.environ
-# The worst of each kind of request: the money has moved and nobody learns it, and what looks like an answer and is none.
+# The worst of each kind of request: the money has moved and nobody learns it; what looks like an answer and is none.
 SHORT = {
     "POST": [("lost answer", EVERY_SECOND), ("500 after", ALWAYS), (REPEATED, ALWAYS), (REFUSED_REPEAT, ALWAYS)],
     "GET": [("HTML 404", ALWAYS), ("60 s of silence after", ONCE)],
