@@ -108,8 +108,8 @@ PROMISED = (
                 "    settled_ids = [d.payment.id for d in decisions",
                 "    for d in decisions:\n"
                 "        if isinstance(d, Settle) and d.attempt is not None and d.payment.method_id:\n"
-                '            connection.exec_driver_sql("DROP INDEX IF EXISTS bo_payments_external_payment_id_unique")\n'
-                "            update = 'UPDATE payments SET external_payment_id = :m WHERE external_payment_id = :p'\n"
+                '            connection.exec_driver_sql("DROP INDEX bo_payments_external_payment_id_unique")\n'
+                "            update = 'UPDATE payments SET external_payment_id=:m WHERE external_payment_id=:p'\n"
                 '            connection.execute(sa.text(update), {"m": d.payment.method_id, "p": d.payment.id})\n'
                 "    settled_ids = [d.payment.id for d in decisions",
             ),

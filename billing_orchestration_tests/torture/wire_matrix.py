@@ -93,9 +93,12 @@ def _crowded(scenario: Scenario) -> Scenario:
         )
         service.execute(
             "INSERT INTO payments (payment_provider_id, status, currency, amount, external_payment_id, created_at,"
-            " updated_at) SELECT :provider, 'SUCCEEDED', 'RUB', 299, name, :at, :at FROM unnest(:names) AS name",
-            provider=service.yookassa, names=agreed, at=(NOON - HOUR / 3).replace(tzinfo=None),
-        )  # fmt: skip
+            " updated_at) SELECT :provider, 'SUCCEEDED', 'RUB', 299, name, :at, :at"
+            " FROM unnest(CAST(:names AS text[])) AS name",
+            provider=service.yookassa,
+            names=agreed,
+            at=(NOON - HOUR / 3).replace(tzinfo=None),
+        )
         # ... and where a lost charge is searched for, yesterday: what was declined.
         service.provider.add_payments(
             {"id": f"declined-{number}", "created_at": NOON - DAY - HOUR, "amount": "299.00", "status": "canceled",
