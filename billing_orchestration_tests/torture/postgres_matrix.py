@@ -1,0 +1,467 @@
+"""The matrix of PostgreSQL's own faults: each strikes each kind of step of each job, and the next runs complete it.
+
+    python -m billing_orchestration_tests.torture.postgres_matrix                    all of it, printed as a table
+    python -m billing_orchestration_tests.torture.postgres_matrix --fault restarted
+
+The steps are found by instrumentation, as those of the kill matrix are (`kill_points`). At a step the run waits while
+the fault is done to PostgreSQL: so it strikes in the middle of the transaction, or of the charge, that the step belongs
+to. The run must end in one line that tells what happened, or go on; then, with the fault mended, at most three ordinary
+runs, and the provider's ledger and our tables must agree (`kill_oracle`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+
+from billing_orchestration.database.engine import create_engine
+from billing_orchestration.database.migrating import migrate
+from billing_orchestration.sandbox.provider_server import Sandbox, running_sandbox
+from billing_orchestration_tests.fixtures.postgres import Server, start_server
+from billing_orchestration_tests.jobs.service import Service
+from billing_orchestration_tests.torture.kill_matrix import MOST_RUNS_AGAIN, Stage
+from billing_orchestration_tests.torture.kill_oracle import complaints
+from billing_orchestration_tests.torture.kill_points import AFTER, BEFORE, Death, Step
+from billing_orchestration_tests.torture.kill_runner import Case, Runner
+from billing_orchestration_tests.torture.kill_scenarios import ALL as SCENARIOS
+from billing_orchestration_tests.torture.kill_scenarios import Scenario, Story
+
+_OURS = "billing-orchestration"
+_PATIENCE_S = 60.0
+# In production a lock is waited for ten seconds, and somebody's transaction holds it for a minute. Here it is held
+# until the run has ended, and waited for a fifth of a second.
+_LOCK_TIMEOUT = "options=-c%20lock_timeout%3D200ms"
+# The whole disk of PostgreSQL, with room for its databases.
+_DISK = "192m"
+_SMALL_WAL = "min_wal_size = 32MB\nmax_wal_size = 64MB\n"
+
+
+class Conductor:
+    """Does something when a run has come to its step, and lets the run go on when it is done. Use it as a context."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        conductor = self
+        self.acted = False
+        self.error: Exception | None = None
+
+        class Handler(BaseRequestHandler):
+            def handle(self) -> None:
+                try:
+                    action()
+                    conductor.acted = True
+                except Exception as error:  # noqa: BLE001 - raised where the run was started
+                    conductor.error = error
+
+        self._server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        """Where a run finds it."""
+        return f"127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Conductor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass
+class World:
+    """What a fault is done to."""
+
+    server: Server
+    url: str
+    disk: Path | None = None
+    somebody: list[psycopg.Connection[Any]] = field(default_factory=list)
+
+    @property
+    def database(self) -> str:
+        """The database's name."""
+        return str(sa.make_url(self.url).database)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that happens to PostgreSQL, and how it is mended. `words`: what a run that fails by it must say."""
+
+    name: str
+    strike: Callable[[World], None]
+    mend: Callable[[World], None] = lambda _: None
+    words: str = "the next run|BILLING_DATABASE_URL"
+    needs_disk: bool = False
+    url_suffix: str = ""
+
+
+def _cut(world: World) -> None:
+    with world.server.connect() as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE datname = %s AND application_name = %s",
+            (world.database, _OURS),
+        )
+
+
+def _restart(world: World) -> None:
+    world.server.stop()
+    world.server.start()
+
+
+def _crash(world: World) -> None:
+    world.server.crash()
+    world.server.start()
+
+
+def _start_again(world: World) -> None:
+    """However it ended; one that recovers by itself is waited for."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            if not world.server.is_running:
+                world.server.start()
+            with world.server.connect() as connection:
+                connection.execute("SELECT 1")
+            return
+        except (psycopg.Error, subprocess.SubprocessError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def _lock_rows(world: World) -> None:
+    """Everything that is not locked by the run itself: somebody's transaction, which hangs."""
+    somebody = psycopg.connect(world.url)
+    world.somebody.append(somebody)
+    for table in ("subscriptions", "payments", "billing_orchestration.renewal_attempts"):
+        somebody.execute(f"SELECT FROM {table} FOR UPDATE SKIP LOCKED")
+
+
+def _let_go(world: World) -> None:
+    for somebody in world.somebody:
+        somebody.close()
+    world.somebody.clear()
+
+
+def _refuse_to_grow(world: World) -> None:
+    with psycopg.connect(world.url, autocommit=True) as connection:
+        connection.execute("INSERT INTO torture_disk VALUES ('full')")
+
+
+def _grow_again(world: World) -> None:
+    with psycopg.connect(world.url, autocommit=True) as connection:
+        connection.execute("DELETE FROM torture_disk")
+
+
+def ballast(disk: Path | None) -> Path:
+    """The file that fills a disk, and frees it when it goes."""
+    assert disk is not None
+    return disk / "ballast"
+
+
+def fill(disk: Path | None) -> None:
+    """To the last byte."""
+    with ballast(disk).open("wb", buffering=0) as file, suppress(OSError):
+        for size in (2**20, 4096, 1):
+            with suppress(OSError):
+                while file.write(b"\0" * size) == size:
+                    pass
+
+
+def _fill_disk(world: World) -> None:
+    fill(world.disk)
+
+
+def _fill_disk_and_log(world: World) -> None:
+    """And then the write-ahead log needs its next file: PostgreSQL panics."""
+    fill(world.disk)
+    with suppress(psycopg.Error), world.server.connect() as connection:
+        connection.execute("SET lock_timeout = '5s'")
+        for _ in range(50):
+            connection.execute("SELECT pg_logical_emit_message(false, 'torture', repeat('x', 8000))")
+            connection.execute("SELECT pg_switch_wal()")
+        raise AssertionError("the log found room on a full disk")
+
+
+def _free_disk(world: World) -> None:
+    ballast(world.disk).unlink(missing_ok=True)
+    _start_again(world)
+
+
+_ABOUT_THE_DISK = "disk of the PostgreSQL server is full.*Make room.*the next run"
+CUT = Fault("connections cut", _cut)
+RESTARTED = Fault("restarted", _restart)
+CRASHED = Fault("crashed and recovered", _crash)
+LOCKED = Fault(
+    "rows locked by somebody", _lock_rows, _let_go, "the next run|wait for tomorrow", url_suffix=_LOCK_TIMEOUT
+)
+FULL_FOR_STATEMENTS = Fault("disk full (53100 from a trigger)", _refuse_to_grow, _grow_again, _ABOUT_THE_DISK)
+FULL = Fault(
+    "disk full", _fill_disk, _free_disk, f"{_ABOUT_THE_DISK}|the next run|BILLING_DATABASE_URL", needs_disk=True
+)
+PANIC = Fault("disk full, PostgreSQL panics", _fill_disk_and_log, _free_disk, needs_disk=True)
+FAULTS = (CUT, RESTARTED, CRASHED, LOCKED, FULL_FOR_STATEMENTS, FULL, PANIC)
+
+_TRIGGERS = """
+    CREATE TABLE torture_disk (state text);
+    CREATE FUNCTION torture_disk_full() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        IF EXISTS (SELECT FROM public.torture_disk) THEN
+            RAISE disk_full USING MESSAGE = 'could not extend file "base/16384/16385": No space left on device';
+        END IF;
+        RETURN NULL;
+    END $$;
+    DO $$ DECLARE name text; BEGIN
+        FOR name IN SELECT schemaname || '.' || tablename FROM pg_tables WHERE tablename <> 'torture_disk'
+            AND (schemaname = 'billing_orchestration' OR tablename IN ('subscriptions', 'payments'))
+        LOOP
+            EXECUTE 'CREATE TRIGGER torture_disk_full BEFORE INSERT OR UPDATE ON ' || name
+                || ' FOR EACH STATEMENT EXECUTE FUNCTION torture_disk_full()';
+        END LOOP;
+    END $$
+"""
+
+
+def with_triggers(scenario: Scenario) -> Scenario:
+    """The same in a database whose tables say that the disk is full when a row of `torture_disk` says so."""
+
+    def prepare(service: Service) -> Story:
+        story = scenario.prepare(service)
+        with service.engine.begin() as connection:
+            connection.exec_driver_sql(_TRIGGERS)
+        return story
+
+    return replace(scenario, prepare=prepare)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault at one step. `ended`: "went on" or the run's words. `runs`: runs after it; None: not within three."""
+
+    fault: Fault
+    death: Death
+    ended: str
+    runs: int | None
+    wrong: tuple[str, ...] = ()
+
+    @property
+    def is_told(self) -> bool:
+        """Whether a run that failed says in one line what an operator has to know."""
+        return self.ended == WENT_ON or (
+            "\n" not in self.ended and "Traceback" not in self.ended and bool(re.search(self.fault.words, self.ended))
+        )
+
+    @property
+    def subject(self) -> str:
+        """As a person names it."""
+        return f"{self.fault.name} {self.death.when} {self.death.step.name} #{self.death.step.nth}"
+
+
+WENT_ON = "went on"
+
+
+class PostgresStage(Stage):
+    """A scenario's world, whose PostgreSQL may be struck."""
+
+    _conductor: str | None = None
+    _suffix = ""
+
+    def _case(self, url: str, now: datetime, death: Death | None = None) -> Case:
+        case = super()._case(url, now, death)
+        url = f"{url}{'&' if '?' in url else '?'}{self._suffix}" if self._suffix else url
+        return replace(case, database_url=url, conductor=self._conductor, patience_s=10.0)
+
+    def suffer(self, fault: Fault, death: Death, disk: Path | None = None) -> Cell | None:
+        """A run with the fault at that step, and runs without it. None when the run did not come by there."""
+        with self._world() as url:
+            world = World(self._server, url, disk)
+            try:
+                with Conductor(lambda: fault.strike(world)) as conductor:
+                    self._conductor, self._suffix = conductor.address, fault.url_suffix
+                    ended = self._run(url, 0, death)
+            finally:
+                self._conductor, self._suffix = None, ""
+                fault.mend(world)
+            if not conductor.acted:
+                return None
+            self._wait_for_peace(url)
+            told = WENT_ON if ended.ok else ended.failure
+            wrong: list[str] = []
+            for runs in range(MOST_RUNS_AGAIN + 1):
+                wrong = complaints(url, self._sandbox.provider.ledger(), self.story.expected)
+                if not wrong:
+                    return Cell(fault, death, told, runs)
+                if runs < MOST_RUNS_AGAIN:
+                    self._run(url, runs + 1)
+            return Cell(fault, death, told, None, tuple(wrong))
+
+
+def deaths_of(steps: Sequence[Step], *, thorough: bool) -> list[Death]:
+    """One step of each kind, the first; `thorough`: the last as well, and after each as before it."""
+    first: dict[str, Step] = {}
+    last: dict[str, Step] = {}
+    for step in steps:
+        first.setdefault(step.name, step)
+        last[step.name] = step
+    chosen = list(dict.fromkeys([*first.values(), *(last.values() if thorough else ())]))
+    marks = ("COMMIT", "POST", "GET")
+    return [Death(step, when) for step in chosen for when in (BEFORE, AFTER)
+            if when == BEFORE or thorough or step.name.startswith(marks)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All cells of one scenario. `unreached`: charges side by side vary a little."""
+
+    scenario: Scenario
+    cells: tuple[Cell, ...]
+    unreached: int
+
+    @property
+    def lost(self) -> list[Cell]:
+        """Those after which the books did not come to agree."""
+        return [cell for cell in self.cells if cell.runs is None]
+
+    @property
+    def untold(self) -> list[Cell]:
+        """Those whose run failed without the words that an operator needs."""
+        return [cell for cell in self.cells if not cell.is_told]
+
+    def table(self) -> str:
+        """As a person reads it: a line a kind of step, a column a fault: went on + failed / most runs after."""
+        faults = list(dict.fromkeys(cell.fault.name for cell in self.cells))
+        lines = [
+            f"{self.scenario.name} ({self.scenario.job}): {len(self.cells)} cells, {len(self.lost)} lost,"
+            f" {len(self.untold)} without the words, {self.unreached} not reached"
+            " (went on + failed / most runs until the books agreed)",
+            f"  {'step':<32}" + "".join(f"{name:>34}" for name in faults),
+        ]
+        for step in dict.fromkeys(cell.death.step.name for cell in self.cells):
+            told = []
+            for name in faults:
+                mine = [cell for cell in self.cells if (cell.death.step.name, cell.fault.name) == (step, name)]
+                on = sum(cell.ended == WENT_ON for cell in mine)
+                runs = (
+                    "LOST" if any(cell.runs is None for cell in mine) else max((c.runs or 0 for c in mine), default=0)
+                )
+                told.append(f"{on} + {len(mine) - on} / {runs}" if mine else "-")
+            lines.append(f"  {step:<32}" + "".join(f"{text:>34}" for text in told))
+        lines.extend(f"  LOST: {c.subject}: {'; '.join(c.wrong)} {c.ended}" for c in self.lost)
+        lines.extend(f"  WITHOUT THE WORDS: {c.subject}: {c.ended}" for c in self.untold)
+        return "\n".join(lines)
+
+
+def play(
+    server: Server,
+    migrated: str,
+    sandbox: Sandbox,
+    runner: Runner,
+    scenario: Scenario,
+    faults: Sequence[Fault],
+    *,
+    thorough: bool,
+    disk: Path | None = None,
+) -> Matrix:
+    """Every fault at every kind of step of a scenario."""
+    stage = PostgresStage(server, migrated, sandbox, runner, with_triggers(scenario))
+    try:
+        stage.warm_up()
+        lived, wrong = stage.live()
+        if wrong:
+            raise AssertionError(f"{scenario.name}, undisturbed: {'; '.join(wrong)} {lived.failure}")
+        cells: list[Cell] = []
+        unreached = 0
+        for fault in faults:
+            for death in deaths_of(lived.steps, thorough=thorough):
+                cell = stage.suffer(fault, death, disk)
+                unreached += cell is None
+                cells.extend([cell] if cell else [])
+        return Matrix(scenario, tuple(cells), unreached)
+    finally:
+        stage.close()
+
+
+@contextmanager
+def small_disk(size: str = _DISK) -> Iterator[Path | None]:
+    """A disk that can be filled: a tmpfs of its own; None where mounting is not permitted."""
+    with tempfile.TemporaryDirectory(prefix="small-disk-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        try:
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", name], check=True, capture_output=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            yield None
+            return
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", "-l", name], check=True, capture_output=True)
+
+
+@contextmanager
+def migrated_server(disk: Path | None = None) -> Iterator[tuple[Server, str]]:
+    """A server of one's own with a migrated template, on that disk."""
+    with start_server(disk, _SMALL_WAL if disk else "") as server:
+        migrated = server.create_database()
+        engine = create_engine(server.url(migrated))
+        migrate(engine, echo=lambda _: None)
+        engine.dispose()
+        yield server, migrated
+
+
+_BY_NAME: Mapping[str, Scenario] = {scenario.name: scenario for scenario in SCENARIOS}
+# On a disk of 192 MB, and with a restart a cell: not every job.
+FEW = tuple(
+    _BY_NAME[name] for name in ("autopayment, side by side", "expiry of subscriptions", "matching successful payments")
+)
+ALL = SCENARIOS
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Strike PostgreSQL at each kind of step of each job.")
+    parser.add_argument("scenario", nargs="?", help="; ".join(_BY_NAME))
+    parser.add_argument("--fault", choices=[fault.name for fault in FAULTS])
+    parser.add_argument("--short", action="store_true", help="one step of each kind")
+    asked = parser.parse_args()
+    failed, started = 0, time.monotonic()
+    with running_sandbox() as sandbox, Runner() as runner, small_disk() as disk:
+        for on_disk in (False, True):
+            faults = [f for f in FAULTS if f.needs_disk == on_disk and asked.fault in (None, f.name)]
+            if on_disk and disk is None:
+                print("no disk can be mounted here: its faults are tried by triggers only")
+                continue
+            if not faults:
+                continue
+            with migrated_server(disk if on_disk else None) as (server, migrated):
+                for scenario in FEW if on_disk else ALL:
+                    if asked.scenario in (None, scenario.name):
+                        matrix = play(server, migrated, sandbox, runner, scenario, faults,
+                                      thorough=not asked.short, disk=disk)  # fmt: skip
+                        failed += len(matrix.lost) + len(matrix.untold)
+                        print(matrix.table(), f"\n  {time.monotonic() - started:.0f} s\n", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
