@@ -442,7 +442,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Strike PostgreSQL at each kind of step of each job.")
     parser.add_argument("scenario", nargs="?", help="; ".join(_BY_NAME))
     parser.add_argument("--fault", choices=[fault.name for fault in FAULTS])
-    parser.add_argument("--short", action="store_true", help="one step of each kind")
+    parser.add_argument(
+        "--thorough", action="store_true", help="the first and the last step of each kind, and after it"
+    )
     asked = parser.parse_args()
     failed, started = 0, time.monotonic()
     with running_sandbox() as sandbox, Runner() as runner, small_disk() as disk:
@@ -457,7 +459,7 @@ def main() -> None:
                 for scenario in FEW if on_disk else ALL:
                     if asked.scenario in (None, scenario.name):
                         matrix = play(server, migrated, sandbox, runner, scenario, faults,
-                                      thorough=not asked.short, disk=disk)  # fmt: skip
+                                      thorough=asked.thorough, disk=disk)  # fmt: skip
                         failed += len(matrix.lost) + len(matrix.untold)
                         print(matrix.table(), f"\n  {time.monotonic() - started:.0f} s\n", flush=True)
     sys.exit(1 if failed else 0)
