@@ -196,13 +196,26 @@ def table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines)
 
 
+def markdown(mutants: Sequence[Mutant]) -> str:
+    """The catalogue as docs/mutants.md holds it."""
+    lines = ["| mutant | rule it breaks | the suite's test |", "|---|---|---|"]
+    for mutant in mutants:
+        tests = "<br>".join(f"`{test.partition('[')[0]}`" for test in mutant.tests)
+        lines.append(f"| {mutant.name} | {mutant.rule} | {tests} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """The command line."""
     from billing_orchestration_tests.torture.mutant_catalogue import ALL
 
     parser = argparse.ArgumentParser(description="Put known faults into the code, and see the suite notice.")
     parser.add_argument("mutant", nargs="*", help="the names in the table")
+    parser.add_argument("--markdown", action="store_true", help="only print the table of docs/mutants.md")
     asked = parser.parse_args()
+    if asked.markdown:
+        print(markdown(ALL))
+        return
     unknown = set(asked.mutant) - {mutant.name for mutant in ALL}
     if unknown:
         parser.error(f"no such mutant: {', '.join(sorted(unknown))}")

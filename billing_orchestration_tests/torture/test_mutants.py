@@ -23,6 +23,7 @@ from billing_orchestration_tests.torture.mutants import (
     attempt_all,
     edited,
     judge,
+    markdown,
     table,
 )
 
@@ -38,6 +39,10 @@ def test_a_mutant_fits_the_source_as_it_is_today_and_names_tests_that_exist(muta
         file, _, name = test.partition("::")
         function = name.partition("[")[0]
         assert re.search(rf"^def {function}\(", (ROOT / TESTS / file).read_text(), re.M), test
+
+
+def test_the_documentation_lists_every_mutant() -> None:
+    assert markdown(ALL) in (ROOT / "docs" / "mutants.md").read_text(), "see mutants --markdown"
 
 
 def test_each_mutant_has_a_name_of_its_own() -> None:

@@ -42,8 +42,8 @@ from billing_orchestration_tests.torture.postgres_matrix import (
     with_triggers,
 )
 
-# `make torture` sets it: then one step of each kind in every job; with a night's ROUNDS the last of each kind as well, and
-# the moment after each.
+# `make torture` sets it: then one step of each kind in every job; with a night's ROUNDS the last of each kind as well,
+# and the moment after each.
 THOROUGH = "TORTURE_ROUNDS" in os.environ
 NIGHT = int(os.environ.get("TORTURE_ROUNDS") or 0) >= 100
 
