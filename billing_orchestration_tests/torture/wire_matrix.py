@@ -122,6 +122,8 @@ STRUCK: Sequence[tuple[Scenario, str, Sequence[str]]] = (
     *((_crowded(scenario), "list", (ONCE, PAGE_2_ONCE, PAGE_2, ALWAYS)) for scenario in (CHARGING, *MATCHING)),
 )
 
+SHORTLY_STRUCK = tuple((scenario, call) for scenario, call, _ in (STRUCK[0], STRUCK[2], STRUCK[-1]))
+
 
 @dataclass(frozen=True)
 class Cell:
