@@ -68,8 +68,5 @@ def test_whatever_strikes_the_wire_the_next_runs_complete_what_was_struck(
     assert not [cell.subject for cell in cells if cell.runs is None]
     # A fault that strikes nothing proves nothing.
     assert not [cell.subject for cell in cells if not cell.struck]
-    # Nor does a run that calls itself a success while the provider has answered nothing at all.
-    unheard = ("lost request", "reset before", "60 s of silence before", "HTML 502 before", "500 before")
-    assert not [
-        cell.subject for cell in cells if cell.extent == ALWAYS and cell.fault in unheard and not cell.first_failure
-    ]
+    # The next run heals what a half blind one has missed; that one must not call itself a success.
+    assert not [cell.subject for cell in cells if cell.is_green_by_mistake]
