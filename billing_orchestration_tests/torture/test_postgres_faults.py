@@ -21,7 +21,6 @@ from billing_orchestration_tests.torture.kill_runner import Runner
 from billing_orchestration_tests.torture.kill_scenarios import ALL as SCENARIOS
 from billing_orchestration_tests.torture.kill_scenarios import AUTOPAYMENT, SHORT, Scenario
 from billing_orchestration_tests.torture.postgres_matrix import (
-    CRASHED,
     CUT,
     FAULTS,
     FEW,
@@ -30,6 +29,7 @@ from billing_orchestration_tests.torture.postgres_matrix import (
     LOCKED,
     PANIC,
     RESTARTED,
+    SLOW,
     Cell,
     Fault,
     Matrix,
@@ -82,7 +82,7 @@ def test_whatever_happens_to_postgresql_at_any_step_the_next_runs_complete_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # A restart takes seconds: of a night, at each step; else where charging, expiry and matching have one each.
-    slow = [RESTARTED, CRASHED] if NIGHT or scenario in FEW else []
+    slow = SLOW if NIGHT or scenario in FEW else ()
     faults = [CUT, LOCKED, FULL_FOR_STATEMENTS, *slow]
     judge(play(*own_server, sandbox, runner, scenario, faults, thorough=NIGHT), capsys)
 
