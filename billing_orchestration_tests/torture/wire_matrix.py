@@ -48,7 +48,7 @@ FAULTS: Mapping[str, Mapping[str, Any]] = {
     "60 s of silence after": {"effect": "silence_after", "seconds": SILENCE_S},
     "executed after the client has left": {"effect": "none", "delay_s": _LATE_S},
     "truncated body": {"effect": "truncated"},
-    "an answer that drips": {"effect": "drip", "seconds": 30.0},
+    "an answer that drips": {"effect": "drip", "seconds": 2.0},
     "HTML 502 before": {"effect": "html_before"},
     "HTML 502 after": {"effect": "html_after"},
     "HTML 200 after": {"effect": "html_after", "status": 200},
