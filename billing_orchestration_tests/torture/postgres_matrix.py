@@ -352,7 +352,7 @@ class Matrix:
             f"{self.scenario.name} ({self.scenario.job}): {len(self.cells)} cells, {len(self.lost)} lost,"
             f" {len(self.untold)} without the words, {self.unreached} not reached"
             " (went on + failed / most runs until the books agreed)",
-            f"  {'step':<32}" + "".join(f"{name:>34}" for name in faults),
+            f"  {'step':<40}" + "".join(f"{name:>34}" for name in faults),
         ]
         for step in dict.fromkeys(cell.death.step.name for cell in self.cells):
             told = []
@@ -363,7 +363,7 @@ class Matrix:
                     "LOST" if any(cell.runs is None for cell in mine) else max((c.runs or 0 for c in mine), default=0)
                 )
                 told.append(f"{on} + {len(mine) - on} / {runs}" if mine else "-")
-            lines.append(f"  {step:<32}" + "".join(f"{text:>34}" for text in told))
+            lines.append(f"  {step:<40}" + "".join(f"{text:>34}" for text in told))
         lines.extend(f"  LOST: {c.subject}: {'; '.join(c.wrong)} {c.ended}" for c in self.lost)
         lines.extend(f"  WITHOUT THE WORDS: {c.subject}: {c.ended}" for c in self.untold)
         return "\n".join(lines)
