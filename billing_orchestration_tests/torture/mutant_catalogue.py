@@ -805,9 +805,9 @@ FURTHER = (
         "a dry run sends nothing",
         (
             Edit(
-                "jobs/autopayment/__init__.py",
-                "        if scope.dry_run:\n            report.decisions = [",
-                "        if False:\n            report.decisions = [",
+                "jobs/autopayment/steps.py",
+                "    if scope.dry_run:\n        report.decisions = [",
+                "    if False:\n        report.decisions = [",
             ),
         ),
         (_AUTOPAYMENT + "test_a_dry_run_shows_every_decision_and_sends_and_writes_nothing",),
