@@ -31,7 +31,7 @@ from billing_orchestration.database.tables import subscriptions as subscriptions
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.renewals import Attempt, State
+from billing_orchestration.domain.renewals import SCAN_MARGIN, Attempt, State
 from billing_orchestration.domain.settlement import (
     CloseAsGranted,
     Facts,
@@ -52,7 +52,7 @@ from billing_orchestration.domain.settlement import (
 # Problems that a later, successful settling proves to be gone. The others (a second success) stay for a person.
 HEALING_KINDS = (
     "amount_differs", "canceled_here", "foreign_metadata", "metadata", "no_end", "period", "status_unknown",
-    "subscription_gone", "test_payment", "unknown_attempt", "unreadable", "not_writable",
+    "subscription_gone", "test_payment", "unclear_grant", "unknown_attempt", "unreadable", "not_writable",
 )  # fmt: skip
 
 
@@ -142,6 +142,20 @@ _BESIDE = """
 """
 
 
+# Our clock and the service's may differ, so a grant of half an hour before the send counts as one after it.
+_PAID_MEANWHILE = sa.text("""
+    SELECT DISTINCT x.external_payment_id
+    FROM unnest(
+        CAST(:ids AS text[]), CAST(:subscriptions AS int[]), CAST(:methods AS text[]), CAST(:since AS timestamp[]))
+        AS x (external_payment_id, subscription_id, payment_method_id, since)
+    JOIN payments p ON p.subscription_id = x.subscription_id
+    WHERE p.status IN ('SUCCEEDED', 'REFUNDED') AND p.updated_at >= x.since
+      AND p.external_payment_id IS DISTINCT FROM x.external_payment_id
+      -- The purchase that saved the method came long before, whenever its row was touched last.
+      AND p.external_payment_id IS DISTINCT FROM x.payment_method_id
+""")
+
+
 def lock_users(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> None:
     """Take the users' locks of these payments, for the rest of the transaction: nobody else settles for them."""
     lock_user_names(connection, [metadata_user(payment) or f"payment {payment.id}" for payment in batch])
@@ -225,6 +239,15 @@ def _read_facts(
         # granted again.
         raise ChangedMeanwhile(f"payment rows of this batch appeared while it was read: {sorted(appeared)}")
     provider_ids = frozenset(providers)
+    paid_meanwhile = _read_paid_meanwhile(
+        connection,
+        {
+            payment.id: attempts[name]
+            for payment in batch
+            if (name := named[payment.id]) in attempts
+            and any(row.status == "SUCCEEDED" for row in rows.get(payment.id, ()))
+        },
+    )
     facts: dict[str, Facts] = {}
     for payment in batch:
         named_id = named[payment.id]
@@ -243,6 +266,7 @@ def _read_facts(
             subscriptions=subscriptions,
             plans=plans,
             provider_ids=provider_ids,
+            paid_meanwhile=payment.id in paid_meanwhile,
         )
     return facts
 
@@ -250,6 +274,24 @@ def _read_facts(
 def _utc(instant: datetime | None) -> datetime | None:
     """A naive timestamp of the service's, which holds UTC."""
     return None if instant is None else instant.replace(tzinfo=timezone.utc)
+
+
+def _read_paid_meanwhile(connection: sa.Connection, written_by_service: Mapping[str, Attempt]) -> set[str]:
+    """Of renewals whose row the service has finished: those beside which another payment was granted meanwhile."""
+    sent = {id_: attempt for id_, attempt in written_by_service.items() if attempt.first_sent_at is not None}
+    if not sent:
+        return set()
+    return set(
+        connection.execute(
+            _PAID_MEANWHILE,
+            {
+                "ids": list(sent),
+                "subscriptions": [attempt.subscription_id for attempt in sent.values()],
+                "methods": [attempt.payment_method_id for attempt in sent.values()],
+                "since": [naive_utc(attempt.first_sent_at - SCAN_MARGIN) for attempt in sent.values()],  # type: ignore[operator]
+            },
+        ).scalars()
+    )
 
 
 def _read_periods(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> Mapping[uuid.UUID, Attempt]:

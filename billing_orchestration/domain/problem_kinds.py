@@ -55,6 +55,13 @@ KINDS: Mapping[str, Kind] = {
     "subscription_gone": Kind(
         "a renewal was paid, and its subscription is gone or has no end", _AGAIN, _ATTACH, _NOTHING
     ),
+    "unclear_grant": Kind(
+        "a renewal was paid and the service wrote its row, but another payment was granted to the subscription"
+        " meanwhile: whether this one was, too, is not known",
+        "the service had not granted it: one more period is granted now",
+        _ATTACH,
+        "the service had granted it: nothing more is granted",
+    ),
     "second_success": Kind(
         "a period was paid twice: the customer may have lost money",
         "the customer keeps it as one more period, granted now",

@@ -67,6 +67,7 @@ class Facts:
     `settled_as`: the kind under which it is in our settlements; `set_aside`: a person resolved it as ignored.
     `rows`: the payments rows with its id. `attempt` and `rivals`: the attempt it names, and the other attempts of that
     period. `subscriptions`: those of the attempt, of the rows, and the ACTIVE ones of the metadata's user and plan.
+    `paid_meanwhile`: another payment was granted to the attempt's subscription since the attempt was sent.
     """
 
     settled_as: str | None
@@ -77,6 +78,7 @@ class Facts:
     subscriptions: Mapping[int, SubscriptionRow]
     plans: Mapping[int, PlanRow]
     provider_ids: frozenset[int]
+    paid_meanwhile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -596,7 +598,16 @@ def _decide_renewal(
             "the service holds it as REFUNDED",
             void_first,
         )
-    if final is not None and subscription.ended_at > attempt.period_start:
+    moved = final is not None and subscription.ended_at > attempt.period_start
+    if moved and facts.paid_meanwhile and ruling is None:
+        # Who moved the end is not written anywhere: a guess would lose a paid period, or grant one twice.
+        return review(
+            "unclear_grant",
+            "the service holds this renewal as paid, and another payment was granted to the subscription meanwhile:"
+            " nobody can tell whether the renewal was, too",
+            final,
+        )
+    if final is not None and moved and not facts.paid_meanwhile:
         reason = f"the service has settled it already ({final.subject})"
         return CloseAsGranted(payment, final, attempt, subscription.id, reason, void_first)
     plan = facts.plans.get(attempt.plan_id)

@@ -299,6 +299,29 @@ def test_a_renewal_that_the_webhook_has_paid_and_extended_only_closes_the_attemp
     assert (settlement.kind, settlement.payment_id, settlement.attempt_id) == ("renewed", row_id, attempt.id)
 
 
+@pytest.mark.parametrize("beside", ["a purchase that the webhook granted", "a purchase that was settled here"])
+def test_a_renewal_whose_row_the_webhook_wrote_beside_another_grant_is_left_to_a_person(
+    books: Books, beside: str
+) -> None:
+    """The end has moved, by a purchase of the same customer: that says nothing about the renewal."""
+    subscription_id = books.subscription("anna")
+    attempt = books.attempt(subscription_id)
+    if beside == "a purchase that was settled here":
+        books.settle(books.paid("purchase", user="anna"))
+    else:
+        books.payment("purchase", status="SUCCEEDED", subscription_id=subscription_id)
+        books.execute("UPDATE subscriptions SET ended_at = ended_at + interval '1 month'")
+    books.payment("renewal", status="SUCCEEDED", subscription_id=subscription_id)
+    ended_at = books.ended_at(subscription_id)
+
+    settled = only(books.settle(books.renewal(attempt)))
+
+    assert kind_of(settled) == "unclear_grant"
+    assert books.ended_at(subscription_id) == ended_at
+    assert books.read_attempt(attempt.id).state == State.REVIEW
+    assert [row.kind for row in books.rows("quarantine")] == ["unclear_grant"]
+
+
 def test_a_renewal_whose_row_the_webhook_wrote_without_extending_is_extended(books: Books) -> None:
     subscription_id = books.subscription("anna")
     attempt = books.attempt(subscription_id)

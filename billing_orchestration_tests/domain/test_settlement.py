@@ -323,6 +323,27 @@ def test_a_renewal_that_the_webhook_has_written_but_not_granted_is_granted_and_i
     assert (decision.row, decision.row_is_final, decision.period_end) == (row, True, NEXT_END)
 
 
+def test_a_renewal_that_the_webhook_has_written_beside_another_grant_is_left_to_a_person() -> None:
+    attempt = a_sent_attempt()
+    row = a_row("SUCCEEDED", external_payment_id="renewal-1", subscription_id=12)
+    moved = {12: a_subscription(ended_at=NEXT_END)}
+    known = renewal_facts(attempt, row, subscriptions=moved, paid_meanwhile=True)
+    decision = settle(the_payment_of(attempt), known)
+    assert isinstance(decision, Quarantine)
+    assert (decision.kind, decision.review, decision.row) == ("unclear_grant", attempt, row)
+    accepted = settle(the_payment_of(attempt), known, ruling=Ruling())
+    assert isinstance(accepted, Settle)
+    assert (accepted.row, accepted.row_is_final, accepted.attempt) == (row, True, attempt)
+    assert accepted.period_start == NEXT_END
+
+
+def test_a_renewal_that_the_webhook_has_written_is_granted_while_the_end_has_not_moved() -> None:
+    attempt = a_sent_attempt()
+    row = a_row("SUCCEEDED", external_payment_id="renewal-1", subscription_id=12)
+    decision = settle(the_payment_of(attempt), renewal_facts(attempt, row, paid_meanwhile=True))
+    assert isinstance(decision, Settle)
+
+
 def test_a_renewal_that_the_service_holds_as_refunded_grants_nothing() -> None:
     attempt = a_sent_attempt()
     row = a_row("REFUNDED", external_payment_id="renewal-1")

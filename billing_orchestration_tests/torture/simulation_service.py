@@ -125,6 +125,7 @@ class BillingService:
         except psycopg.errors.UniqueViolation:
             return "somebody else wrote it"
         if is_renewal and settles_renewals == "row":
+            self._journal.service_rows.add(payment.id)
             return "row"
         self._journal.service_grants[payment.id] = subscription_id
         return "granted"
