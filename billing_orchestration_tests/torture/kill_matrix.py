@@ -14,9 +14,9 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -82,6 +82,10 @@ class Matrix:
         lines.extend(f"  not reached: {_named(death)}" for death in self.unreached)
         lines.extend(f"  LOST: {_named(c.death)}: {'; '.join(c.wrong)} {c.last_failure}" for c in self.lost)
         return "\n".join(lines)
+
+
+def _told_to_die(death: Death | None) -> tuple[str, int, str] | None:
+    return (death.step.name, death.step.nth, death.when) if death else None
 
 
 def _named(death: Death) -> str:
@@ -168,19 +172,33 @@ class Stage:
             shop_id=self._sandbox.shop_id,
             secret_key=self._sandbox.secret_key,
             ops=self._scenario.ops,
-            death=(death.step.name, death.step.nth, death.when) if death else None,
+            death=_told_to_die(death),
         )
 
     def race(self, processes: int, deaths: Sequence[Death] = ()) -> tuple[list[Ended], list[str]]:
         """Several runs at once, some of which die; then ordinary ones. How they ended, and what is wrong at last."""
+        fates = [*deaths, *[None] * (processes - len(deaths))]
+        with self.racing(lambda case: [replace(case, death=_told_to_die(death)) for death in fates]) as (url, ended):
+            return ended, complaints(url, self._sandbox.provider.ledger(), self.story.expected)
+
+    @contextmanager
+    def racing(
+        self,
+        cases: Callable[[Case], Sequence[Case]],
+        beside: Callable[[str], AbstractContextManager[object]] | None = None,
+    ) -> Iterator[tuple[str, list[Ended]]]:
+        """Runs at once, then ordinary ones; lends the database's URL and how the first ended.
+
+        `cases` makes the runs from an ordinary one; `beside` is what goes on in the same database all the while.
+        """
         with self._world() as url:
             self._sandbox.clock.set(NOON)
-            fates = [*deaths, *[None] * (processes - len(deaths))]
-            ended = self._runner.race([self._case(url, NOON, death) for death in fates])
-            self._wait_for_peace(url)
-            for runs in range(1, MOST_RUNS_AGAIN + 1):
-                self._run(url, runs)
-            return ended, complaints(url, self._sandbox.provider.ledger(), self.story.expected)
+            with beside(url) if beside else nullcontext():
+                ended = self._runner.race(cases(self._case(url, NOON)))
+                self._wait_for_peace(url)
+                for runs in range(1, MOST_RUNS_AGAIN + 1):
+                    self._run(url, runs)
+            yield url, ended
 
     def _wait_for_peace(self, url: str) -> None:
         """Until PostgreSQL has noticed the death, and the provider has dealt with what was on its way."""

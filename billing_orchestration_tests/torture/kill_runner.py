@@ -40,6 +40,7 @@ class Case:
 
     `patience_s`: how long the client takes silence for slowness. `conductor`: "host:port" of whoever does something at
     that step instead, while the run waits (postgres_matrix.Conductor).
+    `partition`: the key of the one that it backfills. `config` and `tags`: those that a schedule's tick asked for.
     """
 
     job: str
@@ -52,6 +53,9 @@ class Case:
     death: tuple[str, int, str] | None = None
     patience_s: float = 2.0
     conductor: str | None = None
+    partition: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,14 @@ def _execute(case: Case, tell: Any) -> None:
         )
 
     definitions = build_definitions(load=lambda: settings, now=lambda: now, connect=connect)
-    config = {"ops": {name: {"config": value} for name, value in case.ops.items()}} if case.ops else {}
+    ops = {name: {"config": value} for name, value in case.ops.items()}
+    config = {**case.config, **({"ops": {**case.config.get("ops", {}), **ops}} if ops else {})}
     result = definitions.get_job_def(case.job).execute_in_process(
-        instance=_run_history(), run_config=config, raise_on_error=False
+        instance=_run_history(),
+        run_config=config,
+        raise_on_error=False,
+        partition_key=case.partition,
+        tags=dict(case.tags),
     )
     failure = ""
     for event in result.all_events:

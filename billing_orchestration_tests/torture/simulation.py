@@ -48,10 +48,14 @@ MINUTE = timedelta(minutes=1)
 TICK = 2 * MINUTE
 ZONES = ("UTC", "Europe/Moscow", "Europe/Berlin", "America/New_York", "Asia/Kathmandu", "Pacific/Auckland")
 OUTAGE_LENGTHS = (5 * MINUTE, timedelta(hours=26), 8 * DAY)
+# From the first send: our own limit is 23 h, the provider forgets a key after 24 h.
+AROUND_THE_END_OF_A_KEY = tuple(
+    timedelta(hours=hours, seconds=seconds) for hours in (23, 24) for seconds in (-600, -60, -1, 0, 1, 60, 600)
+)
 DECLINES = (
     "insufficient_funds", "issuer_unavailable", "payment_method_limit_exceeded", "rejected_by_timeout",
-    "general_decline", "call_issuer", "a_reason_of_tomorrow", "card_expired", "permission_revoked", "fraud_suspected",
-    "3d_secure_failed", "canceled_by_merchant",
+    "internal_timeout", "general_decline", "call_issuer", "a_reason_of_tomorrow", "card_expired", "permission_revoked",
+    "fraud_suspected", "3d_secure_failed", "loan_declined", "canceled_by_merchant", "deal_expired",
 )  # fmt: skip
 MATCHING = ("matching_pending_payments_job", "matching_successful_payments_job")
 DAILY = (("autopayment_job", 3), ("expire_payments_job", 4), ("expire_subscriptions_job", 5))
@@ -124,8 +128,10 @@ class Simulation:
         self._last_tick: dict[str, bool] = {}
         self._last_points: dict[str, int] = {}
         self._ticks: set[datetime] = set()
+        self._tick_again_at = start
         self._charges_seen_until = start
         self._watched: set[tuple[str, int]] = set()
+        self._keys_watched: set[Any] = set()
         self.plans: list[int] = []
         self.methods: dict[str, list[str]] = {}
         self.end = start
@@ -177,6 +183,15 @@ class Simulation:
         self._calm_down()
         self._go_until(self.end + CALM_DAYS * DAY)
         if not world.faults:
+            # One last tick, late enough for everything that was paid: after it nothing may be missing.
+            world.now += 30 * MINUTE
+            for job in MATCHING:
+                outcome = self._run(job, self._calm())
+                if not outcome.ok:
+                    world.fault(f"{job} is red at the end of the calm days: {outcome.failure}")
+            ledger, payments = world.provider.ledger(), world.payments()
+            for words in world.oracle.unsettled(ledger, payments, world.now, world.now):
+                world.fault(words)
             world.judge()
             self._nothing_is_left_open()
 
@@ -268,6 +283,7 @@ class Simulation:
         world.journal.history.add(paid.id)
         world.journal.before[number] = (started, ended)
         self.methods.setdefault(user, []).append(paid.id)
+        world.journal.methods[paid.id] = user
 
     def _plan_day(self, midnight: datetime) -> None:
         """What else will happen on a billing day."""
@@ -339,9 +355,11 @@ class Simulation:
         if save:
             world.provider.add_method(payment.id, self._script())
             self.methods.setdefault(user, []).append(payment.id)
+            world.journal.methods[payment.id] = user
         row = self._row_of(payment, price, poison)
         if poison == "canceled_here" and row is None:
             poison = None
+        world.happened[f"purchase by {kind}{f', {poison}' if poison else ''}"] += 1
         self._payment_comes(payment.id, kind, poison)
 
     def _row_of(self, payment: Any, price: Any, poison: str | None) -> int | None:
@@ -432,6 +450,7 @@ class Simulation:
             except Busy:
                 did = None
             world.tell(f"  webhook {payment_id}: {did or 'again later'}")
+            world.happened[f"webhook: {did or 'again later'}"] += 1
         if did is None and deliveries > 1:
             self.after(
                 self.minutes(1, 240), f"webhook {payment_id} again", lambda: self._webhook(payment_id, deliveries - 1)
@@ -450,8 +469,10 @@ class Simulation:
             return
         payment = self.random.choice(paid[-12:])
         if self.chance(0.3):
+            world.happened["refund in part"] += 1
             world.provider.refund(payment.id, payment.amount / 2)
             return
+        world.happened["refund in full"] += 1
         rows = world.oracle.rows(
             "SELECT id, status::text AS status FROM payments WHERE external_payment_id = %s", payment.id
         )
@@ -486,6 +507,7 @@ class Simulation:
                 status, row.id, row.status,
             )  # fmt: skip
             self.world.tell(f"  subscription {row.id} {row.status} -> {status}")
+            self.world.happened[f"subscription {row.status} -> {status}"] += 1
         except Busy:
             pass
 
@@ -518,6 +540,7 @@ class Simulation:
         if whose in self._outage_until:
             return
         length = self.random.choices(OUTAGE_LENGTHS, (6, 3, 1))[0]
+        world.happened[f"outage of {whose}, {length}"] += 1
         until = world.now + length
         self._outage_until[whose] = until
         world.tell(f"  outage: {whose} until {until}")
@@ -534,6 +557,7 @@ class Simulation:
                 return
             if whose == "provider":
                 world.outage = None
+                self._tick_again_at = world.now
             world.tell(f"  outage over: {whose}")
             self.tick_at(world.now)
             if whose == "ours":
@@ -582,10 +606,32 @@ class Simulation:
         if not accidents.dead:
             self._last_points[job] = accidents.points
         if job == "autopayment_job" and not how.get("dry_run"):
+            self._come_back_near_the_end_of_a_key()
             # What was charged, or is pending, succeeds at the provider now or later.
             self._ticks_for_a_success()
             self._watch_new_charges()
         return outcome
+
+    def _come_back_near_the_end_of_a_key(self) -> None:
+        """Now and then somebody launches the job just when an open attempt's key is about to be forgotten."""
+        if self.world.journal.calm or not self.chance(0.3):
+            return
+        rows = self.world.oracle.rows(
+            "SELECT id, first_sent_at FROM billing_orchestration.renewal_attempts"
+            " WHERE state IN ('PLANNED', 'UNKNOWN') AND first_sent_at IS NOT NULL ORDER BY first_sent_at, id"
+        )
+        for row in rows:
+            if row.id in self._keys_watched:
+                continue
+            self._keys_watched.add(row.id)
+            when = row.first_sent_at.astimezone(UTC) + self.random.choice(AROUND_THE_END_OF_A_KEY)
+            if when > self.world.now:
+                self.at(when, f"launch near the end of {row.id}'s key", self._launch_near_the_end_of_a_key)
+
+    def _launch_near_the_end_of_a_key(self) -> None:
+        if "ours" not in self._outage_until:
+            self.world.happened["launch around a key's 23 or 24 h"] += 1
+            self._run_and_look("autopayment_job", self._accidents("autopayment_job"))
 
     def _watch_new_charges(self) -> None:
         """Webhooks of our own charges, and ticks when a pending one settles."""
@@ -669,9 +715,10 @@ class Simulation:
             outcome = self._run(job, accidents, tick=mark)
             self._last_tick[job] = outcome.ok
             greens.append(outcome.ok and (before, accidents.undisturbed and not accidents.meanwhile))
-            if not outcome.ok:
-                soon = world.now + (TICK if world.outage is None else self.minutes(30, 400))
-                self.tick_at(soon)
+        if not all(greens) and self._tick_again_at <= world.now:
+            # One more at a time: each red tick asking for two would fill an outage of eight days with nothing else.
+            self._tick_again_at = world.now + (TICK if world.outage is None else self.minutes(30, 400))
+            self.tick_at(self._tick_again_at)
         self._backfill_gaps()
         if greens[1]:
             before, _ = greens[1]
@@ -709,6 +756,7 @@ class Simulation:
         job = self.random.choice((*PARTITIONED_BY_DAY, *MATCHING))
         what = self.random.choice(("dry run", "launch", "backfill", "twice"))
         world.tell(f"  operator: {what} of {job}")
+        world.happened[f"operator: {what}"] += 1
         if what == "dry run":
             before, money = world.snapshot(), len(world.provider.ledger())
             world.run(job, self._calm(), dry_run=True)
@@ -751,6 +799,7 @@ class Simulation:
             # No transaction is open here, so another scheduler's run can do all of its work.
             choices.append(self._another_run)
         world.tell(f"  meanwhile, at {place}:")
+        world.happened[f"meanwhile, at: {place.split(maxsplit=1)[0]}"] += 1
         self.random.choice(choices)()
 
     def _webhook_now(self) -> None:
@@ -789,6 +838,7 @@ class Simulation:
         world = self.world
         world.tell("calm days")
         world.meanwhile = world.outage = None
+        world.journal.calm = True
         self._outage_until.clear()
         self._accident_rate = 0.0
         self.tick_at(world.now)
@@ -821,6 +871,7 @@ class Simulation:
         return {
             **{f"attempts {state}": count for state, count in sorted(states.items())},
             **{f"settled {kind}": count for kind, count in sorted(kinds.items())},
+            **{f"played: {name}": count for name, count in sorted(world.happened.items())},
             "granted by webhook": len(world.journal.service_grants),
             "in quarantine": world.oracle.rows("SELECT count(*) AS n FROM billing_orchestration.quarantine")[0].n,
         }

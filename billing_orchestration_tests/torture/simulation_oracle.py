@@ -7,6 +7,7 @@ subscriptions were there before, what the service's own webhook granted, when a 
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,21 @@ UTC = timezone.utc
 DAY = timedelta(days=1)
 # An attempt whose outcome is unknown: sent on day 0, too old for its key on day 1 (first scan), second scan on day 2.
 UNDISTURBED_RUNS_UNTIL_KNOWN = 3
+
+
+# The classes of the provider's cancellation reasons, from its documentation and not from the code under test.
+FINAL_DECLINES = frozenset((
+    "permission_revoked", "card_expired", "payment_method_restricted", "invalid_card_number", "country_forbidden",
+    "fraud_suspected", "identification_required", "unsupported_mobile_operator", "3d_secure_failed", "invalid_csc",
+    "expired_on_confirmation", "loan_declined", "loan_declined_by_payer", "loan_application_expired",
+    "canceled_by_merchant", "expired_on_capture", "deal_expired",
+))  # fmt: skip
+SOFT_DECLINES = frozenset((
+    "insufficient_funds", "issuer_unavailable", "payment_method_limit_exceeded", "internal_timeout",
+    "rejected_by_timeout",
+))  # fmt: skip
+# What autopayment_job's max_overdue_days is by default.
+MOST_DAYS_OVERDUE = 30
 
 
 def naive(instant: datetime) -> datetime:
@@ -60,6 +76,10 @@ class Journal:
     service_grants: dict[str, int] = field(default_factory=dict)
     # Renewals whose row the service's webhook wrote as SUCCEEDED without granting anything: the grant is our work.
     service_rows: set[str] = field(default_factory=set)
+    # Whose card a saved method is: method -> user.
+    methods: dict[str, str] = field(default_factory=dict)
+    # From here on nothing happens but what closes by its rule.
+    calm: bool = False
     # Refunded in full: provider payment -> whether anybody had granted it by then.
     refunded: dict[str, bool] = field(default_factory=dict)
     # Successes that must not be granted but shown to a person, with the kind of problem.
@@ -348,6 +368,63 @@ class Oracle:
         ]
 
     # --- at the wire: every POST, before the provider sees it
+
+    def wrong_charge(self, key: str, body: str, payments: Iterable[Any], as_of: datetime, now: datetime) -> list[str]:
+        """What is wrong with asking for a charge at all, when its key is sent for the first time.
+
+        `payments`: all of the provider's, also those that nobody here has heard of yet.
+        """
+        document = json.loads(body)
+        metadata, method_id = document["metadata"], document["payment_method_id"]
+        rows = self.rows(
+            "SELECT s.id, s.user_id, s.plan_id, p.is_recurring, a.sends FROM subscriptions s"
+            " JOIN plans p ON p.id = s.plan_id"
+            " JOIN billing_orchestration.renewal_attempts a ON a.subscription_id = s.id"
+            " WHERE s.id = %s AND a.idempotence_key::text = %s",
+            int(metadata["subscription_id"]), key,
+        )  # fmt: skip
+        if not rows:
+            return []  # `wrong_send` says so
+        row = rows[0]
+        began = self.billing_day(datetime.fromisoformat(metadata["period_start"]))
+        overdue = (self.billing_day(as_of) - began).days
+        found = []
+        # A payment that saved no card is nobody's method: the provider refuses it.
+        owner = self._journal.methods.get(method_id, row.user_id)
+        if owner != row.user_id or metadata["user_id"] != row.user_id:
+            found.append(f"CHARGED A STRANGER: method {method_id} for subscription {row.id} of {row.user_id}")
+        if not row.is_recurring:
+            found.append(f"CHARGED UNWANTED: the plan of subscription {row.id} is not recurring")
+        if began > self.billing_day(now) or overdue < 0:
+            found.append(f"CHARGED EARLY: subscription {row.id} for a period from {began}")
+        earlier = [
+            payment
+            for payment in payments
+            if payment.metadata.get("renewal_attempt_id") and payment.idempotence_key != key
+            and (payment.metadata["subscription_id"], payment.metadata["period_start"])
+            == (metadata["subscription_id"], metadata["period_start"])
+        ]  # fmt: skip
+        declined = [(payment.cancellation or {}).get("reason") for payment in earlier if payment.status == "canceled"]
+        if any(payment.status != "canceled" for payment in earlier):
+            found.append(f"CHARGED AGAIN: subscription {row.id} has an uncanceled payment for {began} already")
+        if any(reason in FINAL_DECLINES for reason in declined):
+            found.append(f"CHARGED AGAIN: subscription {row.id} for {began} after {declined}")
+        if sum(reason not in FINAL_DECLINES and reason not in SOFT_DECLINES for reason in declined) >= 3:
+            found.append(f"CHARGED TOO OFTEN: subscription {row.id} for {began} after {declined}")
+        if overdue > (self._rules.grace_days if declined else MOST_DAYS_OVERDUE):
+            found.append(f"CHARGED TOO LATE: subscription {row.id}, {overdue} days overdue, after {declined}")
+        if row.sends == 1:  # sent for the first time in its life: an older body may have an older price
+            asked = (document["amount"]["value"], document["amount"]["currency"])
+            prices = [
+                (f"{price.amount:.2f}", price.currency)
+                for price in self.rows(
+                    "SELECT amount, currency::text AS currency FROM prices WHERE plan_id = %s", row.plan_id
+                )
+                if price.currency == asked[1]
+            ]
+            if prices != [asked]:
+                found.append(f"CHARGED WRONGLY: subscription {row.id} {asked}, the plan's prices are {prices}")
+        return found
 
     def wrong_send(self, key: str, body: str) -> list[str]:
         """What is wrong with a charge that is about to be sent, by the tables as they are committed at this moment."""

@@ -11,6 +11,7 @@ import json
 import random
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -88,9 +89,10 @@ class Accidents:
 class Process:
     """One run of a job as the operating system sees it: its points, what befalls it, what it sends."""
 
-    def __init__(self, world: World, accidents: Accidents) -> None:
+    def __init__(self, world: World, accidents: Accidents, as_of: datetime) -> None:
         self.world = world
         self.accidents = accidents
+        self.as_of = as_of
         # A run may have several threads: its points come one after another.
         self._lock = threading.RLock()
 
@@ -131,7 +133,7 @@ class Process:
     def before_request(self, method: str, body: bytes | None, key: str | None, fault: str | None) -> None:
         with self._lock:
             if method == "POST" and key is not None and not self.accidents.dead:
-                self.world.look_at_charge(key, body or b"", reaches=fault != "not connected")
+                self.world.look_at_charge(key, body or b"", self.as_of, reaches=fault != "not connected")
             self._point(f"before {method}")
             self.world.pass_time(self.accidents.generator.choice((0.05, 0.1, 0.3, 1.0)))
 
@@ -258,6 +260,8 @@ class World:
         # Print the story while it happens.
         self.live = False
         self.runs = 0
+        # What the story was made of, by name: the end of a night says what was never played.
+        self.happened: Counter[str] = Counter()
         self.outage: str | None = None
         self.meanwhile: Callable[[str], None] | None = None
         self._lock = threading.Lock()
@@ -322,10 +326,12 @@ class World:
             # Refused because of the shop: nobody's card was tried.
             self._tries = {name: tried for name, tried in self._tries.items() if tried != key}
 
-    def look_at_charge(self, key: str, body: bytes, *, reaches: bool) -> None:
+    def look_at_charge(self, key: str, body: bytes, as_of: datetime, *, reaches: bool) -> None:
         """What must hold at the moment a charge is sent. `reaches`: a connection to the provider can be made."""
         text = body.decode()
         wrong = self.oracle.wrong_send(key, text)
+        if key not in self._first_posts:
+            wrong += self.oracle.wrong_charge(key, text, self.provider.payments(), as_of, self.now)
         if self.traits.max_concurrency > 1:
             # Another thread's point may have let the world go on since this charge was claimed.
             wrong = [words for words in wrong if not words.startswith("CHARGED UNWANTED")]
@@ -377,7 +383,7 @@ class World:
         """
         self.runs += 1
         mine = accidents or Accidents(random.Random(self.seed))
-        process = Process(self, mine)
+        process = Process(self, mine, tick or (min(partition.end, self.now) if partition else self.now))
         database = SimulatedDatabase(self) if nested else self._database or SimulatedDatabase(self)
         database.process = process
         if not nested:
@@ -415,6 +421,8 @@ class World:
         database.process = None
         if mine.dead:
             outcome.failure, outcome.crash = "killed", None
+        self.happened.update({name.partition(" at ")[0] for name in mine.happened})
+        self.happened[f"{'whole ' if whole else ''}{job}{' of a partition' if partition else ''}"] += 1
         if mine.dead or nested or mine.cut_at or mine.lose_commit:
             # A dead process's sessions end, and with them its locks.
             with suppress(Exception):

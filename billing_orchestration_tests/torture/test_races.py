@@ -1,0 +1,198 @@
+"""Eight processes of a job at once, backfills beside the schedule, two schedulers, and the service's webhook: one
+effect each. Every job always; with `make torture` in as many rounds as it says.
+
+The runs are processes of their own (`kill_runner`). Alone they are judged by what the scenario says must come of it
+(`kill_oracle`); beside the webhook handler, which may take any of the work away from them, by the simulation's oracle.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import dagster as dg
+import psycopg
+import pytest
+
+from billing_orchestration.definitions import build_definitions
+from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration_tests.fixtures.postgres import Server
+from billing_orchestration_tests.jobs.service import NOON
+from billing_orchestration_tests.torture.kill_matrix import Stage
+from billing_orchestration_tests.torture.kill_oracle import complaints
+from billing_orchestration_tests.torture.kill_runner import Case, Runner
+from billing_orchestration_tests.torture.kill_scenarios import ALL
+from billing_orchestration_tests.torture.simulation_oracle import Journal, Oracle, Rules
+from billing_orchestration_tests.torture.simulation_service import BillingService, Busy
+
+UTC = timezone.utc
+PROCESSES = 8
+ROUNDS = max(1, int(os.environ.get("TORTURE_ROUNDS") or 0) // 10) if "TORTURE_ROUNDS" in os.environ else 1
+# One for each job; that of autopayment with every kind of renewal.
+BY_JOB = [scenario for scenario in ALL if scenario.name not in ("autopayment, one by one", "autopayment, side by side")]
+SCHEDULES = {
+    "autopayment_job": ("autopayment_daily_schedule", timedelta(hours=9)),
+    "expire_payments_job": ("expire_payments_daily_schedule", timedelta(hours=8)),
+    "expire_subscriptions_job": ("expire_subscriptions_daily_schedule", timedelta(hours=7)),
+    "matching_pending_payments_job": ("matching_pending_payments_every_2_minutes_schedule", timedelta(0)),
+    "matching_successful_payments_job": ("matching_successful_payments_every_2_minutes_schedule", timedelta(0)),
+}
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    """The process that forks; its imports take three seconds."""
+    with Runner() as running:
+        yield running
+
+
+@pytest.fixture(params=BY_JOB, ids=lambda scenario: scenario.job)
+def stage(
+    request: pytest.FixtureRequest, postgres_server: Server, migrated_template: str, sandbox: Sandbox, runner: Runner
+) -> Iterator[Stage]:
+    """A job's work, waiting in a database that each race gets a copy of."""
+    stage = Stage(postgres_server, migrated_template, sandbox, runner, request.param)
+    try:
+        stage.warm_up()
+        yield stage
+    finally:
+        stage.close()
+
+
+def eight(case: Case) -> list[Case]:
+    """Launched by hand, all at once."""
+    return [case] * PROCESSES
+
+
+def scheduled(case: Case, instance: dg.DagsterInstance) -> Case:
+    """The run that a scheduler with this run history launches for the last tick before noon."""
+    name, ago = SCHEDULES[case.job]
+    context = dg.build_schedule_context(instance=instance, scheduled_execution_time=NOON - ago)
+    request = build_definitions().resolve_schedule_def(name)(context)
+    assert isinstance(request, dg.RunRequest), request
+    tags = {**request.tags, "dagster/schedule_name": name, "dagster/run_key": str(request.run_key)}
+    return replace(case, config=request.run_config, tags=tags)
+
+
+def by_two_schedulers(case: Case) -> list[Case]:
+    """Two Dagster instances that know nothing of each other launch the run of one tick; each tries again once."""
+    with dg.instance_for_test() as one:
+        first = scheduled(case, one)
+    with dg.instance_for_test() as another:
+        second = scheduled(case, another)
+    return [first, second, first, second]
+
+
+def backfilled_beside_the_schedule(case: Case) -> list[Case]:
+    """The last partitions, the present one twice, while the schedule's own run is under way."""
+    hourly = case.job.startswith("matching")
+    step = timedelta(hours=1) if hourly else timedelta(days=1)
+    begins = NOON - step if hourly else NOON.replace(hour=0) - step
+    keys = [f"{begins - back * step:{'%Y-%m-%d-%H:%M' if hourly else '%Y-%m-%d'}}" for back in range(3)]
+    with dg.instance_for_test() as instance:
+        tick = scheduled(case, instance)
+    return [*(replace(case, partition=key) for key in (*keys, keys[0])), tick, tick]
+
+
+RACES = {
+    "eight copies": eight,
+    "two schedulers": by_two_schedulers,
+    "a backfill beside the schedule": backfilled_beside_the_schedule,
+}
+
+
+@pytest.mark.parametrize("_round", range(ROUNDS))
+@pytest.mark.parametrize("race", RACES)
+def test_runs_of_a_job_at_once_have_the_effect_of_one(stage: Stage, sandbox: Sandbox, race: str, _round: int) -> None:
+    with stage.racing(RACES[race]) as (url, ended):
+        wrong = complaints(url, sandbox.provider.ledger(), stage.story.expected)
+
+    assert not any(one.killed for one in ended)
+    assert not wrong, [one.failure for one in ended]
+
+
+@dataclass
+class Webhook:
+    """The service's handler: every success of the provider's ledger is delivered again and again, by two threads."""
+
+    sandbox: Sandbox
+    journal: Journal = field(default_factory=Journal)
+    did: list[str] = field(default_factory=list)
+    error: BaseException | None = None
+
+    @contextmanager
+    def delivering(self, url: str) -> Iterator[None]:
+        """As long as the context lasts, and once more after it."""
+        self._note_what_was_there(url)
+        stop = threading.Event()
+        threads = [threading.Thread(target=self._deliver_all, args=(url, stop, turn)) for turn in (1, -1)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(60)
+        if self.error is not None:
+            raise self.error
+
+    def _note_what_was_there(self, url: str) -> None:
+        with psycopg.connect(url) as connection:
+            subscriptions = connection.execute("SELECT id, started_at, ended_at FROM subscriptions").fetchall()
+            self.journal.before = {number: (start, end) for number, start, end in subscriptions}
+            finished = connection.execute("SELECT external_payment_id FROM payments WHERE status = 'SUCCEEDED'")
+            self.journal.history = {name for (name,) in finished}
+        self.journal.refunded = {
+            payment.id: False
+            for payment in self.sandbox.provider.payments()
+            if payment.refunded and payment.refunded >= payment.amount
+        }
+
+    def _deliver_all(self, url: str, stop: threading.Event, turn: int) -> None:
+        try:
+            with psycopg.connect(url, autocommit=True, options="-c lock_timeout=500ms -c timezone=UTC") as connection:
+                found = connection.execute("SELECT min(id) FROM payment_providers").fetchone()
+                assert found is not None
+                service = BillingService(connection, UTC, self.journal, found[0])
+                last = False
+                while not last:
+                    last = stop.is_set()
+                    for payment in self.sandbox.provider.payments()[::turn]:
+                        if payment.status == "succeeded":
+                            self._deliver(service, payment)
+        except BaseException as error:  # noqa: BLE001 - raised again by the test's thread
+            self.error = error
+
+    def _deliver(self, service: BillingService, payment: Any) -> None:
+        try:
+            self.did.append(service.on_success(payment, NOON, writes_unknown=True, settles_renewals="grant"))
+        except Busy:
+            self.did.append("again later")
+
+    def complaints(self, url: str, now: datetime) -> list[str]:
+        """What is wrong with the books by the simulation's oracle: charges, grants, periods, and nothing is lost."""
+        rules = Rules(UTC, grace_days=3, ttl_days=7, provider_skew=timedelta(0), list_lag=timedelta(0))
+        ledger = self.sandbox.provider.ledger()
+        payments = {payment.id: payment for payment in self.sandbox.provider.payments()}
+        with psycopg.connect(url, autocommit=True, options="-c timezone=UTC") as connection:
+            oracle = Oracle(connection, self.journal, rules)
+            return oracle.violations(ledger, payments, now)
+
+
+@pytest.mark.parametrize("_round", range(ROUNDS))
+def test_eight_runs_of_a_job_beside_the_services_webhook_grant_each_success_once(
+    stage: Stage, sandbox: Sandbox, _round: int
+) -> None:
+    webhook = Webhook(sandbox)
+
+    with stage.racing(eight, webhook.delivering) as (url, ended):
+        wrong = webhook.complaints(url, NOON + timedelta(hours=8))
+
+    assert not any(one.killed for one in ended)
+    assert not wrong, [one.failure for one in ended]
