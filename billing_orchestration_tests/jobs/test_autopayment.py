@@ -408,3 +408,39 @@ def test_a_requests_per_second_cap_is_the_jobs_own_config(service: Service) -> N
     assert run.ok, run.failure
     assert len(service.charges()) == 3
     assert service.sandbox.peak_in_flight <= 2
+
+
+@pytest.mark.parametrize("max_concurrency", [1, 8])
+@pytest.mark.parametrize("decline", ["insufficient_funds", "card_expired"])
+def test_a_card_of_two_subscriptions_that_is_declined_for_one_is_not_tried_for_the_other(
+    service: Service, decline: str, max_concurrency: int
+) -> None:
+    for index in service.rows("pg_indexes", "tablename = 'payments' AND indexname <> 'payments_pkey'"):
+        service.execute(f"DROP INDEX {index.indexname}")
+    first = service.subscriber(script=f"canceled:{decline}", method="one-card")
+    second = service.subscription(service.plan(), ended_at=service.now)
+    service.payment(second, external_id="one-card")
+
+    run = service.run(JOB, ops={"charge_renewals": {"max_concurrency": max_concurrency}})
+
+    assert run.ok, run.failure
+    assert service.sandbox.count("create") == 1
+    assert len(service.attempts(first)) == 1
+    assert service.attempts(second) == []
+    assert run.reasons(f"subscription {second}") == [
+        "skipped: this payment method was declined a moment ago, tried on another day"
+    ]
+
+
+def test_a_card_pays_for_two_subscriptions_in_one_run(service: Service) -> None:
+    for index in service.rows("pg_indexes", "tablename = 'payments' AND indexname <> 'payments_pkey'"):
+        service.execute(f"DROP INDEX {index.indexname}")
+    first = service.subscriber(method="one-card")
+    second = service.subscription(service.plan(), ended_at=service.now)
+    service.payment(second, external_id="one-card")
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [attempt.state for one in (first, second) for attempt in service.attempts(one)] == ["SUCCEEDED"] * 2
+    service.check_books()

@@ -93,6 +93,7 @@ class Process:
         self.world = world
         self.accidents = accidents
         self.as_of = as_of
+        self.began = world.now
         # A run may have several threads: its points come one after another.
         self._lock = threading.RLock()
 
@@ -133,7 +134,7 @@ class Process:
     def before_request(self, method: str, body: bytes | None, key: str | None, fault: str | None) -> None:
         with self._lock:
             if method == "POST" and key is not None and not self.accidents.dead:
-                self.world.look_at_charge(key, body or b"", self.as_of, reaches=fault != "not connected")
+                self.world.look_at_charge(key, body or b"", self.as_of, self.began, reaches=fault != "not connected")
             self._point(f"before {method}")
             self.world.pass_time(self.accidents.generator.choice((0.05, 0.1, 0.3, 1.0)))
 
@@ -268,7 +269,7 @@ class World:
         self._busy = False
         self._database: SimulatedDatabase | None = None
         self._first_posts: dict[str, tuple[datetime, bytes]] = {}
-        self._declines: dict[str, datetime] = {}
+        self._declines: dict[str, tuple[datetime, bool]] = {}
         self._tries: dict[tuple[str, Any], str] = {}
         self._instance: dg.DagsterInstance | None = None
 
@@ -321,12 +322,12 @@ class World:
         """What a run was told about a charge."""
         status, method_id = status_of(answer)
         if status == "canceled" and method_id is not None:
-            self._declines[method_id] = self.now
+            self._declines[method_id] = (self.now, self._busy)
         if answer.status in (401, 403):
             # Refused because of the shop: nobody's card was tried.
             self._tries = {name: tried for name, tried in self._tries.items() if tried != key}
 
-    def look_at_charge(self, key: str, body: bytes, as_of: datetime, *, reaches: bool) -> None:
+    def look_at_charge(self, key: str, body: bytes, as_of: datetime, began: datetime, *, reaches: bool) -> None:
         """What must hold at the moment a charge is sent. `reaches`: a connection to the provider can be made."""
         text = body.decode()
         wrong = self.oracle.wrong_send(key, text)
@@ -346,7 +347,10 @@ class World:
             return
         if first is None:
             self._first_posts[key] = (self.now, body)
-            declined_at = self._declines.get(method_id)
+            declined_at, by_another_run = self._declines.get(method_id, (None, False))
+            # What another run hears while this one is under way is not known to it.
+            if by_another_run and declined_at is not None and declined_at >= began:
+                declined_at = None
             if declined_at is not None and declined_at.astimezone(self.zone).date() == self.day():
                 self.fault(f"TRIED TWICE A DAY: method {method_id} was declined at {declined_at} and is charged again")
             other = self._tries.setdefault((subscription, self.day()), key)

@@ -240,6 +240,10 @@ class Charging:
     _to_write: "queue.SimpleQueue[_Batch | None]" = field(default_factory=queue.SimpleQueue)
     _judged: "deque[_Judged]" = field(default_factory=deque)
     _oldest_judged_at: float = 0.0
+    # One charge of a payment method at a time: who has it, and who waits behind for what the card says.
+    _method_held_by: dict[str, _Work] = field(default_factory=dict)
+    _behind: "dict[str, deque[_Work]]" = field(default_factory=dict)
+    _declined: set[str] = field(default_factory=set)
     _done: list[uuid.UUID] = field(default_factory=list)
     _claiming: int = 0
     _writing: int = 0
@@ -382,8 +386,26 @@ class Charging:
         while len(group) < room and self._delayed and self._delayed[0][0] <= self.monotonic():
             group.append(heapq.heappop(self._delayed)[2])
         while len(group) < room and self._ready:
-            group.append(self._ready.popleft())
+            work = self._ready.popleft()
+            method = work.attempt.payment_method_id
+            if method in self._declined and not work.sent_before:
+                # By one that may have been sent the money may have moved: only that one has to be asked about.
+                self._finish(work, "skipped", "this payment method was declined a moment ago, tried on another day")
+            elif self._method_held_by.setdefault(method, work) is work:
+                group.append(work)
+            else:
+                self._behind.setdefault(method, deque()).append(work)
         return group
+
+    def _release_method(self, work: _Work, outcome: str) -> None:
+        """Let those that wait for the same method have their turn, and remember what the card said."""
+        method = work.attempt.payment_method_id
+        if self._method_held_by.get(method) is not work:
+            return
+        del self._method_held_by[method]
+        if outcome in ("declined", "stopped"):
+            self._declined.add(method)
+        self._ready.extend(self._behind.pop(method, ()))
 
     def _keep_claiming(self, locks: "sa.Connection") -> None:
         """Steps 5 and 1 and 2, in a thread of its own: the only one that uses the connection of the locks."""
@@ -742,6 +764,8 @@ class Charging:
         from billing_orchestration.database.engine import translated
 
         left = [work for _, _, work in self._delayed]
+        not_begun = [*self._ready, *(work for waiting in self._behind.values() for work in waiting)]
+        self._behind.clear()
         withdrawn = [
             Closing(work.attempt, State.PLANNED, "not sent: charging had stopped", never_sent=True)
             for work in left
@@ -756,7 +780,7 @@ class Charging:
         done = [*self._done, *(work.attempt.id for work in left)]
         if done:
             unlock(locks, done)
-        for work in self._ready:
+        for work in not_begun:
             self._finish(work, "never sent", f"not begun, charging stopped: {self.stop_reason}", needs_retry=True)
         self._delayed.clear()
         self._ready.clear()
@@ -772,6 +796,7 @@ class Charging:
         newly_quarantined: bool = False,
     ) -> None:
         self._results.append(ChargeResult(work.attempt, outcome, reason, decline_class, needs_retry, newly_quarantined))
+        self._release_method(work, outcome)
 
     def _progress(self, total: int, elapsed_s: float) -> str:
         done = len(self._results)
