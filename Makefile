@@ -9,8 +9,9 @@ ARGS :=
 # A folder for the pictures of `make browser` (docs/images), which takes none without; and a browser off the PATH.
 SCREENSHOTS :=
 CHROMIUM :=
-# How long `make torture` goes on (0: its own default).
+# How long `make torture` goes on (0: its own default), and the first of the simulation's seeds: give another each night.
 ROUNDS := 0
+FIRST := 1
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -50,7 +51,7 @@ $(VENV)/.bench: $(STAMP)
 
 torture: $(STAMP) ## The promise under seeded simulation, kills, faults and races; ROUNDS=n for a night
 	@TORTURE_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest $(TESTS)/torture $(ARGS)
-	@$(PYTHON) -m $(TESTS).torture.simulation --rounds $$(( $(ROUNDS) > 0 ? $(ROUNDS) : 10 ))
+	@$(PYTHON) -m $(TESTS).torture.simulation --first $(FIRST) --rounds $$(( $(ROUNDS) > 0 ? $(ROUNDS) : 40 ))
 
 # Chromium is a package of the operating system: root on a machine with apt gets it, everybody else is told.
 browser: $(VENV)/.browser ## The Dagster UI on the whole deployment, driven in a real browser (Chromium), in some minutes

@@ -38,6 +38,7 @@ from billing_orchestration.sandbox.provider_records import Switches
 from billing_orchestration_tests.torture.simulation_oracle import DAY, end_of_next_period, naive
 from billing_orchestration_tests.torture.simulation_runner import Outcome
 from billing_orchestration_tests.torture.simulation_service import Busy
+from billing_orchestration_tests.torture.simulation_wire import CHARGE_FAULTS, READ_FAULTS
 from billing_orchestration_tests.torture.simulation_world import Accidents, Traits, World
 
 UTC = timezone.utc
@@ -56,6 +57,28 @@ DECLINES = (
     "insufficient_funds", "issuer_unavailable", "payment_method_limit_exceeded", "rejected_by_timeout",
     "internal_timeout", "general_decline", "call_issuer", "a_reason_of_tomorrow", "card_expired", "permission_revoked",
     "fraud_suspected", "3d_secure_failed", "loan_declined", "canceled_by_merchant", "deal_expired",
+)  # fmt: skip
+# Seeds that showed a fault once. A seed's story changes whenever the simulation draws anew, so each fault has a test of
+# its own beside the code as well.
+REGRESSIONS = {
+    7: "a card declined for one subscription was tried for another one in the same run",
+    1011: "a renewal's row that the service's webhook wrote without a grant, during an outage (the judge was wrong)",
+    1013: "such a row beside a purchase that had moved the subscription's end: the paid renewal was never granted",
+}
+# What some of so many seeds must have played, by a part of its name.
+ENOUGH_SEEDS = 30
+MUST_BE_PLAYED = (
+    *(f"outage of {whose}, {length}" for whose in ("provider", "ours", "service") for length in OUTAGE_LENGTHS),
+    "purchase by card", "purchase by cash", "purchase by hold", "purchase by saved card", "amount_differs", "metadata",
+    "canceled_here", "refund in part", "refund in full", "subscription ACTIVE -> PAUSED",
+    "subscription ACTIVE -> CANCELED",
+    "webhook: granted", "webhook: known", "webhook: row", "webhook: again later", "meanwhile, at: commit",
+    "meanwhile, at: statement", "operator: dry run", "operator: launch", "operator: backfill", "operator: twice",
+    "launch around a key's 23 or 24 h", "killed", "connection cut", "the answer to a COMMIT was lost",
+    *(f"POST: {fault}" for fault, _ in CHARGE_FAULTS), *(f"GET: {fault}" for fault, _ in READ_FAULTS),
+    "whole autopayment_job", "of a partition", "attempts STOPPED", "attempts DECLINED", "attempts PENDING",
+    "attempts VOID", "attempts REJECTED", "attempts REVIEW", "attempts SUCCEEDED", "settled renewed", "settled created",
+    "settled extended", "settled refunded",
 )  # fmt: skip
 MATCHING = ("matching_pending_payments_job", "matching_successful_payments_job")
 DAILY = (("autopayment_job", 3), ("expire_payments_job", 4), ("expire_subscriptions_job", 5))
@@ -991,13 +1014,18 @@ def main(arguments: list[str] | None = None) -> int:
         for name, number in result.numbers.items():
             totals[name] = totals.get(name, 0) + number
     failed = sorted(result.seed for result in results if result.faults)
+    unplayed = [name for name in MUST_BE_PLAYED if not any(name in played for played in totals)]
+    # A simulation that does not play something any more would be green about it for ever.
+    incomplete = bool(unplayed) and len(results) >= ENOUGH_SEEDS and given.days >= DAYS
+    if incomplete:
+        print(f"NEVER PLAYED: {', '.join(unplayed)}")
     print("\n".join(f"  {name}: {number}" for name, number in sorted(totals.items())))
     print(
         f"{len(results)} seeds, {days} simulated days, {sum(result.runs for result in results)} runs in {seconds:.0f} s"
         f" ({days / seconds * 3600:.0f} days an hour); "
         + (f"BROKEN by seeds {failed}" if failed else "the promise held")
     )
-    return 1 if failed else 0
+    return 1 if failed or incomplete else 0
 
 
 if __name__ == "__main__":
