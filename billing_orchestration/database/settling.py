@@ -239,15 +239,11 @@ def _read_facts(
         # granted again.
         raise ChangedMeanwhile(f"payment rows of this batch appeared while it was read: {sorted(appeared)}")
     provider_ids = frozenset(providers)
-    paid_meanwhile = _read_paid_meanwhile(
-        connection,
-        {
-            payment.id: attempts[name]
-            for payment in batch
-            if (name := named[payment.id]) in attempts
-            and any(row.status == "SUCCEEDED" for row in rows.get(payment.id, ()))
-        },
-    )
+    written_by_service: dict[str, Attempt] = {}
+    for payment_id, name in named.items():
+        if name is not None and name in attempts and any(row.status == "SUCCEEDED" for row in rows.get(payment_id, ())):
+            written_by_service[payment_id] = attempts[name]
+    paid_meanwhile = _read_paid_meanwhile(connection, written_by_service)
     facts: dict[str, Facts] = {}
     for payment in batch:
         named_id = named[payment.id]
@@ -278,20 +274,23 @@ def _utc(instant: datetime | None) -> datetime | None:
 
 def _read_paid_meanwhile(connection: sa.Connection, written_by_service: Mapping[str, Attempt]) -> set[str]:
     """Of renewals whose row the service has finished: those beside which another payment was granted meanwhile."""
-    sent = {id_: attempt for id_, attempt in written_by_service.items() if attempt.first_sent_at is not None}
+    sent = [
+        (
+            payment_id,
+            attempt.subscription_id,
+            attempt.payment_method_id,
+            naive_utc(attempt.first_sent_at - SCAN_MARGIN),
+        )
+        for payment_id, attempt in written_by_service.items()
+        if attempt.first_sent_at is not None
+    ]
     if not sent:
         return set()
-    return set(
-        connection.execute(
-            _PAID_MEANWHILE,
-            {
-                "ids": list(sent),
-                "subscriptions": [attempt.subscription_id for attempt in sent.values()],
-                "methods": [attempt.payment_method_id for attempt in sent.values()],
-                "since": [naive_utc(attempt.first_sent_at - SCAN_MARGIN) for attempt in sent.values()],  # type: ignore[operator]
-            },
-        ).scalars()
+    ids, subscriptions, methods, since = (list(column) for column in zip(*sent, strict=True))
+    found = connection.execute(
+        _PAID_MEANWHILE, {"ids": ids, "subscriptions": subscriptions, "methods": methods, "since": since}
     )
+    return set(found.scalars())
 
 
 def _read_periods(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> Mapping[uuid.UUID, Attempt]:
