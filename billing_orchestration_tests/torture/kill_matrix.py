@@ -104,7 +104,7 @@ class Stage:
     """A scenario's prepared world, from which each case gets a fresh copy."""
 
     def __init__(self, server: Server, migrated: str, sandbox: Sandbox, runner: Runner, scenario: Scenario) -> None:
-        self._server, self._sandbox, self._runner, self._scenario = server, sandbox, runner, scenario
+        self._server, self._sandbox, self._runner, self.scenario = server, sandbox, runner, scenario
         sandbox.reset()
         self._template = server.create_database(migrated)
         engine = create_engine(server.url(self._template), application_name="preparation")
@@ -159,19 +159,19 @@ class Stage:
             yield url
 
     def _run(self, url: str, later: int, death: Death | None = None) -> Ended:
-        now = NOON + later * self._scenario.again_after
+        now = NOON + later * self.scenario.again_after
         self._sandbox.clock.set(now)
         return self._runner.run(self._case(url, now, death))
 
     def _case(self, url: str, now: datetime, death: Death | None = None) -> Case:
         return Case(
-            job=self._scenario.job,
+            job=self.scenario.job,
             now=now.isoformat(),
             database_url=url,
             api_url=self._sandbox.url,
             shop_id=self._sandbox.shop_id,
             secret_key=self._sandbox.secret_key,
-            ops=self._scenario.ops,
+            ops=self.scenario.ops,
             death=_told_to_die(death),
         )
 
