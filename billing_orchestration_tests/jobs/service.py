@@ -173,7 +173,7 @@ class Service:
             amount=Decimal(amount),
             external_payment_id=external_id,
             created_at=_naive(created_at or self.now - timedelta(days=30)),
-            updated_at=_naive(created_at or self.now),
+            updated_at=_naive(created_at or self.now - timedelta(days=30)),
         )
 
     def subscriber(
