@@ -117,7 +117,7 @@ def run_ops(
     A BaseException that is no Exception (the simulation's kill) passes through.
     """
     outcome = Outcome(str(uuid.uuid4()))
-    results: dict[str, Any] = {}
+    results: dict[tuple[str, str], Any] = {}
     tags = dict(tags or {})
     if partition is not None and isinstance(job.partitions_def, dg.TimeWindowPartitionsDefinition):
         tags["dagster/partition"] = partition.start.strftime(job.partitions_def.fmt)
@@ -125,9 +125,11 @@ def run_ops(
     for node in job.nodes_in_topological_order:
         compute: Any = node.definition.compute_fn.decorated_fn  # type: ignore[union-attr]
         inputs = {
-            wanted.input_name: sources[0].node_name
+            wanted.input_name: (sources[0].node_name, sources[0].output_def.name)
             for wanted, sources in upstream.input_to_upstream_outputs_for_node(node.name).items()
         }
+        if not set(inputs.values()) <= set(results):
+            continue  # what it waits for was not yielded: Dagster skips it as well
         context = Context(outcome.run_id, job, tags, partition)
         given: dict[str, Any] = {}
         for name in inspect.signature(compute).parameters:
@@ -140,7 +142,18 @@ def run_ops(
             else:
                 given[name] = resources[name]
         try:
-            results[node.name] = compute(**given)
+            returned = compute(**given)
+            if inspect.isgenerator(returned):
+                for yielded in returned:
+                    if isinstance(yielded, dg.DynamicOutput):
+                        raise NotImplementedError("a run in shards is not simulated")
+                    if isinstance(yielded, dg.Output):
+                        results[node.name, yielded.output_name] = yielded.value
+                        context.metadata.update(yielded.metadata)
+                    else:
+                        context.events.append(yielded)
+            else:
+                results[node.name, "result"] = returned
         except dg.Failure as failure:
             outcome.failure = failure.description or "without a word"
             outcome.metadata.append(failure.metadata)
