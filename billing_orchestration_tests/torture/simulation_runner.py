@@ -19,6 +19,7 @@ import dagster as dg
 @dataclass
 class _Run:
     tags: dict[str, str]
+    run_config: Mapping[str, Any]
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Context:
     lines: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     events: list[Any] = field(default_factory=list)
+    run_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def instance(self) -> _Instance:
@@ -61,7 +63,7 @@ class Context:
 
     @property
     def run(self) -> _Run:
-        return _Run(self.tags)
+        return _Run(self.tags, self.run_config)
 
     @property
     def has_partition_key(self) -> bool:
@@ -118,6 +120,7 @@ def run_ops(
     """
     outcome = Outcome(str(uuid.uuid4()))
     results: dict[tuple[str, str], Any] = {}
+    run_config = {"ops": {name: {"config": config} for name, config in (op_config or {}).items()}}
     tags = dict(tags or {})
     if partition is not None and isinstance(job.partitions_def, dg.TimeWindowPartitionsDefinition):
         tags["dagster/partition"] = partition.start.strftime(job.partitions_def.fmt)
@@ -130,7 +133,7 @@ def run_ops(
         }
         if not set(inputs.values()) <= set(results):
             continue  # what it waits for was not yielded: Dagster skips it as well
-        context = Context(outcome.run_id, job, tags, partition)
+        context = Context(outcome.run_id, job, tags, partition, run_config=run_config)
         given: dict[str, Any] = {}
         for name in inspect.signature(compute).parameters:
             if name == "context":
