@@ -15,7 +15,9 @@ from billing_orchestration.jobs import (
     money_checks,
     run_history,
 )
+from billing_orchestration.jobs.approval import PLANS
 from billing_orchestration.jobs.autopayment.shards import in_process_or_multiprocess, renewals_hand_over
+from billing_orchestration.jobs.money_checks import GROUP
 from billing_orchestration.jobs.partitions import DAILY
 from billing_orchestration.jobs.run_alerts import failed_run_sensor
 from billing_orchestration.resources import (
@@ -43,7 +45,8 @@ def build_definitions(
 ) -> dg.Definitions:
     """The definitions for given settings, clock and provider: the environment's, the real ones, by default.
 
-    `executor` is what the shards of autopayment_job run on (dagster_k8s.k8s_job_executor, say); no other job uses it.
+    `executor` is what the shards of autopayment_job run on (dagster_k8s.k8s_job_executor, say), and what
+    Dagster runs the money checks on from the UI; no other job uses it.
     Settings are read when a run first needs them, so the code location loads without any.
     """
     return dg.Definitions(
@@ -65,15 +68,27 @@ def build_definitions(
         ],
         assets=[
             *money_checks.money_assets,
+            dg.AssetSpec(
+                PLANS,
+                description="Plans that dry runs have shown, latest first under Events: what to launch to approve one.",
+                group_name=GROUP,
+            ),
             # What Dagster plots: one point a day, or one for each tick that changed something.
             *(
                 dg.AssetSpec(
-                    dg.AssetKey(["billing", job]), description=f"Numbers of {job}, by day.", partitions_def=DAILY
+                    dg.AssetKey(["billing", job]),
+                    description=f"Numbers of {job}, by day: all its runs of a day added up. Under Metadata, Plots.",
+                    partitions_def=DAILY,
+                    group_name=GROUP,
                 )
                 for job in (autopayment.autopayment_job.name, expire_payments.JOB, expire_subscriptions.JOB)
             ),
             *(
-                dg.AssetSpec(dg.AssetKey(["billing", job]), description=f"Corrections of {job}, by tick.")
+                dg.AssetSpec(
+                    dg.AssetKey(["billing", job]),
+                    description=f"Corrections of {job}, a point for each tick that made one. Under Metadata, Plots.",
+                    group_name=GROUP,
+                )
                 for job in (matching_pending_payments.JOB, matching_successful_payments.JOB)
             ),
         ],

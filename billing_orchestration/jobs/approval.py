@@ -15,6 +15,7 @@ from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.run_scope import RunScope
 
 PLAN_TAG = "billing/plan"
+PLANS = dg.AssetKey(["billing", "plans"])
 _CHANGES = "changes of the plan"
 Change = TypeVar("Change")
 
@@ -38,12 +39,12 @@ def bind(
         context.instance.add_run_tags(context.run_id, {PLAN_TAG: now})
         context.log_event(
             dg.AssetObservation(
-                ["billing", "plans"],
+                PLANS,
                 description=f"{len(names)} changes",
                 metadata={
                     "plan": dg.MetadataValue.text(now),
                     "to approve it": dg.MetadataValue.md(
-                        "Launch this job with\n\n```yaml\nresources:\n  run:\n    config:\n"
+                        f"Launch {context.job_name} with\n\n```yaml\nresources:\n  run:\n    config:\n"
                         f'      as_of: "{scope.as_of.isoformat()}"\n      approved_plan: "{now}"\n```'
                     ),
                     _CHANGES: dg.MetadataValue.text(json.dumps([name for name, _, _ in names])),

@@ -310,6 +310,7 @@ def apply_payment_expiry(
         )
         if not scope.dry_run:
             yield plotted(
+                context,
                 ("billing", JOB),
                 {
                     "expired": report.applied - settled,
@@ -317,6 +318,7 @@ def apply_payment_expiry(
                     "kept pending": len(kept),
                 },
                 day=str(billing_database.calendar.day_of(scope.as_of)),
+                levels=frozenset({"kept pending"}),
             )
     conclude(
         context,

@@ -138,9 +138,11 @@ def apply_subscription_expiry(
         context.log.info(f"{changed_meanwhile} were renewed, ended or held back meanwhile: skipped")
     if not over.scope.dry_run:
         yield plotted(
+            context,
             ("billing", JOB),
             {"expired": report.applied, "held back": over.slice.held, "active": over.slice.active - report.applied},
             day=str(billing_database.calendar.day_of(over.scope.as_of)),
+            levels=frozenset({"held back", "active"}),
         )
     conclude(
         context,

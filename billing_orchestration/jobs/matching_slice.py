@@ -169,6 +169,7 @@ def apply_matching(
             _advance(job, scope, window, database, stamp())
         if report.applied or report.opened or report.again:
             yield plotted(
+                context,
                 ("billing", job),
                 {
                     "corrections": report.applied,

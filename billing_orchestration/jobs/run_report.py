@@ -11,6 +11,7 @@ import dagster as dg
 
 from billing_orchestration.domain.decisions import Decision, Tally
 from billing_orchestration.domain.run_scope import RunRefused, RunScope
+from billing_orchestration.jobs.approval import PLANS
 
 # What an applying op yields: numbers to plot, and its end.
 Told = Iterator[dg.AssetMaterialization | dg.Output[None]]
@@ -143,6 +144,8 @@ def conclude(
 def _next_steps(scope: RunScope, report: RunReport, job: str) -> dict[str, dg.MetadataValue[Any]]:
     """Metadata: where to go from here. Nothing for a run that found nothing."""
     steps: dict[str, dg.MetadataValue[Any]] = {}
+    if report.applied and scope.dry_run:
+        steps["next: approve this plan"] = dg.MetadataValue.asset(PLANS)
     if report.quarantined:
         steps["next: what waits for a person"] = dg.MetadataValue.asset(dg.AssetKey(["billing", "quarantine"]))
     if report.applied and not scope.dry_run:
@@ -151,16 +154,40 @@ def _next_steps(scope: RunScope, report: RunReport, job: str) -> dict[str, dg.Me
 
 
 def plotted(
-    key: Sequence[str], numbers: Mapping[str, int | float | Decimal], day: str | None = None
+    context: dg.OpExecutionContext,
+    key: Sequence[str],
+    numbers: Mapping[str, int | float | Decimal],
+    day: str | None = None,
+    levels: frozenset[str] = frozenset(),
 ) -> dg.AssetMaterialization:
     """Numbers of this run for the asset that Dagster plots them under, over time or over days.
 
+    Dagster plots the last point of a day, so each run of a day adds to what its predecessors have counted: one at noon
+    that had nothing left to do must not wipe out the night's. `levels` are no counts but what is so now, and replace.
     An op yields it before `conclude`: an event that is only logged is lost with the op's failure, and the numbers of
     the red days are those that matter.
     """
+    if day is not None:
+        before = _counted(context.instance, key, day)
+        counted: dict[str, int | float] = {}
+        for name in dict.fromkeys([*before, *numbers]):
+            value = float(numbers.get(name, 0)) + (0 if name in levels else before.get(name, 0))
+            counted[name] = int(value) if value == int(value) else round(value, 2)
+        numbers = counted
     return dg.AssetMaterialization(
         list(key), partition=day, metadata={name: _number(value) for name, value in numbers.items()}
     )
+
+
+def _counted(instance: dg.DagsterInstance, key: Sequence[str], day: str) -> Mapping[str, float]:
+    """What the runs of a day have counted so far: its latest point."""
+    found = instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=dg.AssetKey(list(key)), asset_partitions=[day]), limit=1
+    ).records
+    latest = found[0].asset_materialization if found else None
+    if latest is None:
+        return {}
+    return {name: value.value for name, value in latest.metadata.items() if isinstance(value.value, (int, float))}
 
 
 def _number(value: float | Decimal) -> dg.MetadataValue[Any]:

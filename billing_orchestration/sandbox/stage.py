@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ MODULE = "billing_orchestration.definitions"
 _FOREIGN = ("BILLING_", "YOOKASSA_", "DAGSTER_", "PENDING_PAYMENT_", "SUBSCRIPTION_GRACE_", "RUN_HISTORY_", "ALERT_")
 # A spectator need not wait as long as a provider in trouble deserves.
 _HURRY = {"autopayment_job": {"ops": {"charge_renewals": {"config": {"resend_wait_s": 0.5}}}}}
+_ATTACHED_AGO = timedelta(days=14)
 # A write of the demo need not survive a power cut.
 _FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
@@ -144,6 +146,8 @@ def open_stage(root: Path, *, fresh: bool) -> Iterator[Stage]:
             "YOOKASSA_SECRET_KEY": SECRET_KEY,
             "YOOKASSA_API_URL": address + "/v3",
             "BILLING_TIMEZONE": "UTC",
+            # As a service that was attached two weeks ago: the grids are small enough to select in by mouse.
+            "BILLING_FIRST_DAY": (datetime.now(timezone.utc).date() - _ATTACHED_AGO).isoformat(),
             "PENDING_PAYMENT_TTL_DAYS": "7",
             "SUBSCRIPTION_GRACE_DAYS": "3",
             "DAGSTER_POSTGRES_URL": history_url,
