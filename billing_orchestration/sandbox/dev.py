@@ -27,6 +27,7 @@ HOST = "127.0.0.1"
 DEFAULT_PORT = 3000
 _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 30.0
+_LATECOMERS_S = 15.0
 
 
 def main(argv: Sequence[str] = ()) -> int:
@@ -106,8 +107,24 @@ def _dagster_dev(stage: Stage, root: Path, port: int) -> Iterator[tuple[subproce
         try:
             process.wait(_END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: only what it started itself
+            _signal_group(process.pid, signal.SIGKILL)
             process.wait()
+        # Its code server ends a moment after it, and a run that is under way later still.
+        deadline = time.monotonic() + _LATECOMERS_S
+        while _signal_group(process.pid, signal.SIGTERM if time.monotonic() > deadline - 5 else 0):
+            if time.monotonic() > deadline:
+                _signal_group(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.2)
+
+
+def _signal_group(leader: int, number: int) -> bool:
+    """Signal a process group of our own, only what it started itself; 0 asks. False when nobody of it is left."""
+    try:
+        os.killpg(leader, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _wait_until_open(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
