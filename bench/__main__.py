@@ -9,11 +9,11 @@ import sys
 from datetime import datetime, timezone
 from typing import Any
 
-from bench import charging, expiry, growth, matching, shards, tick
+from bench import charging, expiry, growth, history, matching, shards, tick
 from bench.measuring import ROOT, Row, machine, markdown
 from bench.stage import database
 
-PARTS = ("charging", "shards", "tick", "expiry", "matching", "growth")
+PARTS = ("charging", "shards", "tick", "expiry", "matching", "growth", "history")
 
 
 def main() -> None:
@@ -53,6 +53,8 @@ def main() -> None:
                 raw, more = expiry.measure(server, given.rounds, given.subscriptions)
             elif part == "matching":
                 raw, more = matching.measure(server, given.rounds, given.slice, given.repair, given.payments)
+            elif part == "history":
+                raw, more = history.measure(server)
             else:
                 raw, more = growth.measure(server, given.largest)
             rows += more
