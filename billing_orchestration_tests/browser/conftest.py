@@ -12,8 +12,11 @@ from billing_orchestration.database.engine import create_engine
 from billing_orchestration.sandbox.provider_server import Sandbox
 from billing_orchestration_tests.browser.desk import Desk, open_desk
 from billing_orchestration_tests.fixtures.postgres import Server
+from billing_orchestration_tests.fixtures.receiver import Receiver
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from billing_orchestration_tests.browser.ui import Ui
 
 # `make browser` brings Playwright; without it a plain pytest passes these tests by.
@@ -29,24 +32,35 @@ def desk(
 ) -> Iterator[Desk]:
     """The deployment after an outage, with work waiting. Its lists are slow until `answering_provider`."""
     sandbox_server.reset()
+    receiver = Receiver()
     with postgres_server.database(migrated_template) as billing_url, postgres_server.database() as run_history_url:
         engine = create_engine(billing_url, application_name="tests")
         try:
             with open_desk(
-                tmp_path_factory.mktemp("deployment"), engine, billing_url, run_history_url, sandbox_server
+                tmp_path_factory.mktemp("deployment"), engine, billing_url, run_history_url, sandbox_server, receiver
             ) as desk:
                 yield desk
                 sandbox_server.behave()  # a run that still waits for it ends, instead of being ended
         finally:
             engine.dispose()
+            receiver.close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium, started once."""
+    from billing_orchestration_tests.browser.ui import started_browser
+
+    with started_browser() as browser:
+        yield browser
 
 
 @pytest.fixture
-def ui(desk: Desk) -> Iterator[Ui]:
-    """A browser with an empty profile, in front of the webserver."""
+def ui(desk: Desk, browser: Browser) -> Iterator[Ui]:
+    """A tab with an empty profile, in front of the webserver."""
     from billing_orchestration_tests.browser.ui import browsing
 
-    with browsing(desk.deployment.address) as ui:
+    with browsing(browser, desk.deployment.address) as ui:
         yield ui
 
 

@@ -101,6 +101,15 @@ class Deployment:
         """The runs of a job, latest first."""
         return list(self.instance.get_run_records(dg.RunsFilter(job_name=job, tags=tags or None)))
 
+    def command(self, *words: str) -> str:
+        """Run `billing-orchestration` with the deployment's settings, and hand back what it prints."""
+        done = subprocess.run(
+            _as_module(["billing-orchestration", *words]),
+            env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
     def log_of(self, name: str) -> str:
         """What a process has written."""
         return (self.folder / f"{name}.log").read_text(errors="replace")

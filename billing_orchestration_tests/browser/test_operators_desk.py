@@ -14,6 +14,7 @@ from datetime import datetime, timedelta, timezone
 import dagster as dg
 from playwright.sync_api import expect
 
+from billing_orchestration.jobs.approval import PLAN_TAG
 from billing_orchestration.sandbox.provider_server import Sandbox
 from billing_orchestration_tests.browser.deployment import wait_for
 from billing_orchestration_tests.browser.desk import GRID_DAYS, MATCHING, Desk
@@ -97,9 +98,32 @@ def test_a_dry_run_from_the_launchpad_shows_the_charge_and_makes_none(desk: Desk
     ui.open_run(run_id, "charge_renewals")
     told = ui.full_message("STEP_OUTPUT")
     expect(told).to_contain_text("would change 1,")
+    expect(told.get_by_role("link", name="plans")).to_have_attribute("href", "/assets/billing/plans")
     expect(told).to_contain_text(f"subscription {bob}")
     assert desk.charges_of("bob") == 0
     assert desk.service.snapshot() == before
+
+
+def test_an_approved_plan_is_applied_and_what_came_after_the_preview_is_refused_with_the_reason(
+    desk: Desk, ui: Ui
+) -> None:
+    preview = wait_for(lambda: _with_plan(desk), "a dry run that has shown its plan")
+    plan = preview.dagster_run.tags[PLAN_TAG]
+    zoe = desk.customer("zoe")  # due since, so not in the plan
+    ui.open_asset("plans")
+    ui.sees(f"Launch {AUTOPAYMENT} with")
+    config = ui.page.locator("pre, code").filter(has_text="approved_plan").first.inner_text()
+    assert plan in config
+    ui.open_launchpad(AUTOPAYMENT)
+    ui.replace_config(config)
+    run_id = ui.launch()
+    ui.sees("RUN_SUCCESS")
+    assert (desk.charges_of("bob"), desk.charges_of("zoe")) == (1, 0)
+    ui.open_run(run_id, "charge_renewals")
+    told = ui.full_message("STEP_OUTPUT")
+    expect(told).to_contain_text("changed 1,")
+    expect(told).to_contain_text(f"subscription {zoe}")
+    expect(told).to_contain_text("not in the approved plan, changed since")
 
 
 def test_a_backfill_of_three_days_charges_each_period_once_and_repeated_none(desk: Desk, ui: Ui) -> None:
@@ -199,7 +223,9 @@ def test_three_missed_hours_are_backfilled_from_the_grid_and_repeated_change_not
     assert [desk.service.rows("subscriptions"), desk.service.rows("payments")] == once
 
 
-def test_long_charging_shows_its_progress_while_it_runs(desk: Desk, ui: Ui, answering_provider: Sandbox) -> None:
+def test_long_charging_shows_its_progress_and_a_terminated_run_goes_on_when_it_is_executed_again(
+    desk: Desk, ui: Ui, answering_provider: Sandbox
+) -> None:
     for name in ("carol", "dave", "erin"):
         desk.customer(name)
     answering_provider.misbehave("create", "none", delay_s=600, payment_method_id="card-of-erin")
@@ -211,7 +237,11 @@ def test_long_charging_shows_its_progress_while_it_runs(desk: Desk, ui: Ui, answ
     assert "a second, about" in progress
     assert "to go" in progress
     assert desk.charges_of("erin") == 0
+    ui.terminate()
+    # The answer that it waits for still counts: a charge is never left in the air for a click.
     answering_provider.behave()
+    ui.sees("RUN_CANCELED")
+    ui.execute_again()
     ui.sees("RUN_SUCCESS")
     assert [desk.charges_of(name) for name in ("carol", "dave", "erin")] == [1, 1, 1]
 
@@ -231,6 +261,74 @@ def test_the_first_line_of_a_failed_run_says_what_to_do(desk: Desk, ui: Ui, answ
     assert desk.service.snapshot() == before
 
 
+def test_a_failed_run_alerts_once_and_its_link_leads_to_the_run(desk: Desk, ui: Ui) -> None:
+    about = f"{PENDING_JOB} failed"
+    wait_for(lambda: any(title.startswith(about) for title in desk.receiver.titles), "the alert")
+    [message] = [message["message"] for message in desk.receiver.messages if message["title"].startswith(about)]
+    assert "the list of payments broke off at page 1" in message
+    assert "The money: customers may have paid and not got it yet. Nothing is lost" in message
+    [run_id] = re.findall(re.escape(desk.deployment.address) + r"/runs/([0-9a-f-]{36})", message)
+    ui.open_run(run_id)
+    ui.sees("RUN_FAILURE")
+    ui.sees("the list of payments broke off at page 1")
+
+
+def test_what_waits_for_a_person_is_shown_with_its_reason_alerts_once_and_is_resolved_by_command(
+    desk: Desk, ui: Ui
+) -> None:
+    [entry] = desk.service.rows("billing_orchestration.quarantine", "subject = 'payment odd'")
+    wait_for(lambda: desk.materialized("quarantine"), "the quarantine on show")
+    ui.open_asset("quarantine")
+    ui.sees("payment odd")
+    ui.sees("metadata: metadata without a usable")
+    assert desk.receiver.titles.count("a new entry in the quarantine") == 1
+    listed = desk.deployment.command("quarantine", "list")
+    assert "payment odd" in listed
+    assert "metadata without a usable" in listed
+    anna = desk.subscriptions["anna"]
+    before = desk.service.row("subscriptions", anna).ended_at
+    desk.deployment.command(
+        "quarantine", "resolve", str(entry.id), "--attach", str(anna), "--reason", "hers", "--by", "vera"
+    )
+    after = desk.service.row("subscriptions", anna).ended_at
+    assert timedelta(days=27) < after - before < timedelta(days=32)
+    told = desk.deployment.command("explain", "payment", "odd")
+    assert "vera" in told
+    assert "hers" in told
+    assert "payment odd" not in desk.deployment.command("quarantine", "list")
+
+
+def test_numbers_are_plotted_over_time(desk: Desk, ui: Ui) -> None:
+    ui.plots(AUTOPAYMENT, "charged", "charged, RUB", "declined", "declines: soft", "unknown")
+    ui.plots(SUCCESSFUL_JOB, "corrections")
+    wait_for(lambda: desk.materialized("money"), "the first look of the money sensor")
+    ui.plots("money", "quarantine: open", "unknown outcomes", "oldest unfinished payment, hours")
+    ui.plots("quarantine", "open")
+
+
+def test_a_broken_invariant_is_red_in_the_ui_and_green_again_when_it_is_mended(desk: Desk, ui: Ui) -> None:
+    [charge] = desk.service.rows(
+        "billing_orchestration.settlements", "subscription_id = :id AND kind = 'renewed'", id=desk.subscriptions["anna"]
+    )
+    ui.open_asset("money", "checks")
+    for status, verdict in (("CANCELED", "Failed"), ("SUCCEEDED", "Succeeded")):
+        desk.service.execute("UPDATE payments SET status = :status WHERE id = :id", status=status, id=charge.payment_id)
+        ui.execute_checks()
+        ui.sees_check("paid_is_granted", verdict)
+        ui.sees_check("no_second_success", "Succeeded")
+        if verdict == "Failed":
+            ui.sees(f"settled payment {charge.external_payment_id}: its row {charge.payment_id} is CANCELED")
+            ui.picture("money_checks")
+
+
+def test_a_schedule_is_stopped_and_started_with_its_switch(desk: Desk, ui: Ui) -> None:
+    name = "run_history_daily_schedule"
+    ui.open_schedule(name)
+    for status in ("STOPPED", "RUNNING"):
+        ui.switch()
+        wait_for(lambda status=status: desk.schedule_status(name) == status, f"{name} {status}")  # type: ignore[misc]
+
+
 def test_no_job_ever_ran_twice_at_a_time_and_the_ticks_came_every_two_minutes(desk: Desk) -> None:
     for job in (AUTOPAYMENT, *MATCHING):
         runs = sorted(desk.finished(job), key=lambda record: record.start_time or 0)
@@ -239,6 +337,10 @@ def test_no_job_ever_ran_twice_at_a_time_and_the_ticks_came_every_two_minutes(de
     times = wait_for(lambda: _two(sorted(tick.timestamp for tick in ticks(desk, SLOW_SCHEDULE))), "two ticks")
     assert all(at % 120 == 0 for at in times)
     assert times[1] - times[0] == 120
+
+
+def _with_plan(desk: Desk) -> dg.RunRecord | None:
+    return next((run for run in desk.finished(AUTOPAYMENT) if PLAN_TAG in run.dagster_run.tags), None)
 
 
 def _two(times: list[float]) -> list[float] | None:

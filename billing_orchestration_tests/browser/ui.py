@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 # Where pictures for the README go; without it none is taken, so that a test run leaves no trace.
 PICTURES = os.environ.get("SCREENSHOTS")
@@ -43,18 +43,27 @@ def find_browser() -> str:
 
 
 @contextmanager
-def browsing(address: str) -> Iterator[Ui]:
-    """Lend a browser with an empty profile."""
+def started_browser() -> Iterator[Browser]:
+    """Lend a running Chromium."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=list(FLAGS))
         try:
-            context = browser.new_context(viewport=SIZE, timezone_id="UTC", locale="en-US")  # type: ignore[arg-type]
-            page = context.new_page()
-            page.set_default_timeout(PATIENCE_S * 1000)
-            expect.set_options(timeout=PATIENCE_S * 1000)
-            yield Ui(page, address)
+            yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def browsing(browser: Browser, address: str) -> Iterator[Ui]:
+    """Lend a tab with an empty profile."""
+    context = browser.new_context(viewport=SIZE, timezone_id="UTC", locale="en-US")  # type: ignore[arg-type]
+    try:
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_S * 1000)
+        expect.set_options(timeout=PATIENCE_S * 1000)
+        yield Ui(page, address)
+    finally:
+        context.close()
 
 
 class Ui:
@@ -149,12 +158,43 @@ class Ui:
         expect(self.page.locator(".CodeMirror-line", has_text="dry_run: true")).to_be_visible()
         self.sees("No errors")
 
+    def replace_config(self, config: str) -> None:
+        """Paste a run config over the scaffolded one."""
+        self.page.locator(".CodeMirror-line").first.click()
+        self.page.keyboard.press("Control+A")
+        self.page.keyboard.insert_text(config)
+        self.sees("No errors")
+
     def launch(self) -> str:
         """Launch without a partition, and hand back the run's id."""
         self.page.get_by_role("button", name="Launch Run").click()
         self.page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
         self.page.wait_for_url("**/runs/*")
         return self.page.url.rsplit("/", 1)[-1].partition("?")[0]
+
+    # --- an asset
+
+    def open_asset(self, name: str, view: str = "overview") -> None:
+        """Open the page of an asset of ours."""
+        self.open(f"/assets/billing/{name}?view={view}")
+
+    def plots(self, name: str, *numbers: str) -> None:
+        """Wait until an asset's page draws these numbers."""
+        self.open_asset(name)
+        self.page.get_by_role("button", name="Plots").click()
+        for number in numbers:
+            expect(self.page.get_by_text(number, exact=True).first).to_be_visible()
+        assert self.page.locator("canvas").count() >= len(numbers)
+
+    def execute_checks(self) -> None:
+        """Run all checks of the asset whose checks are shown."""
+        self.page.get_by_role("button", name="Execute all").click()
+
+    def sees_check(self, name: str, verdict: str) -> None:
+        """Wait for a check's verdict in the list, and open it."""
+        item = self.page.locator("[class*=AssetChecks_checkRow]").filter(has_text=name)
+        expect(item).to_contain_text(verdict)
+        item.click()
 
     # --- a run
 
@@ -168,7 +208,23 @@ class Ui:
         row.get_by_role("button", name="View full message").click()
         return self.page.get_by_role("dialog")
 
+    def terminate(self) -> None:
+        """Terminate the run whose page is shown."""
+        self.page.get_by_role("button", name="Terminate").click()
+        self.page.get_by_role("dialog").get_by_role("button", name=re.compile("Terminate")).click()
+
+    def execute_again(self) -> str:
+        """Re-execute the whole run whose page is shown, and hand back the new run's id."""
+        before = self.page.url
+        self.page.get_by_role("button", name="Re-execute all").click()
+        self.page.wait_for_url(lambda url: "/runs/" in url and url != before)
+        return self.page.url.rsplit("/", 1)[-1].partition("?")[0]
+
     # --- schedules
+
+    def switch(self) -> None:
+        """Flip the switch of the schedule whose page is shown."""
+        self.page.locator("tr", has_text="Running").locator("label").first.click()
 
     def open_schedule(self, name: str) -> None:
         """Open a schedule's page, with its ticks."""
