@@ -156,6 +156,8 @@ def _explain(arguments: argparse.Namespace) -> int:
     from billing_orchestration.case_history import explain_payment, explain_subscription
 
     def work(desk: Desk) -> list[str]:
+        if not arguments.id.strip():
+            raise argparse.ArgumentTypeError("give the id of a payment or a subscription")
         if arguments.what == "payment":
             return explain_payment(desk.engine, desk.connect, arguments.id)
         return explain_subscription(desk.engine, desk.connect, _row_id(arguments.id))

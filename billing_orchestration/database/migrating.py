@@ -35,6 +35,7 @@ from billing_orchestration.database.health import (
     REVISIONS,
     VERSION_TABLE,
     check_revisions,
+    differences,
 )
 from billing_orchestration.database.indexes import SERVICE_INDEXES, ServiceIndex, describe_duplicates, index_states
 from billing_orchestration.database.tables import OPEN_STATES, SCHEMA, service
@@ -98,6 +99,9 @@ def migrate(
     with translated(), _only_one(engine, echo, wait_s) as session:
         with engine.begin() as connection:
             _create_service_tables(connection, log)
+            for difference in differences(connection):
+                if difference.harmful:
+                    log.could_not(f"the service's tables are not as expected: {difference.text}; see doctor")
             _upgrade_schema(connection, log)
         _add_indexes(session, log, index_lock_timeout_s, index_tries)
     return log.report()
@@ -272,8 +276,9 @@ def _ensure_index(session: sa.Connection, index: ServiceIndex, log: _Log) -> Non
         duplicates = describe_duplicates(session) if index.unique else None
         if duplicates:
             log.could_not(
-                f"unique index {index.name}: {duplicates}; the jobs work without it. Mend these rows together with the"
-                " service's team, then run migrate again"
+                f"unique index {index.name}: {duplicates}; the jobs work without it, but a webhook that writes its"
+                " own row beside a run can then grant one payment twice (the money check paid_is_granted tells). Mend"
+                " these rows together with the service's team, then run migrate again"
             )
             return
         session.exec_driver_sql(index.statement)

@@ -45,6 +45,14 @@ _NOT_GRANTED = sa.text("""
     SELECT 'settled renewal ' || s.external_payment_id || ': its attempt is ' || a.state
     FROM billing_orchestration.settlements s JOIN billing_orchestration.renewal_attempts a ON a.id = s.attempt_id
     WHERE s.settled_at > :since AND a.state NOT IN ('SUCCEEDED', 'REFUNDED')
+    UNION ALL
+    -- Without a unique index on the provider's id, a webhook that takes no lock can grant beside a run.
+    SELECT 'settled payment ' || s.external_payment_id || ' of subscription ' || s.subscription_id
+           || ' is granted a second time: row ' || p.id || ' of subscription ' || p.subscription_id
+    FROM billing_orchestration.settlements s
+    JOIN payments p ON p.external_payment_id = s.external_payment_id AND p.id <> s.payment_id
+    WHERE s.settled_at > :since AND s.kind <> 'refunded' AND p.status = 'SUCCEEDED'
+      AND p.subscription_id <> s.subscription_id
 """)
 
 _OLD_UNKNOWN = sa.text("""
@@ -76,7 +84,7 @@ def _ask(connection: sa.Connection, statement: sa.TextClause, since: datetime) -
 
 
 def paid_is_granted(connection: sa.Connection, now: datetime) -> Verdict:
-    """Every success that was settled has its payment row and its closed attempt, and the other way round."""
+    """Every success that was settled has its payment row and its closed attempt, and back; and only one grant."""
     return _ask(connection, _NOT_GRANTED, now - LOOKS_BACK)
 
 

@@ -52,7 +52,8 @@ class MoneyCheck:
 CHECKS = (
     MoneyCheck(
         "paid_is_granted",
-        "Succeeded provider payments = grants: every settlement has its payment row and attempt, and back (7 days).",
+        "Succeeded provider payments = grants: every settlement has its payment row and attempt, and back, and no"
+        " second row grants it again (7 days).",
         "a customer may have paid without a grant, or been granted without a payment.",
         "look at each with `billing-orchestration explain payment ID`; somebody may have changed rows by hand.",
     ),

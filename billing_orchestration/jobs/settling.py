@@ -167,6 +167,7 @@ def report_settled(
             report.applied += 1
             # A grant with a notice (the customer had said no meanwhile) opens a problem of its own.
             report.opened += result.newly_opened
+            report.quarantined += decision.notice is not None
             if result.subscription_id is not None:
                 reason = f"{reason} (subscription {result.subscription_id}, until {decision.period_end:%Y-%m-%d})"
             report.decisions.append(Decision(_VERBS[decision.kind], subject, reason, payment.money))

@@ -602,3 +602,18 @@ def test_a_downgrade_keeps_what_somebody_else_put_into_our_schema(engine: sa.Eng
         downgrade(engine, echo=lambda _: None)
     with engine.connect() as connection:
         check_schema(connection)
+
+
+def test_tables_of_another_shape_are_told_and_our_schema_is_added_all_the_same(empty_database_url: str) -> None:
+    create_service_database(empty_database_url)
+    with psycopg.connect(empty_database_url) as connection:
+        connection.execute("ALTER TABLE payments DROP COLUMN payment_method")
+    lines: list[str] = []
+    engine = create_engine(empty_database_url)
+
+    report = migrate(engine, echo=lines.append)
+
+    engine.dispose()
+    [told] = [line for line in report.not_done if "not as expected" in line]
+    assert "payment_method" in told
+    assert f"not done: {told}" in lines

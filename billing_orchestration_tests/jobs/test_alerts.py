@@ -299,6 +299,18 @@ def test_a_success_without_a_settlement_breaks_its_check(service: Service) -> No
     assert [name for name, passed in checks(service).items() if not passed] == ["paid_is_granted"]
 
 
+def test_a_second_row_that_grants_a_settled_payment_to_another_subscription_breaks_its_check(service: Service) -> None:
+    service.tolerate_duplicates()
+    service.paid_there("paid-once", plan_id=service.plan())
+    assert service.run(MATCHING).ok
+    other = service.subscription(service.plan(), ended_at=service.now)
+    service.payment(external_id="paid-once", status="REFUNDED", subscription_id=other)
+    assert checks(service)["paid_is_granted"]
+    service.payment(external_id="paid-once", status="SUCCEEDED", subscription_id=other)
+
+    assert [name for name, passed in checks(service).items() if not passed] == ["paid_is_granted"]
+
+
 def test_an_outcome_unknown_for_more_than_23_hours_breaks_its_check(service: Service) -> None:
     service.subscriber()
     assert service.run("autopayment_job").ok
