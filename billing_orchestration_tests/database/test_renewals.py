@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.renewals import DueSlice, fetch_due
 from billing_orchestration.domain.renewals import DueSubscription, State
+from billing_orchestration.domain.shards import Shard, divide
 from billing_orchestration_tests.database.rows import NOON, UTC, Books, naive
 
 A_DAY = timedelta(days=1)
@@ -21,9 +22,11 @@ TONIGHT = TODAY + A_DAY
 OLDEST = TODAY - 30 * A_DAY
 
 
-def fetch(books: Books, *, over_before: datetime = TONIGHT, oldest: datetime = OLDEST) -> DueSlice:
+def fetch(
+    books: Books, *, over_before: datetime = TONIGHT, oldest: datetime = OLDEST, shard: Shard | None = None
+) -> DueSlice:
     with books.engine.connect() as connection:
-        return fetch_due(connection, over_before=over_before, oldest=oldest, today=TODAY)
+        return fetch_due(connection, over_before=over_before, oldest=oldest, today=TODAY, shard=shard)
 
 
 def due(books: Books, subscription_id: int) -> DueSubscription:
@@ -283,3 +286,31 @@ def test_the_slice_is_a_handful_of_statements_however_much_is_due(books: Books) 
     counted.clear()
     assert len(fetch(books).due) == 30
     assert len(counted) == few <= 8
+
+
+# Shards
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_the_shards_together_hold_everything_once(books: Books, count: int) -> None:
+    declined, *_ = subscriptions = [books.subscription() for _ in range(8)]
+    for subscription_id in subscriptions[4:]:
+        books.attempt(subscription_id, first_sent_at=NOON)
+    books.attempt(declined, state=State.DECLINED, first_sent_at=NOON)
+    for _ in range(3):
+        books.subscription(ended_at=OLDEST - TICK)
+        books.subscription(ended_at=None)
+        books.subscription(plan_id=books.plan(recurring=False))
+    whole = fetch(books)
+
+    parts = [fetch(books, shard=shard) for shard in divide(count)]
+
+    assert len(whole.due) == 8
+    assert sorted((one for part in parts for one in part.due), key=lambda one: one.id) == list(whole.due)
+    opened = [attempt for part in parts for attempt in part.open_attempts]
+    assert sorted(attempt.id for attempt in opened) == sorted(attempt.id for attempt in whole.open_attempts)
+    for part in parts:
+        assert {attempt.subscription_id for attempt in part.open_attempts} <= set(ids(part))
+    assert sorted(one for part in parts for one in part.too_old_examples) == sorted(whole.too_old_examples)
+    for name in ("too_old", "not_recurring", "without_end"):
+        assert sum(getattr(part, name) for part in parts) == getattr(whole, name) == 3

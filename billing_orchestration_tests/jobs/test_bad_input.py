@@ -324,15 +324,20 @@ def test_a_run_that_loses_postgresql_fails_in_one_line_and_the_next_one_complete
     assert [elsewhere.settled(name) for name in names] == [["created"]] * 3
 
 
-@pytest.mark.parametrize("job", [PENDING_JOB, SUCCESSFUL_JOB])
-def test_a_connection_that_is_cut_in_the_middle_of_applying_changes_nothing_twice(service: Service, job: str) -> None:
-    names = purchases(service, 3)
-    # The cut comes in the middle of the transaction: after the subscriptions, before the payments.
+def cut_at_an_update_of(service: Service, table: str) -> None:
+    """From now on, whoever changes a row of this table loses the connection in that very statement."""
     service.execute("""
         CREATE FUNCTION cut() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN new; END $$
     """)
-    service.execute("CREATE TRIGGER cut BEFORE UPDATE ON payments FOR EACH ROW EXECUTE FUNCTION cut()")
+    service.execute(f"CREATE TRIGGER cut BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION cut()")
+
+
+@pytest.mark.parametrize("job", [PENDING_JOB, SUCCESSFUL_JOB])
+def test_a_connection_that_is_cut_in_the_middle_of_applying_changes_nothing_twice(service: Service, job: str) -> None:
+    names = purchases(service, 3)
+    # The cut comes in the middle of the transaction: after the subscriptions, before the payments.
+    cut_at_an_update_of(service, "payments")
     before = service.snapshot()
 
     run = service.run(job)
@@ -344,6 +349,28 @@ def test_a_connection_that_is_cut_in_the_middle_of_applying_changes_nothing_twic
     service.execute("DROP TRIGGER cut ON payments")
     assert service.run(job).ok
     assert [service.settled(name) for name in names] == [["created"]] * 3
+    service.check_books()
+
+
+@pytest.mark.parametrize("job", [PENDING_JOB, SUCCESSFUL_JOB])
+def test_a_connection_that_is_cut_while_a_subscription_is_extended_leaves_its_payment_unsettled(
+    service: Service, job: str
+) -> None:
+    [name] = purchases(service, 1)
+    subscription = service.subscription(
+        service.rows("plans")[0].id, user="user-0", ended_at=service.now + timedelta(days=4)
+    )
+    cut_at_an_update_of(service, "subscriptions")
+    before = service.snapshot()
+
+    run = service.run(job)
+
+    assert is_one_line(run), run.failure
+    assert service.snapshot() == before
+    service.execute("DROP TRIGGER cut ON subscriptions")
+    assert service.run(job).ok
+    assert service.settled(name) == ["extended"]
+    assert service.ended_at(subscription) == (service.now + timedelta(days=4)).replace(month=4)
     service.check_books()
 
 

@@ -18,6 +18,8 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.definitions import build_definitions
+from billing_orchestration.jobs.autopayment.shards import limits_of_a_shard
+from billing_orchestration.jobs.autopayment.steps import ChargingConfig
 from billing_orchestration.sandbox.provider_server import Sandbox
 from billing_orchestration_tests.jobs.service import NOON, Service
 from billing_orchestration_tests.jobs.waiting import wait_until
@@ -117,6 +119,30 @@ def test_what_is_overdue_by_too_much_is_so_in_every_shard(service: Service) -> N
     assert run.ok, run.failure
     assert charged(service) == dict.fromkeys(due, 1)
     assert run.number("fetch_due_subscriptions", "not charged: overdue by more than 5 days") == len(old)
+
+
+@pytest.mark.parametrize("decline", ["insufficient_funds", "card_expired"])
+def test_a_card_of_two_shards_that_is_declined_in_one_is_not_tried_by_the_next(service: Service, decline: str) -> None:
+    service.tolerate_duplicates()
+    first = service.subscriber(script=f"canceled:{decline}", method="one-card")
+    second = service.subscription(service.plan(), ended_at=service.now)
+    service.payment(second, external_id="one-card")
+    assert first % 2 != second % 2
+
+    run = service.run(JOB, ops=divided(2))
+
+    assert run.ok, run.failure
+    assert service.sandbox.count("create") == 1
+    assert sorted(len(service.attempts(one)) for one in (first, second)) == [0, 1]
+
+
+def test_shards_that_run_at_a_time_share_the_runs_concurrency_and_its_cap_on_requests() -> None:
+    run = ChargingConfig(max_concurrency=16, max_requests_per_second=10.0, max_sends=2, resend_wait_s=7.0)
+
+    assert limits_of_a_shard(run, 4) == ChargingConfig(
+        max_concurrency=4, max_requests_per_second=2.5, max_sends=2, resend_wait_s=7.0
+    )
+    assert limits_of_a_shard(run, 1) == run
 
 
 def test_an_approved_plan_is_not_divided(service: Service) -> None:
@@ -273,21 +299,32 @@ execution: {config: {multiprocess: {max_concurrent: 2}}}
 """
 
 
-def test_two_processes_charge_their_shards_side_by_side(present: Service, tmp_path: Path) -> None:
-    subscriptions = [present.subscriber(ended_at=present.now - timedelta(hours=1)) for _ in range(4)]
-    for shard in (0, 1):
-        of_shard = next(id_ for id_ in subscriptions if id_ % 2 == shard)
-        present.sandbox.misbehave("create", "none", delay_s=600, payment_method_id=f"method-{of_shard}")
+TWO_CHARGES_AT_A_TIME = "ops: {renew_shard: {config: {max_concurrency: 2}}}\n"
+
+
+def test_two_processes_charge_their_shards_side_by_side_within_the_limit_of_the_run(
+    present: Service, tmp_path: Path
+) -> None:
+    subscriptions = [present.subscriber(ended_at=present.now - timedelta(hours=1)) for _ in range(8)]
+    held: dict[int, list[Any]] = {0: [], 1: []}
+    for id_ in subscriptions:
+        rule = present.sandbox.misbehave("create", "none", delay_s=600, payment_method_id=f"method-{id_}")
+        held[id_ % 2].append(rule)
+
+    def both_charge() -> bool:
+        return all(any(rule.fired for rule in rules) for rules in held.values())
 
     # Without `shards`: one a process.
-    with executing(present, tmp_path, TWO_PROCESSES) as process:
+    with executing(present, tmp_path, TWO_PROCESSES + TWO_CHARGES_AT_A_TIME) as process:
         # Both shards have a charge under way at the same moment, and each goes on only after that.
-        wait_until(lambda: present.sandbox.count("create") >= 2 or process.poll() is not None, patience_s=120)
+        wait_until(lambda: both_charge() or process.poll() is not None, patience_s=120)
         present.sandbox.behave()
         told, _ = process.communicate(timeout=300)
 
     assert process.returncode == 0, told[-3000:]
     assert charged(present) == dict.fromkeys(subscriptions, 1)
+    # The first of them had all the time to send more than its half, had it taken the limit for its own.
+    assert present.sandbox.peak_in_flight == 2
     pids = {
         str(entry.step_key): entry.pid_of_step
         for entry in _started(events(tmp_path))

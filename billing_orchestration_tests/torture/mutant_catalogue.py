@@ -15,6 +15,7 @@ _RENEWALS = "domain/renewals.py"
 _SETTLEMENT = "domain/settlement.py"
 _SETTLING = "database/settling.py"
 _ATTEMPTS = "database/attempts.py"
+_SHARDING = "jobs/autopayment/shards.py"
 _MIGRATION = "database/migrations/versions/0001_records_of_renewal_and_settlement.py"
 
 _FAULTS = "jobs/test_charging_faults.py::"
@@ -27,17 +28,30 @@ _OVER = "jobs/test_expire_subscriptions.py::"
 _SETTLING_RACES = "database/test_settling_races.py::"
 _ATTEMPT_ROWS = "database/test_attempts.py::"
 
+_SHARDS = "jobs/test_shards.py::"
+_SHARDED_SLICE = "database/test_renewals.py::test_the_shards_together_hold_everything_once[3]"
+_UNCLEAR = (
+    "domain/test_settlement.py::test_a_renewal_that_the_webhook_has_written_beside_another_grant_is_left_to_a_person"
+)
+
+_OVER_WITH_ITS_GRACE = "paid_until <= rules.calendar.day_of(as_of) - timedelta(days=rules.grace_days)"
 _SETTLING_DRY = "jobs/test_run_config.py::test_a_dry_run_shows_what_the_run_would_do_and_writes_nothing_anywhere"
 _LOST_ANSWER = (
     _FAULTS + "test_a_charge_whose_answer_is_lost_is_sent_again_with_the_same_key_and_body[the answer is cut off]"
 )
+
+_WRITE_ALL = "    payment_rows |= _write(connection, stamp, writing)\n"
 
 # --- the thirteen -------------------------------------------------------------------------------------------------
 
 _USER_LOCK = Edit(_SETTLING, "    lock_users(connection, batch)\n    settled_as", "    settled_as")
 _ROW_LOCK = Edit(_SETTLING, "ORDER BY id FOR NO KEY UPDATE", "ORDER BY id")
 _SUBSCRIPTION_LOCK = Edit(_SETTLING, "    ORDER BY s.id FOR NO KEY UPDATE OF s\n", "    ORDER BY s.id\n")
-_ATTEMPT_LOCK = Edit(_SETTLING, "query.with_for_update()", "query")
+_ATTEMPT_LOCK = Edit(
+    _SETTLING,
+    "ORDER BY subscription_id, period_start, number FOR UPDATE",
+    "ORDER BY subscription_id, period_start, number",
+)
 
 PROMISED = (
     Mutant(
@@ -105,13 +119,13 @@ PROMISED = (
         (
             Edit(
                 _SETTLING,
-                "    settled_ids = [d.payment.id for d in decisions",
+                _WRITE_ALL,
+                f"{_WRITE_ALL}"
                 "    for d in decisions:\n"
                 "        if isinstance(d, Settle) and d.attempt is not None and d.payment.method_id:\n"
                 '            connection.exec_driver_sql("DROP INDEX bo_payments_external_payment_id_unique")\n'
                 "            update = 'UPDATE payments SET external_payment_id=:m WHERE external_payment_id=:p'\n"
-                '            connection.execute(sa.text(update), {"m": d.payment.method_id, "p": d.payment.id})\n'
-                "    settled_ids = [d.payment.id for d in decisions",
+                '            connection.execute(sa.text(update), {"m": d.payment.method_id, "p": d.payment.id})\n',
             ),
         ),
         (_AUTOPAYMENT + "test_a_due_subscription_is_charged_and_extended_by_a_month_from_its_old_end",),
@@ -145,9 +159,9 @@ PROMISED = (
         (
             Edit(
                 "database/matching.py",
-                '"external_payment_id = ANY(:ids) ORDER BY id", {"ids": list(provider_ids)}',
+                '"external_payment_id = ANY(:ids) ORDER BY id", {"ids": ids}',
                 '"external_payment_id = ANY(:ids) AND created_at >= (SELECT max(created_at) FROM payments)'
-                ' - interval \'1 hour\' ORDER BY id", {"ids": list(provider_ids)}',
+                ' - interval \'1 hour\' ORDER BY id", {"ids": ids}',
             ),
         ),
         (
@@ -161,12 +175,23 @@ PROMISED = (
         (
             Edit(
                 _SETTLING,
-                "    payment_rows = _write_payments(connection, stamp, decisions, created, changes)\n",
-                '    connection.exec_driver_sql("COMMIT")\n'
-                "    payment_rows = _write_payments(connection, stamp, decisions, created, changes)\n",
+                _WRITE_ALL,
+                "    extensions, writing.extensions = writing.extensions, []\n"
+                f"{_WRITE_ALL}"
+                "    if extensions:\n"
+                '        connection.exec_driver_sql("COMMIT")\n'
+                "        _write(connection, stamp, _Writing(extensions=extensions))\n",
+            ),
+            Edit(
+                _SETTLING,
+                "if not (writing.changes or writing.settlements):",
+                "if not (writing.changes or writing.settlements or writing.extensions):",
             ),
         ),
-        ("jobs/test_bad_input.py::test_a_connection_that_is_cut_in_the_middle_of_applying_changes_nothing_twice",),
+        (
+            "jobs/test_bad_input.py::"
+            "test_a_connection_that_is_cut_while_a_subscription_is_extended_leaves_its_payment_unsettled",
+        ),
     ),
     Mutant(
         "a partial slice accepted",
@@ -207,6 +232,19 @@ PROMISED = (
 # --- and others ---------------------------------------------------------------------------------------------------
 
 FURTHER = (
+    Mutant(
+        "the new subscription in another transaction",
+        "a created subscription and its payment row are written together or not at all",
+        (
+            Edit(
+                _SETTLING,
+                "    payment_rows = _write_payments(connection, stamp, decisions, created, writing)\n",
+                '    connection.exec_driver_sql("COMMIT")\n'
+                "    payment_rows = _write_payments(connection, stamp, decisions, created, writing)\n",
+            ),
+        ),
+        ("jobs/test_bad_input.py::test_a_connection_that_is_cut_in_the_middle_of_applying_changes_nothing_twice",),
+    ),
     Mutant(
         "another key for each send",
         "a lost answer is asked for with the same key",
@@ -619,7 +657,7 @@ FURTHER = (
     Mutant(
         "rows that appear meanwhile not looked for",
         "a webhook that inserts and extends first is not granted again",
-        (Edit(_SETTLING, "    _refuse_new_rows(connection, ids, rows)\n", ""),),
+        (Edit(_SETTLING, "    if appeared:\n", "    if False:\n"),),
         (_SETTLING_RACES + "test_a_webhook_that_writes_a_purchases_row_and_extends_first_is_not_granted_again",),
     ),
     Mutant(
@@ -677,9 +715,9 @@ FURTHER = (
         (
             Edit(
                 "database/matching.py",
-                '"external_payment_id = ANY(:ids) AND status = \'PENDING\' ORDER BY id", {"ids": list(paid_ids)}',
+                '"external_payment_id = ANY(:ids) AND status = \'PENDING\' ORDER BY id", {"ids": ids}',
                 "\"external_payment_id = ANY(:ids) AND status = 'PENDING' AND created_at >= :start ORDER BY id\","
-                ' {"ids": list(paid_ids), **window}',
+                ' {"ids": ids, **window}',
             ),
         ),
         (_PENDING + "test_a_row_of_any_age_counts_when_its_provider_payment_is_in_the_window",),
@@ -782,9 +820,8 @@ FURTHER = (
         "an expiry that overwrites",
         "a row that the webhook finished meanwhile is skipped",
         (
-            Edit(
-                "database/expiry.py", "WHERE p.status = 'PENDING' ORDER BY p.id FOR NO KEY", "ORDER BY p.id FOR NO KEY"
-            ),
+            # The row is found by its id, whatever has become of it since it was read.
+            Edit("database/expiry.py", "p.status = 'PENDING'", "p.id IS NOT NULL"),
         ),
         (_STALE + "test_a_row_that_the_webhook_finishes_while_the_provider_is_asked_is_skipped_and_reported",),
     ),
@@ -823,6 +860,157 @@ FURTHER = (
         "no text holds a credential",
         (Edit(_OUTCOMES, 'text = text.replace(secret, "***")', "pass"),),
         ("provider/test_client_wire.py::test_credentials_are_in_no_text_no_repr_and_no_log",),
+    ),
+    # --- a run in shards
+    Mutant(
+        "a shard that is missed",
+        "the shards together hold everything that is due",
+        (Edit("database/renewals.py", "% :shards = :remainder", "% :shards = :remainder + 1"),),
+        (_SHARDED_SLICE, _SHARDS + "test_every_due_subscription_is_charged_once_by_its_shard[3]"),
+    ),
+    Mutant(
+        "the last shard not made",
+        "every remainder has a shard",
+        (Edit("domain/shards.py", "range(1, count + 1)", "range(1, count)"),),
+        (
+            "domain/test_shards.py::test_every_remainder_belongs_to_one_shard",
+            _SHARDS + "test_every_due_subscription_is_charged_once_by_its_shard[3]",
+        ),
+    ),
+    Mutant(
+        "two shards that overlap",
+        "a subscription belongs to one shard",
+        (Edit("database/renewals.py", "% :shards = :remainder", "% :shards <= :remainder"),),
+        (_SHARDED_SLICE,),
+    ),
+    Mutant(
+        "open attempts in more than one shard",
+        "an attempt belongs to its subscription's shard",
+        (Edit(_ATTEMPTS, "% shard.count == shard.number - 1", "% shard.count >= shard.number - 1"),),
+        (_SHARDED_SLICE, _SHARDS + "test_an_open_attempt_is_concluded_by_its_own_shard"),
+    ),
+    Mutant(
+        "the run's limits taken by each shard",
+        "all shards together stay within the run's limits",
+        (Edit(_SHARDING, "            limits_of_a_shard(config, division.at_once),\n", "            config,\n"),),
+        (_SHARDS + "test_two_processes_charge_their_shards_side_by_side_within_the_limit_of_the_run",),
+    ),
+    Mutant(
+        "the cap on requests not divided",
+        "all shards together stay within the run's requests a second",
+        (Edit(_SHARDING, "None if rate is None else rate / at_once", "rate"),),
+        (_SHARDS + "test_shards_that_run_at_a_time_share_the_runs_concurrency_and_its_cap_on_requests",),
+    ),
+    Mutant(
+        "max_changes of each shard",
+        "a limit on changes holds for the whole run",
+        (Edit(_SHARDING, "    if scope.max_changes is not None:\n", "    if False:\n"),),
+        (_SHARDS + "test_max_changes_holds_for_the_whole_run_and_stops_it_before_the_first_shard",),
+    ),
+    Mutant(
+        "shards with a clock of their own",
+        "all shards are about the instant at which the run began",
+        (
+            Edit(
+                _SHARDING,
+                "return replace(scope, as_of=division.as_of, source=division.source), division",
+                "return replace(scope, source=division.source), division",
+            ),
+        ),
+        (_SHARDS + "test_all_shards_are_about_the_instant_at_which_the_run_began",),
+    ),
+    Mutant(
+        "a shard that knows only its own declines",
+        "a card that was declined in one shard is not tried by the next",
+        (
+            Edit(
+                "database/renewals.py",
+                "declined = _instants(connection, _DECLINED_TODAY",
+                "declined = {} if shard else _instants(connection, _DECLINED_TODAY",
+            ),
+        ),
+        (_SHARDS + "test_a_card_of_two_shards_that_is_declined_in_one_is_not_tried_by_the_next",),
+    ),
+    # --- and rules that came later
+    Mutant(
+        "a card tried twice in one run",
+        "a card that was declined a moment ago is not tried again",
+        (
+            Edit(
+                _CHARGING,
+                "            if method in self._declined and not work.sent_before:\n",
+                "            if False:\n",
+            ),
+        ),
+        (_AUTOPAYMENT + "test_a_card_of_two_subscriptions_that_is_declined_for_one_is_not_tried_for_the_other",),
+    ),
+    Mutant(
+        "a period charged that is over with its grace",
+        "nobody pays for a period that would be expired the same morning",
+        (Edit(_RENEWALS, f"    if {_OVER_WITH_ITS_GRACE}:", "    if False:"),),
+        ("domain/test_renewals.py::test_a_period_that_would_be_over_with_its_grace_is_not_charged",),
+    ),
+    Mutant(
+        "a period charged on the day it expires",
+        "the grace of a period to pay for is counted as expiry counts it",
+        (
+            Edit(
+                _RENEWALS,
+                f"    if {_OVER_WITH_ITS_GRACE}:",
+                f"    if {_OVER_WITH_ITS_GRACE.replace('<=', '<')}:",
+            ),
+        ),
+        ("domain/test_renewals.py::test_a_period_that_would_be_over_with_its_grace_is_not_charged",),
+    ),
+    Mutant(
+        "an unclear grant granted again",
+        "what the webhook may have granted already is a person's to decide",
+        (Edit(_SETTLEMENT, "if moved and facts.paid_meanwhile and ruling is None:", "if False:"),),
+        (_UNCLEAR,),
+    ),
+    Mutant(
+        "an unclear grant taken for granted",
+        "a paid renewal is not lost behind another grant",
+        (
+            Edit(_SETTLEMENT, "if moved and facts.paid_meanwhile and ruling is None:", "if False:"),
+            Edit(
+                _SETTLEMENT,
+                "if final is not None and moved and not facts.paid_meanwhile:",
+                "if final is not None and moved:",
+            ),
+        ),
+        (_UNCLEAR,),
+    ),
+    Mutant(
+        "a grant of the meantime not looked for",
+        "an end that another payment has moved proves no renewal granted",
+        (Edit(_SETTLING, "    if not sent:\n        return set()\n", "    if True:\n        return set()\n"),),
+        (
+            "database/test_settling.py::"
+            "test_a_renewal_whose_row_the_webhook_wrote_beside_another_grant_is_left_to_a_person",
+        ),
+    ),
+    Mutant(
+        "a spent period not told",
+        "a customer who paid for a period that was over is told to a person",
+        (Edit(_SETTLEMENT, "notice=_spent_before_it_was_paid(payment, subscription, end),", "notice=None,"),),
+        ("domain/test_settlement.py::test_a_customer_who_paid_for_a_period_that_was_over_already_is_told_to_a_person",),
+    ),
+    *(
+        Mutant(
+            f"a red run not plotted: {what}",
+            "the numbers of a red run are plotted",
+            # Dagster drops what an op has logged when the op fails; it keeps what was yielded.
+            (Edit(file, "yield plotted(", "(lambda *a, **k: context.log_event(plotted(*a, **k)))("),),
+            (f"jobs/test_plots.py::test_the_numbers_of_a_red_{test}",),
+        )
+        for what, file, test in (
+            ("renewals", "jobs/autopayment/__init__.py", "renewal_run_are_plotted[whole]"),
+            ("shards", _SHARDING, "renewal_run_are_plotted[divided]"),
+            ("matching", "jobs/matching_slice.py", "matching_run_are_plotted"),
+            ("expiry of payments", "jobs/expire_payments.py", "expiry_of_payments_are_plotted"),
+            ("expiry of subscriptions", "jobs/expire_subscriptions.py", "expiry_of_subscriptions_are_plotted"),
+        )
     ),
 )
 

@@ -246,7 +246,7 @@ def renew_shard(
         del renewals, asked
         apply_plan(
             context,
-            _of_one_shard(config, division.at_once),
+            limits_of_a_shard(config, division.at_once),
             plan,
             report,
             billing_database,
@@ -285,7 +285,7 @@ def _agreed(context: dg.OpExecutionContext, run: RunSettings, clock: Clock) -> t
     return replace(scope, as_of=division.as_of, source=division.source), division
 
 
-def _of_one_shard(config: ChargingConfig, at_once: int) -> ChargingConfig:
+def limits_of_a_shard(config: ChargingConfig, at_once: int) -> ChargingConfig:
     """The limits of the run, divided among the shards that run at a time."""
     rate = config.max_requests_per_second
     return ChargingConfig(

@@ -1,0 +1,79 @@
+"""What is plotted: above all the numbers of the red runs."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from billing_orchestration.settings import Settings
+from billing_orchestration_tests.jobs.service import Service
+
+
+def impatient(service: Service, database_url: str) -> Settings:
+    """The same database, whose locks are not waited for."""
+    return service.settings.model_copy(
+        update={"billing_database_url": f"{database_url}&options=-c%20lock_timeout%3D150ms"}
+    )
+
+
+@pytest.mark.parametrize("ops", [
+    {"charge_renewals": {"max_sends": 1}},
+    {"fetch_due_subscriptions": {"shards": 2}, "renew_shard": {"max_sends": 1}},
+], ids=["whole", "divided"])  # fmt: skip
+def test_the_numbers_of_a_red_renewal_run_are_plotted(service: Service, ops: dict[str, Any]) -> None:
+    lost, _ = service.subscriber(), service.subscriber()
+    service.sandbox.misbehave("create", "error_after", payment_method_id=f"method-{lost}", times=None)
+
+    run = service.run("autopayment_job", ops=ops)
+
+    assert not run.ok
+    numbers = run.materialized.get("autopayment_job", {})
+    assert (numbers.get("charged"), numbers.get("unknown")) == (1, 1)
+
+
+@pytest.mark.parametrize("job", ["matching_pending_payments_job", "matching_successful_payments_job"])
+def test_the_numbers_of_a_red_matching_run_are_plotted(
+    service: Service, engine: sa.Engine, database_url: str, job: str
+) -> None:
+    plan = service.plan()
+    created_at = service.now - timedelta(minutes=20)
+    for name in ("locked", "paid"):
+        service.paid_there(name, user=name, plan_id=plan, created_at=created_at)
+        service.payment(external_id=name, status="PENDING", created_at=created_at)
+    with engine.connect() as service_session:
+        service_session.execute(sa.text("SELECT FROM payments WHERE external_payment_id = 'locked' FOR UPDATE"))
+
+        run = service.run(job, load=lambda: impatient(service, database_url))
+
+        service_session.rollback()
+
+    assert not run.ok
+    assert run.materialized == {job: {"corrections": 1, "quarantined": 0, "needs another try": 1}}
+
+
+def test_the_numbers_of_a_red_expiry_of_payments_are_plotted(service: Service) -> None:
+    long_ago = service.now - timedelta(days=8)
+    for name in ("silent", "unpaid"):
+        service.paid_there(name, status="canceled", created_at=long_ago)
+        service.payment(external_id=name, status="PENDING", created_at=long_ago)
+    service.sandbox.misbehave("get", "error_before", payment_id="silent", times=None)
+
+    run = service.run("expire_payments_job")
+
+    assert not run.ok
+    assert run.materialized.get("expire_payments_job", {}).get("expired") == 1
+
+
+def test_the_numbers_of_a_red_expiry_of_subscriptions_are_plotted(
+    service: Service, engine: sa.Engine, database_url: str
+) -> None:
+    plan = service.plan()
+    locked, _ = (service.subscription(plan, ended_at=service.now - timedelta(days=9)) for _ in range(2))
+    with service.locking("subscriptions", locked):
+        run = service.run("expire_subscriptions_job", load=lambda: impatient(service, database_url))
+
+    assert not run.ok
+    assert run.materialized.get("expire_subscriptions_job", {}).get("expired") == 1
