@@ -996,6 +996,12 @@ FURTHER = (
         (Edit(_SETTLEMENT, "notice=_spent_before_it_was_paid(payment, subscription, end),", "notice=None,"),),
         ("domain/test_settlement.py::test_a_customer_who_paid_for_a_period_that_was_over_already_is_told_to_a_person",),
     ),
+    Mutant(
+        "the night's numbers wiped out at noon",
+        "a day's point tells of all runs of that day",
+        (Edit("jobs/run_report.py", "(0 if name in levels else before.get(name, 0))", "0"),),
+        ("jobs/test_numbers_over_time.py::test_a_later_run_of_a_day_adds_to_what_the_first_has_charged",),
+    ),
     *(
         Mutant(
             f"a red run not plotted: {what}",
