@@ -306,8 +306,9 @@ def test_two_processes_charge_their_shards_side_by_side_within_the_limit_of_the_
     present: Service, tmp_path: Path
 ) -> None:
     subscriptions = [present.subscriber(ended_at=present.now - timedelta(hours=1)) for _ in range(8)]
+    # A shard sends one until the first is answered, then as many as it may.
     held: dict[int, list[Any]] = {0: [], 1: []}
-    for id_ in subscriptions:
+    for id_ in subscriptions[2:]:
         rule = present.sandbox.misbehave("create", "none", delay_s=600, payment_method_id=f"method-{id_}")
         held[id_ % 2].append(rule)
 
