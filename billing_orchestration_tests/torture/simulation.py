@@ -18,9 +18,13 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -969,6 +973,40 @@ def simulated_server() -> Iterator[tuple[str, str]]:
         yield server.url(), template
 
 
+def end_with_parent() -> None:
+    """From now on this process ends when the one that has started it does, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("only for a process that multiprocessing has started")
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="ends with the parent", daemon=True).start()
+
+
+def _begin_worker() -> None:
+    end_with_parent()
+    # What interrupts all of them is told by the parent, once; it ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def workers_of(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that play seeds; an interruption ends them at once instead of waiting for sixty days of each."""
+    workers = ProcessPoolExecutor(count, initializer=_begin_worker)
+    try:
+        yield workers
+    except BaseException:
+        for process in list(workers._processes.values()):
+            process.terminate()
+        raise
+    finally:
+        workers.shutdown(cancel_futures=True)
+
+
 def _told(result: Result) -> str:
     lines = [
         f"seed {result.seed}: {result.days} days, {result.runs} runs, {result.seconds:.1f} s"
@@ -990,6 +1028,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--story", action="store_true", help="print everything that happened")
     given = parser.parse_args(arguments)
+    # As Ctrl-C: the workers and the PostgreSQL are ended, not left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     seeds = given.seed or list(range(given.first, given.first + given.rounds))
     began = time.monotonic()
     results: list[Result] = []
@@ -998,7 +1038,7 @@ def main(arguments: list[str] | None = None) -> int:
             results.append(play_seed(admin_url, template, seeds[0], given.days, live=given.story))
             print(_told(results[0]), flush=True)
         else:
-            with ProcessPoolExecutor(given.workers) as workers:
+            with workers_of(given.workers) as workers:
                 playing = {workers.submit(play_seed, admin_url, template, seed, given.days): seed for seed in seeds}
                 for done in as_completed(playing):
                     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -27,3 +30,29 @@ def test_the_promise_holds_on_every_simulated_day(seed: int) -> None:
 
     assert result.faults == (), f"play it again: {result.replay}"
     assert result.runs > 8
+
+
+_TWO_WORKERS = """
+import time
+from billing_orchestration_tests.torture.simulation import workers_of
+
+with workers_of(2) as workers:
+    playing = [workers.submit(print, "plays", flush=True), workers.submit(print, "plays", flush=True)]
+    for one in playing:
+        one.result()
+    for one in [workers.submit(time.sleep, 90) for _ in playing]:
+        one.result()
+"""
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT], ids=lambda by: by.name)
+def test_the_workers_of_a_simulation_end_with_it(by: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _TWO_WORKERS], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as simulation:
+        assert simulation.stdout is not None
+        assert [simulation.stdout.readline() for _ in range(2)] == ["plays\n"] * 2
+        simulation.send_signal(by)
+
+        # Whoever still lives holds the other end of it.
+        assert simulation.communicate(timeout=60) == ("", None)
