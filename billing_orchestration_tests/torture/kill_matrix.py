@@ -34,7 +34,7 @@ from billing_orchestration_tests.torture.kill_scenarios import ALL, Scenario, St
 
 MOST_RUNS_AGAIN = 3
 # Where charges run side by side, a step of one run may be missing in the next (two answers shared a transaction).
-_TRIES_TO_REACH = 3
+_TRIES_TO_REACH = 5
 # Only a server that is broken keeps the sessions of a killed process that long.
 _PATIENCE_S = 30.0
 _OURS = "billing-orchestration"
@@ -67,6 +67,12 @@ class Matrix:
     def names(self) -> set[str]:
         """The names of the steps at which a run was killed."""
         return {cell.death.step.name for cell in self.cells}
+
+    @property
+    def missed(self) -> set[tuple[str, str]]:
+        """The kinds of deaths that were tried and never happened: the name of a step, and before or after it."""
+        died = {(cell.death.step.name, cell.death.when) for cell in self.cells}
+        return {(death.step.name, death.when) for death in self.unreached} - died
 
     def table(self) -> str:
         """As a person reads it: a line for each kind of step, in the order of their first occurrence."""

@@ -272,4 +272,11 @@ ALL = (
     Scenario("expiry of payments", "expire_payments_job", _stale_payments, 2 * HOUR),
     Scenario("matching pending payments", MATCHING[0], _pending_payments, timedelta(minutes=2)),
     Scenario("matching successful payments", MATCHING[1], _successful_payments, timedelta(minutes=2)),
+    Scenario(
+        "autopayment, divided",
+        AUTOPAYMENT,
+        lambda service: _few_renewals(service, 2),
+        2 * HOUR,
+        {"fetch_due_subscriptions": {"shards": 2}, "renew_shard": {"max_concurrency": 1, "resend_wait_s": 0.0}},
+    ),
 )

@@ -55,7 +55,10 @@ def test_a_run_that_is_killed_at_any_step_is_completed_by_the_next_ones(
         if THOROUGH or matrix.lost:
             print(f"\n{matrix.table()}")
     assert not matrix.lost
-    assert len(matrix.unreached) * 10 <= len(matrix.cells), matrix.unreached
+    # Charged side by side, a run has as many transactions as answers happen to come together: a fourth commit of one
+    # run may be none of the next. Each kind of step is died at all the same, before and after.
+    assert not matrix.missed
+    assert len(matrix.unreached) * 4 <= len(matrix.cells), matrix.unreached
     if scenario is SHORT:
         # The instruments see what leaves the process; a blind matrix would be green as well.
         assert matrix.names >= {
