@@ -178,10 +178,10 @@ class WireStage(Stage):
             for runs in range(MOST_RUNS_AGAIN + 1):
                 wrong = complaints(url, self._sandbox.provider.ledger(), self.story.expected)
                 if not wrong:
-                    return Cell(self._scenario.name, call, fault, extent, struck, runs, failure)
+                    return Cell(self.scenario.name, call, fault, extent, struck, runs, failure)
                 if runs < MOST_RUNS_AGAIN:
                     self._run(url, runs + 1)
-            return Cell(self._scenario.name, call, fault, extent, struck, None, failure, tuple(wrong))
+            return Cell(self.scenario.name, call, fault, extent, struck, None, failure, tuple(wrong))
 
     @contextmanager
     def _striking(self, fault: str, call: str, extent: str) -> Iterator[Misbehaviour | None]:
