@@ -9,9 +9,10 @@ The runs are processes of their own (`kill_runner`). Alone they are judged by wh
 from __future__ import annotations
 
 import os
+import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -26,6 +27,7 @@ from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.jobs.service import NOON
 from billing_orchestration_tests.torture.kill_matrix import Stage
 from billing_orchestration_tests.torture.kill_oracle import complaints
+from billing_orchestration_tests.torture.kill_points import BEFORE
 from billing_orchestration_tests.torture.kill_runner import Case, Runner
 from billing_orchestration_tests.torture.kill_scenarios import ALL, AUTOPAYMENT
 from billing_orchestration_tests.torture.simulation_oracle import Journal, Oracle, Rules
@@ -74,6 +76,49 @@ def stage(
         yield stage
     finally:
         stage.close()
+
+
+# Where the runs of a race wait for each other: what decides is read, and nothing is locked or written yet.
+MEETING_POINTS = {
+    "autopayment_job": "INSERT renewal_attempts",
+    "expire_subscriptions_job": "SELECT subscriptions FOR NO KEY UPDATE",
+    "expire_payments_job": "pg_advisory_xact_lock",
+    "matching_pending_payments_job": "pg_advisory_xact_lock",
+    "matching_successful_payments_job": "pg_advisory_xact_lock",
+}
+# For one that does not come by there (it was fast, or stands for another day) the others do not wait for ever.
+_WAIT_S = 5.0
+
+
+@contextmanager
+def meeting(cases: Sequence[Case]) -> Iterator[list[Case]]:
+    """The same runs, which go on from the meeting point all at once: two cores would let them pass one by one."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def wait_for_all() -> None:
+            waiting: list[socket.socket] = []
+            with suppress(OSError):
+                while len(waiting) < len(cases):
+                    waiting.append(server.accept()[0])
+                    server.settimeout(_WAIT_S)
+            for connection in waiting:
+                connection.close()
+            server.settimeout(None)
+            with suppress(OSError):
+                while not over.is_set():  # whoever is late
+                    server.accept()[0].close()
+
+        over = threading.Event()
+        host = threading.Thread(target=wait_for_all)
+        host.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        try:
+            yield [replace(case, death=(MEETING_POINTS[case.job], 1, BEFORE), conductor=address) for case in cases]
+        finally:
+            over.set()
+            while host.is_alive():
+                with suppress(OSError), socket.create_connection(server.getsockname()):
+                    host.join(0.01)
 
 
 def copies(case: Case) -> list[Case]:
@@ -138,7 +183,8 @@ def test_runs_of_a_job_at_once_have_the_effect_of_one(stage: Stage, sandbox: San
     if race == "a backfill beside the schedule":
         # A run that stands for yesterday voids what was planned for today and never sent; another attempt follows it.
         expected = replace(expected, attempts={})
-    with stage.racing(RACES[race]) as (url, ended):
+    with ExitStack() as stack:
+        url, ended = stack.enter_context(stage.racing(lambda case: stack.enter_context(meeting(RACES[race](case)))))
         wrong = complaints(url, sandbox.provider.ledger(), expected)
 
     assert not any(one.killed for one in ended)
