@@ -29,6 +29,10 @@ class _Instance:
     def add_run_tags(self, _run_id: str, tags: Mapping[str, str]) -> None:
         self.run_tags.update(tags)
 
+    def fetch_materializations(self, *_: Any, **__: Any) -> dg.EventRecordsResult:
+        """No plots are kept here."""
+        return dg.EventRecordsResult(records=[], cursor="", has_more=False)
+
 
 class _Log:
     def __init__(self, lines: list[str]) -> None:
