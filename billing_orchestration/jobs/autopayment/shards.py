@@ -46,7 +46,7 @@ from billing_orchestration.resources import BillingDatabase, Clock, ProviderConn
 # On the run's record in the run history, which every process of a run can read: nothing else needs to be shared.
 DIVISION_TAG = "billing/division"
 # What a shard tells the last op, in its own metadata, for the same reason.
-_REPORT = "report of the shard"
+_REPORT = "read by conclude_shards"
 # Names of those that need another try, of each shard; the rest is counted.
 _NAMED = 5
 # Not the io_manager of the other jobs: Dagster refuses several processes for whatever could use that one.
@@ -297,7 +297,8 @@ def limits_of_a_shard(config: ChargingConfig, at_once: int) -> ChargingConfig:
 
 
 @dg.op(
-    description="Add up what the shards did; red if something needs another try. Runs only if the run is divided.",
+    description="Add up what the shards did; red if something needs another try. The decisions are in the output of each"
+    " renew_shard. Runs only if the run is divided (`shards`).",
     ins={"shards": dg.In(dg.Nothing)},
     out=dg.Out(dg.Nothing, io_manager_key=HAND_OVER),
 )
