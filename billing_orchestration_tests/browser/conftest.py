@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -55,13 +55,19 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-@pytest.fixture
-def ui(desk: Desk, browser: Browser) -> Iterator[Ui]:
-    """A tab with an empty profile, in front of the webserver."""
+@pytest.fixture(scope="session")
+def tab(desk: Desk, browser: Browser) -> Iterator[Ui]:
+    """One tab for all tests: the UI's code, some megabytes, is loaded and compiled once."""
     from billing_orchestration_tests.browser.ui import browsing
 
-    with browsing(browser, desk.deployment.address) as ui:
-        yield ui
+    with browsing(browser, desk.deployment.address) as tab:
+        yield tab
+
+
+@pytest.fixture
+def ui(tab: Ui) -> Ui:
+    """The tab; each page that is opened in it starts with an empty profile (nothing typed before is kept)."""
+    return tab
 
 
 @pytest.fixture
@@ -71,3 +77,15 @@ def answering_provider(desk: Desk) -> Iterator[Sandbox]:
     sandbox.behave()
     yield sandbox
     sandbox.behave()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what was on the screen when a test failed."""
+    report = yield
+    tab: Ui | None = getattr(item, "funcargs", {}).get("ui")
+    if tab is not None and report.when == "call" and report.failed:
+        report.sections.append(("on the screen", tab.shown()))
+    return report

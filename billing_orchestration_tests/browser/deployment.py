@@ -71,6 +71,8 @@ class Deployment:
                      "--location-name", "billing"],
         )
         # fmt: on
+        # Asking is a process of its own, which costs as much as the server's start: not before somebody listens.
+        wait_for(lambda: self._alive("code") and self._listens(self.code_port), "a listening code server")
         health = ["dagster", "api", "grpc-health-check", "-p", str(self.code_port)]
         wait_for(lambda: self._alive("code") and self._run(health) == 0, "a healthy code server")
 
@@ -145,6 +147,10 @@ class Deployment:
         if self.processes[name].poll() is not None:
             raise RuntimeError(f"{name} ended by itself: {self.log_of(name)[-2000:]}")
         return True
+
+    def _listens(self, port: int) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((HOST, port)) == 0
 
     def _answers(self) -> bool:
         try:

@@ -28,8 +28,9 @@ UTC = timezone.utc
 OUTAGE = timedelta(minutes=65)
 # The grids begin a few days ago: wide enough for the tests, narrow enough to select by mouse.
 GRID_DAYS = 4
-# Pages of 100, read twice (created, captured), each after this delay: longer than two minutes, the time between ticks.
-SLOW_PAYMENTS = 700
+# Pages of 100, read twice (created, captured), each after this delay (below the client's patience): four minutes, in
+# which a tick comes, and enough for whatever is to be seen while a run is at work.
+SLOW_PAYMENTS = 1200
 SLOW_PAGE_S = 10.0
 MATCHING = ("matching_pending_payments_job", "matching_successful_payments_job")
 SCHEDULES = 6
@@ -37,11 +38,12 @@ SCHEDULES = 6
 
 @dataclass
 class Desk:
-    """The deployment with its customers. `began`: the daemon's start after the outage."""
+    """The deployment with its customers. `came`: the scene was set; `began`: the daemon's start after the outage."""
 
     deployment: Deployment
     service: Service
     zone: ZoneInfo
+    came: datetime
     began: datetime
     receiver: Receiver
     subscriptions: dict[str, int] = field(default_factory=dict)
@@ -49,15 +51,15 @@ class Desk:
     @property
     def today(self) -> date:
         """The billing day."""
-        return self.began.astimezone(self.zone).date()
+        return self.came.astimezone(self.zone).date()
 
     def day(self, days_ago: int) -> str:
         """The key of a day's partition."""
         return (self.today - timedelta(days=days_ago)).isoformat()
 
     def hour(self, hours_ago: int) -> datetime:
-        """The beginning of an hour, counted back from the one in which the desk began."""
-        return self.began.replace(minute=0, second=0, microsecond=0) - timedelta(hours=hours_ago)
+        """The beginning of an hour, counted back from the one in which the scene was set."""
+        return self.came.replace(minute=0, second=0, microsecond=0) - timedelta(hours=hours_ago)
 
     def customer(self, name: str, *, days_ago: float = 0, script: object = "succeeded") -> int:
         """A customer with a saved card, whose subscription ended so long ago (0: it ends today)."""
@@ -114,11 +116,12 @@ def open_desk(
     }
     with deployed(folder, settings) as deployment:
         deployment.env["DAGSTER_UI_URL"] = deployment.address
-        desk = Desk(deployment, service, zone, now, receiver)
-        _work_that_waits(desk)
+        desk = Desk(deployment, service, zone, now, now, receiver)
         deployment.start_code_server()
         deployment.start_webserver()
         _outage(deployment)
+        # Not before: a sensor that begins a look and is cut off would alert about what it found twice.
+        _work_that_waits(desk)
         sandbox.misbehave("list", "none", delay_s=SLOW_PAGE_S, times=None)
         desk.began = datetime.now(UTC)
         deployment.start_daemon()
@@ -133,7 +136,7 @@ def _zone_where_it_is_three(now: datetime) -> ZoneInfo:
 
 
 def _work_that_waits(desk: Desk) -> None:
-    service, now = desk.service, desk.began
+    service, now = desk.service, desk.came
     service.plan()
     desk.customer("anna")
     desk.customer("poor", script="canceled:insufficient_funds")
@@ -168,24 +171,26 @@ def _work_that_waits(desk: Desk) -> None:
 
 
 def _outage(deployment: Deployment) -> None:
-    """Leave the run history as a daemon leaves it that stopped an hour ago: schedules on, no tick since."""
+    """Leave the run history as a daemon leaves it that stopped an hour ago: schedules and sensors on, no tick since."""
     deployment.start_daemon()
     instance = deployment.instance
-    states = wait_for(lambda: _schedules(instance), "the daemon to know all schedules")
+    wait_for(lambda: _knows_all_schedules(instance), "the daemon to know all schedules")
     deployment.stop("daemon")
     before = (datetime.now(UTC) - OUTAGE).timestamp()
-    for state in states:
-        data = state.instigator_data
-        instance.update_instigator_state(
-            state.with_data(type(data)(cron_schedule=data.cron_schedule, start_timestamp=before))
-        )
+    for state in instance.all_instigator_state():
+        data: Any = state.instigator_data
+        if hasattr(data, "cron_schedule"):
+            data = type(data)(cron_schedule=data.cron_schedule, start_timestamp=before)
+        else:
+            # Its first tick may have been cut off: without this the next would come after its whole interval.
+            data = data._replace(last_tick_start_timestamp=before, last_tick_timestamp=before)
+        instance.update_instigator_state(state.with_data(data))
         # Had a tick come in these seconds, the outage would be none.
         instance.purge_ticks(state.instigator_origin_id, state.selector_id, before=time.time() + 1)
     for record in instance.get_run_records():
         instance.delete_run(record.dagster_run.run_id)
 
 
-def _schedules(instance: dg.DagsterInstance) -> list[Any] | None:
-    """The states of the schedules, when the daemon has noted all of them."""
-    states = [state for state in instance.all_instigator_state() if hasattr(state.instigator_data, "cron_schedule")]
-    return states if len(states) == SCHEDULES else None
+def _knows_all_schedules(instance: dg.DagsterInstance) -> bool:
+    states = instance.all_instigator_state()
+    return sum(hasattr(state.instigator_data, "cron_schedule") for state in states) == SCHEDULES

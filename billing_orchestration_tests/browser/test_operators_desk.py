@@ -2,16 +2,20 @@
 
 The tests are one story, in this order; each waits for what it needs, so one of them can be run alone. The daemon has
 just come back after an hour. Nothing here asks how long something takes: the daemon's clock is the real one, and a tick
-of the matching jobs comes every two minutes.
+of the matching jobs comes every two minutes. What takes long (that tick, backfills) is launched early and looked at
+later: in the meantime come tests of what it does not touch.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import dagster as dg
+import pytest
 from playwright.sync_api import expect
 
 from billing_orchestration.jobs.approval import PLAN_TAG
@@ -24,6 +28,51 @@ UTC = timezone.utc
 PENDING_JOB, SUCCESSFUL_JOB = MATCHING
 AUTOPAYMENT = "autopayment_job"
 SLOW_SCHEDULE = "matching_pending_payments_every_2_minutes_schedule"
+MISSED_DAYS = (3, 2, 1)
+MISSED_HOURS = (12, 11, 10)
+LATE = [f"late-{days_ago}" for days_ago in MISSED_DAYS]
+LOST = [f"lost-{hours_ago}" for hours_ago in MISSED_HOURS]
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """A backfill launched a second time: its id, the runs of the first, and the rows as the first left them."""
+
+    backfill: str
+    first_runs: list[dg.RunRecord]
+    rows: Any
+
+
+@pytest.fixture(scope="session")
+def days_backfill(desk: Desk, tab: Ui) -> str:
+    """The id of a backfill of three missed days, each with a customer who is late since."""
+    wait_for(lambda: desk.finished(AUTOPAYMENT), "the end of the daily run")
+    for name, days_ago in zip(LATE, MISSED_DAYS, strict=True):
+        desk.customer(name, days_ago=days_ago)
+    return _backfill_days(tab)
+
+
+@pytest.fixture(scope="session")
+def days_again(desk: Desk, tab: Ui, days_backfill: str) -> Repetition:
+    """The same days once more, after the end of the first."""
+    runs = wait_for(lambda: _all_finished(desk, AUTOPAYMENT, days_backfill, 3), "the backfill's end")
+    rows = desk.service.snapshot()
+    return Repetition(_backfill_days(tab), runs, rows)
+
+
+@pytest.fixture(scope="session")
+def hours_backfill(desk: Desk, tab: Ui) -> str:
+    """The id of a backfill of the three hours whose payments were lost. The provider answers from here on."""
+    desk.service.sandbox.behave()
+    return _backfill_hours(desk, tab)
+
+
+@pytest.fixture(scope="session")
+def hours_again(desk: Desk, tab: Ui, hours_backfill: str) -> Repetition:
+    """The same hours once more, after the end of the first."""
+    runs = wait_for(lambda: _all_finished(desk, SUCCESSFUL_JOB, hours_backfill, 3), "the backfill's end")
+    rows = [desk.service.rows("subscriptions"), desk.service.rows("payments")]
+    return Repetition(_backfill_hours(desk, tab), runs, rows)
 
 
 def ticks(desk: Desk, schedule: str) -> list[dg.TickData]:  # type: ignore[name-defined]
@@ -48,7 +97,17 @@ def test_a_daemon_that_was_down_an_hour_starts_one_run_of_each_job_and_not_thirt
         missed = [record for record in desk.deployment.runs(job) if scheduled_at(record) <= desk.began]
         assert len(missed) == 1, f"{job}: {[scheduled_at(record) for record in missed]}"
         assert missed[0].dagster_run.tags["dagster/schedule_name"] == schedule
-    assert desk.deployment.runs("expire_payments_job") == []  # not its hour
+    expiring = desk.deployment.runs("expire_payments_job")
+    assert [record for record in expiring if scheduled_at(record) <= desk.came] == []  # not its hour
+
+
+def test_the_launchpad_describes_the_shared_run_config(desk: Desk, ui: Ui) -> None:
+    for job in (AUTOPAYMENT, SUCCESSFUL_JOB):
+        ui.open_launchpad(job)
+        offered = ui.completions()
+        assert "Show every decision and write nothing" in offered
+        assert "The instant the run stands for, ISO 8601" in offered
+        assert "Stop before anything is applied" in offered
 
 
 def test_the_daily_job_ran_as_of_three_o_clock_in_the_billing_time_zone_and_marks_its_day(desk: Desk, ui: Ui) -> None:
@@ -76,15 +135,6 @@ def test_a_run_tells_what_it_decided_and_why_with_sums_and_the_next_step(desk: D
         expect(told).to_contain_text(text)
     ui.picture("run")
     expect(told.get_by_role("link", name=AUTOPAYMENT)).to_have_attribute("href", f"/assets/billing/{AUTOPAYMENT}")
-
-
-def test_the_launchpad_describes_the_shared_run_config(desk: Desk, ui: Ui) -> None:
-    for job in (AUTOPAYMENT, SUCCESSFUL_JOB):
-        ui.open_launchpad(job)
-        offered = ui.completions()
-        assert "Show every decision and write nothing" in offered
-        assert "The instant the run stands for, ISO 8601" in offered
-        assert "Stop before anything is applied" in offered
 
 
 def test_a_dry_run_from_the_launchpad_shows_the_charge_and_makes_none(desk: Desk, ui: Ui) -> None:
@@ -126,24 +176,68 @@ def test_an_approved_plan_is_applied_and_what_came_after_the_preview_is_refused_
     expect(told).to_contain_text("not in the approved plan, changed since")
 
 
-def test_a_backfill_of_three_days_charges_each_period_once_and_repeated_none(desk: Desk, ui: Ui) -> None:
-    wait_for(lambda: desk.finished(AUTOPAYMENT), "the end of the daily run")
-    late = {f"late-{days}": desk.customer(f"late-{days}", days_ago=days) for days in (3, 2, 1)}
-    days = [desk.day(days_ago) for days_ago in (3, 2, 1)]
-    for repetition in range(2):
-        dialog = ui.open_backfill(AUTOPAYMENT)
-        # The grid is today and the days before it; these three are next to the last.
-        ui.select_by_mouse(dialog, GRID_DAYS - 3, GRID_DAYS - 1, GRID_DAYS + 1)
-        backfill = ui.launch_backfill(dialog, 3)
-        runs = wait_for(lambda backfill=backfill: _all_finished(desk, AUTOPAYMENT, backfill, 3), "the backfill's end")  # type: ignore[misc]
-        assert {record.dagster_run.tags["dagster/partition"] for record in runs} == set(days)
-        assert all(record.dagster_run.is_success for record in runs)
-        ui.sees_green(AUTOPAYMENT, days)
-        assert {name: desk.charges_of(name) for name in late} == dict.fromkeys(late, 1)
-        if repetition == 0:
-            once = desk.service.snapshot()
-    assert desk.service.snapshot() == once
-    desk.service.check_books()
+def test_three_missed_days_are_selected_by_mouse_and_launched(desk: Desk, ui: Ui, days_backfill: str) -> None:
+    backfill = desk.deployment.instance.get_backfill(days_backfill)
+    assert backfill is not None
+    assert set(backfill.partition_names or ()) == {desk.day(days_ago) for days_ago in MISSED_DAYS}
+
+
+def test_what_waits_for_a_person_is_shown_with_its_reason_alerts_once_and_is_resolved_by_command(
+    desk: Desk, ui: Ui
+) -> None:
+    [entry] = desk.service.rows("billing_orchestration.quarantine", "external_payment_id = 'odd'")
+    wait_for(lambda: desk.materialized("quarantine"), "the quarantine on show")
+    ui.open_asset("quarantine")
+    ui.sees("payment odd")
+    ui.sees("metadata: metadata without a usable")
+    assert desk.receiver.titles.count("a new entry in the quarantine") == 1
+    listed = desk.deployment.command("quarantine", "list")
+    assert "payment odd" in listed
+    assert "metadata without a usable" in listed
+    anna = desk.subscriptions["anna"]
+    before = desk.service.row("subscriptions", anna).ended_at
+    desk.deployment.command(
+        "quarantine", "resolve", str(entry.id), "--attach", str(anna), "--reason", "hers", "--by", "vera"
+    )
+    after = desk.service.row("subscriptions", anna).ended_at
+    assert timedelta(days=27) < after - before < timedelta(days=32)
+    told = desk.deployment.command("explain", "payment", "odd")
+    assert "vera" in told
+    assert "hers" in told
+    assert "payment odd" not in desk.deployment.command("quarantine", "list")
+
+
+def test_a_broken_invariant_is_red_in_the_ui_and_green_again_when_it_is_mended(desk: Desk, ui: Ui) -> None:
+    [charge] = desk.service.rows(
+        "billing_orchestration.settlements", "subscription_id = :id AND kind = 'renewed'", id=desk.subscriptions["anna"]
+    )
+    ui.open_asset("money", "checks")
+    for status, verdict in (("CANCELED", "Failed"), ("SUCCEEDED", "Succeeded")):
+        desk.service.execute("UPDATE payments SET status = :status WHERE id = :id", status=status, id=charge.payment_id)
+        ui.execute_checks()
+        ui.sees_check("no_second_success", "Succeeded")
+        ui.sees_check("paid_is_granted", verdict)
+        if verdict == "Failed":
+            ui.sees(f"settled payment {charge.external_payment_id}: its row {charge.payment_id} is CANCELED")
+            ui.picture("money_checks")
+
+
+def test_the_backfill_of_three_days_charges_each_period_once_and_its_days_turn_green(
+    desk: Desk, ui: Ui, days_again: Repetition
+) -> None:
+    days = [desk.day(days_ago) for days_ago in MISSED_DAYS]
+    assert {record.dagster_run.tags["dagster/partition"] for record in days_again.first_runs} == set(days)
+    assert all(record.dagster_run.is_success for record in days_again.first_runs)
+    ui.sees_green(AUTOPAYMENT, days)
+    assert {name: desk.charges_of(name) for name in LATE} == dict.fromkeys(LATE, 1)
+
+
+def test_a_schedule_is_stopped_and_started_with_its_switch(desk: Desk, ui: Ui) -> None:
+    name = "run_history_daily_schedule"
+    ui.open(f"/locations/billing/schedules/{name}")
+    for status in ("STOPPED", "RUNNING"):
+        ui.switch()
+        wait_for(lambda status=status: desk.schedule_status(name) == status, f"{name} {status}")  # type: ignore[misc]
 
 
 def test_a_tick_that_would_overlap_is_skipped_and_the_ui_says_why(desk: Desk, ui: Ui) -> None:
@@ -160,6 +254,14 @@ def test_a_tick_that_would_overlap_is_skipped_and_the_ui_says_why(desk: Desk, ui
     row.get_by_text("0 runs requested").first.hover()
     ui.sees(skipped.skip_reason or "")
     ui.picture("skipped_tick")
+
+
+def test_the_backfill_of_days_repeated_charges_nobody(desk: Desk, ui: Ui, days_again: Repetition) -> None:
+    runs = wait_for(lambda: _all_finished(desk, AUTOPAYMENT, days_again.backfill, 3), "the repetition's end")
+    assert all(record.dagster_run.is_success for record in runs)
+    assert {name: desk.charges_of(name) for name in LATE} == dict.fromkeys(LATE, 1)
+    assert desk.service.snapshot() == days_again.rows
+    desk.service.check_books()
 
 
 def test_a_second_run_of_a_job_waits_for_the_first(desk: Desk, ui: Ui) -> None:
@@ -191,36 +293,10 @@ def test_an_outage_is_healed_by_the_first_tick_after_it_and_the_tick_marks_its_h
     ui.sees_green(SUCCESSFUL_JOB, [hour])
 
 
-def test_three_missed_hours_are_backfilled_from_the_grid_and_repeated_change_nothing(
-    desk: Desk, ui: Ui, answering_provider: Sandbox
-) -> None:
-    hours = [desk.hour(hours_ago) for hours_ago in (12, 11, 10)]
-    keys = [hour.strftime("%Y-%m-%d-%H:00") for hour in hours]
-    lost = [f"lost-{hours_ago}" for hours_ago in (12, 11, 10)]
-    for repetition in range(2):
-        dialog = ui.open_backfill(SUCCESSFUL_JOB)
-        ui.select_by_name(dialog, keys[0], keys[-1])
-        backfill = ui.launch_backfill(dialog, 3)
-        runs = wait_for(
-            lambda backfill=backfill: _all_finished(desk, SUCCESSFUL_JOB, backfill, 3), "the backfill's end"
-        )  # type: ignore[misc]
-        ui.sees_green(SUCCESSFUL_JOB, keys)
-        if repetition == 0:
-            ui.picture("grid")
-            by_hour = {record.dagster_run.tags["dagster/partition"]: record.dagster_run.run_id for record in runs}
-            for payment, key in zip(lost, keys, strict=True):
-                settled = desk.service.rows(
-                    "billing_orchestration.settlements", "external_payment_id = :id", id=payment
-                )
-                assert [row.run_id for row in settled] == [by_hour[key]], f"{payment} by the run of its hour"
-            ui.open_run(by_hour[keys[0]], "apply_successful_matches")
-            told = ui.full_message("STEP_OUTPUT")
-            expect(told).to_contain_text("changed 1,")
-            expect(told).to_contain_text(f"payment {lost[0]}")
-            once = [desk.service.rows("subscriptions"), desk.service.rows("payments")]
-        else:
-            assert all("billing/changed" not in record.dagster_run.tags for record in runs)
-    assert [desk.service.rows("subscriptions"), desk.service.rows("payments")] == once
+def test_three_missed_hours_are_selected_by_name_and_launched(desk: Desk, ui: Ui, hours_backfill: str) -> None:
+    backfill = desk.deployment.instance.get_backfill(hours_backfill)
+    assert backfill is not None
+    assert list(backfill.partition_names or ()) == _keys(desk)
 
 
 def test_long_charging_shows_its_progress_and_a_terminated_run_goes_on_when_it_is_executed_again(
@@ -244,6 +320,39 @@ def test_long_charging_shows_its_progress_and_a_terminated_run_goes_on_when_it_i
     ui.execute_again()
     ui.sees("RUN_SUCCESS")
     assert [desk.charges_of(name) for name in ("carol", "dave", "erin")] == [1, 1, 1]
+
+
+def test_the_backfill_of_three_hours_repairs_them_in_the_run_of_each_and_they_turn_green(
+    desk: Desk, ui: Ui, hours_again: Repetition
+) -> None:
+    keys = _keys(desk)
+    by_hour = {
+        record.dagster_run.tags["dagster/partition"]: record.dagster_run.run_id for record in hours_again.first_runs
+    }
+    for payment, key in zip(LOST, keys, strict=True):
+        settled = desk.service.rows("billing_orchestration.settlements", "external_payment_id = :id", id=payment)
+        assert [row.run_id for row in settled] == [by_hour[key]], f"{payment} by the run of its hour"
+    ui.sees_green(SUCCESSFUL_JOB, keys)
+    ui.picture("grid")
+    ui.open_run(by_hour[keys[0]], "apply_successful_matches")
+    told = ui.full_message("STEP_OUTPUT")
+    expect(told).to_contain_text("changed 1,")
+    expect(told).to_contain_text(f"payment {LOST[0]}")
+
+
+def test_numbers_are_plotted_over_time(desk: Desk, ui: Ui) -> None:
+    ui.plots(AUTOPAYMENT, "charged", "charged, RUB", "declined", "declines: soft", "unknown")
+    ui.plots(SUCCESSFUL_JOB, "corrections")
+    wait_for(lambda: desk.materialized("money"), "the first look of the money sensor")
+    ui.plots("money", "quarantine: open", "unknown outcomes", "oldest unfinished payment, hours")
+    ui.plots("quarantine", "open")
+
+
+def test_the_backfill_of_hours_repeated_changes_nothing(desk: Desk, ui: Ui, hours_again: Repetition) -> None:
+    runs = wait_for(lambda: _all_finished(desk, SUCCESSFUL_JOB, hours_again.backfill, 3), "the repetition's end")
+    assert all(record.dagster_run.is_success for record in runs)
+    assert all("billing/changed" not in record.dagster_run.tags for record in runs)
+    assert [desk.service.rows("subscriptions"), desk.service.rows("payments")] == hours_again.rows
 
 
 def test_the_first_line_of_a_failed_run_says_what_to_do(desk: Desk, ui: Ui, answering_provider: Sandbox) -> None:
@@ -273,62 +382,6 @@ def test_a_failed_run_alerts_once_and_its_link_leads_to_the_run(desk: Desk, ui: 
     ui.sees("the list of payments broke off at page 1")
 
 
-def test_what_waits_for_a_person_is_shown_with_its_reason_alerts_once_and_is_resolved_by_command(
-    desk: Desk, ui: Ui
-) -> None:
-    [entry] = desk.service.rows("billing_orchestration.quarantine", "external_payment_id = 'odd'")
-    wait_for(lambda: desk.materialized("quarantine"), "the quarantine on show")
-    ui.open_asset("quarantine")
-    ui.sees("payment odd")
-    ui.sees("metadata: metadata without a usable")
-    assert desk.receiver.titles.count("a new entry in the quarantine") == 1
-    listed = desk.deployment.command("quarantine", "list")
-    assert "payment odd" in listed
-    assert "metadata without a usable" in listed
-    anna = desk.subscriptions["anna"]
-    before = desk.service.row("subscriptions", anna).ended_at
-    desk.deployment.command(
-        "quarantine", "resolve", str(entry.id), "--attach", str(anna), "--reason", "hers", "--by", "vera"
-    )
-    after = desk.service.row("subscriptions", anna).ended_at
-    assert timedelta(days=27) < after - before < timedelta(days=32)
-    told = desk.deployment.command("explain", "payment", "odd")
-    assert "vera" in told
-    assert "hers" in told
-    assert "payment odd" not in desk.deployment.command("quarantine", "list")
-
-
-def test_numbers_are_plotted_over_time(desk: Desk, ui: Ui) -> None:
-    ui.plots(AUTOPAYMENT, "charged", "charged, RUB", "declined", "declines: soft", "unknown")
-    ui.plots(SUCCESSFUL_JOB, "corrections")
-    wait_for(lambda: desk.materialized("money"), "the first look of the money sensor")
-    ui.plots("money", "quarantine: open", "unknown outcomes", "oldest unfinished payment, hours")
-    ui.plots("quarantine", "open")
-
-
-def test_a_broken_invariant_is_red_in_the_ui_and_green_again_when_it_is_mended(desk: Desk, ui: Ui) -> None:
-    [charge] = desk.service.rows(
-        "billing_orchestration.settlements", "subscription_id = :id AND kind = 'renewed'", id=desk.subscriptions["anna"]
-    )
-    ui.open_asset("money", "checks")
-    for status, verdict in (("CANCELED", "Failed"), ("SUCCEEDED", "Succeeded")):
-        desk.service.execute("UPDATE payments SET status = :status WHERE id = :id", status=status, id=charge.payment_id)
-        ui.execute_checks()
-        ui.sees_check("no_second_success", "Succeeded")
-        ui.sees_check("paid_is_granted", verdict)
-        if verdict == "Failed":
-            ui.sees(f"settled payment {charge.external_payment_id}: its row {charge.payment_id} is CANCELED")
-            ui.picture("money_checks")
-
-
-def test_a_schedule_is_stopped_and_started_with_its_switch(desk: Desk, ui: Ui) -> None:
-    name = "run_history_daily_schedule"
-    ui.open(f"/locations/billing/schedules/{name}")
-    for status in ("STOPPED", "RUNNING"):
-        ui.switch()
-        wait_for(lambda status=status: desk.schedule_status(name) == status, f"{name} {status}")  # type: ignore[misc]
-
-
 def test_no_job_ever_ran_twice_at_a_time_and_the_ticks_came_every_two_minutes(desk: Desk) -> None:
     for job in (AUTOPAYMENT, *MATCHING):
         runs = sorted(desk.finished(job), key=lambda record: record.start_time or 0)
@@ -345,6 +398,24 @@ def _with_plan(desk: Desk) -> dg.RunRecord | None:
 
 def _two(times: list[float]) -> list[float] | None:
     return times[-2:] if len(times) > 1 else None
+
+
+def _keys(desk: Desk) -> list[str]:
+    return [desk.hour(hours_ago).strftime("%Y-%m-%d-%H:00") for hours_ago in MISSED_HOURS]
+
+
+def _backfill_days(ui: Ui) -> str:
+    dialog = ui.open_backfill(AUTOPAYMENT)
+    # The grid is today and the days before it; the missed ones are next to the last.
+    ui.select_by_mouse(dialog, GRID_DAYS - max(MISSED_DAYS), GRID_DAYS - min(MISSED_DAYS), GRID_DAYS + 1)
+    return ui.launch_backfill(dialog, len(MISSED_DAYS))
+
+
+def _backfill_hours(desk: Desk, ui: Ui) -> str:
+    keys = _keys(desk)
+    dialog = ui.open_backfill(SUCCESSFUL_JOB)
+    ui.select_by_name(dialog, keys[0], keys[-1])
+    return ui.launch_backfill(dialog, len(keys))
 
 
 def _all_finished(desk: Desk, job: str, backfill: str, count: int) -> list[dg.RunRecord] | None:

@@ -55,8 +55,9 @@ def started_browser() -> Iterator[Browser]:
 
 @contextmanager
 def browsing(browser: Browser, address: str) -> Iterator[Ui]:
-    """Lend a tab with an empty profile."""
+    """Lend a tab. What the UI keeps of what was typed goes with each page that is opened; its own code stays cached."""
     context = browser.new_context(viewport=SIZE, timezone_id="UTC", locale="en-US")  # type: ignore[arg-type]
+    context.add_init_script("localStorage.clear()")
     try:
         page = context.new_page()
         page.set_default_timeout(PATIENCE_S * 1000)
@@ -75,7 +76,11 @@ class Ui:
 
     def open(self, path: str) -> None:
         """Open a page of the UI."""
-        self.page.goto(self._address + path)
+        self.page.goto(self._address + path, wait_until="commit")
+
+    def shown(self) -> str:
+        """The address and what a person reads on the page now, for a test that failed."""
+        return f"{self.page.url}\n{self.page.locator('body').inner_text()[:6000]}"
 
     def sees(self, text: str) -> None:
         """Wait until a text is on the screen."""
