@@ -297,8 +297,8 @@ def limits_of_a_shard(config: ChargingConfig, at_once: int) -> ChargingConfig:
 
 
 @dg.op(
-    description="Add up what the shards did; red if something needs another try. The decisions are in the output of each"
-    " renew_shard. Runs only if the run is divided (`shards`).",
+    description="Add up what the shards did; red if something needs another try. The decisions are in the output of"
+    " each renew_shard. Runs only if the run is divided (`shards`).",
     ins={"shards": dg.In(dg.Nothing)},
     out=dg.Out(dg.Nothing, io_manager_key=HAND_OVER),
 )
