@@ -23,7 +23,7 @@ _LONGEST_TEXT = 2000
 # A provider's record is six levels deep. Python itself gives up at some hundred, and so would the whole page.
 _DEEPEST = 40
 # An index entry holds 2,700 bytes; a name of this many characters always fits.
-_LONGEST_NAME = 500
+LONGEST_NAME = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +103,9 @@ def storable(text: str) -> str:
 def storable_name(text: str) -> str:
     """Text that is found by an index: what PostgreSQL can store of it, and a digest of it in place of its length."""
     plain: str = _plain(text)
-    if len(plain) <= _LONGEST_NAME:
+    if len(plain) <= LONGEST_NAME:
         return plain
-    return f"{plain[: _LONGEST_NAME - 72]}… sha256 {hashlib.sha256(plain.encode()).hexdigest()}"
+    return f"{plain[: LONGEST_NAME - 72]}… sha256 {hashlib.sha256(plain.encode()).hexdigest()}"
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

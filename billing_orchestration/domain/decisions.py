@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
 from billing_orchestration.domain.money import Money
+
+_ZERO = Decimal(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Tally:
         self.counts[action] = self.counts.get(action, 0) + 1
         if money is not None and money.amount.is_finite():
             key = action, money.currency
-            self._sums[key] = self._sums.get(key, Decimal(0)) + money.amount
+            self._sums[key] = self._sums.get(key, _ZERO) + money.amount
         if len(self.first) < self._held:
             self.first.append(decision)
 
@@ -50,6 +52,17 @@ class Tally:
         """Take several."""
         for decision in decisions:
             self.append(decision)
+
+    def extend_alike(self, action: str, moneys: Sequence[Money | None], decision: Callable[[int], Decision]) -> None:
+        """Take several of one action, of which most are only counted: `decision` makes those that are held."""
+        self.counts[action] = self.counts.get(action, 0) + len(moneys)
+        sums = self._sums
+        for money in moneys:
+            if money is not None and money.amount.is_finite():
+                key = action, money.currency
+                sums[key] = sums.get(key, _ZERO) + money.amount
+        room = max(0, self._held - len(self.first))
+        self.first.extend(decision(index) for index in range(min(room, len(moneys))))
 
     def sums(self) -> list[tuple[str, str, Decimal]]:
         """Action, currency and the sum of its money, sorted.

@@ -56,7 +56,9 @@ JOB = "expire_payments_job"
 MAX_RUNTIME_S = 6 * 3600
 # Rows that are held at a time, however many are stale; and those of one transaction: few enough that the service's
 # webhook never waits long for one of them.
-PAGE = 1000
+PAGE = 5000
+# A page that the database refuses or is too busy for goes in parts of so many rows, and such a part row by row.
+PART = 100
 # So many transactions at a time: PostgreSQL works on one statement with one core, and pages are disjoint.
 SIDE_BY_SIDE = 2
 # So many payments in a row about which the provider does not answer: it fails for everyone, the rest waits.
@@ -369,25 +371,40 @@ def expire_all(
     def tell(page: Sequence[ExpirePayment], expired: set[int]) -> None:
         report.applied += len(expired)
         report.skipped += len(page) - len(expired)
-        report.decisions.extend(
-            _shown(expiry)
-            if expiry.row.id in expired
-            else Decision("skip", expiry.row.subject, "changed meanwhile, not PENDING any more", expiry.row.money)
-            for expiry in page
-        )
+        done = [expiry for expiry in page if expiry.row.id in expired]
+        if isinstance(report.decisions, Tally):
+            report.decisions.extend_alike("expire", [expiry.row.money for expiry in done], lambda at: _shown(done[at]))
+        else:
+            report.decisions.extend(map(_shown, done))
+        if len(done) < len(page):
+            report.decisions.extend(
+                Decision("skip", expiry.row.subject, "changed meanwhile, not PENDING any more", expiry.row.money)
+                for expiry in page
+                if expiry.row.id not in expired
+            )
+
+    def write_row(expiry: ExpirePayment) -> None:
+        try:
+            tell([expiry], write([expiry]))
+        except DatabaseBusy as error:
+            report.again.append(f"{expiry.row.subject}: {error}")
+            report.decisions.append(Decision("try again", expiry.row.subject, str(error), expiry.row.money))
+        except RowRefused as error:
+            refused.append(_refused(expiry.row, str(error)))
+
+    def write_part(part: Sequence[ExpirePayment]) -> None:
+        try:
+            tell(part, write(part))
+        except (DatabaseBusy, RowRefused):
+            for expiry in part:
+                write_row(expiry)
 
     def finish(page: Sequence[ExpirePayment], written: "Future[set[int]]") -> None:
         try:
             tell(page, written.result())
         except (DatabaseBusy, RowRefused):
-            for expiry in page:
-                try:
-                    tell([expiry], write([expiry]))
-                except DatabaseBusy as error:
-                    report.again.append(f"{expiry.row.subject}: {error}")
-                    report.decisions.append(Decision("try again", expiry.row.subject, str(error), expiry.row.money))
-                except RowRefused as error:
-                    refused.append(_refused(expiry.row, str(error)))
+            for start in range(0, len(page), PART):
+                write_part(page[start : start + PART])
 
     # Each page locks its own rows, in the order of their ids: two of them never wait for each other. Leaving the pool
     # waits for what is under way.

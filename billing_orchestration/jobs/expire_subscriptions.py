@@ -4,6 +4,7 @@ Daily at 05:00, after the day's renewals had their chance. One whose charge has 
 back: the customer may have paid. A run that would end too many stops before it changes anything.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -171,9 +172,10 @@ def expire_all(
     report: RunReport,
     log: Callable[[str], None],
 ) -> int:
-    """Chunk after chunk, first past locked rows, then waiting for them; never more than were shown and guarded.
+    """Chunks side by side, then what they left: chunk after chunk, first past locked rows, then waiting for them.
 
-    A chunk that the database refuses is cut down until the one row in it is found, which then goes to quarantine.
+    Never more than were shown and guarded. A chunk that the database refuses is cut down until the one row in it is
+    found, which then goes to quarantine.
     """
     from billing_orchestration.database.engine import translated
     from billing_orchestration.database.errors import DatabaseBusy
@@ -194,7 +196,7 @@ def expire_all(
                 passed_over=list(refused),
             )
 
-    done = _expire_side_by_side(wanted, lambda size: expire(size, wait_for_locks=False), log)
+    done = _expire_side_by_side(over, wanted, database, clock, reason, log) if wanted >= SIDE_BY_SIDE * CHUNK else 0
     size = CHUNK
     for wait_for_locks in (False, True):
         while done + len(refused) < wanted:
@@ -222,37 +224,62 @@ def expire_all(
     return done
 
 
-def _expire_side_by_side(wanted: int, expire: Callable[[int], int], log: Callable[[str], None]) -> int:
-    """Expire whole chunks, some at a time, for as long as nothing is odd; give back how many subscriptions expired.
+def _expire_side_by_side(
+    over: SubscriptionsOver,
+    wanted: int,
+    database: BillingDatabase,
+    clock: Clock,
+    reason: str,
+    log: Callable[[str], None],
+) -> int:
+    """Expire chunks, some at a time, each from where the one before it ends; give back how many expired.
 
-    What it leaves (locked, held, refused or too busy a chunk, and whatever is no whole chunk) is the caller's, who goes
-    about it one chunk at a time. Chunks pass over each other's locked rows, and the sizes of those under way count as
-    done: together they never expire more than `wanted`.
+    What it leaves (what is locked, or a chunk that the database refuses) is the caller's, who goes about it one chunk
+    at a time. They are locked in turn, and what is locked counts as done: together they never expire more than
+    `wanted`.
     """
-    from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+    from concurrent.futures import ThreadPoolExecutor
 
-    from billing_orchestration.database.errors import DatabaseBusy
-    from billing_orchestration.database.expiry import NotExpired
+    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.errors import DatabaseBusy, RowRefused
+    from billing_orchestration.database.expiry import expire_locked, lock_over
 
-    done = 0
-    is_even = wanted >= SIDE_BY_SIDE * CHUNK
-    under_way: set[Future[int]] = set()
+    turn = threading.Lock()
+    done = claimed = 0
+    after: tuple[str, int] | None = None
+
+    def expire_next() -> bool:
+        """One chunk, in a transaction of its own. False: there are no more."""
+        nonlocal done, claimed, after
+        with translated(), database.engine.begin() as connection:
+            with turn:
+                size = min(CHUNK, wanted - claimed)
+                locked = lock_over(connection, over.over_before, size, after) if size else None
+                if locked is None:
+                    return False
+                claimed, after = claimed + locked.count, locked.last
+            stamp = Stamp(JOB, over.scope.run_id, clock.now())
+            expired = expire_locked(connection, stamp, locked, over_before=over.over_before, reason=reason)
+        with turn:
+            done += expired
+            log(f"expired {done} of {wanted}")
+        return True
+
+    def work() -> None:
+        is_more = True
+        while is_more:
+            try:
+                is_more = expire_next()
+            except RowRefused:
+                continue
+            except DatabaseBusy:
+                return
+
     # Leaving the pool waits for what is under way: nothing is committed behind the caller's back.
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-        while is_even or under_way:
-            while is_even and len(under_way) < SIDE_BY_SIDE and done + (len(under_way) + 1) * CHUNK <= wanted:
-                under_way.add(pool.submit(expire, CHUNK))
-            if not under_way:
-                break
-            finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            for chunk in finished:
-                try:
-                    expired = chunk.result()
-                except (DatabaseBusy, NotExpired):
-                    expired = 0
-                done += expired
-                is_even = is_even and expired == CHUNK
-            log(f"expired {done} of {wanted}")
+        working = [pool.submit(work) for _ in range(SIDE_BY_SIDE)]
+    for worker in working:
+        worker.result()
     return done
 
 
