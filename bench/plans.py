@@ -15,10 +15,11 @@ from bench.provider import payment_id
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.engine import create_engine
 from billing_orchestration.database.expiry import (
+    expire_locked,
     expire_payments,
-    expire_subscriptions,
     fetch_over,
     fetch_stale_payments,
+    lock_over,
 )
 from billing_orchestration.database.matching import fetch_pending, fetch_rows, fetch_settled
 
@@ -33,7 +34,7 @@ def explained(url: str) -> Iterator[tuple[sa.Connection, list[str]]]:
     plans: list[str] = []
 
     def before(_: Any, cursor: Any, statement: str, parameters: Any, *__: Any) -> None:
-        if statement.strip().startswith(_WORK):
+        if statement.strip().startswith(_WORK) and "set_config" not in statement:
             # On a cursor of its own: a streamed statement's can do nothing else.
             with cursor.connection.cursor() as asking:
                 asking.execute(f"EXPLAIN (COSTS OFF) {statement}", parameters)
@@ -68,9 +69,9 @@ def of_expiry(url: str) -> list[str]:
 
     def work(connection: sa.Connection) -> None:
         fetch_over(connection, over_before, 100)
-        expire_subscriptions(
-            connection, stamp, over_before=over_before, reason="over", size=10_000, wait_for_locks=False
-        )
+        locked = lock_over(connection, over_before, 10_000, None)
+        assert locked is not None
+        expire_locked(connection, stamp, locked, over_before=over_before, reason="over")
         rows = fetch_stale_payments(connection, datetime(2026, 3, 5, 12, tzinfo=UTC))
         expire_payments(connection, stamp, [(row, "nobody paid") for row in rows[:1000]])
 

@@ -204,6 +204,12 @@ def _told(stamp: Stamp, reason: str) -> dict[str, Any]:
     }
 
 
+# PostgreSQL takes places for scattered over the disk, and would rather read all of a table that is not large. For this
+# transaction only.
+_BY_PLACE = sa.text("SELECT set_config('enable_seqscan', 'off', true)")
+_LOWEST_ID = -(2**31)
+
+
 @dataclass(frozen=True, slots=True)
 class Locked:
     """So many subscriptions that this transaction holds: where they are stored, and the end and id of the last one."""
@@ -237,9 +243,8 @@ def lock_over(
 
     Whoever begins at the oldest again for each chunk wades through all that the chunks before it have left behind.
     """
-    # PostgreSQL takes places for scattered over the disk, and would rather read all of a table that is not large.
-    connection.execute(sa.text("SET LOCAL enable_seqscan = off"))
-    last_end, last_id = after or ("-infinity", -1)
+    connection.execute(_BY_PLACE)
+    last_end, last_id = after or ("-infinity", _LOWEST_ID)
     found = connection.execute(
         _LOCK_AFTER,
         {"over_before": naive_utc(over_before), "size": size, "last_end": last_end, "last_id": last_id},
@@ -250,7 +255,12 @@ def lock_over(
 def expire_locked(
     connection: sa.Connection, stamp: Stamp, locked: Locked, *, over_before: datetime, reason: str
 ) -> int:
-    """Expire what this transaction has locked, but what was found held or changed since; return how many expired."""
+    """Expire what this transaction has locked, but what is held by now; return how many expired.
+
+    Nothing held is expired: charging locks the subscription (FOR SHARE) and writes its attempt in one transaction.
+    Either that was committed before the row was locked here, then this statement, which is younger, sees the attempt;
+    or it is under way, then the row was passed over; or it waits for this transaction, then it finds EXPIRED.
+    """
     result = connection.execute(
         _EXPIRE_IN_PLACE,
         {"over_before": naive_utc(over_before), **_told(stamp, reason), "places": locked.places},
@@ -305,8 +315,7 @@ def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[t
     """
     if not reasons:
         return set()
-    # They are told by their ids and places: see lock_over.
-    connection.execute(sa.text("SET LOCAL enable_seqscan = off"))
+    connection.execute(_BY_PLACE)
     expired = _expire_payments(connection, stamp, reasons)
     if len(expired) < len(reasons):
         expired |= _expire_payments(connection, stamp, [item for item in reasons if item[0].id not in expired])

@@ -247,5 +247,9 @@ audit_trail = sa.Table(
     sa.Column("external_payment_id", sa.Text),
     sa.Index("audit_trail_entity", "entity", "entity_id"),
     sa.Index("audit_trail_run_id", "run_id"),
-    sa.Index("audit_trail_external_payment_id", "external_payment_id"),
+    sa.Index(
+        "audit_trail_external_payment_id",
+        "external_payment_id",
+        postgresql_where=sa.text("external_payment_id IS NOT NULL"),
+    ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -13,13 +13,15 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.database.attempts import Closing, close, open_and_claim
-from billing_orchestration.database.audit import Stamp
+from billing_orchestration.database.audit import Stamp, storable_name
 from billing_orchestration.database.expiry import (
     OverSlice,
+    expire_locked,
     expire_payments,
     expire_subscriptions,
     fetch_over,
     fetch_stale_payments,
+    lock_over,
 )
 from billing_orchestration.domain.renewals import State
 from billing_orchestration.domain.settlement import PaymentRow, Settle
@@ -237,6 +239,101 @@ def test_four_runs_at_once_expire_each_subscription_once(books: Books) -> None:
     assert sorted(int(row.entity_id) for row in books.rows("audit_trail")) == ids
 
 
+# Subscriptions, chunk after chunk
+
+
+def expire_from(
+    books: Books, after: tuple[str, int] | None, size: int = 100, meanwhile: Callable[[], object] = lambda: None
+) -> tuple[int, tuple[str, int] | None]:
+    """A chunk: how many expired, and where the next one begins (None: nothing was left to lock)."""
+    with books.engine.begin() as connection:
+        locked = lock_over(connection, NOON, size, after)
+        meanwhile()
+        if locked is None:
+            return 0, None
+        return expire_locked(connection, STAMP, locked, over_before=NOON, reason="the grace is over"), locked.last
+
+
+def test_each_chunk_begins_where_the_one_before_it_ends(books: Books) -> None:
+    # Several with one end, and ends that Python has no datetime for.
+    ends = ["-infinity", "-infinity", "0044-03-15 BC", *[naive(NOON - A_DAY)] * 5, naive(NOON - A_DAY / 2)]
+    ids = [books.subscription(ended_at=end) for end in reversed(ends)][::-1]
+    held = books.subscription(ended_at=NOON - 2 * A_DAY)
+    books.attempt(held)
+    stays = books.subscription(ended_at=NOON)
+    expected = [{ids[1], ids[0]}, {ids[2], ids[7]}, {ids[6], ids[5]}, {ids[4], ids[3]}, {ids[8]}]
+    after = None
+    for chunk in expected:
+        before = {int(row.entity_id) for row in books.rows("audit_trail")}
+        expired, after = expire_from(books, after, 2)
+        assert {int(row.entity_id) for row in books.rows("audit_trail")} - before == chunk
+        assert expired == len(chunk)
+    assert expire_from(books, after, 2) == (0, None)
+    assert statuses(books) == {**dict.fromkeys(ids, "EXPIRED"), held: "ACTIVE", stays: "ACTIVE"}
+    assert {row.reason for row in books.rows("audit_trail", f"entity_id = '{ids[0]}'")} == {
+        "ended -infinity, the grace is over"
+    }
+
+
+def test_what_somebody_has_locked_is_passed_over_by_the_chunks(books: Books, database_url: str) -> None:
+    ids = [books.subscription(ended_at=NOON - days * A_DAY) for days in (5, 4, 3)]
+    with psycopg.connect(database_url) as service:
+        service.execute(b"SELECT FROM subscriptions WHERE id = ANY(%s) FOR SHARE", [[ids[0], ids[2]]])
+        expired, after = expire_from(books, None)
+        assert (expired, after) == (1, (str(naive(NOON - 4 * A_DAY)), ids[1]))
+        assert expire_from(books, after) == (0, None)
+    assert statuses(books) == {ids[0]: "ACTIVE", ids[1]: "EXPIRED", ids[2]: "ACTIVE"}
+
+
+def test_a_charge_that_was_committed_after_the_chunk_was_chosen_holds_its_subscription_back(books: Books) -> None:
+    charged, other = books.subscription(ended_at=NOON - 2 * A_DAY), books.subscription(ended_at=NOON - A_DAY)
+    # Its attempt is younger than the statement that chose and locked: as if it was committed between the two.
+    expired, _ = expire_from(books, None, meanwhile=lambda: books.attempt(charged))
+    assert expired == 1
+    assert statuses(books) == {charged: "ACTIVE", other: "EXPIRED"}
+    assert [row.entity_id for row in books.rows("audit_trail", "action = 'expired'")] == [str(other)]
+
+
+def test_a_charge_that_waits_for_a_chunk_is_not_opened(books: Books) -> None:
+    attempt = books.planned(books.subscription(ended_at=NOON - 2 * A_DAY))
+
+    def charge() -> object:
+        with books.engine.begin() as connection:
+            return open_and_claim(connection, books.stamp(), [attempt])
+
+    with ThreadPoolExecutor() as pool:
+        charging: list[Future[object]] = []
+        expired, _ = expire_from(
+            books, None, meanwhile=lambda: charging.append(start_blocked(pool, books.engine, charge))
+        )
+        assert expired == 1
+        assert charging[0].result() == set()
+
+
+def test_a_charge_that_is_under_way_keeps_its_subscription_out_of_the_chunk(books: Books) -> None:
+    charged, other = books.subscription(ended_at=NOON - 2 * A_DAY), books.subscription(ended_at=NOON - A_DAY)
+    attempt = books.planned(charged)
+    with books.engine.connect() as charging:
+        assert open_and_claim(charging, books.stamp(), [attempt])
+        assert expire_from(books, None, meanwhile=charging.commit)[0] == 1
+    assert statuses(books) == {charged: "ACTIVE", other: "EXPIRED"}
+
+
+def test_chunks_of_several_runs_at_once_expire_each_subscription_once(books: Books) -> None:
+    ids = [books.subscription(ended_at=NOON - n % 9 * A_DAY - A_DAY) for n in range(60)]
+
+    def work(size: int) -> int:
+        done, after = expire_from(books, None, size)
+        while after is not None:
+            expired, after = expire_from(books, after, size)
+            done += expired
+        return done
+
+    done = sum(at_once([partial(work, size) for size in (3, 5, 7, 60)]))
+    assert done + expire(books) == len(ids)
+    assert sorted(int(row.entity_id) for row in books.rows("audit_trail")) == ids
+
+
 # Payments
 
 
@@ -306,6 +403,25 @@ def test_a_payment_that_is_not_what_was_asked_about_is_not_expired(
         assert expire_rows(books, rows) == set()
     assert all(row.status != "EXPIRED" for row in books.rows("payments"))
     assert books.rows("audit_trail") == []
+
+
+def test_a_payment_that_was_only_touched_while_it_was_waited_for_expires(books: Books, database_url: str) -> None:
+    ids = {books.payment("p"), books.payment("q")}
+    rows = stale(books)
+    with ThreadPoolExecutor() as pool, psycopg.connect(database_url) as service:
+        service.execute(b"UPDATE payments SET updated_at = now() WHERE external_payment_id = 'p'")
+        waiting = start_blocked(pool, books.engine, partial(expire_rows, books, rows))
+        service.commit()
+        assert waiting.result() == ids
+    assert sorted(int(row.entity_id) for row in books.rows("audit_trail")) == sorted(ids)
+
+
+def test_an_id_that_no_index_holds_is_cut_in_the_audit_trail_alone(books: Books) -> None:
+    long, short = books.payment("x" * 900), books.payment('with "quotes", {braces}')
+    assert expire_rows(books, stale(books)) == {long, short}
+    names = {int(row.entity_id): row.external_payment_id for row in books.rows("audit_trail")}
+    assert names[short] == 'with "quotes", {braces}'
+    assert names[long] == storable_name("x" * 900)
 
 
 def test_a_payment_that_got_its_provider_id_after_it_was_read_is_not_expired(books: Books) -> None:

@@ -23,6 +23,7 @@ from billing_orchestration.database.errors import (
     AccessDenied,
     BillingDatabaseError,
     DatabaseBusy,
+    SchemaOutdated,
     SchemaTooNew,
     ServiceTablesMissing,
 )
@@ -547,6 +548,36 @@ def test_one_connection_of_the_pool_is_left_as_it_was(database_url: str) -> None
             assert connection.scalar(sa.text("SHOW lock_timeout")) == "10s"
             assert connection.scalar(sa.text("SHOW statement_timeout")) == "5min"
     engine.dispose()
+
+
+# From an older revision
+
+
+def test_an_upgrade_from_the_first_revision_keeps_the_records_and_is_repeatable(
+    service_engine: sa.Engine, empty_database_url: str
+) -> None:
+    from alembic import command
+
+    quietly(service_engine)
+    newest = describe(empty_database_url, "billing_orchestration")
+    with service_engine.begin() as connection:
+        command.downgrade(migrating._alembic(connection), "0001")
+        connection.execute(sa.text("INSERT INTO billing_orchestration.audit_trail" + AUDIT))
+    entries = catalog(empty_database_url, "SELECT * FROM billing_orchestration.audit_trail")
+    with service_engine.connect() as connection, pytest.raises(SchemaOutdated, match="at revision 0001"):
+        check_schema(connection)
+    report = quietly(service_engine)
+    assert report.done == (f"brought the schema billing_orchestration from 0001 to revision {HEAD_REVISION}",)
+    assert describe(empty_database_url, "billing_orchestration") == newest
+    assert catalog(empty_database_url, "SELECT * FROM billing_orchestration.audit_trail") == entries
+    assert quietly(service_engine).done == ()
+
+
+AUDIT = """
+    (at, job, run_id, entity, entity_id, action, reason, external_payment_id)
+    VALUES (now(), 'j', 'r', 'payment', '1', 'expired', 'over', 'p'),
+           (now(), 'j', 'r', 'subscription', '1', 'expired', 'over', NULL)
+"""
 
 
 # And back

@@ -21,10 +21,12 @@ import sqlalchemy as sa
 from billing_orchestration.database.attempts import Closing, by_ids, claim, close, open_and_claim, open_attempts
 from billing_orchestration.database.audit import Problem, open_problems
 from billing_orchestration.database.expiry import (
+    expire_locked,
     expire_payments,
     expire_subscriptions,
     fetch_over,
     fetch_stale_payments,
+    lock_over,
 )
 from billing_orchestration.database.matching import fetch_pending, fetch_rows, fetch_settled
 from billing_orchestration.database.renewals import fetch_due
@@ -229,6 +231,10 @@ def what_is_over(books: Books) -> None:
                 connection, books.stamp(), over_before=bound, reason="over", size=100, wait_for_locks=wait
             )
             assert expired == 100
+        locked = lock_over(connection, bound, 100, None)
+        assert locked is not None
+        assert lock_over(connection, bound, 100, locked.last) is not None
+        assert expire_locked(connection, books.stamp(), locked, over_before=bound, reason="over") == 100
 
     check(books, work, OWN, REUSED)
 

@@ -43,3 +43,20 @@ def test_only_the_first_few_are_held() -> None:
     assert tally.first == DECISIONS[:2]
     assert len(tally) == 5
     assert not Tally(2)
+
+
+def test_many_that_are_alike_are_counted_as_if_they_came_one_by_one() -> None:
+    moneys = [Money(Decimal("1.50"), "RUB"), None, Money(Decimal("NaN"), "RUB"), Money(Decimal(2), "USD")]
+
+    def decision(number: int) -> Decision:
+        return Decision("expire", f"payment {number}", "over", moneys[number])
+
+    for held in (0, 3, 9):
+        one_by_one, together = Tally(held, [decision(0)]), Tally(held, [decision(0)])
+        one_by_one.extend(decision(number) for number in range(4))
+        together.extend_alike("expire", moneys, decision)
+        assert (together.first, together.counts, together.sums()) == (
+            one_by_one.first,
+            one_by_one.counts,
+            one_by_one.sums(),
+        )
