@@ -141,7 +141,11 @@ _EXPIRE_LOCKED = """
     FROM expired
 """
 _EXPIRE_BY_ID = sa.text(_EXPIRE_LOCKED.format(locked="s.id = ANY(:ids)", held=_HELD))
-_EXPIRE_IN_PLACE = sa.text(_EXPIRE_LOCKED.format(locked="s.ctid = ANY(CAST(:places AS tid[]))", held=_HELD))
+# The places are an array only when it runs: a planner that saw ten thousand of them would take them for scattered over
+# the disk, and rather read everything that is over once more.
+_EXPIRE_IN_PLACE = sa.text(
+    _EXPIRE_LOCKED.format(locked="s.ctid = ANY(CAST(CAST(:places AS text) AS tid[]))", held=_HELD)
+)
 
 
 class NotExpired(Exception):
@@ -204,9 +208,6 @@ def _told(stamp: Stamp, reason: str) -> dict[str, Any]:
     }
 
 
-# PostgreSQL takes places for scattered over the disk, and would rather read all of a table that is not large. For this
-# transaction only.
-_BY_PLACE = sa.text("SELECT set_config('enable_seqscan', 'off', true)")
 _LOWEST_ID = -(2**31)
 
 
@@ -243,7 +244,6 @@ def lock_over(
 
     Whoever begins at the oldest again for each chunk wades through all that the chunks before it have left behind.
     """
-    connection.execute(_BY_PLACE)
     last_end, last_id = after or ("-infinity", _LOWEST_ID)
     found = connection.execute(
         _LOCK_AFTER,
@@ -315,7 +315,8 @@ def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[t
     """
     if not reasons:
         return set()
-    connection.execute(_BY_PLACE)
+    # For this transaction only: thousands of ids make PostgreSQL read all of a table that is not large.
+    connection.execute(sa.text("SELECT set_config('enable_seqscan', 'off', true)"))
     expired = _expire_payments(connection, stamp, reasons)
     if len(expired) < len(reasons):
         expired |= _expire_payments(connection, stamp, [item for item in reasons if item[0].id not in expired])
