@@ -58,6 +58,10 @@ class Context:
     run_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def job_name(self) -> str:
+        return self.job_def.name
+
+    @property
     def instance(self) -> _Instance:
         return _Instance(self.tags)
 

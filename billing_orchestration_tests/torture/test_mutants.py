@@ -50,7 +50,7 @@ def test_each_mutant_has_a_name_of_its_own() -> None:
     assert len(PROMISED) == 13
 
 
-@pytest.mark.skipif(not THOROUGH, reason="all of them take minutes: make torture")
+@pytest.mark.thorough
 def test_every_mutant_is_killed(capsys: pytest.CaptureFixture[str]) -> None:
     unsound, verdicts = attempt_all(ALL)
 

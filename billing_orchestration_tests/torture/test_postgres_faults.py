@@ -72,7 +72,7 @@ def judge(matrix: Matrix, capsys: pytest.CaptureFixture[str]) -> None:
     assert matrix.unreached * 10 <= len(matrix.cells)
 
 
-@pytest.mark.skipif(not THOROUGH, reason="all of it takes minutes: make torture")
+@pytest.mark.thorough
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_whatever_happens_to_postgresql_at_any_step_the_next_runs_complete_it(
     own_server: tuple[Server, str],
