@@ -40,7 +40,9 @@ def test_the_promise_holds_on_every_simulated_day(server: tuple[str, str], seed:
 
 
 _TWO_WORKERS = """
-import os, time
+import os, signal, time
+# A shell's background job is born with it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from billing_orchestration_tests.torture.simulation import workers_of
 
 with workers_of(2) as workers:
