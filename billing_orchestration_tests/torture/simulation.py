@@ -9,8 +9,9 @@ by events: a matching tick is run when something that it could see has changed, 
 ticks in between, every two minutes, would have found nothing; all they leave behind is their watermark, which the
 simulation writes for them.
 
-One seed is one story: same code, same seed, same run. Seeds whose number is divisible by 10 talk HTTP, those divisible
-by 5 send several charges at a time (there the order of answers, and so the story, may differ between two plays).
+A seed draws the story. Seeds whose number is divisible by 10 talk HTTP, those divisible by 5 send several charges at a
+time. Some jobs write from several threads, whose order may differ between two plays: a complaint that does not come
+back at once may need several plays.
 """
 
 from __future__ import annotations
