@@ -48,8 +48,11 @@ from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.jobs.settling import Failed, open_all, report_settled, report_unusable, settle_all
 from billing_orchestration.jobs.spool import Spool
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+from billing_orchestration.threads import threads
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from billing_orchestration.database.settling import Settled
 
 JOB = "expire_payments_job"
@@ -354,8 +357,6 @@ def expire_all(
 ) -> None:
     """Expire pages of payments, each in a transaction of its own, some at a time. What the database refuses goes to
     quarantine, row by row; what it is too busy for is named for another try."""
-    from concurrent.futures import Future, ThreadPoolExecutor
-
     from billing_orchestration.database.engine import translated
     from billing_orchestration.database.errors import DatabaseBusy, RowRefused
     from billing_orchestration.database.expiry import expire_payments
@@ -408,7 +409,7 @@ def expire_all(
 
     # Each page locks its own rows, in the order of their ids: two of them never wait for each other. Leaving the pool
     # waits for what is under way.
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+    with threads().make_pool(SIDE_BY_SIDE, "expire") as pool:
         under_way: deque[tuple[Sequence[ExpirePayment], Future[set[int]]]] = deque()
         for page in pages:
             under_way.append((page, pool.submit(write, page)))

@@ -4,7 +4,6 @@ Daily at 05:00, after the day's renewals had their chance. One whose charge has 
 back: the customer may have paid. A run that would end too many stops before it changes anything.
 """
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,6 +32,7 @@ from billing_orchestration.jobs.run_report import (
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.jobs.settling import open_all
 from billing_orchestration.resources import BillingDatabase, Clock, RunSettings
+from billing_orchestration.threads import threads
 
 if TYPE_CHECKING:
     from billing_orchestration.database.expiry import OverSlice
@@ -238,13 +238,11 @@ def _expire_side_by_side(
     at a time. They are locked in turn, and what is locked counts as done: together they never expire more than
     `wanted`.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     from billing_orchestration.database.engine import translated
     from billing_orchestration.database.errors import DatabaseBusy, RowRefused
     from billing_orchestration.database.expiry import expire_locked, lock_over
 
-    turn = threading.Lock()
+    turn = threads().make_lock()
     done = claimed = 0
     after: tuple[str, int] | None = None
 
@@ -276,7 +274,7 @@ def _expire_side_by_side(
                 return
 
     # Leaving the pool waits for what is under way: nothing is committed behind the caller's back.
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+    with threads().make_pool(SIDE_BY_SIDE, "expire") as pool:
         working = [pool.submit(work) for _ in range(SIDE_BY_SIDE)]
     for worker in working:
         worker.result()

@@ -33,6 +33,7 @@ from billing_orchestration.provider.pacing import Pace, map_concurrently
 from billing_orchestration.provider.records import parse_payment, provider_instant, read_json
 from billing_orchestration.provider.slices import Collector, Slice
 from billing_orchestration.provider.wire import Answer, Wire
+from billing_orchestration.threads import threads
 
 if TYPE_CHECKING:
     from billing_orchestration.provider.sdk import Charges
@@ -141,7 +142,7 @@ class PaymentProvider:
         self._read_attempts = read_attempts
         self._read_backoff_s = read_backoff_s
         self._sleep = sleep
-        self._pace = Pace(max_requests_per_second, sleep=sleep)
+        self._pace = Pace(max_requests_per_second, clock=threads().monotonic, sleep=sleep)
         self._wire = Wire(self.api_url, max_connections=max_connections, connect_s=timeouts.connect_s)
         token = b64encode(f"{shop_id}:{secret_key}".encode()).decode("ascii")
         self._outcomes = Outcomes(self.api_url, (secret_key, token))

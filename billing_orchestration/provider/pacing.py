@@ -9,11 +9,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
 from typing import TypeVar, cast
 
 from billing_orchestration.provider.errors import WrongCredentials
+from billing_orchestration.threads import Queue, threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -123,7 +122,7 @@ def _map(
     function: Callable[[Item], Result], items: Iterable[Item], max_concurrency: int, allowed: int
 ) -> Iterator[tuple[Item, Result | Exception]]:
     # A queue instead of concurrent.futures.wait: that looks at every future in flight for each one that ends.
-    answers: SimpleQueue[tuple[Item, Result | None, BaseException | None]] = SimpleQueue()
+    answers: Queue[tuple[Item, Result | None, BaseException | None]] = threads().make_queue()
 
     def call(item: Item) -> None:
         try:
@@ -135,7 +134,7 @@ def _map(
     in_flight = 0
     exhausted = False
     refused: WrongCredentials | None = None
-    with ThreadPoolExecutor(max_workers=max_concurrency, thread_name_prefix="provider") as threads:
+    with threads().make_pool(max_concurrency, "provider") as pool:
 
         def hand_out() -> None:
             nonlocal in_flight, exhausted
@@ -145,7 +144,7 @@ def _map(
                 except StopIteration:
                     exhausted = True
                 else:
-                    threads.submit(call, item)
+                    pool.submit(call, item)
                     in_flight += 1
 
         hand_out()

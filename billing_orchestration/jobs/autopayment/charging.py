@@ -25,8 +25,6 @@ failure. No more answers wait to be written than charges may be under way.
 import heapq
 import itertools
 import queue
-import threading
-import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,6 +57,7 @@ from billing_orchestration.provider.errors import (
     WrongCredentials,
 )
 from billing_orchestration.resources import BillingDatabase
+from billing_orchestration.threads import Event, Queue, Thread, threads
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -219,7 +218,7 @@ class _Broken:
 class Charging:
     """One run of the protocol. Use `run` once.
 
-    `make_stamp` gives job, run id and the present moment; `log` takes progress lines; `monotonic` times the waits.
+    `make_stamp` gives job, run id and the present moment; `log` takes progress lines.
     """
 
     database: BillingDatabase
@@ -227,17 +226,15 @@ class Charging:
     limits: ChargingLimits
     make_stamp: Callable[[], Stamp]
     log: Callable[[str], None]
-    monotonic: Callable[[], float] = time.monotonic
+    monotonic: Callable[[], float] = field(init=False)
     stop_reason: str | None = None
     _ready: "deque[_Work]" = field(default_factory=deque)
     _delayed: list[tuple[float, int, _Work]] = field(default_factory=list)
-    _events: "queue.SimpleQueue[_Answered | _Claimed | _Written | _Broken]" = field(default_factory=queue.SimpleQueue)
-    _to_claim: "queue.SimpleQueue[tuple[list[_Work], list[uuid.UUID]] | None]" = field(
-        default_factory=queue.SimpleQueue
-    )
-    _to_send: "queue.SimpleQueue[_Work | None]" = field(default_factory=queue.SimpleQueue)
-    _senders: list[threading.Thread] = field(default_factory=list)
-    _to_write: "queue.SimpleQueue[_Batch | None]" = field(default_factory=queue.SimpleQueue)
+    _events: "Queue[_Answered | _Claimed | _Written | _Broken]" = field(init=False)
+    _to_claim: "Queue[tuple[list[_Work], list[uuid.UUID]] | None]" = field(init=False)
+    _to_send: "Queue[_Work | None]" = field(init=False)
+    _senders: list[Thread] = field(default_factory=list)
+    _to_write: "Queue[_Batch | None]" = field(init=False)
     _judged: "deque[_Judged]" = field(default_factory=deque)
     _oldest_judged_at: float = 0.0
     # One charge of a payment method at a time: who has it, and who waits behind for what the card says.
@@ -248,12 +245,19 @@ class Charging:
     _claiming: int = 0
     _writing: int = 0
     _batches: int = 0
-    _stopped: threading.Event = field(default_factory=threading.Event)
+    _stopped: Event = field(init=False)
     _order: "itertools.count[int]" = field(default_factory=itertools.count)
     _in_flight: int = 0
     _width: int = 1
     _failures: int = 0
     _results: list[ChargeResult] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        make = threads()
+        self.monotonic = make.monotonic
+        self._events, self._to_claim = make.make_queue(), make.make_queue()
+        self._to_send, self._to_write = make.make_queue(), make.make_queue()
+        self._stopped = make.make_event()
 
     def run(self, decisions: Sequence[Charge | Resend]) -> list[ChargeResult]:
         """Charge every decision; one result each.
@@ -298,22 +302,18 @@ class Charging:
     @contextmanager
     def _database_threads(self, locks: "sa.Connection") -> Iterator[None]:
         """The threads of steps 1, 2, 4 and 5: a body of work each, until they are told to end."""
-        threads = [
-            threading.Thread(target=self._guarded, args=(self._keep_claiming, locks), name="claim"),
-            *(
-                threading.Thread(target=self._guarded, args=(self._keep_writing,), name=f"conclude {number}")
-                for number in range(_WRITERS)
-            ),
+        start = threads().start
+        started = [
+            start(self._guarded, self._keep_claiming, locks, name="claim"),
+            *(start(self._guarded, self._keep_writing, name=f"conclude {number}") for number in range(_WRITERS)),
         ]
-        for thread in threads:
-            thread.start()
         try:
             yield
         finally:
             self._to_claim.put(None)
             for _ in range(_WRITERS):
                 self._to_write.put(None)
-            for thread in threads:
+            for thread in started:
                 thread.join()
 
     def _guarded(self, body: Callable[..., None], *given: "sa.Connection") -> None:
@@ -434,9 +434,7 @@ class Charging:
                 self._to_send.put(work)
                 # One for each that may be under way at a time, as they are needed.
                 if len(self._senders) < min(self._in_flight, self.limits.max_concurrency):
-                    sender = threading.Thread(target=self._keep_sending, name=f"charge {len(self._senders)}")
-                    sender.start()
-                    self._senders.append(sender)
+                    self._senders.append(threads().start(self._keep_sending, name=f"charge {len(self._senders)}"))
             elif attempt_id in event.busy:
                 self._done.append(attempt_id)
                 outcome = "unknown" if work.sent_before else "never sent"
@@ -527,6 +525,9 @@ class Charging:
             before_send()
             answer = self.provider.create_payment(work.attempt.body, str(work.attempt.idempotence_key), before_send)
         except Exception as error:  # noqa: BLE001 - judged by the coordinating thread; an unknown one counts as unknown
+            if isinstance(error, WrongCredentials):
+                # At once: until the coordinating thread hears of it, this one would send the next.
+                self._stopped.set()
             answer = error
         self._events.put(_Answered(work, answer))
 
