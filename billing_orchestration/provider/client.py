@@ -130,6 +130,7 @@ class PaymentProvider:
         read_attempts: int = 4,
         read_backoff_s: float = 0.5,
         sleep: Callable[[float], None] = time.sleep,
+        uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
         """Sends nothing. Raises ValueError for what cannot work."""
         if not shop_id or not secret_key:
@@ -142,6 +143,7 @@ class PaymentProvider:
         self._read_attempts = read_attempts
         self._read_backoff_s = read_backoff_s
         self._sleep = sleep
+        self._uniform = uniform
         self._pace = Pace(max_requests_per_second, clock=threads().monotonic, sleep=sleep)
         self._wire = Wire(self.api_url, max_connections=max_connections, connect_s=timeouts.connect_s)
         token = b64encode(f"{shop_id}:{secret_key}".encode()).decode("ascii")
@@ -353,7 +355,7 @@ class PaymentProvider:
                 if not isinstance(fault, RateLimited):  # after a 429 the next turn is the wait
                     backoff_s = min(self._read_backoff_s * 2 ** (attempt - 1), _LONGEST_BACKOFF_S)
                     # Spread, so that 64 threads do not come back in step.
-                    backoff_s *= random.uniform(0.75, 1.25)  # noqa: S311 - not a secret
+                    backoff_s *= self._uniform(0.75, 1.25)
                     self._sleep(max(backoff_s, getattr(fault, "retry_after_s", None) or 0.0))
             attempt += 1
 
