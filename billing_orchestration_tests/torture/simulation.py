@@ -9,9 +9,8 @@ by events: a matching tick is run when something that it could see has changed, 
 ticks in between, every two minutes, would have found nothing; all they leave behind is their watermark, which the
 simulation writes for them.
 
-A seed draws the story. Seeds whose number is divisible by 10 talk HTTP, those divisible by 5 send several charges at a
-time. Some jobs write from several threads, whose order may differ between two plays: a complaint that does not come
-back at once may need several plays.
+A seed draws the story, down to which of a run's threads goes on at each step (`simulation_threads`): played again, it
+tells the same. Seeds whose number is divisible by 10 talk HTTP, those divisible by 5 send several charges at a time.
 """
 
 from __future__ import annotations
@@ -68,6 +67,8 @@ DECLINES = (
 REGRESSIONS = {
     7: "a card declined for one subscription was tried for another one in the same run",
     1011: "a renewal's row that the service's webhook wrote without a grant, during an outage (the judge was wrong)",
+    3005: "the answer to a charge sent again, which was the first one: pending (the judge was wrong)",
+    3014: "a charge that a run within a run left pending: no tick came for its success (the simulation was wrong)",
     1013: "such a row beside a purchase that had moved the subscription's end: the paid renewal was never granted",
 }
 # What some of so many seeds must have played, by a part of its name.
@@ -477,6 +478,8 @@ class Simulation:
                 )  # fmt: skip
             except Busy:
                 did = None
+            if did == "granted":
+                world.journal.touched[world.journal.service_grants[payment_id]] = world.now
             world.tell(f"  webhook {payment_id}: {did or 'again later'}")
             world.happened[f"webhook: {did or 'again later'}"] += 1
         if did is None and deliveries > 1:
@@ -534,6 +537,7 @@ class Simulation:
                 "UPDATE subscriptions SET status = %s::subscriptionstatusenum WHERE id = %s AND status::text = %s",
                 status, row.id, row.status,
             )  # fmt: skip
+            self.world.journal.touched[row.id] = self.world.now
             self.world.tell(f"  subscription {row.id} {row.status} -> {status}")
             self.world.happened[f"subscription {row.status} -> {status}"] += 1
         except Busy:
@@ -628,14 +632,18 @@ class Simulation:
         return Accidents(random.Random(self.random.getrandbits(64)))
 
     def _run(self, job: str, accidents: Accidents, **how: Any) -> Outcome:
-        world = self.world
         whole = how.get("partition") is None and not accidents.dead and self.chance(0.004)
-        outcome = world.run(job, accidents, whole=whole, **how)
+        outcome = self._launch(job, accidents, whole=whole, **how)
         if not accidents.dead:
             self._last_points[job] = accidents.points
-        if job == "autopayment_job" and not how.get("dry_run"):
+        if job == "autopayment_job":
             self._come_back_near_the_end_of_a_key()
-            # What was charged, or is pending, succeeds at the provider now or later.
+        return outcome
+
+    def _launch(self, job: str, accidents: Accidents, **how: Any) -> Outcome:
+        """A run, after which the ticks come that see what it has charged: now, or when a pending charge succeeds."""
+        outcome = self.world.run(job, accidents, **how)
+        if job == "autopayment_job":
             self._ticks_for_a_success()
             self._watch_new_charges()
         return outcome
@@ -766,7 +774,7 @@ class Simulation:
             hour = first.replace(minute=0, second=0, microsecond=0) - timedelta(hours=1)
             while hour <= last:
                 window = dg.TimeWindow(hour, hour + timedelta(hours=1))
-                outcome = world.run(row.job, self._calm(), partition=window)
+                outcome = self._launch(row.job, self._calm(), partition=window)
                 if not outcome.ok and world.outage is None:
                     world.fault(f"a backfill of {hour} is red: {outcome.failure}")
                 hour += timedelta(hours=1)
@@ -815,7 +823,7 @@ class Simulation:
             "SELECT id FROM billing_orchestration.renewal_attempts WHERE state IN ('PLANNED', 'UNKNOWN', 'PENDING')"
         )
         before = world.snapshot()
-        second = world.run(job, self._calm(), **how)
+        second = self._launch(job, self._calm(), **how)
         if second.ok and not open_before and world.snapshot() != before:
             world.fault(f"a second run of {job} ({how or 'by hand'}) has changed something")
 
@@ -857,9 +865,7 @@ class Simulation:
 
     def _another_run(self) -> None:
         job = self.random.choice((*PARTITIONED_BY_DAY, *MATCHING))
-        outcome = self.world.run(job, self._calm(), nested=True)
-        if job == "autopayment_job" and outcome.ok:
-            self._ticks_for_a_success()
+        self._launch(job, self._calm(), nested=True)
 
     def _calm_down(self) -> None:
         """From here on no accidents: what is open must close by its rule."""

@@ -86,6 +86,8 @@ class Journal:
     poisoned: dict[str, str] = field(default_factory=dict)
     # Stretches (aware UTC, the provider's clock) that no matching run covers until an operator backfills them.
     gaps: list[tuple[datetime, datetime]] = field(default_factory=list)
+    # When the service, or a customer there, last changed a subscription (aware UTC, our clock).
+    touched: dict[int, datetime] = field(default_factory=dict)
     # Instants (aware UTC, our clock) of undisturbed, green runs, by job.
     undisturbed: dict[str, list[datetime]] = field(default_factory=lambda: defaultdict(list))
 
@@ -240,7 +242,9 @@ class Oracle:
             if row.state == "PENDING":
                 payment = payments.get(row.external_payment_id)
                 final_at = payment.changed_at - self._rules.provider_skew if payment is not None else since
-                asked = [at for at in runs if at > final_at]
+                # By a run that began after the charge was final and after it was sent: the answer to a charge that is
+                # sent again may be the first one, which was "pending".
+                asked = [at for at in runs if at > max(final_at, since)]
                 if payment is None or (payment.status in ("succeeded", "canceled") and asked):
                     told = payment.status if payment is not None else "unknown"
                     yield f"OPEN TOO LONG: attempt {row.id} is PENDING, the provider says {told} since {final_at}"
@@ -426,10 +430,19 @@ class Oracle:
                 found.append(f"CHARGED WRONGLY: subscription {row.id} {asked}, the plan's prices are {prices}")
         return found
 
+    def _changed_since(self, subscription_id: int, instant: datetime) -> bool:
+        touched = self._journal.touched.get(subscription_id)
+        settled = self.rows(
+            "SELECT 1 FROM billing_orchestration.settlements WHERE subscription_id = %s AND settled_at >= %s",
+            subscription_id, instant,
+        )  # fmt: skip
+        return bool(settled) or (touched is not None and touched >= instant)
+
     def wrong_send(self, key: str, body: str) -> list[str]:
         """What is wrong with a charge that is about to be sent, by the tables as they are committed at this moment."""
         rows = self.rows(
-            "SELECT a.state, a.body, a.first_sent_at, a.period_start, s.status::text AS status, s.ended_at"
+            "SELECT a.state, a.body, a.first_sent_at, a.last_sent_at, a.period_start, a.subscription_id,"
+            " s.status::text AS status, s.ended_at"
             " FROM billing_orchestration.renewal_attempts a JOIN subscriptions s ON s.id = a.subscription_id"
             " WHERE a.idempotence_key::text = %s",
             key,
@@ -444,7 +457,10 @@ class Oracle:
             found.append(f"key {key} is sent with another body than the frozen one")
         if row.state not in ("PLANNED", "UNKNOWN"):
             found.append(f"key {key} is sent while its attempt is {row.state}")
-        if row.status != "ACTIVE" or row.ended_at != row.period_start:
+        # Between the last look at it, which is committed with `last_sent_at`, and this moment it may have changed.
+        if (row.status != "ACTIVE" or row.ended_at != row.period_start) and not (
+            row.last_sent_at is not None and self._changed_since(row.subscription_id, row.last_sent_at)
+        ):
             found.append(
                 f"CHARGED UNWANTED: key {key} is sent while its subscription is {row.status}, ends {row.ended_at},"
                 f" period {row.period_start}"

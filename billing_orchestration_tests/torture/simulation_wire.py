@@ -142,7 +142,11 @@ class SimulatedProvider(PaymentProvider):
     """The real client on a simulated wire; its waits pass simulated time."""
 
     def __init__(
-        self, settings: Any, make_wire: Callable[[Any], SimulatedWire], sleep: Callable[[float], None]
+        self,
+        settings: Any,
+        make_wire: Callable[[Any], SimulatedWire],
+        sleep: Callable[[float], None],
+        generator: random.Random,
     ) -> None:
         super().__init__(
             shop_id=settings.yookassa_shop_id,
@@ -150,6 +154,7 @@ class SimulatedProvider(PaymentProvider):
             api_url=settings.yookassa_api_url,
             timeouts=Timeouts(connect_s=2.0, charge_read_s=40.0, read_s=15.0),
             sleep=sleep,
+            uniform=generator.uniform,
         )
         wire = make_wire(self._wire)
         self._wire = wire  # type: ignore[assignment]

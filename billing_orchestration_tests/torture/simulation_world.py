@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from zoneinfo import ZoneInfo
 import dagster as dg
 import psycopg
 import sqlalchemy as sa
+from psycopg.pq import TransactionStatus
 from sqlalchemy import event
 
 from billing_orchestration.definitions import build_definitions
@@ -30,9 +30,11 @@ from billing_orchestration.resources import BillingDatabase, Clock, HandOver, Pr
 from billing_orchestration.sandbox.provider import SandboxProvider
 from billing_orchestration.sandbox.provider_records import Switches
 from billing_orchestration.settings import Settings
+from billing_orchestration.threads import threads_made_by
 from billing_orchestration_tests.torture.simulation_oracle import Journal, Oracle, Rules
 from billing_orchestration_tests.torture.simulation_runner import Outcome, run_ops
 from billing_orchestration_tests.torture.simulation_service import BillingService
+from billing_orchestration_tests.torture.simulation_threads import OrderedThreads
 from billing_orchestration_tests.torture.simulation_wire import (
     CHARGE_FAULTS,
     READ_FAULTS,
@@ -94,8 +96,11 @@ class Process:
         self.accidents = accidents
         self.as_of = as_of
         self.began = world.now
-        # A run may have several threads: its points come one after another.
-        self._lock = threading.RLock()
+        # One at a time goes on, in an order that is drawn.
+        self.threads = OrderedThreads(
+            random.Random(accidents.generator.getrandbits(64)), world.seconds, world.pass_time
+        )
+        self.sessions: set[int] = set()
 
     def _point(self, place: str, *, connection: Any = None) -> None:
         accidents, world = self.accidents, self.world
@@ -114,50 +119,56 @@ class Process:
             world.go_on(place)
 
     def at_statement(self, connection: Any, statement: str) -> None:
-        with self._lock:
-            self._point("statement " + " ".join(statement.split())[:60], connection=connection)
+        self.sessions.add(connection.info.backend_pid)
+        if connection.info.transaction_status == TransactionStatus.IDLE:
+            self.threads.give_way()
+        self._point("statement " + " ".join(statement.split())[:60], connection=connection)
 
     def at_commit(self, connection: Any, commit: Callable[[Any], None]) -> None:
-        with self._lock:
-            self._point("commit", connection=connection.dbapi_connection)
-            self.accidents.commits += 1
-            if self.accidents.commits == self.accidents.lose_commit:
-                self.accidents.happened.append("the answer to a COMMIT was lost")
-                commit(connection)
-                connection.dbapi_connection.close()
-                raise psycopg.OperationalError("server closed the connection unexpectedly")
+        self._point("commit", connection=connection.dbapi_connection)
+        self.accidents.commits += 1
+        if self.accidents.commits == self.accidents.lose_commit:
+            self.accidents.happened.append("the answer to a COMMIT was lost")
             commit(connection)
-            if self.accidents.kill_at is not None:
-                # Where a process dies between its commit and its next step.
-                self._point("after commit", connection=connection.dbapi_connection)
+            connection.dbapi_connection.close()
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+        commit(connection)
+        self.threads.give_way()
+        if self.accidents.kill_at is not None:
+            # Where a process dies between its commit and its next step.
+            self._point("after commit", connection=connection.dbapi_connection)
 
     def before_request(self, method: str, body: bytes | None, key: str | None, fault: str | None) -> None:
-        with self._lock:
-            if method == "POST" and key is not None and not self.accidents.dead:
-                self.world.look_at_charge(key, body or b"", self.as_of, self.began, reaches=fault != "not connected")
-            self._point(f"before {method}")
-            self.world.pass_time(self.accidents.generator.choice((0.05, 0.1, 0.3, 1.0)))
+        self.threads.give_way()
+        if method == "POST" and key is not None and not self.accidents.dead:
+            self.world.look_at_charge(key, body or b"", self.as_of, self.began, reaches=fault != "not connected")
+        self._point(f"before {method}")
+        self.world.pass_time(self.accidents.generator.choice((0.05, 0.1, 0.3, 1.0)))
 
     def after_request(self, method: str, key: str | None, answer: Any) -> None:
-        with self._lock:
-            if method == "POST" and key is not None and not self.accidents.dead:
-                self.world.note_answer(key, answer)
-            self._point(f"after {method}")
+        if method == "POST" and key is not None and not self.accidents.dead:
+            self.world.note_answer(key, answer)
+        self._point(f"after {method}")
+        self.threads.give_way()
 
     def pick_fault(self, method: str) -> str | None:
         """The fault of one call: the provider's outage, or one that is drawn."""
-        with self._lock:
-            accidents = self.accidents
-            if self.world.outage is not None:
-                accidents.happened.append("provider outage")
-                return self.world.outage
-            rate = accidents.charge_faults if method == "POST" else accidents.read_faults
-            if not rate or accidents.generator.random() >= rate:
-                return None
-            fault = pick_fault(CHARGE_FAULTS if method == "POST" else READ_FAULTS, accidents.generator)
-            accidents.happened.append(f"{method}: {fault}")
-            self.world.tell(f"  {method} {fault}")
-            return fault
+        accidents = self.accidents
+        if self.world.outage is not None:
+            accidents.happened.append("provider outage")
+            return self.world.outage
+        rate = accidents.charge_faults if method == "POST" else accidents.read_faults
+        if not rate or accidents.generator.random() >= rate:
+            return None
+        fault = pick_fault(CHARGE_FAULTS if method == "POST" else READ_FAULTS, accidents.generator)
+        accidents.happened.append(f"{method}: {fault}")
+        self.world.tell(f"  {method} {fault}")
+        return fault
+
+    def end(self) -> None:
+        """What the operating system does for a process that has died: its sessions end, and with them their locks."""
+        for session in sorted(self.sessions):
+            self.world.oracle.rows("SELECT pg_terminate_backend(%s, 10000)", session)
 
     def connect(self, settings: Any) -> SimulatedProvider:
         """The provider's client of this process."""
@@ -174,7 +185,9 @@ class Process:
                 inner=real if world.over_http else None,
             )
 
-        return SimulatedProvider(settings, wire, lambda seconds: world.pass_time(min(seconds, 5.0)))
+        return SimulatedProvider(
+            settings, wire, lambda seconds: world.pass_time(min(seconds, 5.0)), self.accidents.generator
+        )
 
 
 class SimulatedDatabase(BillingDatabase):
@@ -265,7 +278,6 @@ class World:
         self.happened: Counter[str] = Counter()
         self.outage: str | None = None
         self.meanwhile: Callable[[str], None] | None = None
-        self._lock = threading.Lock()
         self._busy = False
         self._database: SimulatedDatabase | None = None
         self._first_posts: dict[str, tuple[datetime, bytes]] = {}
@@ -281,9 +293,12 @@ class World:
     def service_now(self) -> datetime:
         return self.now + self.traits.service_skew
 
+    def seconds(self) -> float:
+        """Our clock as a number."""
+        return self.now.timestamp()
+
     def pass_time(self, seconds: float) -> None:
-        with self._lock:
-            self.now += timedelta(seconds=seconds)
+        self.now += timedelta(seconds=seconds)
 
     def day(self) -> Any:
         return self.now.astimezone(self.zone).date()
@@ -333,9 +348,6 @@ class World:
         wrong = self.oracle.wrong_send(key, text)
         if key not in self._first_posts:
             wrong += self.oracle.wrong_charge(key, text, self.provider.payments(), as_of, self.now)
-        if self.traits.max_concurrency > 1:
-            # Another thread's point may have let the world go on since this charge was claimed.
-            wrong = [words for words in wrong if not words.startswith("CHARGED UNWANTED")]
         for words in wrong:
             self.fault(words)
         document = json.loads(text)
@@ -402,22 +414,23 @@ class World:
             ops["diff_successful_payments"] = {"webhook_grace_s": 60}
         as_of = tick.isoformat() if tick is not None else None
         try:
-            if whole:
-                outcome = self._run_whole(process, job, ops, as_of, tags, dry_run=dry_run)
-            else:
-                outcome = run_ops(
-                    JOBS[job],
-                    {
-                        "run": RunSettings(as_of=as_of, dry_run=dry_run),
-                        "billing_database": database,
-                        "payment_provider": provider,
-                        "clock": Clock(lambda: self.now),
-                        "hand_over": HandOver(),
-                    },
-                    op_config=ops,
-                    tags=tags,
-                    partition=partition,
-                )
+            with threads_made_by(process.threads):
+                if whole:
+                    outcome = self._run_whole(process, job, ops, as_of, tags, dry_run=dry_run)
+                else:
+                    outcome = run_ops(
+                        JOBS[job],
+                        {
+                            "run": RunSettings(as_of=as_of, dry_run=dry_run),
+                            "billing_database": database,
+                            "payment_provider": provider,
+                            "clock": Clock(lambda: self.now),
+                            "hand_over": HandOver(),
+                        },
+                        op_config=ops,
+                        tags=tags,
+                        partition=partition,
+                    )
         except Killed:
             outcome = Outcome("killed", failure="killed")
         finally:
@@ -431,8 +444,11 @@ class World:
             # A dead process's sessions end, and with them its locks.
             with suppress(Exception):
                 database.close()
+            process.end()
             if not nested:
                 self._database = None
+        for name in process.threads.left_behind():
+            self.fault(f"{job} has ended and its thread {name} has not: it may still change something")
         if outcome.crash is not None:
             trace = "".join(traceback.format_exception(outcome.crash))
             self.fault(f"CRASH of {job}: {outcome.crash!r}\n{trace}")

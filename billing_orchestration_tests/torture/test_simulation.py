@@ -7,10 +7,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import pytest
 
-from billing_orchestration_tests.torture.simulation import DAYS, REGRESSIONS, play_seed, simulated_server
+from billing_orchestration.sandbox.provider_records import Outcome as Scripted
+from billing_orchestration_tests.fixtures.postgres import Server
+from billing_orchestration_tests.torture.simulation import DAYS, REGRESSIONS, Simulation, play_seed, simulated_server
+from billing_orchestration_tests.torture.simulation_oracle import DAY
+from billing_orchestration_tests.torture.simulation_world import Traits
 
 THOROUGH = "TORTURE_ROUNDS" in os.environ
 
@@ -37,6 +43,46 @@ def test_the_promise_holds_on_every_simulated_day(server: tuple[str, str], seed:
 
     assert result.faults == (), f"play it again: {result.replay}"
     assert result.runs > 8
+
+
+# Several charges at a time; then the same over HTTP.
+@pytest.mark.parametrize("seed", [5, *((10, 3005, 3014) if THOROUGH else ())])
+def test_a_seed_tells_one_story(server: tuple[str, str], seed: int) -> None:
+    days = DAYS if THOROUGH else 6
+
+    first, second = (play_seed(*server, seed, days=days) for _ in range(2))
+
+    assert any("POST" in line for line in first.story)
+    assert first.story == second.story
+    assert first.numbers == second.numbers
+
+
+class _Pending(Simulation):
+    """Every card's charge is pending for most of a day."""
+
+    def _script(self) -> list[Any]:
+        return [Scripted("pending", then="succeeded", after_s=80_000)] * 5
+
+
+def test_a_tick_comes_for_what_a_run_within_a_run_left_pending(postgres_server: Server, migrated_template: str) -> None:
+    with postgres_server.database(migrated_template) as url:
+        played = _Pending(url, 7, traits=Traits())
+        try:
+            world = played.world
+            played._found_the_service()
+            world.now += 40 * DAY
+            for _ in range(40):
+                played._another_run()
+            ends = [
+                datetime.fromtimestamp(due / 1000, timezone.utc)
+                for due, _, _, result in world.provider._state.agenda
+                if result.kind == "succeeded"
+            ]
+            assert ends
+            agenda = {when for when, _, what, _ in played._agenda if what.endswith("succeeds")}
+            assert agenda == {end + timedelta(seconds=1) for end in ends}
+        finally:
+            played.world.close()
 
 
 _TWO_WORKERS = """

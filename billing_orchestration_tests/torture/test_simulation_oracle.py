@@ -186,6 +186,19 @@ def test_it_sees_spoiled_tables(books: Books, spoiled: str) -> None:
     assert any(complaint in words for words in books.complaints()), books.complaints()
 
 
+@pytest.mark.parametrize(("began", "has_asked"), [(-1, False), (1, True)])
+def test_only_a_run_after_the_last_send_has_asked_about_a_pending_charge(
+    books: Books, began: int, has_asked: bool
+) -> None:
+    sent_at = books.now - timedelta(hours=1)
+    books.execute(
+        f"UPDATE billing_orchestration.renewal_attempts SET state = 'PENDING', last_sent_at = '{sent_at}' WHERE {OURS}"
+    )
+    books.journal.undisturbed["autopayment_job"] = [sent_at + timedelta(seconds=began)]
+
+    assert any("is PENDING" in words for words in books.complaints()) == has_asked
+
+
 def test_it_sees_a_grant_of_the_services_for_what_was_granted_here(books: Books) -> None:
     books.journal.service_grants[books.renewed()] = 1
     books.journal.service_grants["made-up"] = 1
@@ -267,6 +280,9 @@ def first_send(books: Books) -> tuple[str, dict[str, Any]]:
         f"SELECT idempotence_key::text, body, period_start FROM billing_orchestration.renewal_attempts WHERE {OURS}"
     ).fetchone()
     assert row is not None
+    # Nothing has happened to its subscription since it was looked at.
+    books.execute("UPDATE billing_orchestration.settlements SET settled_at = settled_at - interval '1 year'")
+    books.journal.touched.clear()
     del books.payments[payment_id]
     books.now = row[2] + timedelta(minutes=1)
     return row[0], json.loads(row[1])
@@ -311,6 +327,19 @@ def test_it_sees_a_charge_that_must_not_be_sent(books: Books, wrong: str) -> Non
         key = str(uuid.uuid4())
 
     assert any(complaint in words for words in sent(books, key, body)), sent(books, key, body)
+
+
+def test_a_subscription_may_change_after_the_last_look_at_it_and_not_before(books: Books) -> None:
+    key, body = first_send(books)
+    number = int(body["metadata"]["subscription_id"])
+    looked_at = books.now.replace(tzinfo=timezone.utc) - timedelta(seconds=10)
+    books.execute(f"UPDATE billing_orchestration.renewal_attempts SET last_sent_at = '{looked_at}' WHERE {OURS}")
+    books.execute(f"UPDATE subscriptions SET status = 'PAUSED' WHERE id = {number}")
+
+    books.journal.touched[number] = looked_at + timedelta(seconds=1)
+    assert sent(books, key, body) == []
+    books.journal.touched[number] = looked_at - timedelta(seconds=1)
+    assert any("CHARGED UNWANTED" in words for words in sent(books, key, body))
 
 
 def test_it_sees_a_charge_before_its_day_and_long_after_it(books: Books) -> None:
