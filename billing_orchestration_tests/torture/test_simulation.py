@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,3 +113,35 @@ def test_the_workers_of_a_simulation_end_with_it(by: signal.Signals) -> None:
 
         # Whoever still lives holds the other end of it.
         assert simulation.communicate(timeout=60) == ("", None)
+
+
+_A_SERVER = """
+import time
+from billing_orchestration_tests.fixtures.postgres import start_server
+
+with start_server() as server:
+    print(server._folder, (server._folder / "data" / "postmaster.pid").read_text().split()[0], flush=True)
+    time.sleep(90)
+"""
+
+
+def test_a_killed_simulation_leaves_no_postgresql_behind() -> None:
+    with subprocess.Popen([sys.executable, "-c", _A_SERVER], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        folder, postmaster = holder.stdout.readline().split()
+        holder.kill()
+    deadline = time.monotonic() + 60
+    while (Path(folder).exists() or is_alive(int(postmaster))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+    assert not Path(folder).exists()
+    assert not is_alive(int(postmaster))
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
