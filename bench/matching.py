@@ -23,7 +23,11 @@ from bench.stage import Database, analyze
 
 START = datetime(2026, 3, 1, tzinfo=timezone.utc)
 LATENCY_S = 0.02
-JOB = "matching_pending_payments_job"
+# Each job with the op that tells how many it has repaired.
+JOBS = {
+    "pending": ("matching_pending_payments_job", "apply_pending_matches"),
+    "successful": ("matching_successful_payments_job", "apply_successful_matches"),
+}
 
 
 def history(count: int) -> History:
@@ -60,8 +64,8 @@ def fill(url: str, count: int, repair: int, table: int) -> None:
     analyze(url)
 
 
-def ours(url: str, api_url: str) -> int:
-    """The whole job, in this process."""
+def ours(url: str, api_url: str, which: str = "pending") -> int:
+    """The whole job, in this process; how many payments it has repaired."""
     import dagster as dg
 
     from billing_orchestration.definitions import build_definitions
@@ -75,13 +79,14 @@ def ours(url: str, api_url: str) -> int:
         yookassa_api_url=api_url,
     )
     as_of = START + timedelta(hours=1)
+    job, last_op = JOBS[which]
     definitions = build_definitions(load=lambda: settings, now=lambda: as_of)
     with dg.DagsterInstance.ephemeral() as instance:
-        result = definitions.get_job_def(JOB).execute_in_process(
+        result = definitions.get_job_def(job).execute_in_process(
             instance=instance, run_config={"resources": {"run": {"config": {"as_of": as_of.isoformat()}}}}
         )
         for event in result.all_events:
-            if event.event_type_value == "STEP_OUTPUT" and event.step_key == "apply_pending_matches":
+            if event.event_type_value == "STEP_OUTPUT" and event.step_key == last_op:
                 return int(str(event.step_output_data.metadata["applied"].value))
     return 0
 
@@ -138,7 +143,7 @@ def measure(server: Database, rounds: int, count: int, repair: int, table: int) 
             assert told["rows"] == repair, told
             return told
 
-        done = interleaved(rounds, {"ours": lambda: side("ours"), "bare": lambda: side("bare")})
+        done = interleaved(rounds, {"ours": lambda: side("pending"), "bare": lambda: side("bare")})
     server.drop("work")
     server.drop("matching")
     what = f"matching {count:,} provider payments, {repair:,} to repair, {table:,} rows"
@@ -150,14 +155,14 @@ def measure(server: Database, rounds: int, count: int, repair: int, table: int) 
 
 
 def main(arguments: Sequence[str]) -> None:
-    """WHO URL API_URL; imports are not counted."""
+    """WHO URL API_URL, who being bare, or one of the two jobs; imports are not counted."""
     import billing_orchestration.database.settling
     import billing_orchestration.definitions
     import billing_orchestration.provider.client  # noqa: F401
 
     who, url, api_url = arguments
     began = time.monotonic()
-    rows = {"ours": ours, "bare": bare}[who](url, api_url)
+    rows = bare(url, api_url) if who == "bare" else ours(url, api_url, who)
     print(json.dumps({"wall_s": time.monotonic() - began, "memory_mib": memory_mib(), "rows": rows}))
 
 
