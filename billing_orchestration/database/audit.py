@@ -257,12 +257,18 @@ def record_healed(connection: sa.Connection, stamp: Stamp, healed: Sequence[tupl
     )
 
 
-def runs_that_changed(connection: sa.Connection, run_ids: Sequence[str]) -> set[str]:
-    """Which of these runs are in the audit trail. It is written with each change, so a killed run counts as well."""
+def runs_that_changed(connection: sa.Connection, run_ids: Sequence[str], since: datetime, until: datetime) -> set[str]:
+    """Which of these runs are in the audit trail. It is written with each change, so a killed run counts as well.
+
+    `since` and `until` (aware UTC) enclose the runs: only what was written between them is read.
+    """
     return set(
         connection.execute(
-            sa.text("SELECT DISTINCT run_id FROM billing_orchestration.audit_trail WHERE run_id = ANY(:ids)"),
-            {"ids": list(run_ids)},
+            sa.text("""
+                SELECT DISTINCT run_id FROM billing_orchestration.audit_trail
+                WHERE at >= :since AND at <= :until AND run_id = ANY(:ids)
+            """),
+            {"ids": list(run_ids), "since": since, "until": until},
         ).scalars()
     )
 

@@ -170,12 +170,11 @@ def _audit(connection: sa.Connection, externals: Sequence[str], entities: dict[s
     pairs = [(entity, entity_id) for entity, ids in entities.items() for entity_id in ids]
     return _rows(
         connection,
-        # Two look-ups instead of one OR, which no index would serve.
-        """SELECT * FROM billing_orchestration.audit_trail WHERE id IN (
-               SELECT id FROM billing_orchestration.audit_trail WHERE external_payment_id = ANY(:externals)
-               UNION SELECT a.id FROM billing_orchestration.audit_trail a
-                   JOIN unnest(CAST(:entities AS text[]), CAST(:ids AS text[])) AS wanted (entity, entity_id)
-                     ON a.entity = wanted.entity AND a.entity_id = wanted.entity_id)
+        # Two look-ups instead of one OR, which no index would serve; an entry that both of them find comes once.
+        """SELECT * FROM billing_orchestration.audit_trail WHERE external_payment_id = ANY(:externals)
+           UNION SELECT a.* FROM billing_orchestration.audit_trail a
+               JOIN unnest(CAST(:entities AS text[]), CAST(:ids AS text[])) AS wanted (entity, entity_id)
+                 ON a.entity = wanted.entity AND a.entity_id = wanted.entity_id
            ORDER BY id""",
         externals=list(externals),
         entities=[entity for entity, _ in pairs],

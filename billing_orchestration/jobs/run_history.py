@@ -6,7 +6,7 @@ the audit trail, which tells what a run has changed even if the run was killed. 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
@@ -26,6 +26,8 @@ MAX_RUNTIME_S = 2 * 3600
 # Records of one query: they hold each run's whole config and tags.
 _BATCH = 500
 _PROGRESS_EVERY = 1000
+# What a run has written bears the time of its own machine, the run that of the run history's.
+_CLOCKS_DIFFER_BY = timedelta(days=1)
 _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 
 
@@ -97,7 +99,12 @@ def _past_runs(instance: dg.DagsterInstance, before: datetime, database: Billing
         # Another code location may share the run history: its runs are none of our business.
         ours = [record for record in records if SINGLETON_TAG in record.dagster_run.tags]
         with translated(), database.engine.connect() as connection:
-            changed = runs_that_changed(connection, [record.dagster_run.run_id for record in ours])
+            changed = runs_that_changed(
+                connection,
+                [record.dagster_run.run_id for record in ours],
+                min(record.create_timestamp for record in records).astimezone(timezone.utc) - _CLOCKS_DIFFER_BY,
+                _ended(records) + _CLOCKS_DIFFER_BY,
+            )
         for record in ours:
             dagster_run = record.dagster_run
             yield PastRun(
@@ -107,6 +114,16 @@ def _past_runs(instance: dg.DagsterInstance, before: datetime, database: Billing
                 partition=dagster_run.tags.get(PARTITION_TAG),
                 changed=dagster_run.run_id in changed or CHANGED_TAG in dagster_run.tags,
             )
+
+
+def _ended(records: Sequence[dg.RunRecord]) -> datetime:
+    """When the last of these finished runs had ended."""
+    return max(
+        datetime.fromtimestamp(record.end_time, timezone.utc)
+        if record.end_time is not None
+        else record.update_timestamp.astimezone(timezone.utc)
+        for record in records
+    )
 
 
 @dg.op(description="Delete them with their events, the oldest first.")

@@ -19,7 +19,8 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.database.attempts import Closing, by_ids, claim, close, open_and_claim, open_attempts
-from billing_orchestration.database.audit import Problem, open_problems
+from billing_orchestration.database.audit import Problem, open_problems, runs_that_changed
+from billing_orchestration.database.case_history import case_of_payment, case_of_subscription
 from billing_orchestration.database.expiry import (
     expire_locked,
     expire_payments,
@@ -71,7 +72,9 @@ FILL = """
     SELECT id, 'card', 'RUB', 1, 'payment ' || id || ' 0', :now FROM subscriptions WHERE id % 2 = 0;
     INSERT INTO billing_orchestration.audit_trail
         (at, job, run_id, entity, entity_id, action, reason, external_payment_id)
-    SELECT :now, 'job', 'r', 'payment', id::text, 'succeeded', 'reason', external_payment_id FROM payments
+    SELECT :now - (1000000 - id) * interval '1 minute', 'job', 'r', 'payment', id::text, 'succeeded', 'reason',
+           external_payment_id
+    FROM payments ORDER BY id
 """
 
 
@@ -264,6 +267,19 @@ def matching(books: Books) -> None:
     check(books, work, OWN)
 
 
+def looking_back(books: Books) -> None:
+    """A customer's case, and what the run history asks."""
+
+    def work(connection: sa.Connection) -> None:
+        audit = case_of_payment(connection, "payment 4711 1", None).audit
+        assert [entry.external_payment_id for entry in audit] == ["payment 4711 1"]
+        assert case_of_subscription(connection, 4711).payments
+        written = audit[0].at
+        assert runs_that_changed(connection, ["r", "s"], written - A_DAY / 24, written + A_DAY / 24) == {"r"}
+
+    check(books, work, OWN)
+
+
 def a_scan_is_noticed(books: Books) -> None:
     """What this file looks for can be found."""
     with planned(books, [OWN, REUSED]) as (connection, plans):
@@ -281,6 +297,7 @@ def test_every_statement_finds_its_rows_by_an_index(large: Books, subtests: pyte
         "what is over": what_is_over,
         "stale payments": stale_payments,
         "matching": matching,
+        "looking back": looking_back,
         "a scan is noticed": a_scan_is_noticed,
     }
     for ids in ("unique", "repeated"):
