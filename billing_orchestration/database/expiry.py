@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,19 +15,19 @@ from billing_orchestration.database.audit import LONGEST_NAME, Stamp, storable, 
 from billing_orchestration.database.conventions import naive_utc
 from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import RowRefused
-from billing_orchestration.database.payment_rows import stream_rows
-from billing_orchestration.domain.settlement import PaymentRow
+from billing_orchestration.domain.expiry import StalePayment
+from billing_orchestration.domain.money import Money
 
 # States of an attempt that hold a subscription back from expiry: what became of the customer's money is not known, or
-# a person is deciding about it (one that a person has decided to ignore grants nothing: it holds nothing back).
-_HELD = """EXISTS (
-    SELECT FROM billing_orchestration.renewal_attempts a
-    WHERE a.subscription_id = s.id
-      AND (a.state IN ('UNKNOWN', 'PENDING') OR (a.state = 'PLANNED' AND a.first_sent_at IS NOT NULL)
-           OR (a.state = 'REVIEW' AND NOT EXISTS (
-               SELECT FROM billing_orchestration.quarantine q
-               WHERE q.attempt_id = a.id AND q.external_payment_id = a.external_payment_id
-                 AND q.resolution = 'ignored'))))"""
+# a person is deciding about it (one that a person has decided to ignore grants nothing: it holds nothing back). They
+# are few: PostgreSQL reads them once a statement, into a hash, and looks each of ten thousand rows up in that.
+_HELD = """s.id IN (
+    SELECT a.subscription_id FROM billing_orchestration.renewal_attempts a
+    WHERE a.state IN ('UNKNOWN', 'PENDING') OR (a.state = 'PLANNED' AND a.first_sent_at IS NOT NULL)
+       OR (a.state = 'REVIEW' AND NOT EXISTS (
+           SELECT FROM billing_orchestration.quarantine q
+           WHERE q.attempt_id = a.id AND q.external_payment_id = a.external_payment_id
+             AND q.resolution = 'ignored')))"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,17 +270,38 @@ def expire_locked(
     return int(result.rowcount)
 
 
-def stream_stale_payments(connection: sa.Connection, created_before: datetime, size: int) -> Iterator[list[PaymentRow]]:
-    """Every PENDING payment created before that instant, oldest first, in pages of so many rows."""
-    return stream_rows(
-        connection,
-        "status = 'PENDING' AND created_at < :created_before ORDER BY created_at, id",
+_STALE_PAYMENTS = sa.text("""
+    SELECT id, external_payment_id, amount::text AS amount, currency::text AS currency
+    FROM payments WHERE status = 'PENDING' AND created_at < :created_before ORDER BY created_at, id
+""")
+
+
+def stream_stale_payments(
+    connection: sa.Connection, created_before: datetime, size: int
+) -> Iterator[list[StalePayment]]:
+    """Every PENDING payment created before that instant, oldest first, in pages of so many rows.
+
+    They are read as they are asked for: only one page is held.
+    """
+    rows = connection.execute(
+        _STALE_PAYMENTS,
         {"created_before": naive_utc(created_before)},
-        size,
+        execution_options={"stream_results": True, "yield_per": size},
     )
+    for page in rows.tuples().partitions(size):
+        yield [
+            StalePayment(id_, external_id, None if currency is None else _money(amount, currency))
+            for id_, external_id, amount, currency in page
+        ]
 
 
-def fetch_stale_payments(connection: sa.Connection, created_before: datetime) -> list[PaymentRow]:
+@lru_cache(maxsize=4096)
+def _money(amount: str, currency: str) -> Money:
+    # A service has a handful of prices, a slice has thousands of payments.
+    return Money(Decimal(amount), currency)
+
+
+def fetch_stale_payments(connection: sa.Connection, created_before: datetime) -> list[StalePayment]:
     """The same as one list."""
     return [row for page in stream_stale_payments(connection, created_before, 1000) for row in page]
 
@@ -308,7 +331,7 @@ _EXPIRE_PAYMENTS = sa.text("""
 """)
 
 
-def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[tuple[PaymentRow, str]]) -> set[int]:
+def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[tuple[StalePayment, str]]) -> set[int]:
     """PENDING -> EXPIRED for these rows, each with its reason; give back the ids of those that still were PENDING.
 
     A row whose provider id has changed since it was read is passed over: what was asked is not what it is now.
@@ -323,7 +346,7 @@ def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[t
     return expired
 
 
-def _expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[tuple[PaymentRow, str]]) -> set[int]:
+def _expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[tuple[StalePayment, str]]) -> set[int]:
     ids = [row.id for row, _ in reasons]
     # One that no index entry would hold is cut.
     names = [_name(row) for row, _ in reasons]
@@ -353,7 +376,7 @@ def _int_array(numbers: Sequence[int]) -> str:
     return "{" + ",".join(map(str, numbers)) + "}"
 
 
-def _name(row: PaymentRow) -> str | None:
+def _name(row: StalePayment) -> str | None:
     """The name of its provider payment in the audit trail where it is not the id itself."""
     id_ = row.external_payment_id
     return None if id_ is None or len(id_) <= LONGEST_NAME else storable_name(id_)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
@@ -16,15 +16,6 @@ from billing_orchestration.domain.settlement import PaymentRow
 def select_rows(connection: sa.Connection, where: str, values: Mapping[str, Any]) -> list[PaymentRow]:
     """The payment rows that fit. `where` is SQL of this package (never input), its values are bound."""
     return [_row(*columns) for columns in connection.execute(_statement(where), values).tuples()]
-
-
-def stream_rows(
-    connection: sa.Connection, where: str, values: Mapping[str, Any], size: int
-) -> Iterator[list[PaymentRow]]:
-    """The same in pages of so many rows, read as they are asked for: only one page is held."""
-    rows = connection.execute(_statement(where), values, execution_options={"stream_results": True, "yield_per": size})
-    for page in rows.tuples().partitions(size):
-        yield [_row(*columns) for columns in page]
 
 
 def _statement(where: str) -> sa.TextClause:

@@ -245,8 +245,8 @@ audit_trail = sa.Table(
     sa.Column("new", pg.JSONB),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("external_payment_id", sa.Text),
-    # An expiry writes a hundred thousand entries, and each index on them costs as much as a good part of the UPDATE that
-    # they are about. This key finds an entity's entries too; a run's are those of the time of the run.
+    # An expiry writes a hundred thousand entries, and an index on them costs a good part of the UPDATE that they are
+    # about. This key finds an entity's entries too; a run's are among those of its time.
     sa.PrimaryKeyConstraint("entity_id", "id", name="audit_trail_pkey"),
     sa.Index("audit_trail_at", "at", postgresql_using="brin"),
     sa.Index(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import NamedTuple
 
 from billing_orchestration.domain.billing_calendar import BillingCalendar
+from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import (
     SUCCEEDED,
     WAITING_FOR_CAPTURE,
     ProviderPayment,
     UnusablePayment,
 )
-from billing_orchestration.domain.settlement import PaymentRow
 
 # A run that would end more than a fifth of all active subscriptions, and more than a hundred, is more likely a
 # mistake (a wrong clock, a broken import, renewals that did not run) than a fact.
@@ -52,19 +54,35 @@ def over_limit(changes: int, max_changes: int | None) -> str | None:
     )
 
 
+class StalePayment(NamedTuple):
+    """A PENDING payment that is too old. `money` is None when its currency is null.
+
+    There may be a hundred thousand of them, and as many decisions: named tuples, which are made in a sixth of the time
+    of frozen dataclasses.
+    """
+
+    id: int
+    external_payment_id: str | None
+    money: Money | None
+
+    @property
+    def subject(self) -> str:
+        """How a person reads it in a report."""
+        return f"payment {self.id}"
+
+
 @dataclass(frozen=True, slots=True)
 class SettleLate:
     """Paid at the provider: settled as the matching jobs would."""
 
-    row: PaymentRow
+    row: StalePayment
     payment: ProviderPayment
 
 
-@dataclass(frozen=True, slots=True)
-class ExpirePayment:
+class ExpirePayment(NamedTuple):
     """PENDING -> EXPIRED, by its precondition."""
 
-    row: PaymentRow
+    row: StalePayment
     reason: str
 
 
@@ -72,7 +90,7 @@ class ExpirePayment:
 class KeepPending:
     """Left PENDING and reported. `needs_retry` makes the run red, `quarantine` asks for a person once."""
 
-    row: PaymentRow
+    row: StalePayment
     reason: str
     needs_retry: bool = False
     quarantine: UnusablePayment | None = None
@@ -96,13 +114,25 @@ class NoAnswer:
 ProviderAnswer = ProviderPayment | UnusablePayment | NotFoundThere | NoAnswer
 
 
-def decide_payment_expiry(row: PaymentRow, answer: ProviderAnswer | None, ttl_days: int) -> PaymentExpiry:
+class AskedPayment(NamedTuple):
+    """A stale payment and what the provider says of it (None: it has no provider id)."""
+
+    row: StalePayment
+    answer: ProviderAnswer | None
+
+
+@lru_cache(maxsize=64)
+def _unpaid(ttl_days: int, why: str) -> str:
+    # Thousands share a reason: one text, not one each.
+    return f"PENDING for more than {ttl_days} days, and {why}"
+
+
+def decide_payment_expiry(row: StalePayment, answer: ProviderAnswer | None, ttl_days: int) -> PaymentExpiry:
     """What becomes of a stale PENDING payment, from what the provider says of it (None: it has no provider id)."""
-    age = f"PENDING for more than {ttl_days} days"
     if answer is None:
-        return ExpirePayment(row, f"{age}, and it never got a payment at the provider")
+        return ExpirePayment(row, _unpaid(ttl_days, "it never got a payment at the provider"))
     if isinstance(answer, NotFoundThere):
-        return ExpirePayment(row, f"{age}, and the provider does not know it")
+        return ExpirePayment(row, _unpaid(ttl_days, "the provider does not know it"))
     if isinstance(answer, NoAnswer):
         return KeepPending(
             row, f"the provider did not answer, left for the next run: {answer.reason}", needs_retry=True
@@ -115,4 +145,4 @@ def decide_payment_expiry(row: PaymentRow, answer: ProviderAnswer | None, ttl_da
         return KeepPending(
             row, "the customer's money is held at the provider (waiting_for_capture): capture or cancel it"
         )
-    return ExpirePayment(row, f"{age}, and {answer.status} at the provider")
+    return ExpirePayment(row, _unpaid(ttl_days, f"{answer.status} at the provider"))

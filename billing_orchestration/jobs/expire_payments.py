@@ -16,6 +16,7 @@ from pydantic import Field
 from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.domain.decisions import Decision, Tally
 from billing_orchestration.domain.expiry import (
+    AskedPayment,
     ExpirePayment,
     KeepPending,
     NoAnswer,
@@ -23,13 +24,14 @@ from billing_orchestration.domain.expiry import (
     PaymentExpiry,
     ProviderAnswer,
     SettleLate,
+    StalePayment,
     decide_payment_expiry,
     over_limit,
     payments_over_before,
 )
 from billing_orchestration.domain.provider_payment import UnusablePayment
 from billing_orchestration.domain.run_scope import RunScope
-from billing_orchestration.domain.settlement import CloseAsGranted, Leave, PaymentRow, RecordRefund, Settle
+from billing_orchestration.domain.settlement import CloseAsGranted, Leave, RecordRefund, Settle
 from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
 from billing_orchestration.jobs.run_report import (
@@ -79,7 +81,7 @@ class StalePayments:
     """The database's slice, in pages."""
 
     scope: RunScope
-    rows: Spool[PaymentRow]
+    rows: Spool[StalePayment]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class AskedPayments:
     """Both slices, in pages: each row with what the provider said about it (None: it has no provider id)."""
 
     scope: RunScope
-    rows: Spool[tuple[PaymentRow, ProviderAnswer | None]]
+    rows: Spool[AskedPayment]
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def fetch_stale_payments(
         settings = billing_database.settings
         scope = run.scope(context, clock, whole_days=True)
         created_before = payments_over_before(scope.as_of, settings.pending_payment_ttl_days)
-        rows: Spool[PaymentRow] = Spool()
+        rows: Spool[StalePayment] = Spool()
         with translated(), billing_database.engine.connect() as connection:
             for page in stream_stale_payments(connection, created_before, PAGE):
                 rows.add(page)
@@ -139,11 +141,16 @@ def fetch_stale_at_provider(
 ) -> AskedPayments:
     """The provider's slice, page by page: one answer an id. A wrong shop key fails the run after one request."""
     inquiry = _Inquiry(context, payment_provider, config.max_concurrency)
-    asked: Spool[tuple[PaymentRow, ProviderAnswer | None]] = Spool()
+    asked: Spool[AskedPayment] = Spool()
     with told_plainly():
         for page in stale.rows.pages():
             answers = inquiry.ask([row.external_payment_id for row in page if row.external_payment_id])
-            asked.add([(row, answers[row.external_payment_id] if row.external_payment_id else None) for row in page])
+            asked.add(
+                [
+                    AskedPayment(row, answers[row.external_payment_id] if row.external_payment_id else None)
+                    for row in page
+                ]
+            )
     stale.rows.close()
     context.add_output_metadata(
         {
@@ -367,12 +374,12 @@ def expire_all(
         if dry_run:
             return {expiry.row.id for expiry in page}
         with translated(), database.engine.begin() as connection:
-            return expire_payments(connection, make_stamp(), [(expiry.row, expiry.reason) for expiry in page])
+            return expire_payments(connection, make_stamp(), page)
 
     def tell(page: Sequence[ExpirePayment], expired: set[int]) -> None:
         report.applied += len(expired)
         report.skipped += len(page) - len(expired)
-        done = [expiry for expiry in page if expiry.row.id in expired]
+        done = page if len(expired) == len(page) else [expiry for expiry in page if expiry.row.id in expired]
         if isinstance(report.decisions, Tally):
             report.decisions.extend_alike("expire", [expiry.row.money for expiry in done], lambda at: _shown(done[at]))
         else:
@@ -422,7 +429,7 @@ def expire_all(
     report.opened += open_all(database, make_stamp(), refused)
 
 
-def _refused(row: PaymentRow, error: str) -> Problem:
+def _refused(row: StalePayment, error: str) -> Problem:
     return Problem(
         row.subject,
         "not_writable",

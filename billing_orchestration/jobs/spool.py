@@ -2,10 +2,11 @@
 
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from operator import attrgetter
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 
@@ -28,6 +29,28 @@ class _Pickler(pickle.Pickler):
         return NotImplemented if values is None else (kind, values(thing))
 
 
+class _Columns(NamedTuple):
+    """A page of named tuples of one kind, as what is written of it: the kind once, and the values column by column."""
+
+    kind: type
+    columns: list[Any]
+
+
+def _written(page: Sequence[Any]) -> Any:
+    kinds = set(map(type, page))
+    kind = kinds.pop()
+    if kinds or not (issubclass(kind, tuple) and hasattr(kind, "_fields")):
+        return page
+    return _Columns(kind, [_written(column) for column in zip(*page, strict=True)])
+
+
+def _read(page: Any) -> Any:
+    if not isinstance(page, _Columns):
+        return page
+    # What `_make` does, without its frame in Python for each.
+    return map(partial(tuple.__new__, page.kind), zip(*map(_read, page.columns), strict=True))
+
+
 class Spool(Generic[Item]):
     """Pages of items, in the order in which they were added; to be read any number of times once all are in.
 
@@ -46,7 +69,7 @@ class Spool(Generic[Item]):
     def add(self, page: Sequence[Item]) -> None:
         """Put a page at the end."""
         if page:
-            _Pickler(self._file, protocol=pickle.HIGHEST_PROTOCOL).dump(list(page))
+            _Pickler(self._file, protocol=pickle.HIGHEST_PROTOCOL).dump(_written(list(page)))
             self._pages += 1
             self._items += len(page)
 
@@ -54,8 +77,8 @@ class Spool(Generic[Item]):
         """Read the pages, from the first. One reader at a time."""
         self._file.seek(0)
         for _ in range(self._pages):
-            page: list[Item] = pickle.load(self._file)  # noqa: S301 - written by this process
-            yield page
+            page: Iterable[Item] = _read(pickle.load(self._file))  # noqa: S301 - written by this process
+            yield list(page)
 
     def close(self) -> None:
         """Give the memory or the file back."""

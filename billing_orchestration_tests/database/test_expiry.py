@@ -23,8 +23,9 @@ from billing_orchestration.database.expiry import (
     fetch_stale_payments,
     lock_over,
 )
+from billing_orchestration.domain.expiry import StalePayment
 from billing_orchestration.domain.renewals import State
-from billing_orchestration.domain.settlement import PaymentRow, Settle
+from billing_orchestration.domain.settlement import Settle
 from billing_orchestration_tests.database.rows import NOON, Books, at_once, naive, start_blocked
 
 A_DAY = timedelta(days=1)
@@ -337,12 +338,12 @@ def test_chunks_of_several_runs_at_once_expire_each_subscription_once(books: Boo
 # Payments
 
 
-def stale(books: Books, before: datetime = NOON) -> list[PaymentRow]:
+def stale(books: Books, before: datetime = NOON) -> list[StalePayment]:
     with books.engine.connect() as connection:
         return fetch_stale_payments(connection, before)
 
 
-def expire_rows(books: Books, rows: list[PaymentRow]) -> set[int]:
+def expire_rows(books: Books, rows: list[StalePayment]) -> set[int]:
     with books.engine.begin() as connection:
         return expire_payments(connection, STAMP, [(row, f"reason of {row.id}") for row in rows])
 
@@ -357,7 +358,9 @@ def test_stale_is_pending_and_older_than_the_bound_oldest_first(flawed_books: Bo
     for status in ("CREATED", "SUCCEEDED", "EXPIRED", "CANCELED", "REFUNDED", None):
         books.payment("p", status=status, created_at=NOON - A_DAY)
     books.execute("UPDATE payments SET created_at = '-infinity' WHERE id = :id", id=nameless)
-    assert [row.id for row in stale(books)] == [nameless, early, late]
+    rows = stale(books)
+    assert [(row.id, row.external_payment_id) for row in rows] == [(nameless, None), (early, "p"), (late, "p")]
+    assert [str(row.money) for row in rows] == ["NaN RUB", "None", "299.00 RUB"]
 
 
 def test_each_expired_payment_is_in_the_audit_trail_with_its_own_reason(books: Books) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from decimal import Decimal
 from fractions import Fraction
 
 import pytest
@@ -15,12 +16,14 @@ from billing_orchestration.domain.expiry import (
     NoAnswer,
     NotFoundThere,
     SettleLate,
+    StalePayment,
     decide_payment_expiry,
     guard_verdict,
     over_limit,
     payments_over_before,
     subscriptions_over_before,
 )
+from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import (
     CANCELED,
     PENDING,
@@ -35,12 +38,12 @@ from billing_orchestration_tests.domain.given import (
     NOW,
     UTC,
     a_payment,
-    a_row,
     at,
     calendar_of,
 )
 
 TTL_DAYS = 7
+STALE = StalePayment(7, "pay-7", Money(Decimal("299.00"), "RUB"))
 
 
 # --- expire_subscriptions_job
@@ -139,8 +142,8 @@ def test_a_payment_is_stale_when_it_was_created_more_than_seven_days_before(age:
 
 
 def test_a_stale_payment_that_succeeded_there_is_settled() -> None:
-    row, payment = a_row(), a_payment()
-    assert decide_payment_expiry(row, payment, TTL_DAYS) == SettleLate(row, payment)
+    payment = a_payment()
+    assert decide_payment_expiry(STALE, payment, TTL_DAYS) == SettleLate(STALE, payment)
 
 
 @pytest.mark.parametrize(
@@ -153,21 +156,21 @@ def test_a_stale_payment_that_succeeded_there_is_settled() -> None:
     ],
 )
 def test_a_stale_payment_that_is_pending_canceled_or_not_found_there_expires(answer: object, word: str) -> None:
-    decision = decide_payment_expiry(a_row(), answer, TTL_DAYS)  # type: ignore[arg-type]
+    decision = decide_payment_expiry(STALE, answer, TTL_DAYS)  # type: ignore[arg-type]
     assert isinstance(decision, ExpirePayment)
     assert word in decision.reason
     assert "7 days" in decision.reason
 
 
 def test_a_stale_payment_whose_money_is_held_stays_pending_and_is_reported() -> None:
-    decision = decide_payment_expiry(a_row(), a_payment(status=WAITING_FOR_CAPTURE), TTL_DAYS)
+    decision = decide_payment_expiry(STALE, a_payment(status=WAITING_FOR_CAPTURE), TTL_DAYS)
     assert isinstance(decision, KeepPending)
     assert "held" in decision.reason
     assert (decision.needs_retry, decision.quarantine) == (False, None)
 
 
 def test_a_stale_payment_about_which_the_provider_does_not_answer_stays_pending_and_makes_the_run_red() -> None:
-    decision = decide_payment_expiry(a_row(), NoAnswer("HTTP 502"), TTL_DAYS)
+    decision = decide_payment_expiry(STALE, NoAnswer("HTTP 502"), TTL_DAYS)
     assert isinstance(decision, KeepPending)
     assert decision.needs_retry
     assert "HTTP 502" in decision.reason
@@ -175,7 +178,7 @@ def test_a_stale_payment_about_which_the_provider_does_not_answer_stays_pending_
 
 def test_a_stale_payment_whose_record_cannot_be_read_stays_pending_and_goes_to_a_person() -> None:
     odd = UnusablePayment("pay-1", "amount is missing", {"id": "pay-1"})
-    decision = decide_payment_expiry(a_row(), odd, TTL_DAYS)
+    decision = decide_payment_expiry(STALE, odd, TTL_DAYS)
     assert isinstance(decision, KeepPending)
     assert decision.quarantine == odd
     assert not decision.needs_retry
@@ -185,12 +188,12 @@ def test_every_status_of_the_provider_has_an_answer_and_only_unpaid_ones_expire(
     expired = {
         status
         for status in STATUSES
-        if isinstance(decide_payment_expiry(a_row(), a_payment(status=status), TTL_DAYS), ExpirePayment)
+        if isinstance(decide_payment_expiry(STALE, a_payment(status=status), TTL_DAYS), ExpirePayment)
     }
     assert expired == {PENDING, CANCELED}
 
 
 def test_what_is_kept_pending_is_no_change() -> None:
     answers = [a_payment(), None, NoAnswer("silence"), a_payment(status=WAITING_FOR_CAPTURE), NotFoundThere()]
-    decisions = [decide_payment_expiry(a_row(), answer, TTL_DAYS) for answer in answers]
+    decisions = [decide_payment_expiry(STALE, answer, TTL_DAYS) for answer in answers]
     assert sum(isinstance(decision, (SettleLate, ExpirePayment)) for decision in decisions) == 3

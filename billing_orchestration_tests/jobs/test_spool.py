@@ -6,11 +6,13 @@ import tracemalloc
 from datetime import datetime, timezone
 from decimal import Decimal
 
-from billing_orchestration.domain.expiry import ExpirePayment, NoAnswer, NotFoundThere
+from billing_orchestration.domain.expiry import AskedPayment, ExpirePayment, NoAnswer, NotFoundThere, StalePayment
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.domain.settlement import PaymentRow
 from billing_orchestration.jobs.spool import Spool
+
+ROUBLES = Money(Decimal("299.00"), "RUB")
 
 
 def a_row(number: int) -> PaymentRow:
@@ -28,18 +30,42 @@ def a_payment() -> ProviderPayment:
     )  # fmt: skip
 
 
+def a_stale_payment(number: int) -> StalePayment:
+    """One that is asked about, if it has a name there."""
+    return StalePayment(number, f"payment-{number}-é" if number % 3 else None, None if number % 2 else ROUBLES)
+
+
 def test_everything_that_a_row_or_an_answer_can_be_comes_back_equal() -> None:
     answers = [None, a_payment(), UnusablePayment("p", "odd", {"item": [1]}), NotFoundThere(), NoAnswer("silence")]
     page = [(a_row(number), answer) for number, answer in enumerate(answers)]
     spool: Spool[object] = Spool()
     spool.add(page)
     spool.add([])
-    spool.add([ExpirePayment(a_row(7), "why")])
+    spool.add([a_row(7)])
 
-    assert list(spool.pages()) == [page, [ExpirePayment(a_row(7), "why")]]
+    assert list(spool.pages()) == [page, [a_row(7)]]
     # And once more, from the start.
     assert next(spool.pages()) == page
     assert len(spool) == 6
+
+
+def test_named_tuples_come_back_as_what_they_were_whatever_is_in_them_or_beside_them() -> None:
+    answers = [None, a_payment(), UnusablePayment("p", "odd", {}), NotFoundThere(), NoAnswer("silence"), None]
+    asked = [AskedPayment(a_stale_payment(number), answer) for number, answer in enumerate(answers)]
+    alike = [ExpirePayment(a_stale_payment(number), f"reason {number % 2}") for number in range(7)]
+    mixed: list[object] = [*asked[:2], *alike[:2], (1, 2), a_row(1), None]
+    pages = [asked, alike, alike[:1], mixed]
+    spool: Spool[object] = Spool()
+    for page in pages:
+        spool.add(page)
+
+    read = list(spool.pages())
+
+    assert read == pages
+    # Equal to a tuple is not enough.
+    assert [[type(item) for item in page] for page in read] == [[type(item) for item in page] for page in pages]
+    assert {type(item.row) for item in read[0] if isinstance(item, AskedPayment)} == {StalePayment}
+    assert [item.row.subject for item in read[1] if isinstance(item, ExpirePayment)][-1] == "payment 6"
 
 
 def test_what_it_holds_in_memory_does_not_grow_with_what_it_is_given() -> None:

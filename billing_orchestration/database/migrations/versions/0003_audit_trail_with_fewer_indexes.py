@@ -1,4 +1,4 @@
-"""The audit trail is written by the million and read by the case: one index less on it, and a small one for a large one.
+"""The audit trail is written by the million and read by the case: one index less, and a small one for a large one.
 
 The primary key begins with the entity's id, so it finds an entity's entries as well; the runs' entries are found by
 when they were written, in an index of a few pages.
