@@ -1,8 +1,9 @@
 """A provider that costs next to nothing, as a process of its own: so that the client is measured and not the server.
 
-It speaks what the client needs of the provider's API (a charge, and the list with its filters and cursors), answers
-each request after a given latency, and does no more: 0.1 ms of CPU an answer, against 0.9 ms of the sandbox, which
-checks everything and would itself be the limit on a machine with two cores. Tests use the sandbox, never this.
+It speaks what the client needs of the provider's API (a charge, one payment by its id, which nobody paid, and the list
+with its filters and cursors), answers each request after a given latency, and does no more: 0.1 ms of CPU an answer,
+against 0.9 ms of the sandbox, which checks everything and would itself be the limit on a machine with two cores. Tests
+use the sandbox, never this.
 """
 
 from __future__ import annotations
@@ -65,6 +66,15 @@ def _payment(id_: str, at: str, amount: Mapping[str, str], metadata: Mapping[str
     }
 
 
+_PRICE = {"value": "299.00", "currency": "RUB"}
+_CANCELED = {
+    "status": "canceled",
+    "paid": False,
+    "captured_at": None,
+    "cancellation_details": {"party": "yoo_money", "reason": "expired_on_confirmation"},
+}
+
+
 class _Books:
     def __init__(self, history: History) -> None:
         start = datetime.fromisoformat(history.start)
@@ -75,7 +85,7 @@ class _Books:
                 _payment(
                     payment_id(number),
                     stamp,
-                    {"value": "299.00", "currency": "RUB"},
+                    _PRICE,
                     {"user_id": f"user-{number}", "plan_id": "1", "payment_provider_id": "1"},
                     payment_id(number),
                 )
@@ -125,7 +135,12 @@ class _Connection(asyncio.Protocol):
 
     def _answer(self, method: bytes, target: str, body: bytes) -> bytes:
         if method == b"GET":
-            return self._books.page(dict(parse_qsl(urlsplit(target).query)))
+            address = urlsplit(target)
+            asked_about = address.path.partition("/payments/")[2]
+            if asked_about:
+                unpaid = {**_payment(asked_about, _stamp(datetime.now(UTC)), _PRICE, {}, asked_about), **_CANCELED}
+                return json.dumps(unpaid).encode()
+            return self._books.page(dict(parse_qsl(address.query)))
         asked = json.loads(body)
         at = _stamp(datetime.now(UTC))
         method_id = asked["payment_method_id"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import warnings
@@ -23,7 +24,7 @@ maintenance_work_mem = 256MB
 
 
 class Database:
-    """One server; `url` names its database, `psql` and `pid` are for those who measure beside it."""
+    """One server; `url` names its databases."""
 
     def __init__(self, folder: Path) -> None:
         with warnings.catch_warnings():
@@ -46,6 +47,12 @@ class Database:
         """Name one of its databases."""
         url: str = self._server.get_uri(database=name)
         return url
+
+    def cpu_s(self) -> float:
+        """CPU seconds of all its sessions and workers that have ended (Linux); of those that go on: nothing."""
+        postmaster = int((self.folder / "postmaster.pid").read_text(encoding="utf-8").split("\n")[0])
+        told = Path(f"/proc/{postmaster}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return (int(told[13]) + int(told[14])) / os.sysconf("SC_CLK_TCK")
 
     def create(self, name: str, template: str = "template1") -> str:
         """A database from a template; its URL."""
