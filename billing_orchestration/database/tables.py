@@ -248,7 +248,7 @@ audit_trail = sa.Table(
     # An expiry writes a hundred thousand entries, and an index on them costs a good part of the UPDATE that they are
     # about. This key finds an entity's entries too; a run's are among those of its time.
     sa.PrimaryKeyConstraint("entity_id", "id", name="audit_trail_pkey"),
-    sa.Index("audit_trail_at", "at", postgresql_using="brin"),
+    sa.Index("audit_trail_at", "at", postgresql_using="brin", postgresql_with={"pages_per_range": 32}),
     sa.Index(
         "audit_trail_external_payment_id",
         "external_payment_id",
