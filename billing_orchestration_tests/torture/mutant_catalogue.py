@@ -798,7 +798,7 @@ FURTHER = (
             Edit(
                 "domain/expiry.py",
                 "    if isinstance(answer, NoAnswer):\n",
-                "    if isinstance(answer, NoAnswer):\n        return ExpirePayment(row, age)\n"
+                "    if isinstance(answer, NoAnswer):\n        return ExpirePayment(row, answer.reason)\n"
                 "    if isinstance(answer, NoAnswer):\n",
             ),
         ),
