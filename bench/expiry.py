@@ -15,8 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -135,17 +134,17 @@ def measure(server: Database, rounds: int, count: int) -> tuple[list[Round], lis
 
     def ours(what: str) -> Mapping[str, float]:
         url = server.create("work", "expiry")
-        with _server_cpu(server) as database_s:
-            told = run_module("bench.expiry", what, url).told
+        before = server.cpu_s()
+        told = run_module("bench.expiry", what, url).told
         if told["rows"] != due:
             raise RuntimeError(f"{told['rows']} of {due} {what} expired")
-        return {**told, "database_cpu_s": database_s[0]}
+        return {**told, "database_cpu_s": server.cpu_s() - before}
 
     def theirs(what: str) -> Mapping[str, float]:
         url = server.create("work", "expiry")
-        with _server_cpu(server) as database_s:
-            spent = run([psql, url, "-qAt", "-c", _PSQL[what]])
-        return {"wall_s": spent.wall_s, "cpu_s": spent.cpu_s, "database_cpu_s": database_s[0]}
+        before = server.cpu_s()
+        spent = run([psql, url, "-qAt", "-c", _PSQL[what]])
+        return {"wall_s": spent.wall_s, "cpu_s": spent.cpu_s, "database_cpu_s": server.cpu_s() - before}
 
     done = interleaved(
         rounds,
@@ -181,26 +180,6 @@ def measure(server: Database, rounds: int, count: int) -> tuple[list[Round], lis
             Row(f"the whole job, from its process's start to its end ({what})", "", "", (whole[what],), " s"),
         ]
     return done, rows
-
-
-@contextmanager
-def _server_cpu(server: Database) -> Iterator[list[float]]:
-    """What the sessions that begin and end in here take of the processor, once they are gone, in seconds."""
-    spent: list[float] = []
-    _wait_until_alone(server)
-    before = server.cpu_s()
-    yield spent
-    _wait_until_alone(server)
-    spent.append(server.cpu_s() - before)
-
-
-def _wait_until_alone(server: Database) -> None:
-    # The session that asks is not counted: it has not ended.
-    with psycopg.connect(server.url(), autocommit=True) as connection:
-        while connection.execute(
-            "SELECT 1 FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-        ).fetchone():
-            time.sleep(0.02)
 
 
 def _whole_job(server: Database, what: str, due: int) -> float:

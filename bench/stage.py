@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,14 @@ class Database:
         return url
 
     def cpu_s(self) -> float:
-        """CPU seconds of all its sessions and workers that have ended (Linux); of those that go on: nothing."""
+        """CPU seconds of all its processes that have ended; waits for the end of every session (Linux)."""
         postmaster = int((self.folder / "postmaster.pid").read_text(encoding="utf-8").split("\n")[0])
-        told = Path(f"/proc/{postmaster}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        proc = Path("/proc")
+        children = proc / f"{postmaster}/task/{postmaster}/children"
+        # A session's title names where it came from; one that has ended, but was not taken note of yet, has none.
+        while any(not title or "[local]" in title for title in _titles(children)):
+            time.sleep(0.01)
+        told = (proc / f"{postmaster}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return (int(told[13]) + int(told[14])) / os.sysconf("SC_CLK_TCK")
 
     def create(self, name: str, template: str = "template1") -> str:
@@ -69,6 +75,13 @@ class Database:
     def close(self) -> None:
         """Stop it."""
         self._server.cleanup()
+
+
+def _titles(children: Path) -> Iterator[str]:
+    for pid in children.read_text(encoding="utf-8").split():
+        # One that ends meanwhile has none.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            yield Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
 
 
 @contextmanager
