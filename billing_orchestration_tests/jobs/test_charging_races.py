@@ -227,6 +227,22 @@ def test_a_run_that_meets_an_attempt_in_anothers_hands_leaves_it_alone(service: 
     assert charged(service) == each_once(subscription)
 
 
+def test_an_attempt_is_in_its_runs_hands_until_what_became_of_it_is_committed(service: Service) -> None:
+    subscription = service.subscriber()
+    with service.engine.begin() as somebody:
+        # Charged, and nobody can write it down yet: what a run reads and claims with is not in the way.
+        somebody.execute(sa.text("LOCK TABLE payments IN EXCLUSIVE MODE"))
+        first = Worker(service).start(JOB)
+        wait_for_a_blocked_session(service.engine)
+
+        second = service.run(JOB)
+
+    assert second.reasons(f"subscription {subscription}") == ["skipped: another run is charging it at this moment"]
+    assert first.finished().ok
+    assert service.sandbox.count("create") == 1
+    assert charged(service) == each_once(subscription)
+
+
 def test_a_lock_is_given_back_after_an_attempt_that_was_sent_twice(service: Service) -> None:
     twice = service.subscriber()
     service.sandbox.misbehave("create", "error_before", payment_method_id=f"method-{twice}")
