@@ -129,6 +129,7 @@ class Oracle:
         found.extend(self._nobody_is_charged_twice(ledger))
         found.extend(self._grants_follow_successes(charged, payments))
         found.extend(self._nothing_stays_open(payments, now))
+        found.extend(self._only_what_is_over_has_expired(now))
         found.extend(self._everything_has_a_reason())
         return found
 
@@ -250,6 +251,19 @@ class Oracle:
                     yield f"OPEN TOO LONG: attempt {row.id} is PENDING, the provider says {told} since {final_at}"
             elif len(days) > UNDISTURBED_RUNS_UNTIL_KNOWN:
                 yield f"OPEN TOO LONG: attempt {row.id} is {row.state} since {since}, over {len(days)} undisturbed days"
+
+    def _only_what_is_over_has_expired(self, now: datetime) -> Iterator[str]:
+        last = self.billing_day(now) - self._rules.grace_days * DAY
+        for row in self.rows(
+            "SELECT s.id, s.ended_at, (SELECT min(a.state) FROM billing_orchestration.renewal_attempts a"
+            " WHERE a.subscription_id = s.id AND (a.state IN ('UNKNOWN', 'PENDING')"
+            " OR (a.state = 'PLANNED' AND a.first_sent_at IS NOT NULL))) AS state"
+            " FROM subscriptions s WHERE s.status = 'EXPIRED'"
+        ):
+            if self.billing_day(row.ended_at.replace(tzinfo=UTC)) > last:
+                yield f"EXPIRED TOO EARLY: subscription {row.id} ends {row.ended_at}"
+            if row.state is not None:
+                yield f"EXPIRED IN THE MIDDLE OF A CHARGE: subscription {row.id}, with an open charge ({row.state})"
 
     def _everything_has_a_reason(self) -> Iterator[str]:
         for table, where in (
@@ -438,8 +452,11 @@ class Oracle:
         )  # fmt: skip
         return bool(settled) or (touched is not None and touched >= instant)
 
-    def wrong_send(self, key: str, body: str) -> list[str]:
-        """What is wrong with a charge that is about to be sent, by the tables as they are committed at this moment."""
+    def wrong_send(self, key: str, body: str, began: datetime) -> list[str]:
+        """What is wrong with a charge that is about to be sent, by the tables as they are committed at this moment.
+
+        `began` (aware UTC, our clock): when the run did that sends it.
+        """
         rows = self.rows(
             "SELECT a.state, a.body, a.first_sent_at, a.last_sent_at, a.period_start, a.subscription_id,"
             " s.status::text AS status, s.ended_at"
@@ -457,6 +474,9 @@ class Oracle:
             found.append(f"key {key} is sent with another body than the frozen one")
         if row.state not in ("PLANNED", "UNKNOWN"):
             found.append(f"key {key} is sent while its attempt is {row.state}")
+        # Else a send without another look would be excused by whatever has changed since the send before it.
+        if row.last_sent_at is not None and row.last_sent_at < began:
+            found.append(f"SENT WITHOUT A LOOK: key {key} was claimed at {row.last_sent_at}, its run began {began}")
         # Between the last look at it, which is committed with `last_sent_at`, and this moment it may have changed.
         if (row.status != "ACTIVE" or row.ended_at != row.period_start) and not (
             row.last_sent_at is not None and self._changed_since(row.subscription_id, row.last_sent_at)

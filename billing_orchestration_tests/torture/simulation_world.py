@@ -345,7 +345,7 @@ class World:
     def look_at_charge(self, key: str, body: bytes, as_of: datetime, began: datetime, *, reaches: bool) -> None:
         """What must hold at the moment a charge is sent. `reaches`: a connection to the provider can be made."""
         text = body.decode()
-        wrong = self.oracle.wrong_send(key, text)
+        wrong = self.oracle.wrong_send(key, text, began)
         if key not in self._first_posts:
             wrong += self.oracle.wrong_charge(key, text, self.provider.payments(), as_of, self.now)
         for words in wrong:

@@ -167,6 +167,14 @@ SPOILED_TABLES = {
     "an attempt that is pending and paid": (
         f"UPDATE billing_orchestration.renewal_attempts SET state = 'PENDING' WHERE {OURS}",
         "is PENDING, the provider says succeeded"),
+    "a subscription that is expired and not over": (
+        "UPDATE subscriptions SET status = 'EXPIRED', ended_at = now() + interval '9 years' WHERE id = (SELECT"
+        f" subscription_id FROM payments WHERE {OURS})", "EXPIRED TOO EARLY"),
+    "a subscription that is expired while it is charged": (
+        "WITH a AS (UPDATE billing_orchestration.renewal_attempts SET state = 'UNKNOWN' WHERE "
+        f"{OURS} RETURNING subscription_id) UPDATE subscriptions SET status = 'EXPIRED' FROM a"
+        " WHERE id = a.subscription_id",
+        "EXPIRED IN THE MIDDLE OF A CHARGE"),
     "a decline without a reason": (
         "UPDATE billing_orchestration.renewal_attempts SET last_error = ' ', state = 'DECLINED'"
         f" WHERE {OURS}", "WITHOUT A REASON: renewal_attempts"),
@@ -288,10 +296,13 @@ def first_send(books: Books) -> tuple[str, dict[str, Any]]:
     return row[0], json.loads(row[1])
 
 
-def sent(books: Books, key: str, body: dict[str, Any]) -> list[str]:
-    """What the judge says about it."""
+LONG_AGO = datetime(2000, 1, 1, tzinfo=timezone.utc)
+
+
+def sent(books: Books, key: str, body: dict[str, Any], began: datetime = LONG_AGO) -> list[str]:
+    """What the judge says about it, sent by a run that `began` then."""
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
-    wrong = books.oracle.wrong_send(key, text)
+    wrong = books.oracle.wrong_send(key, text, began)
     return [*wrong, *books.oracle.wrong_charge(key, text, books.payments.values(), books.now, books.now)]
 
 
@@ -340,6 +351,19 @@ def test_a_subscription_may_change_after_the_last_look_at_it_and_not_before(book
     assert sent(books, key, body) == []
     books.journal.touched[number] = looked_at - timedelta(seconds=1)
     assert any("CHARGED UNWANTED" in words for words in sent(books, key, body))
+
+
+@pytest.mark.parametrize(("later", "is_seen"), [(0, False), (1, True)])
+def test_it_sees_a_charge_whose_subscription_was_looked_at_by_an_earlier_run_only(
+    books: Books, later: int, is_seen: bool
+) -> None:
+    key, body = first_send(books)
+    claimed_at = books.now.replace(tzinfo=timezone.utc)
+    books.execute(f"UPDATE billing_orchestration.renewal_attempts SET last_sent_at = '{claimed_at}' WHERE {OURS}")
+
+    found = sent(books, key, body, began=claimed_at + timedelta(seconds=later))
+
+    assert any("SENT WITHOUT A LOOK" in words for words in found) == is_seen, found
 
 
 def test_it_sees_a_charge_before_its_day_and_long_after_it(books: Books) -> None:
