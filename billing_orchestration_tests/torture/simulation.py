@@ -632,7 +632,8 @@ class Simulation:
         return Accidents(random.Random(self.random.getrandbits(64)))
 
     def _run(self, job: str, accidents: Accidents, **how: Any) -> Outcome:
-        whole = how.get("partition") is None and not accidents.dead and self.chance(0.004)
+        # Through Dagster there are no points at statements: what is killed at a request would still write.
+        whole = how.get("partition") is None and self.chance(0.004) and accidents.kill_at is None
         outcome = self._launch(job, accidents, whole=whole, **how)
         if not accidents.dead:
             self._last_points[job] = accidents.points

@@ -129,7 +129,7 @@ class Oracle:
         found.extend(self._nobody_is_charged_twice(ledger))
         found.extend(self._grants_follow_successes(charged, payments))
         found.extend(self._nothing_stays_open(payments, now))
-        found.extend(self._only_what_is_over_has_expired(now))
+        found.extend(self.expired_unduly(now))
         found.extend(self._everything_has_a_reason())
         return found
 
@@ -252,7 +252,8 @@ class Oracle:
             elif len(days) > UNDISTURBED_RUNS_UNTIL_KNOWN:
                 yield f"OPEN TOO LONG: attempt {row.id} is {row.state} since {since}, over {len(days)} undisturbed days"
 
-    def _only_what_is_over_has_expired(self, now: datetime) -> Iterator[str]:
+    def expired_unduly(self, now: datetime) -> Iterator[str]:
+        """Expired, and not over with its grace by now, or in the middle of a charge. A day too early is seen today only."""
         last = self.billing_day(now) - self._rules.grace_days * DAY
         for row in self.rows(
             "SELECT s.id, s.ended_at, (SELECT min(a.state) FROM billing_orchestration.renewal_attempts a"

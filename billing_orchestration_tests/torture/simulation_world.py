@@ -452,6 +452,9 @@ class World:
         if outcome.crash is not None:
             trace = "".join(traceback.format_exception(outcome.crash))
             self.fault(f"CRASH of {job}: {outcome.crash!r}\n{trace}")
+        if job == "expire_subscriptions_job":
+            for words in self.oracle.expired_unduly(self.now):
+                self.fault(words)
         how = "ok" if outcome.ok else f"red: {outcome.failure}"
         self.tell(f"{job}{' partition' if partition else ''}{' dry' if dry_run else ''}{' nested' if nested else ''}"
                   f" {how[:200]} {mine.happened[:3] or ''}")  # fmt: skip
