@@ -253,7 +253,7 @@ class Oracle:
                 yield f"OPEN TOO LONG: attempt {row.id} is {row.state} since {since}, over {len(days)} undisturbed days"
 
     def expired_unduly(self, now: datetime) -> Iterator[str]:
-        """Expired and not over with its grace by now, or in the middle of a charge. A day too early shows today only."""
+        """Expired and not over with its grace by now, or while a charge is open. A day too early shows only today."""
         last = self.billing_day(now) - self._rules.grace_days * DAY
         for row in self.rows(
             "SELECT s.id, s.ended_at, (SELECT min(a.state) FROM billing_orchestration.renewal_attempts a"

@@ -93,13 +93,17 @@ _WAIT_S = 5.0
 @contextmanager
 def meeting(cases: Sequence[Case]) -> Iterator[list[Case]]:
     """The same runs, which go on from the meeting point all at once: two cores would let them pass one by one."""
+    waiting: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def wait_for_all() -> None:
-            waiting: list[socket.socket] = []
             with suppress(OSError):
                 while len(waiting) < len(cases):
-                    waiting.append(server.accept()[0])
+                    arrived = server.accept()[0]
+                    if over.is_set():
+                        arrived.close()
+                        return
+                    waiting.append(arrived)
                     server.settimeout(_WAIT_S)
             for connection in waiting:
                 connection.close()
@@ -119,6 +123,8 @@ def meeting(cases: Sequence[Case]) -> Iterator[list[Case]]:
             while host.is_alive():
                 with suppress(OSError), socket.create_connection(server.getsockname()):
                     host.join(0.01)
+    # A meeting point that no run comes by any more would leave a race that nobody runs.
+    assert len(waiting) > 1, f"{len(waiting)} of {len(cases)} runs have come to {MEETING_POINTS[cases[0].job]}"
 
 
 def copies(case: Case) -> list[Case]:
