@@ -306,20 +306,17 @@ def fetch_stale_payments(connection: sa.Connection, created_before: datetime) ->
     return [row for page in stream_stale_payments(connection, created_before, 1000) for row in page]
 
 
-# One statement with its audit trail. Each row travels once, column by column; a reason that many share, once. A row is
-# updated at its place: it is locked, so it stays there. One that somebody changed while it was waited for is at a new
-# place, which this statement cannot see: a second one looks at it again.
+# One statement with its audit trail. Each row travels once, column by column; a reason that many share, once. Rows are
+# locked by the UPDATE itself, in the order of the ids (`expire_payments` sees to the plan): a lock ahead of it would be
+# one more write to each. One that somebody changes while it is waited for is looked at again as it is then.
 _EXPIRE_PAYMENTS = sa.text("""
-    WITH stale AS (
-        SELECT p.ctid AS place, coalesce(x.name, x.external_id) AS name, x.reason FROM payments p
-        JOIN ROWS FROM (unnest(CAST(:ids AS int[])), jsonb_array_elements_text(CAST(:external_ids AS jsonb)),
+    WITH expired AS (
+        UPDATE payments p SET status = 'EXPIRED', updated_at = :naive_at
+        FROM ROWS FROM (unnest(CAST(:ids AS int[])), jsonb_array_elements_text(CAST(:external_ids AS jsonb)),
                         jsonb_array_elements_text(CAST(:names AS jsonb)), unnest(CAST(:numbers AS int[])))
              AS x (id, external_id, name, reason)
-          ON x.id = p.id AND p.external_payment_id IS NOT DISTINCT FROM x.external_id
-        WHERE p.id = ANY(CAST(:ids AS int[])) AND p.status = 'PENDING' ORDER BY p.id FOR NO KEY UPDATE OF p
-    ), expired AS (
-        UPDATE payments p SET status = 'EXPIRED', updated_at = :naive_at
-        FROM stale WHERE p.ctid = stale.place AND p.status = 'PENDING' RETURNING p.id, stale.name, stale.reason
+        WHERE p.id = x.id AND p.external_payment_id IS NOT DISTINCT FROM x.external_id AND p.status = 'PENDING'
+        RETURNING p.id, coalesce(x.name, x.external_id) AS name, x.reason
     ), trail AS (
         INSERT INTO billing_orchestration.audit_trail
             (at, job, run_id, entity, entity_id, action, old, new, reason, external_payment_id)
@@ -331,6 +328,14 @@ _EXPIRE_PAYMENTS = sa.text("""
 """)
 
 
+# For this transaction only: a look into the primary key for each id, in their order, as everybody else locks payments.
+# Thousands of ids would make PostgreSQL read all of a table that is not large, and in the order of the table.
+_ROW_BY_ROW = sa.text(
+    "SELECT set_config(name, 'off', true) FROM unnest(ARRAY['enable_seqscan', 'enable_hashjoin', 'enable_mergejoin',"
+    " 'enable_bitmapscan']) AS name"
+)
+
+
 def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[tuple[StalePayment, str]]) -> set[int]:
     """PENDING -> EXPIRED for these rows, each with its reason; give back the ids of those that still were PENDING.
 
@@ -338,15 +343,8 @@ def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[t
     """
     if not reasons:
         return set()
-    # For this transaction only: thousands of ids make PostgreSQL read all of a table that is not large.
-    connection.execute(sa.text("SELECT set_config('enable_seqscan', 'off', true)"))
-    expired = _expire_payments(connection, stamp, reasons)
-    if len(expired) < len(reasons):
-        expired |= _expire_payments(connection, stamp, [item for item in reasons if item[0].id not in expired])
-    return expired
-
-
-def _expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[tuple[StalePayment, str]]) -> set[int]:
+    connection.execute(_ROW_BY_ROW)
+    reasons = sorted(reasons, key=lambda item: item[0].id)
     ids = [row.id for row, _ in reasons]
     # One that no index entry would hold is cut.
     names = [_name(row) for row, _ in reasons]

@@ -419,6 +419,19 @@ def test_a_payment_that_was_only_touched_while_it_was_waited_for_expires(books: 
     assert sorted(int(row.entity_id) for row in books.rows("audit_trail")) == sorted(ids)
 
 
+def test_payments_are_locked_in_the_order_of_their_ids(books: Books, database_url: str) -> None:
+    """As settling locks them: two transactions wait for each other instead of deadlocking."""
+    ids = [books.payment(f"p{n}") for n in range(20)]
+    rows = sorted(stale(books), key=lambda row: row.id, reverse=True)
+    with ThreadPoolExecutor() as pool, psycopg.connect(database_url) as service:
+        service.execute("SELECT FROM payments WHERE id = %s FOR UPDATE", (ids[10],))
+        waiting = start_blocked(pool, books.engine, partial(expire_rows, books, rows))
+        free = service.execute("SELECT id FROM payments FOR UPDATE SKIP LOCKED").fetchall()
+        service.rollback()
+        assert waiting.result() == set(ids)
+    assert sorted(id_ for (id_,) in free) == ids[10:]
+
+
 def test_an_id_that_no_index_holds_is_cut_in_the_audit_trail_alone(books: Books) -> None:
     long, short = books.payment("x" * 900), books.payment('with "quotes", {braces}')
     assert expire_rows(books, stale(books)) == {long, short}

@@ -821,8 +821,7 @@ FURTHER = (
         "a row that the webhook finished meanwhile is skipped",
         (
             # The row is found by its id, whatever has become of it since it was read.
-            Edit("database/expiry.py", "AND p.status = 'PENDING' ORDER BY", "ORDER BY"),
-            Edit("database/expiry.py", "AND p.status = 'PENDING' RETURNING", "RETURNING"),
+            Edit("database/expiry.py", " AND p.status = 'PENDING'\n        RETURNING p.id", "\n        RETURNING p.id"),
         ),
         (_STALE + "test_a_row_that_the_webhook_finishes_while_the_provider_is_asked_is_skipped_and_reported",),
     ),
