@@ -1,7 +1,8 @@
 """The threads of a run, and what they wait for each other with.
 
-A run's own threads, and the queues, events and locks between them, are made here and nowhere else. A simulation puts
-`Threads` of its own in their place and so decides, from a seed, which thread goes on at each step.
+A run's own threads, and whatever one of them waits for another with, are made here and nowhere else (a lock that is
+held for some arithmetic may be made where it is used). A simulation puts `Threads` of its own in their place and so
+decides, from a seed, which thread goes on at each step.
 """
 
 from __future__ import annotations

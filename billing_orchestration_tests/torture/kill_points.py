@@ -24,7 +24,10 @@ from billing_orchestration.provider.wire import Wire
 
 BEFORE, AFTER = "before", "after"
 
-_WRITES = re.compile(r"\b(INSERT\s+INTO|UPDATE|DELETE\s+FROM|TRUNCATE|CREATE|ALTER|DROP)\s+(?:ONLY\s+)?([\w.]+)", re.I)
+_WRITES = re.compile(
+    r"\b(INSERT\s+INTO|UPDATE|DELETE\s+FROM|MERGE\s+INTO|COPY|CALL|TRUNCATE|CREATE|ALTER|DROP)\s+(?:ONLY\s+)?([\w.]+)",
+    re.I,
+)
 _LOCKS = re.compile(r"\b(pg_\w*advisory\w*lock\w*|FOR\s+(?:NO\s+KEY\s+)?UPDATE|FOR\s+(?:KEY\s+)?SHARE)\b", re.I)
 _FROM = re.compile(r"\bFROM\s+([a-z_][\w.]*)", re.I)
 

@@ -713,12 +713,16 @@ class Simulation:
         """A run, and what must hold right after it if nothing disturbed it."""
         world = self.world
         as_of = how.get("tick") or world.now
-        due = world.oracle.due(as_of, 30) if job == "autopayment_job" else []
+        charges = job == "autopayment_job"
+        due = world.oracle.due(as_of, 30) if charges else []
+        chargeable = world.oracle.chargeable(as_of, world.now) if charges else {}
         began = world.now
         outcome = self._run(job, accidents, **how)
         disturbed = not accidents.undisturbed or accidents.meanwhile or world.outage
         if outcome.ok and not disturbed:
             world.journal.undisturbed[job].append(began)
+            for words in world.oracle.not_charged(chargeable):
+                world.fault(words)
             if job == "expire_payments_job":
                 for words in world.oracle.stale_payments(world.payments(), as_of):
                     world.fault(words)
@@ -795,10 +799,7 @@ class Simulation:
         world.tell(f"  operator: {what} of {job}")
         world.happened[f"operator: {what}"] += 1
         if what == "dry run":
-            before, money = world.snapshot(), len(world.provider.ledger())
-            world.run(job, self._calm(), dry_run=True)
-            if world.snapshot() != before or len(world.provider.ledger()) != money:
-                world.fault(f"a dry run of {job} has changed something")
+            self._dry_run(job)
         elif what == "launch":
             self._run(job, self._accidents(job))
         elif what == "backfill":
@@ -813,6 +814,14 @@ class Simulation:
             self._same_again(job, partition=window)
         else:
             self._same_again(job)
+
+    def _dry_run(self, job: str) -> None:
+        """It changes nothing on either side."""
+        world = self.world
+        before, money = world.snapshot(), len(world.provider.ledger())
+        world.run(job, self._calm(), dry_run=True)
+        if world.snapshot() != before or len(world.provider.ledger()) != money:
+            world.fault(f"a dry run of {job} has changed something")
 
     def _same_again(self, job: str, **how: Any) -> None:
         """A second run right after an undisturbed green one changes nothing."""

@@ -386,6 +386,65 @@ class Oracle:
             if not (told.get(f"subscription {number}") or "").strip()
         ]
 
+    def chargeable(self, as_of: datetime, now: datetime) -> dict[int, datetime]:
+        """Subscriptions that an undisturbed run has to charge, without an if or but, each with its old end.
+
+        Ended today or yesterday and nothing was tried for that period; one price; one card, saved by its customer, who
+        has no other subscription, and on which nothing else was tried today. Others may be charged as well.
+        """
+        today, found = self.billing_day(as_of), {}
+        for row in self.rows(
+            "SELECT s.id, s.user_id, s.ended_at, p.duration, p.duration_unit,"
+            " (SELECT array_agg(currency::text) FROM prices WHERE plan_id = s.plan_id) AS currencies,"
+            " (SELECT array_agg(DISTINCT a.payment_method_id) FROM billing_orchestration.saved_methods a"
+            "  WHERE a.subscription_id = s.id) AS kept"
+            " FROM subscriptions s JOIN plans p ON p.id = s.plan_id"
+            " WHERE s.status = 'ACTIVE' AND p.is_recurring AND s.ended_at IS NOT NULL"
+            " AND (SELECT count(*) FROM subscriptions o WHERE o.user_id = s.user_id) = 1"
+            " AND NOT EXISTS (SELECT FROM billing_orchestration.renewal_attempts a WHERE a.subscription_id = s.id"
+            "                 AND (a.period_start = s.ended_at OR a.state IN ('PLANNED', 'UNKNOWN', 'PENDING')))"
+        ):
+            overdue = (today - self.billing_day(row.ended_at.replace(tzinfo=UTC))).days
+            if overdue not in (0, 1) or len(row.currencies or ()) != 1:
+                continue
+            paid = self.rows(
+                "SELECT external_payment_id AS method, currency::text AS currency, status::text AS status FROM payments"
+                " WHERE subscription_id = %s AND status IN ('SUCCEEDED', 'REFUNDED') AND external_payment_id NOT IN"
+                " (SELECT external_payment_id FROM billing_orchestration.renewal_attempts"
+                "  WHERE external_payment_id IS NOT NULL)",
+                row.id,
+            )
+            methods = {payment.method for payment in paid} | set(row.kept or ())
+            money = {(payment.currency, payment.status) for payment in paid}
+            if len(methods) != 1 or money != {(row.currencies[0], "SUCCEEDED")}:
+                continue
+            (method,) = methods
+            tried = self.rows(
+                "SELECT last_sent_at FROM billing_orchestration.renewal_attempts"
+                " WHERE payment_method_id = %s AND last_sent_at IS NOT NULL",
+                method,
+            )
+            if self._journal.methods.get(method) == row.user_id and self.billing_day(now) not in {
+                self.billing_day(one.last_sent_at) for one in tried
+            }:
+                found[row.id] = row.ended_at
+        return found
+
+    def not_charged(self, chargeable: Mapping[int, datetime]) -> list[str]:
+        """After an undisturbed run: those of them that it did not even try."""
+        tried = {
+            (row.subscription_id, row.period_start)
+            for row in self.rows(
+                "SELECT subscription_id, period_start FROM billing_orchestration.renewal_attempts"
+                " WHERE first_sent_at IS NOT NULL"
+            )
+        }
+        return [
+            f"NOT CHARGED: subscription {number} ended {ended_at}, its card was there, and nothing was sent"
+            for number, ended_at in chargeable.items()
+            if (number, ended_at) not in tried
+        ]
+
     # --- at the wire: every POST, before the provider sees it
 
     def wrong_charge(self, key: str, body: str, payments: Iterable[Any], as_of: datetime, now: datetime) -> list[str]:

@@ -151,6 +151,8 @@ def test_the_command_of_an_operator_that_is_killed_is_completed_by_the_next_one(
         ("SELECT a FROM payments WHERE x ORDER BY id FOR NO KEY UPDATE", "SELECT payments FOR NO KEY UPDATE"),
         ("SELECT id, pg_try_advisory_lock(1, 2) FROM unnest(x) AS id", "pg_try_advisory_lock"),
         ("DELETE FROM billing_orchestration.watermarks", "DELETE watermarks"),
+        ("MERGE INTO billing_orchestration.watermarks w USING x ON true", "MERGE watermarks"),
+        ("COPY billing_orchestration.audit_trail (at) FROM STDIN", "COPY audit_trail"),
     ],
 )
 def test_a_statement_that_writes_or_locks_is_a_step(statement: str, name: str | None) -> None:

@@ -13,14 +13,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from http.client import HTTPMessage
 from typing import Any
 
 import psycopg
 import pytest
 
+from billing_orchestration.provider.wire import Answer
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.torture.simulation import Simulation, draw_traits
 from billing_orchestration_tests.torture.simulation_oracle import DAY, Journal, Oracle, Rules
+from billing_orchestration_tests.torture.simulation_world import Traits, World
 
 SEED, DAYS = 7, 14
 RENEWED = "SELECT external_payment_id FROM one_renewal"
@@ -269,6 +273,27 @@ def test_it_sees_a_due_subscription_of_which_a_run_says_nothing(books: Books, re
     assert len(books.oracle.unexplained(due, spoiled)) == 1
 
 
+def test_it_sees_due_subscriptions_that_could_be_charged_and_were_not(books: Books) -> None:
+    sent = books.oracle.rows(
+        f"SELECT subscription_id, period_start FROM billing_orchestration.renewal_attempts WHERE {OURS}"
+    )
+    assert books.oracle.not_charged({row.subscription_id: row.period_start for row in sent}) == []
+
+    books.execute(
+        "DELETE FROM payments WHERE external_payment_id IN"
+        " (SELECT external_payment_id FROM billing_orchestration.renewal_attempts)"
+    )
+    books.execute("UPDATE billing_orchestration.renewal_attempts SET state = 'DECLINED', first_sent_at = NULL,"
+                  " last_sent_at = NULL, period_start = period_start - interval '1 year'")  # fmt: skip
+    books.execute(f"UPDATE subscriptions SET status = 'ACTIVE', ended_at = '{books.now - timedelta(hours=1)}'")
+    chargeable = books.oracle.chargeable(books.now, books.now)
+
+    assert chargeable
+    assert [words.partition(" ended")[0] for words in books.oracle.not_charged(chargeable)] == [
+        f"NOT CHARGED: subscription {number}" for number in chargeable
+    ]
+
+
 # --- At the wire
 
 
@@ -404,3 +429,80 @@ def test_it_sees_a_charge_that_a_decline_forbids(
 
     found = sent(books, key, body)
     assert found == [] if complaint is None else any(complaint in words for words in found), found
+
+
+@pytest.fixture
+def world(postgres_server: Server, migrated_template: str) -> Iterator[World]:
+    """An installation in which nothing has happened."""
+    with postgres_server.database(migrated_template) as url:
+        world = World(url, SEED, datetime(2026, 3, 12, 3, tzinfo=timezone.utc), Traits())
+        try:
+            yield world
+        finally:
+            world.close()
+
+
+def post(world: World, key: str, subscription: int = 1, method: str = "card", amount: str = "299.00") -> list[str]:
+    """What the world says about a charge, besides that its tables know nothing of it."""
+    body = {
+        "amount": {"value": amount, "currency": "RUB"}, "payment_method_id": method,
+        "metadata": {"subscription_id": str(subscription), "period_start": "2026-03-11", "user_id": "user"},
+    }  # fmt: skip
+    before = len(world.faults)
+    world.look_at_charge(key, json.dumps(body).encode(), world.now, world.now, reaches=True)
+    return [words for words in world.faults[before:] if "SENT WITHOUT A RECORD" not in words]
+
+
+def declined(world: World, method: str) -> None:
+    """The card said no."""
+    told = {"status": "canceled", "payment_method": {"id": method}}
+    world.note_answer("some key", Answer(200, HTTPMessage(), json.dumps(told).encode()))
+
+
+def test_it_sees_a_card_that_is_tried_again_on_the_day_it_was_declined(world: World) -> None:
+    assert post(world, "one") == []
+    declined(world, "card")
+    world.pass_time(60)
+
+    assert post(world, "two", subscription=2, method="another card") == []
+    assert any("TRIED TWICE A DAY: method card" in words for words in post(world, "three", subscription=3))
+    world.pass_time(86_400)
+    assert post(world, "four", subscription=4) == []
+
+
+def test_it_sees_a_subscription_that_is_tried_with_two_keys_on_one_day(world: World) -> None:
+    assert post(world, "one", method="a card") == []
+    assert any("TRIED TWICE A DAY: subscription 1" in words for words in post(world, "two", method="another"))
+
+
+def test_it_sees_a_key_that_is_sent_with_two_bodies_or_after_the_provider_has_forgotten_it(world: World) -> None:
+    assert post(world, "one") == []
+    world.pass_time(86_399)
+    assert post(world, "one") == []
+    assert any("two bodies" in words for words in post(world, "one", amount="300.00"))
+    world.pass_time(1)
+    assert any("RE-SENT TOO LATE" in words for words in post(world, "one"))
+
+
+@pytest.mark.parametrize("how", ["a dry run", "a second run"])
+@pytest.mark.parametrize("meddles", [False, True])
+def test_it_sees_a_run_that_changes_what_it_must_not(
+    postgres_server: Server, migrated_template: str, how: str, meddles: bool
+) -> None:
+    with postgres_server.database(migrated_template) as url:
+        played = Simulation(url, SEED, traits=Traits())
+        try:
+            world = played.world
+            run = world.run
+
+            def meddling(*given: Any, **named: Any) -> Any:
+                outcome = run(*given, **named)
+                if meddles:
+                    world.service.payment(world.now, Decimal(1), "RUB", external_id=None)
+                return outcome
+
+            world.run = meddling  # type: ignore[method-assign]
+            {"a dry run": played._dry_run, "a second run": played._same_again}[how]("matching_pending_payments_job")
+            assert [how in words for words in world.faults] == [True] * meddles
+        finally:
+            played.world.close()
