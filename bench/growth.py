@@ -3,7 +3,7 @@
 An exponent of 1 is linear; n log n is about 1.1 at these sizes. Sizes are rows of the largest table: a tenth of the
 subscriptions and payments is over, a fiftieth of the payments is in the provider's slice and a thousandth to be
 repaired (the proportions of the goals), a hundredth of the subscriptions is due. The plot is written to
-docs/performance.png when matplotlib is there (the extra `bench`).
+performance.png beside the numbers when matplotlib is there (the extra `bench`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import charging, expiry, matching
-from bench.measuring import ROOT, Row, run_module
+from bench.measuring import Row, run_module
 from bench.provider import provider
 from bench.stage import Database
 
@@ -28,7 +28,7 @@ _LATENCY_S = 0.01
 Costs = dict[str, dict[int, list[float]]]
 
 
-def measure(server: Database, largest: int) -> tuple[Costs, list[Row]]:
+def measure(server: Database, folder: Path, largest: int) -> tuple[Costs, list[Row]]:
     """Seconds by job and size, and the table's lines."""
     costs: Costs = {
         "expire_subscriptions_job, database work": {},
@@ -88,7 +88,7 @@ def measure(server: Database, largest: int) -> tuple[Costs, list[Row]]:
                     _exponents(by_size[fewer], by_size[more], more / fewer),
                 )
             )
-    _plot(costs, ROOT / "docs" / "performance.png")
+    _plot(costs, folder / "performance.png")
     return costs, rows
 
 

@@ -39,7 +39,7 @@ def measure(server: Database) -> tuple[dict[str, dict[str, float]], list[Row]]:
             f"a matching tick that finds nothing: {what} per run",
             f"a job of Dagster's defaults: {before[what]:,.0f}",
             "",
-            (ours[what],) * 3,
+            (ours[what],),
             unit,
         )
         for what, unit in (("event rows", ""), ("bytes", " B"), ("files", ""))

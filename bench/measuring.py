@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# What docs/performance.md was written from, and where else the numbers of a run go.
+PUBLISHED = ROOT / "bench" / "results"
+LATEST = PUBLISHED / "latest"
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from bench import matching
-from bench.measuring import ROOT
 from bench.provider import payment_id
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.engine import create_engine
@@ -85,6 +85,6 @@ def _of(url: str, work: Callable[[sa.Connection], None]) -> list[str]:
     return list({plan.partition("\n")[0]: plan for plan in plans}.values())
 
 
-def keep(name: str, plans: list[str]) -> None:
-    """Write them to bench/results/."""
-    (ROOT / "bench" / "results" / f"plans_{name}.txt").write_text("\n".join(plans), encoding="utf-8")
+def keep(folder: Path, name: str, plans: list[str]) -> None:
+    """Write them beside the numbers."""
+    (folder / f"plans_{name}.txt").write_text("\n".join(plans), encoding="utf-8")

@@ -30,6 +30,11 @@ _HELD = """s.id IN (
              AND q.resolution = 'ignored')))"""
 
 
+# A hash that PostgreSQL expects not to fit is none: each row then walks through the whole list. Of 4 MB, its default,
+# that is from some hundred thousand open attempts on; this holds for millions, and is taken as it is needed.
+_ROOM_FOR_THE_HELD = sa.text("SELECT set_config('work_mem', '64MB', true)")
+
+
 @dataclass(frozen=True, slots=True)
 class SubscriptionSample:
     """One subscription of the report. `why_held` is None for one that would expire."""
@@ -54,6 +59,7 @@ class OverSlice:
 def fetch_over(connection: sa.Connection, over_before: datetime, sample_size: int) -> OverSlice:
     """Count what is over, without fetching it, and show the first few of each kind."""
     bound = {"over_before": naive_utc(over_before)}
+    connection.execute(_ROOM_FOR_THE_HELD)
     # Two counts, each by its own index: one over all ACTIVE rows, one over those that are over.
     active = connection.execute(
         sa.text("""
@@ -100,6 +106,7 @@ def digest_over(connection: sa.Connection, over_before: datetime) -> str:
 
     A sum of hashes: computed in one pass, whatever the order and however many rows.
     """
+    connection.execute(_ROOM_FOR_THE_HELD)
     return str(
         connection.execute(
             sa.text(f"""
@@ -179,6 +186,7 @@ def expire_subscriptions(
     """
     bound = {"over_before": naive_utc(over_before)}
     chosen = {**bound, "size": size, "passed_over": list(passed_over)}
+    connection.execute(_ROOM_FOR_THE_HELD)
     while True:
         # A chunk that turns out to be held is let go of before the next one is locked: so the order of locks holds.
         chunk = connection.begin_nested()
@@ -246,6 +254,7 @@ def lock_over(
 
     Whoever begins at the oldest again for each chunk wades through all that the chunks before it have left behind.
     """
+    connection.execute(_ROOM_FOR_THE_HELD)
     last_end, last_id = after or ("-infinity", _LOWEST_ID)
     found = connection.execute(
         _LOCK_AFTER,

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.tables import naive_utc
 
-# What a check looks back over: long enough for a weekend and a holiday, short enough to stay cheap after years.
+# What a check looks back over: long enough for a weekend and a holiday, and found by time in years of settlements.
 LOOKS_BACK = timedelta(days=7)
 # Two renewals of one period may lie a grace and a few retries apart.
 LOOKS_BACK_FOR_TWINS = timedelta(days=60)
@@ -108,7 +108,7 @@ _NUMBERS = sa.text("""
     FROM billing_orchestration.quarantine WHERE resolved_at IS NULL
     UNION ALL
     SELECT 'unknown outcomes', count(*) FROM billing_orchestration.renewal_attempts
-    WHERE state = 'UNKNOWN' OR (state = 'PLANNED' AND first_sent_at IS NOT NULL)
+    WHERE state IN ('UNKNOWN', 'PLANNED') AND (state = 'UNKNOWN' OR first_sent_at IS NOT NULL)
     UNION ALL
     SELECT 'pending renewals', count(*) FROM billing_orchestration.renewal_attempts WHERE state = 'PENDING'
     UNION ALL

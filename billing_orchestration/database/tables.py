@@ -164,6 +164,9 @@ renewal_attempts = sa.Table(
     ),
     sa.Index("renewal_attempts_external_payment_id", "external_payment_id"),
     sa.Index("renewal_attempts_last_sent_at", "last_sent_at"),
+    sa.Index(
+        "renewal_attempts_closed_at", "closed_at", postgresql_using="brin", postgresql_with={"pages_per_range": 32}
+    ),
 )  # fmt: skip
 
 settlements = sa.Table(
@@ -183,6 +186,7 @@ settlements = sa.Table(
     sa.Column("settled_at", Instant, nullable=False),
     sa.Column("run_id", sa.Text, nullable=False),
     sa.Index("settlements_subscription_id", "subscription_id"),
+    sa.Index("settlements_settled_at", "settled_at", postgresql_using="brin", postgresql_with={"pages_per_range": 32}),
 )
 
 saved_methods = sa.Table(

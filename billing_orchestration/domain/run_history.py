@@ -19,6 +19,7 @@ class PastRun:
     run_id: str
     job: str
     created_at: datetime
+    ended_at: datetime
     partition: str | None
     changed: bool
 

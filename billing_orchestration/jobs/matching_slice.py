@@ -44,6 +44,11 @@ class PaidSliceConfig(dg.Config):
             " longer one in four parts."
         ),
     )
+    max_requests_per_second: float | None = Field(
+        default=None,
+        gt=0,
+        description="A cap on requests per second, all parts together, if the provider gave you one. Left out: none.",
+    )
 
 
 # How an op of these jobs names the one before it: the order is Dagster's, what it works on comes from `hand_over`.
@@ -77,7 +82,7 @@ def fetch_paid(
     database: BillingDatabase,
     provider: ProviderConnection,
     clock: Clock,
-    parallel_windows: int | None = None,
+    config: PaidSliceConfig,
 ) -> PaidSlice:
     """Read the provider's slice: succeeded, created or captured in the window. Whole, or the run fails here."""
     from billing_orchestration.database.engine import translated
@@ -89,7 +94,9 @@ def fetch_paid(
     with translated(), database.engine.connect() as connection:
         watermark = read_watermark(connection, job)
     window = covering_window(scope, watermark)
-    paid = provider.client.fetch_slice(window.start, window.end, parallel_windows=parallel_windows)
+    if config.max_requests_per_second is not None:
+        provider.client.limit_rate(config.max_requests_per_second)
+    paid = provider.client.fetch_slice(window.start, window.end, parallel_windows=config.parallel_windows)
     context.add_output_metadata(
         {
             **describe_scope(scope),

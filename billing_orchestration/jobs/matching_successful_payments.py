@@ -70,7 +70,7 @@ def fetch_paid_for_successful(
 ) -> None:
     """The provider's slice, read before the database."""
     with told_plainly():
-        paid = fetch_paid(context, JOB, run, billing_database, payment_provider, clock, config.parallel_windows)
+        paid = fetch_paid(context, JOB, run, billing_database, payment_provider, clock, config)
         hand_over.leave(paid)
 
 

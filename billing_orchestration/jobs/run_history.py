@@ -61,8 +61,16 @@ def find_old_runs(
         settings = billing_database.settings
         scope = run.scope(context, clock, whole_days=False)
         keep_days, keep_changed_days = settings.run_history_days, settings.run_history_changed_days
-        found = _past_runs(context.instance, scope.as_of - timedelta(days=keep_days), billing_database)
+        found = _past_runs(context.instance, scope.as_of - timedelta(days=keep_days))
         verdicts = list(retention(found, scope.as_of, keep_days, keep_changed_days))
+        # Only of these: what stays anyhow would be asked about night after night, for a year of the audit trail.
+        doubtful = [
+            past
+            for past, verdict in verdicts
+            if verdict == GOES and scope.as_of - past.created_at < timedelta(days=keep_changed_days)
+        ]
+        changed = _changed_something(doubtful, billing_database)
+        verdicts = [(past, CHANGED if past.run_id in changed else verdict) for past, verdict in verdicts]
     going = tuple(past for past, verdict in verdicts if verdict == GOES)
     stop_before_applying(over_limit(len(going), scope.max_changes), [])
     reasons = Counter(verdict for _, verdict in verdicts)
@@ -86,44 +94,52 @@ def find_old_runs(
     return OldRuns(scope, going)
 
 
-def _past_runs(instance: dg.DagsterInstance, before: datetime, database: BillingDatabase) -> Iterator[PastRun]:
-    """The finished runs of this project's jobs created before an instant, newest first."""
-    from billing_orchestration.database.audit import runs_that_changed
-    from billing_orchestration.database.engine import translated
+def _past_runs(instance: dg.DagsterInstance, before: datetime) -> Iterator[PastRun]:
+    """The finished runs of this project's jobs created before an instant, newest first, by what the run history says.
 
+    A run whose process died after its last commit has no tag about it: `_changed_something` knows.
+    """
     cursor = None
     while records := instance.get_run_records(
         dg.RunsFilter(statuses=_FINISHED, created_before=before), limit=_BATCH, cursor=cursor
     ):
         cursor = records[-1].dagster_run.run_id
-        # Another code location may share the run history: its runs are none of our business.
-        ours = [record for record in records if SINGLETON_TAG in record.dagster_run.tags]
-        with translated(), database.engine.connect() as connection:
-            changed = runs_that_changed(
-                connection,
-                [record.dagster_run.run_id for record in ours],
-                min(record.create_timestamp for record in records).astimezone(timezone.utc) - _CLOCKS_DIFFER_BY,
-                _ended(records) + _CLOCKS_DIFFER_BY,
-            )
-        for record in ours:
+        for record in records:
             dagster_run = record.dagster_run
-            yield PastRun(
-                run_id=dagster_run.run_id,
-                job=dagster_run.job_name,
-                created_at=record.create_timestamp.astimezone(timezone.utc),
-                partition=dagster_run.tags.get(PARTITION_TAG),
-                changed=dagster_run.run_id in changed or CHANGED_TAG in dagster_run.tags,
+            # Another code location may share the run history: its runs are none of our business.
+            if SINGLETON_TAG in dagster_run.tags:
+                yield PastRun(
+                    run_id=dagster_run.run_id,
+                    job=dagster_run.job_name,
+                    created_at=record.create_timestamp.astimezone(timezone.utc),
+                    ended_at=_ended(record),
+                    partition=dagster_run.tags.get(PARTITION_TAG),
+                    changed=CHANGED_TAG in dagster_run.tags,
+                )
+
+
+def _ended(record: dg.RunRecord) -> datetime:
+    if record.end_time is not None:
+        return datetime.fromtimestamp(record.end_time, timezone.utc)
+    return record.update_timestamp.astimezone(timezone.utc)
+
+
+def _changed_something(runs: Sequence[PastRun], database: BillingDatabase) -> set[str]:
+    """Which of these runs (newest first) the audit trail knows, by their ids."""
+    from billing_orchestration.database.audit import runs_that_changed
+    from billing_orchestration.database.engine import translated
+
+    changed: set[str] = set()
+    for start in range(0, len(runs), _BATCH):
+        batch = runs[start : start + _BATCH]
+        with translated(), database.engine.connect() as connection:
+            changed |= runs_that_changed(
+                connection,
+                [past.run_id for past in batch],
+                min(past.created_at for past in batch) - _CLOCKS_DIFFER_BY,
+                max(past.ended_at for past in batch) + _CLOCKS_DIFFER_BY,
             )
-
-
-def _ended(records: Sequence[dg.RunRecord]) -> datetime:
-    """When the last of these finished runs had ended."""
-    return max(
-        datetime.fromtimestamp(record.end_time, timezone.utc)
-        if record.end_time is not None
-        else record.update_timestamp.astimezone(timezone.utc)
-        for record in records
-    )
+    return changed
 
 
 @dg.op(description="Delete them with their events, the oldest first.")

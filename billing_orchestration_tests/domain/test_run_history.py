@@ -12,7 +12,8 @@ NOW = datetime(2026, 3, 12, 6, 0, tzinfo=timezone.utc)
 
 
 def past(days: float, *, partition: str | None = None, changed: bool = False, job: str = "matching") -> PastRun:
-    return PastRun(f"{job}-{days}", job, NOW - timedelta(days=days), partition, changed)
+    at = NOW - timedelta(days=days)
+    return PastRun(f"{job}-{days}", job, at, at, partition, changed)
 
 
 def verdicts(*runs: PastRun, keep: int = 30, keep_changed: int = 365) -> list[str]:

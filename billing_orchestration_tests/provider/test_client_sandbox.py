@@ -288,6 +288,7 @@ def test_a_slice_is_complete_when_payments_arrive_while_it_is_read(
     found = [payment.id for payment in told.payments]
     assert len(found) == len(set(found))
     assert {payment.id for payment in before} <= set(found)
+    assert set(found) - {payment.id for payment in before}, "nothing arrived while it was read"
     assert too_many.fired == 3
 
 

@@ -26,8 +26,8 @@ import heapq
 import itertools
 import queue
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -251,6 +251,7 @@ class Charging:
     _width: int = 1
     _failures: int = 0
     _results: list[ChargeResult] = field(default_factory=list)
+    _outcomes: "Counter[str]" = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         make = threads()
@@ -796,6 +797,7 @@ class Charging:
         needs_retry: bool = False,
         newly_quarantined: bool = False,
     ) -> None:
+        self._outcomes[outcome] += 1
         self._results.append(ChargeResult(work.attempt, outcome, reason, decline_class, needs_retry, newly_quarantined))
         self._release_method(work, outcome)
 
@@ -803,8 +805,7 @@ class Charging:
         done = len(self._results)
         rate = done / elapsed_s if elapsed_s > 0 else 0.0
         remaining = f", about {(total - done) / rate:.0f} s to go" if rate and done < total else ""
-        counts = _count(result.outcome for result in self._results)
-        told = ", ".join(f"{count} {outcome}" for outcome, count in counts)
+        told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self._outcomes.items()))
         return f"{done} of {total} done ({told or 'no answer yet'}), {rate:.1f} a second{remaining}"
 
     def _autocommit(self) -> "sa.Connection":
@@ -815,9 +816,3 @@ class Charging:
         connection.detach()
         keep_to_indexes(connection)
         return connection
-
-
-def _count(outcomes: Iterable[str]) -> Iterator[tuple[str, int]]:
-    from collections import Counter
-
-    yield from sorted(Counter(outcomes).items())
