@@ -3,6 +3,7 @@
 import dagster as dg
 
 from bench.empty_job import empty_job
-from billing_orchestration.definitions import defs as ours
+from billing_orchestration import definitions
 
-defs = dg.Definitions.merge(ours, dg.Definitions(jobs=[empty_job]))
+# Dagster wants one `Definitions` in a module: ours is not imported by its name.
+defs = dg.Definitions.merge(definitions.defs, dg.Definitions(jobs=[empty_job]))
