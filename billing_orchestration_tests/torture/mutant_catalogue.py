@@ -467,7 +467,10 @@ FURTHER = (
     Mutant(
         "a wrong shop key does not stop the run",
         "a wrong shop key costs one request",
-        (Edit(_CHARGING, "            self._stop(str(answer))\n", "            self._heard()\n"),),
+        (
+            Edit(_CHARGING, "            self._stop(str(answer))\n", "            self._heard()\n"),
+            Edit(_CHARGING, "if isinstance(error, WrongCredentials):", "if False:"),
+        ),
         (_FAULTS + "test_a_wrong_shop_key_costs_one_request_and_the_right_one_charges_on_the_same_day",),
     ),
     Mutant(
