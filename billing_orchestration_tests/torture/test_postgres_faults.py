@@ -101,7 +101,9 @@ def test_a_disk_that_is_really_full_loses_nothing(
             if THOROUGH:
                 matrix = play(server, migrated, sandbox, runner, scenario, [FULL, PANIC], thorough=False, disk=disk)
                 judge(matrix, capsys)
-                assert any("is full" in cell.ended for cell in matrix.cells)
+                # A handful of expiries may find room in the pages that are there, and need none of the disk's.
+                needs_room = scenario.job != "expire_subscriptions_job"
+                assert not needs_room or any("is full" in cell.ended for cell in matrix.cells)
             else:
                 cells = at(server, migrated, sandbox, runner, [(PANIC, Death(Step("POST /payments", 1), AFTER))], disk)
                 assert all(cell.runs is not None and cell.is_told for cell in cells), cells
