@@ -67,7 +67,8 @@ DECLINES = (
 REGRESSIONS = {
     7: "a card declined for one subscription was tried for another one in the same run",
     1011: "a renewal's row that the service's webhook wrote without a grant, during an outage (the judge was wrong)",
-    3005: "the answer to a charge sent again, which was the first one: pending (the judge was wrong)",
+    3005: "an open charge that a run seemed not to have asked about (never seen again; by all that is left the judge's"
+    " fault: the answer to a charge sent again may be the first one, pending)",
     3014: "a charge that a run within a run left pending: no tick came for its success (the simulation was wrong)",
     1013: "such a row beside a purchase that had moved the subscription's end: the paid renewal was never granted",
 }
