@@ -6,6 +6,7 @@ The provider's ledger is the judge of what was charged, our tables of what was g
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -17,7 +18,9 @@ import sqlalchemy as sa
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.sandbox.provider_server import ReceivedRequest, Sandbox
 from billing_orchestration.settings import Settings
+from billing_orchestration.threads import threads_made_by
 from billing_orchestration_tests.jobs.service import NOON, Run, Service
+from billing_orchestration_tests.torture.simulation_threads import OrderedThreads
 
 JOB = "autopayment_job"
 MATCHING = "matching_successful_payments_job"
@@ -402,6 +405,25 @@ def test_a_shop_key_that_is_withdrawn_during_a_run_stops_it_and_nobody_is_charge
     assert service.run(JOB).ok
     assert charged(service) == each_once(*subscriptions)
     service.check_books()
+
+
+# Within a group of charges that were handed to the senders together: there is a next one to be sent.
+@pytest.mark.parametrize("good", [4, 5, 6])
+def test_a_sender_that_hears_of_a_wrong_shop_key_sends_nothing_more(service: Service, good: int) -> None:
+    """One thread goes on at a time here, so nothing is under way beside the request that hears of it."""
+    for _ in range(30):
+        service.subscriber()
+    service.sandbox.misbehave("create", "invalid_credentials", skip=good, times=None)
+    seconds = [0.0]
+
+    def pass_time(more: float) -> None:
+        seconds[0] += more
+
+    with threads_made_by(OrderedThreads(random.Random(1), lambda: seconds[0], pass_time)):
+        run = service.run(JOB, ops={"charge_renewals": {"max_concurrency": 4}})
+
+    assert not run.ok
+    assert service.sandbox.count() == good + 1
 
 
 @pytest.mark.parametrize("refusal", [

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import dagster as dg
 import pytest
+import sqlalchemy as sa
 
 from billing_orchestration_tests.jobs.service import Run, Service
 
@@ -87,6 +89,28 @@ def test_a_run_that_was_killed_after_a_change_is_known_by_the_audit_trail(
     later(service, 31)
     service.run(JOB, instance=instance)
     assert killed.run_id in ids(instance)
+
+
+def test_the_audit_trail_is_asked_only_about_runs_that_would_go(service: Service, instance: dg.DagsterInstance) -> None:
+    first, second = empty_tick(service, instance), empty_tick(service, instance)
+    repaired = repairing_tick(service, instance)
+    last = empty_tick(service, instance)
+    asked: list[str] = []
+
+    def note(_connection: sa.Connection, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
+        if "DISTINCT run_id" in statement:
+            asked.extend(values["ids"])
+
+    later(service, 31)
+    sa.event.listen(sa.Engine, "before_cursor_execute", note)
+    try:
+        service.run(JOB, instance=instance)
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
+
+    # Neither the one that is tagged nor the last of its hour.
+    assert set(asked) == {first.run_id, second.run_id}
+    assert {repaired.run_id, last.run_id} <= ids(instance)
 
 
 def test_a_dry_run_shows_what_would_go_and_deletes_nothing(service: Service, instance: dg.DagsterInstance) -> None:

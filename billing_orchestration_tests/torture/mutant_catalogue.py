@@ -474,6 +474,12 @@ FURTHER = (
         (_FAULTS + "test_a_wrong_shop_key_costs_one_request_and_the_right_one_charges_on_the_same_day",),
     ),
     Mutant(
+        "a sender goes on after a wrong shop key",
+        "a shop key that is withdrawn costs no more requests than are under way",
+        (Edit(_CHARGING, "if isinstance(error, WrongCredentials):", "if False:"),),
+        (_FAULTS + "test_a_sender_that_hears_of_a_wrong_shop_key_sends_nothing_more",),
+    ),
+    Mutant(
         "an answer about another attempt believed",
         "an answer that names another attempt concludes nothing",
         (Edit(_RENEWALS, "return named is not None and named != str(attempt.id)", "return False"),),
