@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from billing_orchestration.casework import Desk
+    from billing_orchestration.desk.resolving import Desk
 
 FAILED = 1
 INTERRUPTED = 130
@@ -125,7 +125,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
-    from billing_orchestration.doctor import Level, diagnose
+    from billing_orchestration.desk.doctor import Level, diagnose
 
     faults = 0
     for finding in diagnose():
@@ -135,14 +135,14 @@ def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
 
 
 def _quarantine(arguments: argparse.Namespace) -> int:
-    from billing_orchestration.case_report import listed, shown
+    from billing_orchestration.desk.quarantine_report import listed, shown
 
     def work(desk: Desk) -> list[str]:
         if arguments.action == "list":
             return listed(desk.engine, with_resolved=arguments.all)
         if arguments.action == "show":
             return shown(desk.engine, arguments.id)
-        from billing_orchestration.casework import Resolution, resolve
+        from billing_orchestration.desk.resolving import Resolution, resolve
 
         word = "accepted" if arguments.accept else "ignored" if arguments.ignore else "attached"
         by = arguments.by or _user()
@@ -153,7 +153,7 @@ def _quarantine(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from billing_orchestration.case_history import explain_payment, explain_subscription
+    from billing_orchestration.desk.explaining import explain_payment, explain_subscription
 
     def work(desk: Desk) -> list[str]:
         if not arguments.id.strip():
@@ -176,8 +176,8 @@ def _user() -> str:
 
 def _at_desk(work: Callable[[Desk], list[str]]) -> int:
     """Do one piece of work on the database and the provider of the settings, and say what came of it."""
-    from billing_orchestration.casework import NotResolved, open_desk
     from billing_orchestration.database.errors import BillingDatabaseError
+    from billing_orchestration.desk.resolving import NotResolved, open_desk
     from billing_orchestration.provider.errors import ProviderError
     from billing_orchestration.settings import SettingsError
 
@@ -196,7 +196,7 @@ def _at_desk(work: Callable[[Desk], list[str]]) -> int:
 
 def _sandbox(arguments: argparse.Namespace) -> int:
     try:
-        from billing_orchestration.sandbox.provider_server import serve
+        from billing_orchestration.sandbox.provider.server import serve
     except ModuleNotFoundError as error:
         return _needs_extra(error)
     given = {name: getattr(arguments, name) for name in ("port", "shop_id", "secret_key")}

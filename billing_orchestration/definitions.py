@@ -14,7 +14,7 @@ from billing_orchestration.jobs import (
     matching_pending_payments,
     matching_successful_payments,
     money_checks,
-    run_history,
+    prune_run_history,
 )
 from billing_orchestration.jobs.approval import PLANS
 from billing_orchestration.jobs.autopayment.shards import in_process_or_multiprocess, renewals_hand_over
@@ -57,7 +57,7 @@ def build_definitions(
             expire_subscriptions.expire_subscriptions_job,
             matching_pending_payments.matching_pending_payments_job,
             matching_successful_payments.matching_successful_payments_job,
-            run_history.run_history_job,
+            prune_run_history.run_history_job,
         ],
         schedules=[
             autopayment.autopayment_daily_schedule,
@@ -65,7 +65,7 @@ def build_definitions(
             expire_subscriptions.expire_subscriptions_daily_schedule,
             matching_pending_payments.matching_pending_payments_every_2_minutes_schedule,
             matching_successful_payments.matching_successful_payments_every_2_minutes_schedule,
-            run_history.run_history_daily_schedule,
+            prune_run_history.run_history_daily_schedule,
         ],
         assets=[
             *money_checks.money_assets,
@@ -102,7 +102,7 @@ def build_definitions(
                     expire_subscriptions.expire_subscriptions_job,
                     matching_pending_payments.matching_pending_payments_job,
                     matching_successful_payments.matching_successful_payments_job,
-                    run_history.run_history_job,
+                    prune_run_history.run_history_job,
                 ]
             ),
             money_checks.money_checks_sensor,

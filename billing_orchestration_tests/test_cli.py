@@ -18,8 +18,8 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.cli import main
-from billing_orchestration.doctor import Finding, Level, diagnose
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.desk.doctor import Finding, Level, diagnose
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.fixtures.postgres import Server, create_service_database
 
 SECRETS = ("word-of-the-database", "test_sandbox")

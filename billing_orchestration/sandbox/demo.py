@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from billing_orchestration.sandbox.books import Books
     from billing_orchestration.sandbox.example_data import Story
-    from billing_orchestration.sandbox.run_history import RunStory
+    from billing_orchestration.sandbox.run_story import RunStory
 
 # First what customers have paid themselves is recognised, then what is still due is charged, last what is over ends.
 STORY = (
@@ -196,12 +196,12 @@ class _Play:
         with self.console.status(f"{job} runs …"):
             started = self._start(job)
             # Seconds of imports that the report needs, while the job's process does its own.
-            import_module("billing_orchestration.sandbox.run_history")
+            import_module("billing_orchestration.sandbox.run_story")
             import_module("billing_orchestration.sandbox.books")
             return started.wait()
 
     def _report(self, run: JobRun, question: str) -> None:
-        from billing_orchestration.sandbox.run_history import grouped, read_run
+        from billing_orchestration.sandbox.run_story import grouped, read_run
 
         told = read_run(self.history, run.job)
         self.console.print()
@@ -241,7 +241,7 @@ class _Play:
 
     def _show_cases(self, books: Books) -> bool:
         from billing_orchestration.sandbox.books import CaseReader
-        from billing_orchestration.sandbox.run_history import reported
+        from billing_orchestration.sandbox.run_story import reported
 
         reader = CaseReader(books, reported(self.stories))
         self.console.print()

@@ -25,8 +25,8 @@ from typing import Any
 
 import psycopg
 
-from billing_orchestration.sandbox.control import SandboxControl
-from billing_orchestration.sandbox.provider_process import provider_process
+from billing_orchestration.sandbox.provider.process import provider_process
+from billing_orchestration.sandbox.provider.remote_control import SandboxControl
 
 SHOP_ID = "100500"
 # A live key, so that a test payment shows up as what it is. It opens nothing but the sandbox.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from billing_orchestration.database.engine import create_engine
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.browser.desk import Desk, open_desk
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.fixtures.receiver import Receiver

@@ -19,7 +19,7 @@ from zoneinfo import ZoneInfo
 import dagster as dg
 import sqlalchemy as sa
 
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.browser.deployment import Deployment, deployed, wait_for
 from billing_orchestration_tests.fixtures.receiver import Receiver
 from billing_orchestration_tests.jobs.service import Service

@@ -19,7 +19,7 @@ import pytest
 from playwright.sync_api import expect
 
 from billing_orchestration.jobs.approval import PLAN_TAG
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.browser.deployment import wait_for
 from billing_orchestration_tests.browser.desk import GRID_DAYS, MATCHING, Desk
 from billing_orchestration_tests.browser.ui import Ui

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from billing_orchestration.definitions import build_definitions
 from billing_orchestration.jobs.matching_successful_payments import WEBHOOK_GRACE_S
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.settings import Settings
 
 UTC = timezone.utc

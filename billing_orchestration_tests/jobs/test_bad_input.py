@@ -12,7 +12,7 @@ import pytest
 
 from billing_orchestration.database.engine import create_engine
 from billing_orchestration.database.migrating import migrate
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.settings import Settings, load_settings
 from billing_orchestration_tests.fixtures.postgres import Server, create_service_database, start_server
 from billing_orchestration_tests.jobs.service import NOON, Run, Service

@@ -19,7 +19,7 @@ from billing_orchestration.database.attempts import Closing, claim, close
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.renewals import fetch_due
 from billing_orchestration.domain.renewals import KEY_LIFETIME, Attempt
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.jobs.interleaving import Held, Worker
 from billing_orchestration_tests.jobs.service import NOON, Service
 from billing_orchestration_tests.jobs.waiting import wait_for_a_blocked_session

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from billing_orchestration.definitions import build_definitions
 from billing_orchestration.jobs.autopayment.shards import limits_of_a_shard
 from billing_orchestration.jobs.autopayment.steps import ChargingConfig
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.jobs.service import NOON, Service
 from billing_orchestration_tests.jobs.waiting import wait_until
 

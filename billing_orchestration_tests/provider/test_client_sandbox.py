@@ -27,7 +27,7 @@ from billing_orchestration.provider.errors import (
     WrongCredentials,
 )
 from billing_orchestration.provider.pacing import map_concurrently
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 
 METADATA = {"attempt_id": "a-1", "subscription_id": "7", "user_id": "u-1", "plan_id": "3", "payment_provider_id": "1"}
 NOW = datetime(2026, 3, 1, 10, 0, tzinfo=timezone.utc)

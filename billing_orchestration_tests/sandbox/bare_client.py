@@ -9,7 +9,7 @@ from typing import Any
 
 import urllib3
 
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 
 WAIT_S = 20.0
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.sandbox.bare_client import BareClient
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import urllib3
 
-from billing_orchestration.sandbox.provider import SandboxProvider
-from billing_orchestration.sandbox.provider_records import SandboxClock
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.account import SandboxProvider
+from billing_orchestration.sandbox.provider.records import SandboxClock
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.sandbox.bare_client import BareClient, charge
 
 SERVE = """
 import sys, pathlib
-from billing_orchestration.sandbox.provider_server import serve
+from billing_orchestration.sandbox.provider.server import serve
 serve(port=0, shop_id="42", secret_key="live_42", state_file=pathlib.Path(sys.argv[1]))
 """
 
@@ -158,7 +158,7 @@ def test_an_order_that_means_nothing_is_refused_with_the_reason(sandbox: Sandbox
 
 
 def test_the_sandbox_says_in_one_line_that_its_port_is_taken(sandbox: Sandbox) -> None:
-    command = f"from billing_orchestration.sandbox.provider_server import serve; serve(port={sandbox.port})"
+    command = f"from billing_orchestration.sandbox.provider.server import serve; serve(port={sandbox.port})"
     ended = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
     assert ended.stderr.strip() == (

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from billing_orchestration.sandbox.provider_records import SandboxClock, iso
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.records import SandboxClock, iso
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.sandbox.bare_client import BareClient, charge
 
 NOON = datetime(2026, 3, 1, 12, 0, 0, tzinfo=timezone.utc)

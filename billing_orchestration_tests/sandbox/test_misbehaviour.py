@@ -12,7 +12,7 @@ import pytest
 import urllib3
 from urllib3.exceptions import ProtocolError, ReadTimeoutError
 
-from billing_orchestration.sandbox.provider_server import Sandbox, running_sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox, running_sandbox
 from billing_orchestration_tests.sandbox.bare_client import WAIT_S, BareClient, charge, wait_until
 
 BEFORE_AND_AFTER = pytest.mark.parametrize(("side", "entries"), [("before", 0), ("after", 1)])

@@ -24,7 +24,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.engine import create_engine
 from billing_orchestration.database.migrating import migrate
-from billing_orchestration.sandbox.provider_server import Sandbox, running_sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox, running_sandbox
 from billing_orchestration_tests.fixtures.postgres import Server, start_server
 from billing_orchestration_tests.jobs.service import NOON, Service
 from billing_orchestration_tests.torture.kill_oracle import complaints

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import namedtuple_row
 
-from billing_orchestration.sandbox.provider_records import LedgerEntry
+from billing_orchestration.sandbox.provider.records import LedgerEntry
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pkgutil
 import sqlalchemy as sa
 
 import billing_orchestration
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.jobs.service import Service
 
 JOBS = (

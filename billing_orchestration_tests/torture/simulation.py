@@ -37,8 +37,8 @@ from typing import Any
 
 import dagster as dg
 
-from billing_orchestration.sandbox.provider_records import Outcome as Scripted
-from billing_orchestration.sandbox.provider_records import Switches
+from billing_orchestration.sandbox.provider.records import Outcome as Scripted
+from billing_orchestration.sandbox.provider.records import Switches
 from billing_orchestration_tests.torture.simulation_oracle import DAY, end_of_next_period, naive
 from billing_orchestration_tests.torture.simulation_runner import Outcome
 from billing_orchestration_tests.torture.simulation_service import Busy
@@ -966,7 +966,7 @@ def _served(seed: int) -> Iterator[tuple[str | None, Callable[[Any], None]]]:
     if seed % 10:
         yield None, lambda _: None
         return
-    from billing_orchestration.sandbox.provider_server import running_sandbox
+    from billing_orchestration.sandbox.provider.server import running_sandbox
 
     with running_sandbox() as sandbox:
 

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.provider.wire import Answer, NotConnected
-from billing_orchestration.sandbox.provider import SandboxProvider
+from billing_orchestration.sandbox.provider.account import SandboxProvider
 
 # (name, weight): what may happen to one call. "before": nothing was executed; "after": it was, and nobody learns it.
 CHARGE_FAULTS = (

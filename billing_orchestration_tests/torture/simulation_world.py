@@ -27,8 +27,8 @@ from sqlalchemy import event
 
 from billing_orchestration.definitions import build_definitions
 from billing_orchestration.resources import BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
-from billing_orchestration.sandbox.provider import SandboxProvider
-from billing_orchestration.sandbox.provider_records import Switches
+from billing_orchestration.sandbox.provider.account import SandboxProvider
+from billing_orchestration.sandbox.provider.records import Switches
 from billing_orchestration.settings import Settings
 from billing_orchestration.threads import threads_made_by
 from billing_orchestration_tests.torture.simulation_oracle import Journal, Oracle, Rules

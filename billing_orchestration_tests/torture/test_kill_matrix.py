@@ -18,7 +18,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.jobs.service import NOON, Service
 from billing_orchestration_tests.torture.kill_matrix import Stage, play

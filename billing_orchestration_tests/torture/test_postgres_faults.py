@@ -13,7 +13,7 @@ import dagster as dg
 import pytest
 import sqlalchemy as sa
 
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.jobs.service import Service
 from billing_orchestration_tests.torture.kill_points import AFTER, BEFORE, Death, Step

@@ -22,7 +22,7 @@ import psycopg
 import pytest
 
 from billing_orchestration.definitions import build_definitions
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.jobs.service import NOON
 from billing_orchestration_tests.torture.kill_matrix import Stage

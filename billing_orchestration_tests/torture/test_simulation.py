@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from billing_orchestration.sandbox.provider_records import Outcome as Scripted
+from billing_orchestration.sandbox.provider.records import Outcome as Scripted
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.torture.simulation import DAYS, REGRESSIONS, Simulation, play_seed, simulated_server
 from billing_orchestration_tests.torture.simulation_oracle import DAY

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.torture.kill_runner import Runner
 from billing_orchestration_tests.torture.kill_scenarios import Scenario

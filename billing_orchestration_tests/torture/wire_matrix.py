@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from billing_orchestration.sandbox.provider_misbehaviour import Misbehaviour
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.misbehaviour import Misbehaviour
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.jobs.service import NOON, Service
 from billing_orchestration_tests.torture.kill_matrix import MOST_RUNS_AGAIN, Stage, workshop

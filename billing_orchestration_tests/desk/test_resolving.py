@@ -10,13 +10,13 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from billing_orchestration.case_history import explain_payment, explain_subscription
-from billing_orchestration.case_report import listed, shown
-from billing_orchestration.casework import NotResolved, Resolution, resolve
+from billing_orchestration.desk.explaining import explain_payment, explain_subscription
+from billing_orchestration.desk.quarantine_report import listed, shown
+from billing_orchestration.desk.resolving import NotResolved, Resolution, resolve
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.renewals import ATTEMPT_KEY
 from billing_orchestration.provider.errors import ProviderError
-from billing_orchestration.sandbox.provider_server import Sandbox
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.jobs.service import NOON, Service
 from billing_orchestration_tests.jobs.waiting import wait_for_a_blocked_session
 

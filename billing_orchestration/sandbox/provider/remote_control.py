@@ -27,7 +27,7 @@ class SandboxControl:
         self._call("POST", "/payments", list(payments))
 
     def misbehave(self, rules: Sequence[Mapping[str, Any]]) -> None:
-        """Make it misbehave (see `provider_misbehaviour`)."""
+        """Make it misbehave (see `misbehaviour`)."""
         self._call("POST", "/misbehaviours", list(rules))
 
     def behave(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from billing_orchestration.casework import NotResolved
 from billing_orchestration.database.quarantine import Entry, all_entries, open_entries, read_entry
+from billing_orchestration.desk.resolving import NotResolved
 from billing_orchestration.domain.problem_kinds import kind_of
 
 if TYPE_CHECKING:

@@ -54,7 +54,7 @@ def _end_with_starter() -> None:
 
 def main() -> None:
     """The child."""
-    from billing_orchestration.sandbox.provider_server import serve
+    from billing_orchestration.sandbox.provider.server import serve
 
     state_file, shop_id, secret_key = sys.argv[1:]
     threading.Thread(target=_end_with_starter, daemon=True).start()

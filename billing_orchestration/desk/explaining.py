@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from billing_orchestration.casework import NotResolved
+from billing_orchestration.desk.resolving import NotResolved
 from billing_orchestration.domain.problem_kinds import kind_of
 from billing_orchestration.domain.provider_payment import ProviderPayment
 

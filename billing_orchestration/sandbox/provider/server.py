@@ -31,10 +31,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from billing_orchestration.sandbox.provider import SECRET_KEY, SHOP_ID, SandboxProvider
-from billing_orchestration.sandbox.provider_misbehaviour import HTML, Call, Misbehaviour, Misbehaviours
-from billing_orchestration.sandbox.provider_records import Answer, SandboxClock, Switches, iso
-from billing_orchestration.sandbox.provider_requests import Refused, decode_cursor
+from billing_orchestration.sandbox.provider.account import SECRET_KEY, SHOP_ID, SandboxProvider
+from billing_orchestration.sandbox.provider.misbehaviour import HTML, Call, Misbehaviour, Misbehaviours
+from billing_orchestration.sandbox.provider.records import Answer, SandboxClock, Switches, iso
+from billing_orchestration.sandbox.provider.requests import Refused, decode_cursor
 
 DEFAULT_PORT = 8071
 REQUESTS_KEPT = 100_000
@@ -419,7 +419,7 @@ class _Order:
     body: Any
 
 
-class SandboxControl:
+class ControlRoutes:
     """The Starlette routes under /sandbox, for a driver in another process. Loopback only, no credentials."""
 
     def __init__(self, api: ProviderApi) -> None:
@@ -543,7 +543,7 @@ def _many(body: Any) -> list[Mapping[str, Any]]:
 
 def build_app(api: ProviderApi) -> Starlette:
     """The whole application."""
-    return Starlette(routes=[Mount("/v3", app=api), Mount("/sandbox", routes=SandboxControl(api).routes())])
+    return Starlette(routes=[Mount("/v3", app=api), Mount("/sandbox", routes=ControlRoutes(api).routes())])
 
 
 def _protocol_that_shows_its_transport(api: ProviderApi) -> type[asyncio.Protocol]:

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from decimal import Decimal
 from typing import Any
 
-from billing_orchestration.sandbox.provider_records import METHOD_TYPES, Answer, Switches, milliseconds
+from billing_orchestration.sandbox.provider.records import METHOD_TYPES, Answer, Switches, milliseconds
 
 # Fields of a payment's creation in the API (official OpenAPI file and SDK); anything else is a misspelling.
 CREATE_FIELDS = frozenset(

@@ -1,4 +1,4 @@
-"""The payment provider on a laptop: its rules and its books, without HTTP (that is `provider_server`).
+"""The payment provider on a laptop: its rules and its books, without HTTP (that is `server`).
 
 It keeps what the real one keeps: payments, saved payment methods, the answers given under each idempotence key for
 24 hours. And it keeps a ledger of every movement of money, append-only, which no client can talk it out of: tests and
@@ -22,7 +22,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from billing_orchestration.sandbox.provider_records import (
+from billing_orchestration.sandbox.provider.records import (
     CONFIRM_WITHIN_DEFAULT_S,
     CONFIRM_WITHIN_S,
     HOLD_DAYS,
@@ -42,7 +42,7 @@ from billing_orchestration.sandbox.provider_records import (
     new_payment_id,
     outcome,
 )
-from billing_orchestration.sandbox.provider_requests import (
+from billing_orchestration.sandbox.provider.requests import (
     ChargeRequest,
     Cursor,
     ListRequest,
@@ -53,7 +53,7 @@ from billing_orchestration.sandbox.provider_requests import (
     list_request,
     parse_body,
 )
-from billing_orchestration.sandbox.provider_state import IdempotenceRecord, ProviderState, read_state, write_state
+from billing_orchestration.sandbox.provider.state import IdempotenceRecord, ProviderState, read_state, write_state
 
 SHOP_ID = "100500"
 SECRET_KEY = "test_sandbox"  # noqa: S105 - the sandbox has no secrets

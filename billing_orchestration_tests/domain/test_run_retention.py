@@ -6,7 +6,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from billing_orchestration.domain.run_history import CHANGED, GOES, MARKS_ITS_PARTITION, YOUNG, PastRun, retention
+from billing_orchestration.domain.run_retention import CHANGED, GOES, MARKS_ITS_PARTITION, YOUNG, PastRun, retention
 
 NOW = datetime(2026, 3, 12, 6, 0, tzinfo=timezone.utc)
 

@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from billing_orchestration.sandbox.provider_records import (
+from billing_orchestration.sandbox.provider.records import (
     Answer,
     LedgerEntry,
     Outcome,

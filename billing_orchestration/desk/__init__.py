@@ -1,0 +1,1 @@
+"""What a person does: resolving the quarantine, explaining a case, the doctor."""
