@@ -34,8 +34,3 @@ def test_every_kind_that_the_code_can_open_is_described() -> None:
     opened |= {"not_writable", "rejected", "gap", "second_success"}
     assert len(opened) >= 12
     assert opened <= set(KINDS), opened - set(KINDS)
-
-
-def test_every_link_to_a_file_leads_to_one() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", RUNBOOK):
-        assert (ROOT / "docs" / target).exists(), target
