@@ -5,6 +5,7 @@ settings, and a run that needs no provider never opens a connection to it.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -13,6 +14,8 @@ import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.alerting import Alerts
+from billing_orchestration.database.engine import begin, create_engine, read
+from billing_orchestration.database.health import check_schema
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.run_scope import RunRefused, RunScope, as_of_partition, check_max_changes, parse_as_of
 
@@ -155,20 +158,25 @@ class BillingDatabase:
     @cached_property
     def engine(self) -> "sa.Engine":
         """The engine, after a look at the schema. Raises a BillingDatabaseError that names the way out."""
-        from billing_orchestration.database.engine import create_engine, translated
-        from billing_orchestration.database.health import check_schema
-
         engine = create_engine(self.settings.billing_database_url)
         try:
-            with translated(), engine.connect() as connection:
+            with read(engine) as connection:
                 check_schema(connection)
         except BaseException:
             engine.dispose()
             raise
         return engine
 
+    def begin(self) -> AbstractContextManager["sa.Connection"]:
+        """A connection with one transaction: committed at the end, rolled back by an error."""
+        return begin(self.engine)
+
+    def read(self) -> AbstractContextManager["sa.Connection"]:
+        """A connection to read with: its transaction is rolled back at the end."""
+        return read(self.engine)
+
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the pooled connections."""
         engine = self.__dict__.pop("engine", None)
         if engine is not None:
             engine.dispose()

@@ -21,6 +21,7 @@ from billing_orchestration.database.errors import (
     DatabaseFull,
     DatabaseUnavailable,
     RowRefused,
+    SchemaProblem,
 )
 
 # A server that does not even accept within this time is down, or a firewall drops the packets.
@@ -98,6 +99,20 @@ def keep_to_indexes(connection: sa.Connection) -> None:
 
 
 @contextmanager
+def begin(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A connection with one transaction: committed at the end, rolled back by an error. Raises BillingDatabaseError."""
+    with translated(), engine.begin() as connection:
+        yield connection
+
+
+@contextmanager
+def read(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A connection whose transaction is rolled back at the end, whatever happens. Raises BillingDatabaseError."""
+    with translated(), engine.connect() as connection:
+        yield connection
+
+
+@contextmanager
 def translated() -> Iterator[None]:
     """Raise what SQLAlchemy and psycopg raise in here as a BillingDatabaseError, with the cause kept."""
     try:
@@ -139,7 +154,7 @@ def translate(error: BaseException) -> BillingDatabaseError:
             f"the role of BILLING_DATABASE_URL may not do this: {reason}; grant it, or use the tables' owner"
         )
     if state in {"42P01", "42703", "3F000", "42704"}:
-        return BillingDatabaseError(
+        return SchemaProblem(
             f"the database is not in the expected shape: {reason}; `billing-orchestration doctor` names what differs"
         )
     if isinstance(original, (psycopg.DataError, psycopg.IntegrityError)) or state[:2] in _ABOUT_ROWS:

@@ -43,7 +43,7 @@ class AccessDenied(BillingDatabaseError):
 
 
 class SchemaProblem(BillingDatabaseError):
-    """The database is not in the shape that this version works on. Nothing was read or written."""
+    """The database is not in the shape that this version works on."""
 
 
 class SchemaMissing(SchemaProblem):

@@ -26,6 +26,7 @@ from billing_orchestration.database.audit import (
     record_healed,
     to_json,
 )
+from billing_orchestration.database.errors import DatabaseBusy
 from billing_orchestration.database.tables import naive_utc, readable
 from billing_orchestration.database.tables import subscriptions as subscriptions_table
 from billing_orchestration.domain.billing_calendar import BillingCalendar
@@ -56,7 +57,7 @@ HEALING_KINDS = (
 )  # fmt: skip
 
 
-class ChangedMeanwhile(RuntimeError):
+class ChangedMeanwhile(DatabaseBusy):
     """A row is not what it was when it was read under lock, or two payments of a batch want the same row.
 
     Nothing of the batch was written. Settling its payments one at a time decides each of them anew.

@@ -84,13 +84,13 @@ def _time_zone(settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def _database(settings: Settings, now: Callable[[], datetime]) -> Iterator[Finding]:
-    from billing_orchestration.database.engine import create_engine, translated
+    from billing_orchestration.database.engine import create_engine, read
     from billing_orchestration.database.errors import BillingDatabaseError
 
     engine = create_engine(settings.billing_database_url, application_name="billing-orchestration doctor")
     try:
         for check in (_server, _service_tables, _schema, _privileges, _indexes):
-            with translated(), engine.connect() as connection:
+            with read(engine) as connection:
                 findings = list(check(connection, now))
             yield from findings
             if check in (_server, _service_tables) and any(finding.level is Level.FAULT for finding in findings):

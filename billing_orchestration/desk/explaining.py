@@ -25,9 +25,9 @@ Connect = Callable[[], "PaymentProvider"]
 def explain_payment(engine: sa.Engine, connect: Connect, name: str) -> list[str]:
     """The case of a payment, by the provider's id or the row's. Raises NotResolved when neither side knows it."""
     from billing_orchestration.database.case_history import case_of_payment, find_payment
-    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.engine import read
 
-    with translated(), engine.connect() as connection:
+    with read(engine) as connection:
         found = find_payment(connection, name)
         case = case_of_payment(
             connection,
@@ -43,9 +43,9 @@ def explain_payment(engine: sa.Engine, connect: Connect, name: str) -> list[str]
 def explain_subscription(engine: sa.Engine, connect: Connect, subscription_id: int) -> list[str]:
     """The case of a subscription. Raises NotResolved when nothing is known of it."""
     from billing_orchestration.database.case_history import case_of_subscription
-    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.engine import read
 
-    with translated(), engine.connect() as connection:
+    with read(engine) as connection:
         case = case_of_subscription(connection, subscription_id)
     if not case.subscriptions and not case.attempts and not case.audit:
         raise NotResolved(f"this database knows no subscription {subscription_id}")

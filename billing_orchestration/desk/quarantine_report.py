@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def listed(engine: sa.Engine, *, with_resolved: bool) -> list[str]:
     """A line for each entry, oldest first, and what to do next."""
-    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.engine import read
 
-    with translated(), engine.connect() as connection:
+    with read(engine) as connection:
         entries = all_entries(connection) if with_resolved else open_entries(connection)
     if not entries:
         return ["the quarantine is empty: nothing waits for a person"]
@@ -38,9 +38,9 @@ def _line(entry: Entry) -> str:
 
 def shown(engine: sa.Engine, entry_id: int) -> list[str]:
     """One entry with its evidence and the ways to resolve it. Raises NotResolved when there is none."""
-    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.engine import read
 
-    with translated(), engine.connect() as connection:
+    with read(engine) as connection:
         entry = read_entry(connection, entry_id)
     if entry is None:
         raise NotResolved(f"there is no entry {entry_id} in the quarantine: billing-orchestration quarantine list")

@@ -8,14 +8,14 @@ subscription. Ignore: nothing is granted, and settling leaves the payment for ev
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from billing_orchestration.database.audit import Stamp
-from billing_orchestration.database.errors import DatabaseBusy, RowRefused
+from billing_orchestration.database.one_by_one import NotWritten, write_alone
 from billing_orchestration.database.quarantine import (
     ACCEPTED,
     ATTACHED,
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from billing_orchestration.provider.client import PaymentProvider
 
 JOB = "quarantine"
-# Somebody settles for the same user at this moment: the next try decides from what it has left.
-_TRIES = 3
 # Entries whose payment was granted when they were opened, or which no grant can answer.
 _GRANTED_ALREADY = ("unwanted_renewal", "spent_period")
 
@@ -104,12 +102,11 @@ def resolve(
     Killed anywhere: all of it or nothing. Raises NotResolved with nothing written; and, also with nothing written,
     ProviderError, BillingDatabaseError.
     """
-    from billing_orchestration.database.engine import translated
-    from billing_orchestration.database.settling import ChangedMeanwhile
+    from billing_orchestration.database.engine import begin, read
 
     if not resolution.reason.strip() or not resolution.by.strip():
         raise NotResolved("a resolution needs a reason and a name: they are what the next person reads")
-    with translated(), engine.connect() as connection:
+    with read(engine) as connection:
         entry = _open_entry(read_entry(connection, entry_id), entry_id)
     stamp = Stamp(JOB, f"cli-{uuid.uuid4()}", now())
     if resolution.word == IGNORED or not entry.about_provider_payment or entry.kind in _GRANTED_ALREADY:
@@ -118,25 +115,20 @@ def resolve(
                 f"entry {entry.id} ({entry.kind}) is about nothing that could be granted to a subscription: accept or"
                 " ignore it"
             )
-        with translated(), engine.begin() as connection:
+        with begin(engine) as connection:
             if entry.about_provider_payment and entry.kind not in _GRANTED_ALREADY:
                 _refuse_granted(connection, entry)
             _close(connection, stamp, entry, _closing_word(entry, resolution), resolution)
         return [_closed_in_words(entry, resolution)]
     payment, is_live = _ask(engine, connect, entry)
-    last = ""
-    for _ in range(_TRIES):
-        try:
-            with translated(), engine.begin() as connection:
-                settled = _settle(connection, stamp, entry, payment, resolution, calendar, is_live=is_live)
-                break
-        except (ChangedMeanwhile, DatabaseBusy) as error:
-            last = str(error)
-        except RowRefused as error:
-            # Another settler's row under the unique index of the provider's ids is found settled by the next try.
-            last = str(error)
-    else:
-        raise NotResolved(f"entry {entry.id} was not resolved, nothing was written: {last}")
+
+    def settle(payments: Sequence[ProviderPayment]) -> Settled:
+        with begin(engine) as connection:
+            return _settle(connection, stamp, entry, payments[0], resolution, calendar, is_live=is_live)
+
+    settled = write_alone(payment, settle)
+    if isinstance(settled, NotWritten):
+        raise NotResolved(f"entry {entry.id} was not resolved, nothing was written: {settled.reason}")
     return [
         _granted_in_words(settled),
         f"entry {entry.id} is closed as {resolution.word} (audit trail: {stamp.run_id})",
@@ -196,7 +188,7 @@ def _closed_in_words(entry: Entry, resolution: Resolution) -> str:
 def _ask(engine: sa.Engine, connect: Callable[[], PaymentProvider], entry: Entry) -> tuple[ProviderPayment, bool]:
     """The provider's payment as it is now, and whether the shop is live."""
     from billing_orchestration.database.attempts import by_ids
-    from billing_orchestration.database.engine import translated
+    from billing_orchestration.database.engine import read
     from billing_orchestration.provider.errors import PaymentNotFound
 
     payment_id = entry.external_payment_id or ""
@@ -218,7 +210,7 @@ def _ask(engine: sa.Engine, connect: Callable[[], PaymentProvider], entry: Entry
     if payment.status != SUCCEEDED:
         raise NotResolved(f"payment {payment_id} is {payment.status} at the provider, not succeeded: nothing to grant")
     if entry.attempt_id is not None:
-        with translated(), engine.connect() as connection:
+        with read(engine) as connection:
             attempt = by_ids(connection, [entry.attempt_id]).get(entry.attempt_id)
         if attempt is not None and attempt.external_payment_id == payment.id:
             payment = as_answer_to(attempt, payment)

@@ -14,6 +14,7 @@ import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.database.audit import Problem, Stamp
+from billing_orchestration.database.one_by_one import NotWritten, one_by_one
 from billing_orchestration.domain.decisions import Decision, Tally
 from billing_orchestration.domain.expiry import (
     AskedPayment,
@@ -112,14 +113,13 @@ def fetch_stale_payments(
 ) -> StalePayments:
     """The database's slice."""
     with told_plainly():
-        from billing_orchestration.database.engine import translated
         from billing_orchestration.database.expiry import stream_stale_payments
 
         settings = billing_database.settings
         scope = run.scope(context, clock, whole_days=True)
         created_before = payments_over_before(scope.as_of, settings.pending_payment_ttl_days)
         rows: Spool[StalePayment] = Spool()
-        with translated(), billing_database.engine.connect() as connection:
+        with billing_database.read() as connection:
             for page in stream_stale_payments(connection, created_before, PAGE):
                 rows.add(page)
     context.add_output_metadata(
@@ -364,8 +364,6 @@ def expire_all(
 ) -> None:
     """Expire pages of payments, each in a transaction of its own, some at a time. What the database refuses goes to
     quarantine, row by row; what it is too busy for is named for another try."""
-    from billing_orchestration.database.engine import translated
-    from billing_orchestration.database.errors import DatabaseBusy, RowRefused
     from billing_orchestration.database.expiry import expire_payments
 
     refused: list[Problem] = []
@@ -373,7 +371,7 @@ def expire_all(
     def write(page: Sequence[ExpirePayment]) -> set[int]:
         if dry_run:
             return {expiry.row.id for expiry in page}
-        with translated(), database.engine.begin() as connection:
+        with database.begin() as connection:
             return expire_payments(connection, make_stamp(), page)
 
     def tell(page: Sequence[ExpirePayment], expired: set[int]) -> None:
@@ -391,39 +389,31 @@ def expire_all(
                 if expiry.row.id not in expired
             )
 
-    def write_row(expiry: ExpirePayment) -> None:
-        try:
-            tell([expiry], write([expiry]))
-        except DatabaseBusy as error:
-            report.again.append(f"{expiry.row.subject}: {error}")
-            report.decisions.append(Decision("try again", expiry.row.subject, str(error), expiry.row.money))
-        except RowRefused as error:
-            refused.append(_refused(expiry.row, str(error)))
+    def write_page(page: Sequence[ExpirePayment]) -> "list[tuple[Sequence[ExpirePayment], set[int] | NotWritten]]":
+        return list(one_by_one(page, write, tries=1, part_size=PART))
 
-    def write_part(part: Sequence[ExpirePayment]) -> None:
-        try:
-            tell(part, write(part))
-        except (DatabaseBusy, RowRefused):
-            for expiry in part:
-                write_row(expiry)
-
-    def finish(page: Sequence[ExpirePayment], written: "Future[set[int]]") -> None:
-        try:
-            tell(page, written.result())
-        except (DatabaseBusy, RowRefused):
-            for start in range(0, len(page), PART):
-                write_part(page[start : start + PART])
+    def finish(written: "Future[list[tuple[Sequence[ExpirePayment], set[int] | NotWritten]]]") -> None:
+        for part, result in written.result():
+            if not isinstance(result, NotWritten):
+                tell(part, result)
+                continue
+            row = part[0].row
+            if result.for_good:
+                refused.append(_refused(row, result.reason))
+            else:
+                report.again.append(f"{row.subject}: {result.reason}")
+                report.decisions.append(Decision("try again", row.subject, result.reason, row.money))
 
     # Each page locks its own rows, in the order of their ids: two of them never wait for each other. Leaving the pool
     # waits for what is under way.
     with threads().make_pool(SIDE_BY_SIDE, "expire") as pool:
-        under_way: deque[tuple[Sequence[ExpirePayment], Future[set[int]]]] = deque()
+        under_way: deque[Future[list[tuple[Sequence[ExpirePayment], set[int] | NotWritten]]]] = deque()
         for page in pages:
-            under_way.append((page, pool.submit(write, page)))
+            under_way.append(pool.submit(write_page, page))
             if len(under_way) > SIDE_BY_SIDE:
-                finish(*under_way.popleft())
+                finish(under_way.popleft())
         while under_way:
-            finish(*under_way.popleft())
+            finish(under_way.popleft())
     report.quarantined += len(refused)
     report.decisions.extend(Decision("quarantine", problem.subject, problem.reason) for problem in refused)
     report.opened += open_all(database, make_stamp(), refused)

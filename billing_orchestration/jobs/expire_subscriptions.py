@@ -68,7 +68,6 @@ def fetch_subscriptions_over(
 ) -> SubscriptionsOver:
     """The database's slice."""
     with told_plainly():
-        from billing_orchestration.database.engine import translated
         from billing_orchestration.database.expiry import digest_over, fetch_over
 
         settings = billing_database.settings
@@ -76,7 +75,7 @@ def fetch_subscriptions_over(
         over_before = subscriptions_over_before(
             scope.as_of, billing_database.calendar, settings.subscription_grace_days
         )
-        with translated(), billing_database.engine.connect() as connection:
+        with billing_database.read() as connection:
             found = fetch_over(connection, over_before, ROWS_SHOWN)
             # Reading every row costs; only a preview and its approval name them all.
             digest = digest_over(connection, over_before) if scope.dry_run or scope.approved_plan else None
@@ -177,7 +176,6 @@ def expire_all(
     Never more than were shown and guarded. A chunk that the database refuses is cut down until the one row in it is
     found, which then goes to quarantine.
     """
-    from billing_orchestration.database.engine import translated
     from billing_orchestration.database.errors import DatabaseBusy
     from billing_orchestration.database.expiry import NotExpired, expire_subscriptions
 
@@ -185,7 +183,7 @@ def expire_all(
     refused: dict[int, Problem] = {}
 
     def expire(size: int, *, wait_for_locks: bool) -> int:
-        with translated(), database.engine.begin() as connection:
+        with database.begin() as connection:
             return expire_subscriptions(
                 connection,
                 Stamp(JOB, over.scope.run_id, clock.now()),
@@ -238,7 +236,6 @@ def _expire_side_by_side(
     at a time. They are locked in turn, and what is locked counts as done: together they never expire more than
     `wanted`.
     """
-    from billing_orchestration.database.engine import translated
     from billing_orchestration.database.errors import DatabaseBusy, RowRefused
     from billing_orchestration.database.expiry import expire_locked, lock_over
 
@@ -249,7 +246,7 @@ def _expire_side_by_side(
     def expire_next() -> bool:
         """One chunk, in a transaction of its own. False: there are no more."""
         nonlocal done, claimed, after
-        with translated(), database.engine.begin() as connection:
+        with database.begin() as connection:
             with turn:
                 size = min(CHUNK, wanted - claimed)
                 locked = lock_over(connection, over.over_before, size, after) if size else None

@@ -65,13 +65,12 @@ def fetch_pending_payments(
     hand_over: dg.ResourceParam[HandOver],
 ) -> None:
     """The database's slice."""
-    from billing_orchestration.database.engine import translated
     from billing_orchestration.database.matching import fetch_pending
 
     with told_plainly():
         paid = hand_over.take(PaidSlice)
     ids = [payment.id for payment in paid.slice.payments]
-    with told_plainly(), translated(), billing_database.engine.connect() as connection:
+    with told_plainly(), billing_database.read() as connection:
         pending = fetch_pending(connection, paid.window.start, paid.window.end, ids, ROWS_SHOWN)
     context.add_output_metadata(
         {

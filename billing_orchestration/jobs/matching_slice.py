@@ -85,13 +85,12 @@ def fetch_paid(
     config: PaidSliceConfig,
 ) -> PaidSlice:
     """Read the provider's slice: succeeded, created or captured in the window. Whole, or the run fails here."""
-    from billing_orchestration.database.engine import translated
     from billing_orchestration.database.matching import read_watermark
 
     # All settings are checked before the scope, and both before anything is read.
     settings_checked = database.settings
     scope = run.scope(context, clock, whole_days=False)
-    with translated(), database.engine.connect() as connection:
+    with database.read() as connection:
         watermark = read_watermark(connection, job)
     window = covering_window(scope, watermark)
     if config.max_requests_per_second is not None:
@@ -195,10 +194,9 @@ def apply_matching(
 
 
 def _advance(job: str, scope: RunScope, window: Window, database: BillingDatabase, stamp: Stamp) -> None:
-    from billing_orchestration.database.engine import translated
     from billing_orchestration.database.matching import advance_watermark, read_watermark
 
-    with translated(), database.engine.begin() as connection:
+    with database.begin() as connection:
         covered_until = next_watermark(scope, window, read_watermark(connection, job))
         if covered_until is not None:
             advance_watermark(connection, stamp, covered_until)

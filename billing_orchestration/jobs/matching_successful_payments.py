@@ -84,13 +84,12 @@ def fetch_known_payments(
     hand_over: dg.ResourceParam[HandOver],
 ) -> None:
     """The database's slice."""
-    from billing_orchestration.database.engine import translated
     from billing_orchestration.database.matching import fetch_rows, fetch_settled
 
     with told_plainly():
         paid = hand_over.take(PaidSlice)
     ids = [payment.id for payment in paid.slice.payments]
-    with told_plainly(), translated(), billing_database.engine.connect() as connection:
+    with told_plainly(), billing_database.read() as connection:
         rows = tuple(fetch_rows(connection, ids))
         settled = frozenset(fetch_settled(connection, ids))
     context.add_output_metadata(

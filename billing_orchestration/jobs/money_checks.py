@@ -92,9 +92,8 @@ def _asset_check(check: MoneyCheck) -> dg.AssetChecksDefinition:
     def body(
         billing_database: dg.ResourceParam[BillingDatabase], clock: dg.ResourceParam[Clock]
     ) -> dg.AssetCheckResult:
-        from billing_orchestration.database.engine import translated
 
-        with translated(), billing_database.engine.connect() as connection:
+        with billing_database.read() as connection:
             verdict = check.ask(connection, clock.now())
         return dg.AssetCheckResult(passed=verdict.passed, metadata=_metadata(check, verdict))
 
@@ -217,14 +216,13 @@ def tick(
     instance: dg.DagsterInstance, cursor_text: str | None, database: BillingDatabase, alerts: Alerts, now: datetime
 ) -> dg.SensorResult | dg.SkipReason:
     """One look: what is new is shown and told. What nobody took is tried again by the next one."""
-    from billing_orchestration.database.engine import translated
     from billing_orchestration.database.errors import BillingDatabaseError
     from billing_orchestration.settings import SettingsError
 
     tell_what_was_not_sent(instance, alerts)
     cursor: dict[str, Any] = json.loads(cursor_text) if cursor_text else {}
     try:
-        with translated(), database.engine.connect() as connection:
+        with database.read() as connection:
             seen = look(connection, now, cursor)
     except (BillingDatabaseError, SettingsError) as error:
         # The jobs' own red runs alert about it.

@@ -127,12 +127,11 @@ def _ended(record: dg.RunRecord) -> datetime:
 def _changed_something(runs: Sequence[PastRun], database: BillingDatabase) -> set[str]:
     """Which of these runs (newest first) the audit trail knows, by their ids."""
     from billing_orchestration.database.audit import runs_that_changed
-    from billing_orchestration.database.engine import translated
 
     changed: set[str] = set()
     for start in range(0, len(runs), _BATCH):
         batch = runs[start : start + _BATCH]
-        with translated(), database.engine.connect() as connection:
+        with database.read() as connection:
             changed |= runs_that_changed(
                 connection,
                 [past.run_id for past in batch],

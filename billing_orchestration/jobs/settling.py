@@ -4,11 +4,14 @@ One poisoned payment never stops the others: a batch that fails is settled payme
 refuses for good goes to quarantine, what it was too busy for is named for another try.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from billing_orchestration.database.audit import Problem, Stamp, evidence_of, open_problems
+from billing_orchestration.database.one_by_one import NotWritten, one_by_one
+from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.domain.settlement import (
@@ -22,13 +25,9 @@ from billing_orchestration.domain.settlement import (
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.resources import BillingDatabase
 
-if TYPE_CHECKING:
-    from billing_orchestration.database.settling import Settled
-
 # Large enough that the statements' round trips do not count, small enough that the service's webhook never waits long
 # for the rows a batch has locked.
 BATCH_SIZE = 200
-_TRIES_OF_ONE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,77 +66,30 @@ def settle_all(
     make_stamp: Callable[[], Stamp],
     is_live: bool,
     dry_run: bool,
-) -> "Iterator[Settled | Failed]":
+) -> Iterator[Settled | Failed]:
     """Settle payments, each batch in its own transaction. Raises when the database itself is gone.
 
     With `dry_run` every decision is made from the same facts and nothing is written.
     """
-    from billing_orchestration.database.errors import DatabaseUnavailable
+
+    def settle(batch: Sequence[ProviderPayment]) -> list[Settled]:
+        stamp, calendar = make_stamp(), database.calendar
+        if dry_run:
+            with database.read() as connection:
+                return preview_batch(connection, batch, stamp=stamp, calendar=calendar, is_live=is_live)
+        with database.begin() as connection:
+            return settle_batch(connection, batch, stamp=stamp, calendar=calendar, is_live=is_live)
 
     for batch in batches(payments):
-        try:
-            results = _settle(database, batch, make_stamp(), is_live=is_live, dry_run=dry_run)
-        except DatabaseUnavailable:
-            raise
-        except Exception:  # noqa: BLE001 - whatever it is, each payment gets its own try and its own words below
-            for payment in batch:
-                yield _settle_one(database, payment, make_stamp, is_live=is_live, dry_run=dry_run)
-        else:
-            yield from results
-
-
-def _settle(
-    database: BillingDatabase, batch: Sequence[ProviderPayment], stamp: Stamp, *, is_live: bool, dry_run: bool
-) -> "list[Settled]":
-    from billing_orchestration.database.engine import translated
-    from billing_orchestration.database.settling import preview_batch, settle_batch
-
-    facts = {"stamp": stamp, "calendar": database.calendar, "is_live": is_live}
-    with translated(), database.engine.connect() as connection:
-        if dry_run:
-            results = preview_batch(connection, batch, **facts)  # type: ignore[arg-type]
-            connection.rollback()
-        else:
-            results = settle_batch(connection, batch, **facts)  # type: ignore[arg-type]
-            connection.commit()
-    return results
-
-
-def _settle_one(
-    database: BillingDatabase,
-    payment: ProviderPayment,
-    make_stamp: Callable[[], Stamp],
-    *,
-    is_live: bool,
-    dry_run: bool,
-) -> "Settled | Failed":
-    from billing_orchestration.database.errors import DatabaseBusy, RowRefused
-    from billing_orchestration.database.settling import ChangedMeanwhile
-
-    reason = ""
-    for _ in range(_TRIES_OF_ONE):
-        try:
-            return _settle(database, [payment], make_stamp(), is_live=is_live, dry_run=dry_run)[0]
-        except (DatabaseBusy, ChangedMeanwhile) as error:
-            reason = str(error)
-        except RowRefused as error:
-            # A concurrent writer's row under our unique index is seen by the next try, which then finds it settled.
-            reason = str(error)
-            if not _is_conflict(error):
-                return Failed(payment, reason, for_good=True)
-        except (ValueError, TypeError, OverflowError) as error:
-            # A value of this payment or of its rows that the database or the calendar cannot hold.
-            return Failed(payment, f"{type(error).__name__}: {error}", for_good=True)
-    return Failed(payment, reason, for_good=False)
-
-
-def _is_conflict(error: BaseException) -> bool:
-    original = getattr(error.__cause__, "orig", None)
-    return getattr(original, "sqlstate", None) == "23505"
+        for part, result in one_by_one(batch, settle):
+            if isinstance(result, NotWritten):
+                yield Failed(part[0], result.reason, for_good=result.for_good)
+            else:
+                yield from result
 
 
 def report_settled(
-    report: RunReport, results: "Iterator[Settled | Failed]", *, database: BillingDatabase, stamp: Stamp, dry_run: bool
+    report: RunReport, results: Iterator[Settled | Failed], *, database: BillingDatabase, stamp: Stamp, dry_run: bool
 ) -> None:
     """Add what became of the payments to the report; put what the database refuses for good into the quarantine."""
     refused: list[Problem] = []
@@ -195,17 +147,12 @@ def open_all(database: BillingDatabase, stamp: Stamp, problems: Sequence[Problem
     """Put problems into the quarantine in a transaction of their own; give back how many are new."""
     if not problems:
         return 0
-    from billing_orchestration.database.engine import translated
-
-    with translated(), database.engine.begin() as connection:
+    with database.begin() as connection:
         return len(open_problems(connection, stamp, problems))
 
 
 def unusable_problems(unusable: Sequence[UnusablePayment]) -> list[Problem]:
     """Odd items of a provider's answer, as problems for a person. One without an id is named by its contents."""
-    import hashlib
-    import json
-
     problems = []
     for item in unusable:
         evidence = evidence_of(item.evidence)

@@ -219,8 +219,8 @@ PROMISED = (
         "one poisoned row never stops the others",
         (
             Edit(
-                "jobs/settling.py",
-                "        except Exception:  # noqa: BLE001 - whatever it is, each payment gets its own try and"
+                "database/one_by_one.py",
+                "        except Exception:  # noqa: BLE001 - whatever it is, each item gets its own try and"
                 " its own words below\n",
                 "        except Exception:\n            raise\n",
             ),
@@ -840,8 +840,8 @@ FURTHER = (
         (
             Edit(
                 "jobs/settling.py",
-                "        if dry_run:\n            results = preview_batch",
-                "        if False:\n            results = preview_batch",
+                "        if dry_run:\n            with database.read()",
+                "        if False:\n            with database.read()",
             ),
         ),
         (_SETTLING_DRY,),
