@@ -74,6 +74,12 @@ def test_every_link_of_a_document_leads_to_a_file_and_a_heading(document: Path) 
         assert not heading or heading in _anchors(path), target
 
 
+def test_the_tests_that_the_safety_page_names_exist() -> None:
+    named = set(re.findall(r"`(\w+/test_[\w*.]+)`", (ROOT / "docs" / "safety.md").read_text()))
+    assert len(named) > 10
+    assert [name for name in named if not list(Path(__file__).parent.glob(name))] == []
+
+
 def _anchors(path: Path) -> set[str]:
     titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
