@@ -1,15 +1,15 @@
-# Everything runs from one environment, .venv, which the first command sets up. Nothing else needs to be installed.
+# Everything runs from one environment, .venv. The first command sets it up; nothing else needs to be installed.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 TESTS := billing_orchestration_tests
-# More words for pytest, for example: make test ARGS='-k refund'
+# More arguments for the command, for example: make test ARGS='-k refund'
 ARGS :=
-# A folder for the pictures of `make browser` (docs/images), which takes none without; and a browser off the PATH.
+# For `make browser`: a folder for its pictures (docs/images; none by default), and a browser that is not on the PATH.
 SCREENSHOTS :=
 CHROMIUM :=
-# How long `make torture` goes on (0: its own default), and the first of the simulation's seeds: give another each night.
+# For `make torture`: how long it goes on (0: its default), and the simulation's first seed (give another each night).
 ROUNDS := 0
 FIRST := 1
 
@@ -18,23 +18,23 @@ SHELL := /bin/sh
 .PHONY: help demo dev test check bench torture browser clean
 
 # Without compiled files every run of a job costs 2.5 times the CPU, so they are written whatever the caller's shell
-# says; and another Python's paths must not leak into .venv.
+# says. Another Python's paths must not leak into .venv.
 unexport PYTHONDONTWRITEBYTECODE PYTHONHOME PYTHONPATH PIP_NO_COMPILE PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_VIRTUALENV
 
-help: ## This list
+help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do \
 	  printf '%-16s %s\n' "$$name" "$$what"; done
 
-demo: $(STAMP) ## The five jobs on example data, and the books of both sides, in about a minute
+demo: $(STAMP) ## Run the five jobs on example data and compare the books of both sides, in half a minute
 	@$(PYTHON) -m billing_orchestration.sandbox.demo $(ARGS)
 
-dev: $(STAMP) ## The same data with the Dagster UI open on http://localhost:3000, schedules on
+dev: $(STAMP) ## Open the Dagster UI on the same data: http://localhost:3000, schedules on
 	@$(PYTHON) -m billing_orchestration.sandbox.dev $(ARGS)
 
-test: $(STAMP) ## All tests, on a real PostgreSQL and the sandbox provider over HTTP
+test: $(STAMP) ## Run all tests, on a real PostgreSQL and the sandbox provider over HTTP
 	@$(PYTHON) -m pytest $(TESTS) --ignore $(TESTS)/browser -n 2 $(ARGS)
 
-check: $(STAMP) ## Lint, format, types, layers, definitions, tracked files
+check: $(STAMP) ## Check lint, format, types, layers, definitions, tracked files
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
@@ -42,25 +42,25 @@ check: $(STAMP) ## Lint, format, types, layers, definitions, tracked files
 	@$(PYTHON) .ci/check_definitions
 	@$(PYTHON) .ci/check_tracked_files
 
-bench: $(VENV)/.bench ## Speed against the physical limit, in a quarter of an hour (docs/performance.md)
+bench: $(VENV)/.bench ## Measure speed against the physical limit, in a quarter of an hour (docs/performance.md)
 	@$(PYTHON) -m bench $(ARGS)
 
 $(VENV)/.bench: $(STAMP)
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@touch $@
 
-torture: $(STAMP) ## The promise under seeded simulation, kills, faults and races; ROUNDS=n for a night
+torture: $(STAMP) ## Attack the promise: simulation, kills, faults, races, mutants; ROUNDS=n for a night
 	@TORTURE_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest $(TESTS)/torture $(ARGS)
 	@$(PYTHON) -m $(TESTS).torture.simulation --first $(FIRST) --rounds $$(( $(ROUNDS) > 0 ? $(ROUNDS) : 40 ))
 
-# Chromium is a package of the operating system: root on a machine with apt gets it, everybody else is told.
-browser: $(VENV)/.browser ## The Dagster UI on the whole deployment, driven in a real browser (Chromium), in some minutes
+# Chromium is a package of the operating system: root on a machine with apt gets it, everybody else gets a hint.
+browser: $(VENV)/.browser ## Drive the Dagster UI of a whole deployment in a real browser (Chromium), in a few minutes
 	@test -n "$(CHROMIUM)" || command -v chromium chromium-browser google-chrome >/dev/null || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo 'Installing chromium ...'; \
 	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium >/dev/null; \
 	  else \
-	    echo 'No Chromium was found: install the package chromium, or name one: make browser CHROMIUM=/path' >&2; exit 1; \
+	    echo 'No Chromium found: install the package chromium, or name one: make browser CHROMIUM=/path' >&2; exit 1; \
 	  fi; }
 	@CHROMIUM=$(CHROMIUM) SCREENSHOTS=$(SCREENSHOTS) $(PYTHON) -m pytest $(TESTS)/browser $(ARGS)
 
@@ -72,8 +72,8 @@ clean: ## Remove .venv, the demo's data and all caches
 	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last and names the folder it was written in: an environment that was interrupted half-way,
-# moved, copied, or whose Python is gone is made anew. A changed pyproject.toml or constraints.txt is installed into it.
+# The stamp is written last and names the folder it was written in. An environment that was interrupted, moved or
+# copied, or whose Python is gone, is rebuilt. A changed pyproject.toml or constraints.txt is installed into it.
 ifneq ($(shell $(PYTHON) -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): FORCE
 endif
@@ -92,7 +92,7 @@ $(STAMP): pyproject.toml constraints.txt
 	        >/dev/null 2>&1; then python=$$candidate; break; fi; \
 	  done; \
 	  if [ -z "$$python" ]; then \
-	    echo 'No Python 3.10 to 3.14 with its venv module was found: install one (as python3), then repeat the command.' >&2; \
+	    echo 'No Python 3.10 to 3.14 with its venv module found: install one (as python3), then repeat the command.' >&2; \
 	    exit 1; \
 	  fi; \
 	  echo "Setting up .venv with $$("$$python" --version) (once, a minute or two) ..."; \
