@@ -149,7 +149,7 @@ def _open_entry(entry: Entry | None, entry_id: int) -> Entry:
 def _refuse_granted(connection: sa.Connection, entry: Entry) -> None:
     """What was granted meanwhile cannot be ignored. Under the user's lock: nobody is granting it at this moment."""
     from billing_orchestration.database.matching import fetch_settled
-    from billing_orchestration.database.settling import lock_user_names
+    from billing_orchestration.database.settling_facts import lock_user_names
 
     payment_id = entry.external_payment_id or ""
     item = entry.evidence.get("item")
@@ -227,7 +227,8 @@ def _settle(
     *,
     is_live: bool,
 ) -> Settled:
-    from billing_orchestration.database.settling import lock_users, settle_batch
+    from billing_orchestration.database.settling import settle_batch
+    from billing_orchestration.database.settling_facts import lock_users
 
     # Before the entry: a job that settles this very payment takes the user's lock, and then the entry.
     lock_users(connection, [payment])

@@ -12,7 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Stamp
-from billing_orchestration.database.settling import ChangedMeanwhile, Settled, preview_batch, settle_batch
+from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
+from billing_orchestration.database.settling_facts import ChangedMeanwhile
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.renewals import Attempt, State

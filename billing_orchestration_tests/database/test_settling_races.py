@@ -21,7 +21,8 @@ from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.engine import create_engine, translate
 from billing_orchestration.database.errors import DatabaseBusy
 from billing_orchestration.database.expiry import expire_payments, expire_subscriptions, fetch_stale_payments
-from billing_orchestration.database.settling import ChangedMeanwhile, Settled, settle_batch
+from billing_orchestration.database.settling import Settled, settle_batch
+from billing_orchestration.database.settling_facts import ChangedMeanwhile
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.renewals import State
 from billing_orchestration.domain.settlement import CloseAsGranted, Leave, Settle

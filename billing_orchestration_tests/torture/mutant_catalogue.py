@@ -14,6 +14,8 @@ _OUTCOMES = "provider/outcomes.py"
 _RENEWALS = "domain/renewals.py"
 _SETTLEMENT = "domain/settlement.py"
 _SETTLING = "database/settling.py"
+_FACTS = "database/settling_facts.py"
+_ROWS = "database/settlement_rows.py"
 _ATTEMPTS = "database/attempts.py"
 _SHARDING = "jobs/autopayment/shards.py"
 _MIGRATION = "database/migrations/versions/0001_records_of_renewal_and_settlement.py"
@@ -40,15 +42,15 @@ _LOST_ANSWER = (
     _FAULTS + "test_a_charge_whose_answer_is_lost_is_sent_again_with_the_same_key_and_body[the answer is cut off]"
 )
 
-_WRITE_ALL = "    payment_rows |= _write(connection, stamp, writing)\n"
+_WRITE_ALL = "    payment_rows = _write(connection, stamp, rows)\n"
 
 # --- the thirteen -------------------------------------------------------------------------------------------------
 
-_USER_LOCK = Edit(_SETTLING, "    lock_users(connection, batch)\n    settled_as", "    settled_as")
-_ROW_LOCK = Edit(_SETTLING, "ORDER BY id FOR NO KEY UPDATE", "ORDER BY id")
-_SUBSCRIPTION_LOCK = Edit(_SETTLING, "    ORDER BY s.id FOR NO KEY UPDATE OF s\n", "    ORDER BY s.id\n")
+_USER_LOCK = Edit(_FACTS, "    lock_users(connection, batch)\n    books", "    books")
+_ROW_LOCK = Edit(_FACTS, "ORDER BY id FOR NO KEY UPDATE", "ORDER BY id")
+_SUBSCRIPTION_LOCK = Edit(_FACTS, "    ORDER BY s.id FOR NO KEY UPDATE OF s\n", "    ORDER BY s.id\n")
 _ATTEMPT_LOCK = Edit(
-    _SETTLING,
+    _FACTS,
     "ORDER BY subscription_id, period_start, number FOR UPDATE",
     "ORDER BY subscription_id, period_start, number",
 )
@@ -176,16 +178,16 @@ PROMISED = (
             Edit(
                 _SETTLING,
                 _WRITE_ALL,
-                "    extensions, writing.extensions = writing.extensions, []\n"
+                "    extensions, rows.extensions = rows.extensions, []\n"
                 f"{_WRITE_ALL}"
                 "    if extensions:\n"
                 '        connection.exec_driver_sql("COMMIT")\n'
-                "        _write(connection, stamp, _Writing(extensions=extensions))\n",
+                "        _write(connection, stamp, Rows(stamp.at, extensions=extensions))\n",
             ),
             Edit(
                 _SETTLING,
-                "if not (writing.changes or writing.settlements):",
-                "if not (writing.changes or writing.settlements or writing.extensions):",
+                "if not (rows.changes or rows.settlements):",
+                "if not (rows.changes or rows.settlements or rows.extensions):",
             ),
         ),
         (
@@ -238,9 +240,8 @@ FURTHER = (
         (
             Edit(
                 _SETTLING,
-                "    payment_rows = _write_payments(connection, stamp, decisions, created, writing)\n",
-                '    connection.exec_driver_sql("COMMIT")\n'
-                "    payment_rows = _write_payments(connection, stamp, decisions, created, writing)\n",
+                "    rows = Rows(stamp.at)\n",
+                '    connection.exec_driver_sql("COMMIT")\n    rows = Rows(stamp.at)\n',
             ),
         ),
         ("jobs/test_bad_input.py::test_a_connection_that_is_cut_in_the_middle_of_applying_changes_nothing_twice",),
@@ -639,8 +640,8 @@ FURTHER = (
         "a renewal replaces the saved method",
         "a renewal never changes the saved method",
         (
-            Edit(_SETTLING, "            and grant.attempt is None\n            and payment.method_saved\n", ""),
-            Edit(_SETTLING, '"payment_method_id": payment.method_id,', '"payment_method_id": payment.id,'),
+            Edit(_ROWS, "if grant.attempt is None and payment.method_saved and payment", "if payment"),
+            Edit(_ROWS, '"payment_method_id": payment.method_id,', '"payment_method_id": payment.id,'),
         ),
         ("database/test_settling.py::test_a_renewal_never_changes_the_saved_method",),
     ),
@@ -666,7 +667,7 @@ FURTHER = (
     Mutant(
         "rows that appear meanwhile not looked for",
         "a webhook that inserts and extends first is not granted again",
-        (Edit(_SETTLING, "    if appeared:\n", "    if False:\n"),),
+        (Edit(_FACTS, "    if appeared:\n", "    if False:\n"),),
         (_SETTLING_RACES + "test_a_webhook_that_writes_a_purchases_row_and_extends_first_is_not_granted_again",),
     ),
     Mutant(
@@ -993,7 +994,7 @@ FURTHER = (
     Mutant(
         "a grant of the meantime not looked for",
         "an end that another payment has moved proves no renewal granted",
-        (Edit(_SETTLING, "    if not sent:\n        return set()\n", "    if True:\n        return set()\n"),),
+        (Edit(_FACTS, "    if not sent:\n        return set()\n", "    if True:\n        return set()\n"),),
         (
             "database/test_settling.py::"
             "test_a_renewal_whose_row_the_webhook_wrote_beside_another_grant_is_left_to_a_person",

@@ -1,0 +1,315 @@
+"""What settling reads under lock: everything that decides about a batch of provider payments.
+
+Users, payment rows, attempts, subscriptions: always locked in that order, each sorted. Two settlers wait for each
+other instead of deadlocking.
+
+The statements go to the driver as they are: compiling and caching them would cost as much as sending them. Each is one
+constant text, so the server plans it once for a connection.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+import sqlalchemy as sa
+
+from billing_orchestration.database.attempts import ATTEMPT_COLUMNS, attempt_of_raw
+from billing_orchestration.database.conventions import naive_utc, readable
+from billing_orchestration.database.errors import DatabaseBusy
+from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.provider_payment import ProviderPayment
+from billing_orchestration.domain.renewals import SCAN_MARGIN, Attempt
+from billing_orchestration.domain.settlement import (
+    Facts,
+    PaymentRow,
+    PlanRow,
+    Ruling,
+    SubscriptionRow,
+    metadata_int,
+    metadata_user,
+    named_attempt_id,
+)
+
+
+class ChangedMeanwhile(DatabaseBusy):
+    """A row is not what it was when it was read under lock, or two payments of a batch want the same row.
+
+    Nothing of the batch was written. Settling its payments one at a time decides each of them anew.
+    """
+
+
+def read_facts(
+    connection: sa.Connection, batch: Sequence[ProviderPayment], rulings: Mapping[str, Ruling]
+) -> dict[str, Facts]:
+    """Everything that decides about each payment of the batch, read under lock, by the provider's payment id.
+
+    Raises ChangedMeanwhile when the service writes a payment row in between.
+    """
+    lock_users(connection, batch)
+    books = _lock_payment_rows(connection, [payment.id for payment in batch])
+    named = {payment.id: named_attempt_id(payment) for payment in batch}
+    attempts = _lock_periods(connection, [id_ for id_ in named.values() if id_ is not None])
+    attached = {ruling.attach_to for ruling in rulings.values() if ruling.attach_to is not None}
+    purchases = sorted({purchase for payment in batch if (purchase := _user_and_plan(payment)) is not None})
+    subscriptions = _lock_subscriptions(
+        connection,
+        {
+            *attached,
+            *(row.subscription_id for rows in books.rows.values() for row in rows if row.subscription_id is not None),
+            *(attempt.subscription_id for attempt in attempts.values()),
+        },
+        purchases,
+    )
+    plan_ids = {
+        *(plan_id for _, plan_id in purchases),
+        *(attempt.plan_id for attempt in attempts.values()),
+        *(plan_id for id_ in attached & subscriptions.keys() if (plan_id := subscriptions[id_].plan_id) is not None),
+    }
+    plans, provider_ids = _read_beside(connection, books, plan_ids)
+    of_payment = {id_: attempts[name] for id_, name in named.items() if name is not None and name in attempts}
+    paid_meanwhile = _read_paid_meanwhile(
+        connection, {id_: attempt for id_, attempt in of_payment.items() if books.has_succeeded(id_)}
+    )
+    periods = _by_period(attempts.values())
+    return {
+        payment.id: Facts(
+            settled_as=books.settled_as.get(payment.id),
+            set_aside=payment.id in books.set_aside,
+            rows=books.rows[payment.id],
+            attempt=of_payment.get(payment.id),
+            rivals=_rivals(of_payment.get(payment.id), periods),
+            subscriptions=subscriptions,
+            plans=plans,
+            provider_ids=provider_ids,
+            paid_meanwhile=payment.id in paid_meanwhile,
+        )
+        for payment in batch
+    }
+
+
+def _user_and_plan(payment: ProviderPayment) -> tuple[str, int] | None:
+    """Whom and what a payment's metadata names, if it names both."""
+    user_id, plan_id = metadata_user(payment), metadata_int(payment, "plan_id")
+    return None if user_id is None or plan_id is None else (user_id, plan_id)
+
+
+# --- users ---
+
+_LOCK_USERS = """
+    SELECT count(pg_advisory_xact_lock(key)) FROM (
+        SELECT DISTINCT hashtextextended('billing_orchestration/user/' || name, 0) AS key
+        FROM unnest(CAST(%(names)s AS text[])) AS name ORDER BY key
+    ) AS keys
+"""
+
+
+def lock_users(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> None:
+    """Lock the users of these payments for the rest of the transaction: nobody else settles for them."""
+    lock_user_names(connection, [metadata_user(payment) or f"payment {payment.id}" for payment in batch])
+
+
+def lock_user_names(connection: sa.Connection, names: Sequence[str]) -> None:
+    """The same by name: a user's, or "payment ID" for a payment that names no user."""
+    connection.exec_driver_sql(_LOCK_USERS, {"names": sorted(set(names))})
+
+
+# --- payment rows, and what our own books say about the same ids ---
+
+_LOCK_PAYMENT_ROWS = """
+    WITH held AS (
+        SELECT id, subscription_id, payment_provider_id, status::text AS status, amount,
+               currency::text AS currency, external_payment_id
+        FROM payments WHERE external_payment_id = ANY(%(ids)s) ORDER BY id FOR NO KEY UPDATE
+    )
+    SELECT 'row' AS what, external_payment_id, status AS word, id, subscription_id, payment_provider_id, amount,
+           currency
+    FROM held
+    UNION ALL
+    SELECT 'settled', external_payment_id, kind, NULL, NULL, NULL, NULL, NULL
+    FROM billing_orchestration.settlements WHERE external_payment_id = ANY(%(ids)s)
+    UNION ALL
+    SELECT DISTINCT 'set aside', external_payment_id, NULL, CAST(NULL AS int), CAST(NULL AS int), CAST(NULL AS int),
+           CAST(NULL AS numeric), NULL
+    FROM billing_orchestration.quarantine
+    -- An entry about a row of the service's (its expiry was refused) says nothing about the provider's payment.
+    WHERE external_payment_id = ANY(%(ids)s) AND resolution = 'ignored'
+      AND NOT (kind = 'not_writable' AND payment_id IS NOT NULL)
+"""
+
+
+@dataclass(slots=True)
+class _Books:
+    """What is written about the payments of a batch: their rows, oldest first, and our own records."""
+
+    rows: dict[str, list[PaymentRow]]
+    settled_as: dict[str, str] = field(default_factory=dict)
+    set_aside: set[str] = field(default_factory=set)
+
+    def has_succeeded(self, payment_id: str) -> bool:
+        """Whether a row says that the payment succeeded."""
+        return any(row.status == "SUCCEEDED" for row in self.rows[payment_id])
+
+
+def _lock_payment_rows(connection: sa.Connection, ids: Sequence[str]) -> _Books:
+    books = _Books({id_: [] for id_ in ids})
+    found = connection.exec_driver_sql(_LOCK_PAYMENT_ROWS, {"ids": list(ids)})
+    for what, payment_id, word, row_id, subscription_id, provider_id, amount, currency in found:
+        if what == "row":
+            money = Money(amount, currency) if currency is not None else None
+            row = PaymentRow(row_id, subscription_id, provider_id, word, money, payment_id)
+            books.rows.setdefault(payment_id, []).append(row)
+        elif what == "settled":
+            books.settled_as[payment_id] = word
+        else:
+            books.set_aside.add(payment_id)
+    for rows in books.rows.values():
+        rows.sort(key=lambda row: row.id)
+    return books
+
+
+# --- attempts ---
+
+# The named attempts and all others of their periods.
+_LOCK_PERIODS = f"""
+    SELECT {", ".join(column.name for column in ATTEMPT_COLUMNS)}
+    FROM billing_orchestration.renewal_attempts
+    WHERE (subscription_id, period_start) IN (
+        SELECT subscription_id, period_start FROM billing_orchestration.renewal_attempts WHERE id = ANY(%(ids)s))
+    ORDER BY subscription_id, period_start, number FOR UPDATE
+"""
+
+
+def _lock_periods(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> Mapping[uuid.UUID, Attempt]:
+    if not attempt_ids:
+        return {}
+    found = connection.exec_driver_sql(_LOCK_PERIODS, {"ids": attempt_ids})
+    return {row[0]: attempt_of_raw(row) for row in found}
+
+
+_Periods = Mapping[tuple[int, datetime], Sequence[Attempt]]
+
+
+def _by_period(attempts: Iterable[Attempt]) -> _Periods:
+    periods: dict[tuple[int, datetime], list[Attempt]] = {}
+    for attempt in attempts:
+        periods.setdefault((attempt.subscription_id, attempt.period_start), []).append(attempt)
+    return periods
+
+
+def _rivals(attempt: Attempt | None, periods: _Periods) -> list[Attempt]:
+    """The other attempts of its period."""
+    if attempt is None:
+        return []
+    return [other for other in periods[attempt.subscription_id, attempt.period_start] if other is not attempt]
+
+
+# --- subscriptions ---
+
+# An end that Python has no datetime for ('infinity') reads as none: nothing can be added to it.
+_LOCK_SUBSCRIPTIONS = f"""
+    SELECT s.id, s.user_id, s.plan_id, s.status::text AS status,
+           {readable("s.started_at")} AS started_at, {readable("s.ended_at")} AS ended_at
+    FROM subscriptions s
+    WHERE s.id IN (
+        SELECT unnest(CAST(%(ids)s AS int[]))
+        UNION
+        SELECT a.id FROM subscriptions a
+        JOIN (SELECT * FROM unnest(CAST(%(users)s AS text[]), CAST(%(plans)s AS int[])) AS w (user_id, plan_id)) w
+          ON a.user_id = w.user_id AND a.plan_id = w.plan_id
+        WHERE a.status = 'ACTIVE')
+    ORDER BY s.id FOR NO KEY UPDATE OF s
+"""
+
+
+def _lock_subscriptions(
+    connection: sa.Connection, ids: Iterable[int], purchases: Sequence[tuple[str, int]]
+) -> dict[int, SubscriptionRow]:
+    """Those with these ids, and the ACTIVE ones of these users and plans."""
+    found = connection.exec_driver_sql(
+        _LOCK_SUBSCRIPTIONS,
+        {"ids": sorted(ids), "users": [user for user, _ in purchases], "plans": [plan for _, plan in purchases]},
+    )
+    return {
+        id_: SubscriptionRow(id_, user_id, plan_id, status, _utc(started_at), _utc(ended_at))
+        for id_, user_id, plan_id, status, started_at, ended_at in found
+    }
+
+
+def _utc(instant: datetime | None) -> datetime | None:
+    """A naive timestamp of the service's, which holds UTC."""
+    return None if instant is None else instant.replace(tzinfo=timezone.utc)
+
+
+# --- what is read last, when everything is locked ---
+
+# The payment rows once more, and what no transaction of ours changes.
+_READ_BESIDE = """
+    SELECT 'row' AS what, id, NULL AS duration, NULL AS duration_unit
+    FROM payments WHERE external_payment_id = ANY(%(ids)s)
+    UNION ALL
+    SELECT 'plan', id, duration, duration_unit FROM plans WHERE id = ANY(CAST(%(plans)s AS int[]))
+    UNION ALL
+    SELECT 'provider', id, CAST(NULL AS int), NULL FROM payment_providers
+"""
+
+
+def _read_beside(
+    connection: sa.Connection, books: _Books, plan_ids: Iterable[int]
+) -> tuple[dict[int, PlanRow], frozenset[int]]:
+    """The plans, and the ids of all payment providers. Raises ChangedMeanwhile when payment rows have appeared."""
+    appeared: set[int] = set()
+    plans: dict[int, PlanRow] = {}
+    providers: set[int] = set()
+    bound = {"ids": list(books.rows), "plans": sorted(plan_ids)}
+    for what, id_, duration, unit in connection.exec_driver_sql(_READ_BESIDE, bound):
+        if what == "row":
+            appeared.add(id_)
+        elif what == "plan":
+            plans[id_] = PlanRow(id_, duration, unit)
+        else:
+            providers.add(id_)
+    appeared -= {row.id for rows in books.rows.values() for row in rows}
+    if appeared:
+        # The service's webhook writes a row and extends the subscription in one transaction. Its new row cannot be
+        # waited for, the subscription can: when that wait is over, the row is there, and its period must not be
+        # granted again.
+        raise ChangedMeanwhile(f"payment rows of this batch appeared while it was read: {sorted(appeared)}")
+    return plans, frozenset(providers)
+
+
+# Our clock and the service's may differ, so a grant of half an hour before the send counts as one after it.
+_PAID_MEANWHILE = sa.text("""
+    SELECT DISTINCT x.external_payment_id
+    FROM unnest(
+        CAST(:ids AS text[]), CAST(:subscriptions AS int[]), CAST(:methods AS text[]), CAST(:since AS timestamp[]))
+        AS x (external_payment_id, subscription_id, payment_method_id, since)
+    JOIN payments p ON p.subscription_id = x.subscription_id
+    WHERE p.status IN ('SUCCEEDED', 'REFUNDED') AND p.updated_at >= x.since
+      AND p.external_payment_id IS DISTINCT FROM x.external_payment_id
+      -- The purchase that saved the method came long before, whenever its row was touched last.
+      AND p.external_payment_id IS DISTINCT FROM x.payment_method_id
+""")
+
+
+def _read_paid_meanwhile(connection: sa.Connection, written_by_service: Mapping[str, Attempt]) -> set[str]:
+    """Of renewals whose row the service has finished: those beside which another payment was granted meanwhile."""
+    sent = [
+        (
+            payment_id,
+            attempt.subscription_id,
+            attempt.payment_method_id,
+            naive_utc(attempt.first_sent_at - SCAN_MARGIN),
+        )
+        for payment_id, attempt in written_by_service.items()
+        if attempt.first_sent_at is not None
+    ]
+    if not sent:
+        return set()
+    ids, subscriptions, methods, since = (list(column) for column in zip(*sent, strict=True))
+    found = connection.execute(
+        _PAID_MEANWHILE, {"ids": ids, "subscriptions": subscriptions, "methods": methods, "since": since}
+    )
+    return set(found.scalars())
