@@ -19,9 +19,6 @@ from billing_orchestration.domain.settlement import (
     Settle,
     SettlementDecision,
     SubscriptionRow,
-    metadata_int,
-    metadata_user,
-    named_attempt_id,
 )
 
 Row = dict[str, Any]
@@ -202,8 +199,8 @@ class Rows:
                 "payment_id": decision.row.id if decision.row else None,  # None: the row that is created with it
                 "subscription_id": subscription_id,
                 "attempt_id": decision.attempt.id if decision.attempt else None,
-                "user_id": grant.user_id if grant else metadata_user(payment),
-                "plan_id": grant.plan_id if grant else metadata_int(payment, "plan_id"),
+                "user_id": grant.user_id if grant else payment.claims.user_id,
+                "plan_id": grant.plan_id if grant else payment.claims.plan_id,
                 "amount": payment.money.amount,
                 "currency": payment.money.currency,
                 "period_start": naive_utc(grant.period_start) if grant else None,
@@ -240,7 +237,7 @@ def problem_of(decision: SettlementDecision) -> Problem | None:
             external_payment_id=payment.id,
             payment_id=decision.row.id if decision.row else None,
             subscription_id=decision.subscription_id,
-            attempt_id=decision.review.id if decision.review else named_attempt_id(payment),
+            attempt_id=decision.review.id if decision.review else payment.claims.renewal_attempt_id,
             evidence=evidence_of(_providers_side(payment)),
         )
     if isinstance(decision, Settle) and decision.notice and decision.subscription:

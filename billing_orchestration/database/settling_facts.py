@@ -28,9 +28,6 @@ from billing_orchestration.domain.settlement import (
     PlanRow,
     Ruling,
     SubscriptionRow,
-    metadata_int,
-    metadata_user,
-    named_attempt_id,
 )
 
 
@@ -50,7 +47,7 @@ def read_facts(
     """
     lock_users(connection, batch)
     books = _lock_payment_rows(connection, [payment.id for payment in batch])
-    named = {payment.id: named_attempt_id(payment) for payment in batch}
+    named = {payment.id: payment.claims.renewal_attempt_id for payment in batch}
     attempts = _lock_periods(connection, [id_ for id_ in named.values() if id_ is not None])
     attached = {ruling.attach_to for ruling in rulings.values() if ruling.attach_to is not None}
     purchases = sorted({purchase for payment in batch if (purchase := _user_and_plan(payment)) is not None})
@@ -92,7 +89,7 @@ def read_facts(
 
 def _user_and_plan(payment: ProviderPayment) -> tuple[str, int] | None:
     """Whom and what a payment's metadata names, if it names both."""
-    user_id, plan_id = metadata_user(payment), metadata_int(payment, "plan_id")
+    user_id, plan_id = payment.claims.user_id, payment.claims.plan_id
     return None if user_id is None or plan_id is None else (user_id, plan_id)
 
 
@@ -108,7 +105,7 @@ _LOCK_USERS = """
 
 def lock_users(connection: sa.Connection, batch: Sequence[ProviderPayment]) -> None:
     """Lock the users of these payments for the rest of the transaction: nobody else settles for them."""
-    lock_user_names(connection, [metadata_user(payment) or f"payment {payment.id}" for payment in batch])
+    lock_user_names(connection, [payment.lock_name for payment in batch])
 
 
 def lock_user_names(connection: sa.Connection, names: Sequence[str]) -> None:

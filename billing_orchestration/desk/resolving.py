@@ -26,7 +26,7 @@ from billing_orchestration.database.quarantine import (
     read_entry,
 )
 from billing_orchestration.domain.billing_calendar import BillingCalendar
-from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
+from billing_orchestration.domain.provider_payment import SUCCEEDED, Claims, ProviderPayment, UnusablePayment
 from billing_orchestration.domain.renewals import as_answer_to
 from billing_orchestration.domain.settlement import (
     SET_ASIDE,
@@ -154,8 +154,8 @@ def _refuse_granted(connection: sa.Connection, entry: Entry) -> None:
     payment_id = entry.external_payment_id or ""
     item = entry.evidence.get("item")
     metadata = item.get("metadata") if isinstance(item, Mapping) else None
-    user = metadata.get("user_id") if isinstance(metadata, Mapping) else None
-    lock_user_names(connection, [user if isinstance(user, str) and user.strip() else f"payment {payment_id}"])
+    claims = Claims.of(metadata if isinstance(metadata, Mapping) else {})
+    lock_user_names(connection, [claims.user_id or f"payment {payment_id}"])
     if fetch_settled(connection, [payment_id]):
         raise NotResolved(
             f"payment {payment_id} was settled meanwhile, so it cannot be ignored any more; accept closes the entry."

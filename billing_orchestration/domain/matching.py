@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.settlement import PaymentRow, choose_row, named_attempt_id
+from billing_orchestration.domain.settlement import PaymentRow, choose_row
 
 _FINAL = ("SUCCEEDED", "REFUNDED")
 
@@ -73,7 +73,7 @@ def diff_successful(
         reported += _duplicates(payment, found)
         final = next((row for row in found if row.status in _FINAL), None)
         # The service's webhook may have written the row of a renewal of ours: the attempt still has to be closed.
-        names_open_attempt = payment.id not in settled and named_attempt_id(payment) is not None
+        names_open_attempt = payment.id not in settled and payment.claims.renewal_attempt_id is not None
         if payment.id in settled or (final is not None and not names_open_attempt):
             agreed += 1
             if final is not None and final.status == "SUCCEEDED" and final.subscription_id is None:

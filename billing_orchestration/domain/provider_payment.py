@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 from billing_orchestration.domain.money import Money
 
@@ -46,9 +47,86 @@ METHODS_WITHOUT_LABEL = frozenset(
 )
 
 
+# The metadata key by which a payment names the renewal attempt it belongs to.
+ATTEMPT_KEY = "renewal_attempt_id"
+
+
+class Claims(NamedTuple):
+    """What a payment's metadata says the payment is for. None: missing, or malformed; `malformed` names those keys.
+
+    The service writes ids as decimal strings; numbers are read as well.
+    """
+
+    user_id: str | None = None
+    plan_id: int | None = None
+    payment_provider_id: int | None = None
+    renewal_attempt_id: uuid.UUID | None = None
+    malformed: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Claims:
+        """Read foreign metadata. Never raises."""
+        claims: list[Any] = []
+        malformed: frozenset[str] = frozenset()
+        for key, read in _READERS:
+            value = metadata.get(key)
+            claim = None if value is None else read(value)
+            if claim is None and value is not None:
+                malformed |= {key}
+            claims.append(claim)
+        return cls._make([*claims, malformed])
+
+    @property
+    def names_an_attempt(self) -> bool:
+        """Whether it names a renewal attempt at all, readably or not."""
+        return self.renewal_attempt_id is not None or ATTEMPT_KEY in self.malformed
+
+    def describe_gaps(self, *keys: str) -> list[str]:
+        """Which of these keys have no usable value, and why."""
+        return [
+            f"{key} ({'malformed' if key in self.malformed else 'missing'})"
+            for key in keys
+            if getattr(self, key) is None
+        ]
+
+
+def _read_name(value: object) -> str | None:
+    # U+FFFD stands where the provider sent what is no text (NUL, half a pair): a name with it names nobody.
+    return value if isinstance(value, str) and value.strip() and "\ufffd" not in value else None
+
+
+def _read_id(value: object) -> int | None:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10:
+        number = int(value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    else:
+        return None
+    return number if 1 <= number <= 2_147_483_647 else None
+
+
+def _read_uuid(value: object) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
+# In the order of the claims.
+_READERS: tuple[tuple[str, Callable[[object], object]], ...] = (
+    ("user_id", _read_name),
+    ("plan_id", _read_id),
+    ("payment_provider_id", _read_id),
+    (ATTEMPT_KEY, _read_uuid),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ProviderPayment:
-    """One payment at the provider. Instants are aware UTC; `metadata` is as received (foreign data, not trusted)."""
+    """One payment at the provider. Instants are aware UTC; `metadata` is as received (foreign data, not trusted).
+
+    `claims` is the metadata, parsed when the payment is made: rules read it and never the metadata.
+    """
 
     id: str
     status: str
@@ -63,6 +141,15 @@ class ProviderPayment:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     cancellation_party: str | None = None
     cancellation_reason: str | None = None
+    claims: Claims = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "claims", Claims.of(self.metadata))
+
+    @property
+    def lock_name(self) -> str:
+        """The name under which it is settled: its user's, or its own where it names no user."""
+        return self.claims.user_id or f"payment {self.id}"
 
     @property
     def method_label(self) -> str | None:

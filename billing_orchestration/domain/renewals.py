@@ -18,6 +18,7 @@ from billing_orchestration.domain import declines
 from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
 from billing_orchestration.domain.money import CURRENCIES, Money
 from billing_orchestration.domain.provider_payment import (
+    ATTEMPT_KEY,
     CANCELED,
     PENDING,
     SUCCEEDED,
@@ -37,8 +38,6 @@ KEY_LIFETIME = timedelta(hours=23)
 SCAN_DISTANCE = timedelta(hours=1)
 # How far around the sends of an attempt its payment is searched: our clock and the provider's may differ.
 SCAN_MARGIN = timedelta(minutes=30)
-# The metadata key by which a provider payment names the attempt it belongs to.
-ATTEMPT_KEY = "renewal_attempt_id"
 
 
 class State:
@@ -510,8 +509,7 @@ def judge_answer(payment: ProviderPayment) -> Outcome:
 
 def names_another_attempt(attempt: Attempt, payment: ProviderPayment) -> bool:
     """Whether an answer to this attempt's request speaks of something else: then the outcome is not known."""
-    named = payment.metadata.get(ATTEMPT_KEY)
-    return named is not None and named != str(attempt.id)
+    return payment.claims.names_an_attempt and payment.claims.renewal_attempt_id != attempt.id
 
 
 def as_answer_to(attempt: Attempt, payment: ProviderPayment) -> ProviderPayment:
@@ -519,7 +517,7 @@ def as_answer_to(attempt: Attempt, payment: ProviderPayment) -> ProviderPayment:
 
     A provider that leaves the metadata out of an answer must not make a paid renewal look like a stranger's purchase.
     """
-    if payment.metadata.get(ATTEMPT_KEY) is not None:
+    if payment.claims.names_an_attempt:
         return payment
     own: dict[str, str] = json.loads(attempt.body)["metadata"]
     return replace(payment, metadata={**payment.metadata, **own})
@@ -532,12 +530,11 @@ def read_scan(
 
     Found by the attempt's id in the metadata. An item proves nothing absent if it might be the attempt's: it cannot
     be read and names it somewhere, or its metadata cannot be read either; or it moved money by the same saved method
-    and names no attempt at all.
+    and names no attempt, or not readably.
     """
-    by_attempt: dict[str, list[ProviderPayment]] = {}
+    by_attempt: dict[uuid.UUID, list[ProviderPayment]] = {}
     for payment in payments:
-        named = payment.metadata.get(ATTEMPT_KEY)
-        if isinstance(named, str):
+        if (named := payment.claims.renewal_attempt_id) is not None:
             by_attempt.setdefault(named, []).append(payment)
     unreadable = [repr(item.evidence) for item in unusable if not _metadata_is_readable(item.evidence)]
     odd = [repr(item.evidence) for item in unusable]
@@ -547,7 +544,7 @@ def read_scan(
     for attempt in attempts:
         # Who may have the money speaks first; several payments of one key would be the provider's own fault.
         found = sorted(
-            by_attempt.get(str(attempt.id), ()),
+            by_attempt.get(attempt.id, ()),
             key=lambda p: (p.status != SUCCEEDED, p.status == CANCELED, p.created_at, p.id),
         )
         if found:
@@ -566,7 +563,7 @@ def read_scan(
 
 def _may_be_nameless(attempt: Attempt, payment: ProviderPayment) -> bool:
     return (
-        payment.metadata.get(ATTEMPT_KEY) is None
+        payment.claims.renewal_attempt_id is None
         and payment.status != CANCELED
         and payment.method_id == attempt.payment_method_id
         and payment.id != attempt.payment_method_id  # the purchase that saved the method

@@ -6,7 +6,6 @@ what to write; it writes nothing itself. One provider payment yields at most one
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -14,7 +13,7 @@ from datetime import datetime
 from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
-from billing_orchestration.domain.renewals import ATTEMPT_KEY, Attempt, State
+from billing_orchestration.domain.renewals import Attempt, State
 
 # Row statuses from which a success is settled (SPEC 4): a late success revives an expired payment.
 SETTLEABLE_ROWS = ("PENDING", "CREATED", "EXPIRED")
@@ -179,34 +178,6 @@ class Quarantine:
 SettlementDecision = Settle | RecordRefund | CloseAsGranted | Leave | Quarantine
 
 
-def named_attempt_id(payment: ProviderPayment) -> uuid.UUID | None:
-    """The renewal attempt that a payment's metadata names; None when it names none that could be one of ours."""
-    value = payment.metadata.get(ATTEMPT_KEY)
-    try:
-        return uuid.UUID(value) if isinstance(value, str) else None
-    except ValueError:
-        return None
-
-
-def metadata_user(payment: ProviderPayment) -> str | None:
-    """The user that a payment's metadata names."""
-    value = payment.metadata.get("user_id")
-    # U+FFFD stands where the provider sent what is no text (NUL, half a pair): a name with it names nobody.
-    return value if isinstance(value, str) and value.strip() and "\ufffd" not in value else None
-
-
-def metadata_int(payment: ProviderPayment, key: str) -> int | None:
-    """A positive id that a payment's metadata names, written as the service writes it: a decimal string."""
-    value = payment.metadata.get(key)
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10:
-        number = int(value)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    else:
-        return None
-    return number if 1 <= number <= 2_147_483_647 else None
-
-
 def choose_row(rows: Sequence[PaymentRow], money: Money) -> PaymentRow | None:
     """The row to settle among those that carry one provider id: it agrees on the money, then PENDING before EXPIRED."""
     candidates = [row for row in rows if row.status in SETTLEABLE_ROWS]
@@ -239,7 +210,7 @@ def decide_settlement(
     if facts.set_aside:
         return Leave(payment, SET_ASIDE, _holder(facts.rows))
     is_attached = ruling is not None and ruling.attach_to is not None
-    if named_attempt_id(payment) is not None and attempt is None and not is_attached:
+    if payment.claims.renewal_attempt_id is not None and attempt is None and not is_attached:
         return Quarantine(
             payment,
             "unknown_attempt",
@@ -282,16 +253,11 @@ def _holder(rows: Sequence[PaymentRow]) -> PaymentRow | None:
 def _decide_purchase(
     payment: ProviderPayment, row: PaymentRow | None, facts: Facts, *, now: datetime, calendar: BillingCalendar
 ) -> SettlementDecision:
-    user_id = metadata_user(payment)
-    plan_id = metadata_int(payment, "plan_id")
-    provider_id = metadata_int(payment, "payment_provider_id")
-    missing = [
-        key
-        for key, value in (("user_id", user_id), ("plan_id", plan_id), ("payment_provider_id", provider_id))
-        if value is None
-    ]
+    claims = payment.claims
+    user_id, plan_id, provider_id = claims.user_id, claims.plan_id, claims.payment_provider_id
     if user_id is None or plan_id is None or provider_id is None:
-        return Quarantine(payment, "metadata", f"metadata without a usable {', '.join(missing)}", row)
+        gaps = ", ".join(claims.describe_gaps("user_id", "plan_id", "payment_provider_id"))
+        return Quarantine(payment, "metadata", f"metadata without a usable {gaps}", row)
     if plan_id not in facts.plans:
         return Quarantine(payment, "metadata", f"metadata names plan {plan_id}, which does not exist", row)
     if provider_id not in facts.provider_ids:
@@ -367,7 +333,7 @@ def _decide_attachment(
     attempt = facts.attempt
     if attempt is not None and _other_success(payment, attempt, facts) is not None:
         attempt = None  # the period is another payment's, and so is its attempt
-    provider_id = row.payment_provider_id if row else metadata_int(payment, "payment_provider_id")
+    provider_id = row.payment_provider_id if row else payment.claims.payment_provider_id
     if provider_id not in facts.provider_ids and attempt is not None:
         provider_id = attempt.payment_provider_id
     if provider_id not in facts.provider_ids and len(facts.provider_ids) == 1:
@@ -377,7 +343,7 @@ def _decide_attachment(
         return Quarantine(payment, "subscription_gone", f"subscription {subscription_id} {missing}", row)
     if provider_id is None or provider_id not in facts.provider_ids:
         return Quarantine(payment, "metadata", "nothing names its payment provider, and there are several", row)
-    named = metadata_user(payment)
+    named = payment.claims.user_id
     others = f" (the metadata names user {named})" if named not in (None, subscription.user_id) else ""
     return _grant_period(
         payment,
@@ -518,7 +484,7 @@ def _decide_refund(payment: ProviderPayment, row: PaymentRow | None, facts: Fact
     """All of the money went back: written down, nothing granted."""
     attempt = facts.attempt
     if attempt is None:
-        provider_id = row.payment_provider_id if row else metadata_int(payment, "payment_provider_id")
+        provider_id = row.payment_provider_id if row else payment.claims.payment_provider_id
         if provider_id is None or (row is None and provider_id not in facts.provider_ids):
             return Quarantine(
                 payment,

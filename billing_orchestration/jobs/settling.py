@@ -20,7 +20,6 @@ from billing_orchestration.domain.settlement import (
     Quarantine,
     RecordRefund,
     Settle,
-    metadata_user,
 )
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.resources import BillingDatabase
@@ -48,7 +47,7 @@ def batches(payments: Sequence[ProviderPayment], size: int = BATCH_SIZE) -> Iter
         if payment.id in ids:
             continue
         ids.add(payment.id)
-        user = metadata_user(payment) or f"payment {payment.id}"
+        user = payment.lock_name
         wave = seen.get(user, 0)
         seen[user] = wave + 1
         if wave == len(waves):

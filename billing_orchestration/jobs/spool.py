@@ -23,7 +23,7 @@ class _Pickler(pickle.Pickler):
         """How to make it again; NotImplemented: as pickle would."""
         kind = type(thing)
         if kind not in self._values:
-            names = [part.name for part in fields(kind)] if is_dataclass(kind) else []
+            names = [part.name for part in fields(kind) if part.init] if is_dataclass(kind) else []
             self._values[kind] = attrgetter(*names) if len(names) > 1 else None
         values = self._values[kind]
         return NotImplemented if values is None else (kind, values(thing))

@@ -49,7 +49,6 @@ from billing_orchestration.domain.renewals import (
     read_scan,
     scan_windows,
 )
-from billing_orchestration.domain.settlement import named_attempt_id
 from billing_orchestration_tests.domain.given import (
     DAY,
     HOUR,
@@ -342,6 +341,7 @@ def test_an_attempt_that_is_found_is_told_even_beside_odd_records() -> None:
         ({"method_id": None}, True),
         ({"method_id": "card-of-ada", "id": "card-of-ada"}, True),
         ({"method_id": "card-of-ada", "metadata": {ATTEMPT_KEY: str(uuid.UUID(int=1))}}, True),
+        ({"method_id": "card-of-ada", "metadata": {ATTEMPT_KEY: "garbled"}}, False),
     ],
 )
 def test_money_that_moved_by_the_same_card_in_nobodys_name_proves_no_attempt_absent(
@@ -412,7 +412,7 @@ def test_an_answer_without_the_attempts_name_is_still_about_it(kept: dict[str, A
     # Else a renewal that was paid would look like a stranger's purchase, and be charged again after two empty scans.
     attempt = an_attempt()
     answer = as_answer_to(attempt, a_payment(metadata=kept))
-    assert named_attempt_id(answer) == attempt.id
+    assert answer.claims.renewal_attempt_id == attempt.id
     assert answer.metadata["user_id"] == "ada"
     whole = the_payment_of(attempt)
     assert as_answer_to(attempt, whole) == whole

@@ -1,42 +1,46 @@
-"""A provider payment's method and refund, in the service's words."""
+"""What a payment's metadata claims: read once, with what is malformed told apart from what is missing."""
 
 from __future__ import annotations
 
-from decimal import Decimal
+import dataclasses
+import uuid
+from typing import Any
 
 import pytest
 
-from billing_orchestration.domain.provider_payment import METHOD_LABELS, METHODS_WITHOUT_LABEL
-from billing_orchestration_tests.domain.given import a_payment
+from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, Claims
+from billing_orchestration_tests.domain.given import a_payment, an_attempt, the_payment_of
+
+MALFORMED: dict[str, list[Any]] = {
+    "user_id": ["", "  ", 42, ["ada"], {"id": "ada"}, True, "a\ufffdda"],
+    "plan_id": ["", "three", "0", "-3", "3.0", " 3", "٣", "99999999999", "2147483648", 0, True, 3.0, [3]],
+    "payment_provider_id": ["", "one", "0", "2147483648", False],
+    ATTEMPT_KEY: ["", "not-a-uuid", 5, ["x"], True],
+}
 
 
-@pytest.mark.parametrize(
-    ("method", "label"),
-    [
-        ("bank_card", "BANK_CARD"),
-        ("yoo_money", "YOO_MONEY"),
-        ("sberbank", "SBERBANK"),
-        ("tinkoff_bank", "TINKOFF_BANK"),
-        ("sbp", "SBP"),
-        ("cash", None),
-        ("sber_loan", None),
-        (None, None),
-    ],
-)
-def test_a_method_has_the_services_label_or_none(method: str | None, label: str | None) -> None:
-    assert a_payment(method_type=method).method_label == label
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in MALFORMED.items() for value in values])
+def test_a_malformed_value_is_no_claim_and_is_told_apart_from_a_missing_one(key: str, value: Any) -> None:
+    claims = a_payment(metadata={key: value}).claims
+    assert claims == Claims(malformed=frozenset({key}))
+    assert claims.describe_gaps(key) == [f"{key} (malformed)"]
+    for nothing in ({}, {key: None}):
+        assert Claims.of(nothing).describe_gaps(key) == [f"{key} (missing)"]
 
 
-def test_a_method_counts_as_saved_only_if_the_provider_says_so() -> None:
-    assert a_payment().method_saved is False
+def test_ids_may_be_texts_or_numbers() -> None:
+    assert Claims.of({"plan_id": "2147483647", "payment_provider_id": 1}) == Claims(
+        plan_id=2_147_483_647, payment_provider_id=1
+    )
 
 
-def test_a_method_either_has_a_label_or_is_known_to_have_none() -> None:
-    assert not set(METHOD_LABELS) & METHODS_WITHOUT_LABEL
+def test_an_attempt_is_named_by_its_id() -> None:
+    attempt = an_attempt()
+    assert the_payment_of(attempt).claims.renewal_attempt_id == attempt.id
+    assert isinstance(attempt.id, uuid.UUID)
 
 
-@pytest.mark.parametrize(
-    ("refunded", "in_full"), [("0.00", False), ("298.99", False), ("299.00", True), ("299.01", True)]
-)
-def test_a_payment_is_refunded_in_full_when_its_whole_amount_went_back(refunded: str, in_full: bool) -> None:
-    assert a_payment(refunded_amount=Decimal(refunded)).refunded_in_full is in_full
+def test_a_payment_with_other_metadata_claims_what_that_says() -> None:
+    healed = dataclasses.replace(a_payment(metadata={}), metadata={"user_id": "ada"})
+    assert (healed.claims.user_id, healed.lock_name) == ("ada", "ada")
+    assert a_payment(id="pay-9", metadata={"user_id": " "}).lock_name == "payment pay-9"

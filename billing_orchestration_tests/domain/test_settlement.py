@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import uuid
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import STATUSES, SUCCEEDED, ProviderPayment
-from billing_orchestration.domain.renewals import ATTEMPT_KEY, Attempt, State
+from billing_orchestration.domain.renewals import Attempt, State
 from billing_orchestration.domain.settlement import (
     CloseAsGranted,
     Facts,
@@ -27,9 +26,6 @@ from billing_orchestration.domain.settlement import (
     SettlementDecision,
     choose_row,
     decide_settlement,
-    metadata_int,
-    metadata_user,
-    named_attempt_id,
 )
 from billing_orchestration_tests.domain.given import (
     DAY,
@@ -502,19 +498,14 @@ def test_the_amount_is_looked_at_before_the_metadata() -> None:
 
 # --- Step 4: metadata
 
-BAD_VALUES: dict[str, list[Any]] = {
-    "user_id": [None, "", "  ", 42, ["ada"], {"id": "ada"}, True, "a\ufffdda"],
-    "plan_id": [None, "", "three", "0", "-3", "3.0", " 3", "٣", "99999999999", "2147483648", 0, True, 3.0, [3]],
-    "payment_provider_id": [None, "", "one", "0", "2147483648", False],
-}
 
-
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD_VALUES.items() for value in values])
-def test_metadata_that_is_missing_or_malformed_goes_to_a_person(key: str, value: Any) -> None:
+@pytest.mark.parametrize("key", ["user_id", "plan_id", "payment_provider_id"])
+@pytest.mark.parametrize(("value", "gap"), [(None, "missing"), ("", "malformed")])
+def test_metadata_that_is_missing_or_malformed_goes_to_a_person(key: str, value: Any, gap: str) -> None:
     decision = settle(a_payment(metadata=metadata(**{key: value})), facts(subscriptions=[a_subscription()]))
     assert isinstance(decision, Quarantine)
     assert decision.kind == "metadata"
-    assert key in decision.reason
+    assert f"{key} ({gap})" in decision.reason
 
 
 @pytest.mark.parametrize(("key", "value"), [("plan_id", "4"), ("payment_provider_id", "2")])
@@ -537,24 +528,6 @@ def test_metadata_that_names_another_user_than_the_row_goes_to_a_person() -> Non
     decision = settle(a_payment(), facts([row], [a_subscription(user_id="boris")]))
     assert isinstance(decision, Quarantine)
     assert decision.kind == "foreign_metadata"
-
-
-def test_ids_in_the_metadata_may_be_texts_or_numbers() -> None:
-    decision = settle(a_payment(metadata=metadata(plan_id=3, payment_provider_id=1)))
-    assert isinstance(decision, Settle)
-    assert metadata_int(a_payment(metadata={"plan_id": "2147483647"}), "plan_id") == 2_147_483_647
-    assert metadata_user(a_payment(metadata={"user_id": "ada"})) == "ada"
-
-
-@pytest.mark.parametrize("value", [None, "", "not-a-uuid", 5, ["x"], True])
-def test_only_a_uuid_can_name_an_attempt_of_ours(value: Any) -> None:
-    assert named_attempt_id(a_payment(metadata=metadata(**{ATTEMPT_KEY: value}))) is None
-
-
-def test_an_attempt_is_named_by_its_id() -> None:
-    attempt = an_attempt()
-    assert named_attempt_id(the_payment_of(attempt)) == attempt.id
-    assert isinstance(attempt.id, uuid.UUID)
 
 
 # --- Step 5: the grant

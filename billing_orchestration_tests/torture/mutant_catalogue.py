@@ -483,7 +483,13 @@ FURTHER = (
     Mutant(
         "an answer about another attempt believed",
         "an answer that names another attempt concludes nothing",
-        (Edit(_RENEWALS, "return named is not None and named != str(attempt.id)", "return False"),),
+        (
+            Edit(
+                _RENEWALS,
+                "return payment.claims.names_an_attempt and payment.claims.renewal_attempt_id != attempt.id",
+                "return False",
+            ),
+        ),
         (
             _FAULTS + "test_a_charge_whose_answer_is_lost_is_sent_again_with_the_same_key_and_body"
             "[an answer about another attempt]",
@@ -533,9 +539,9 @@ FURTHER = (
         "a success that names an attempt closes it, and creates nothing",
         (
             Edit(
-                _SETTLEMENT,
-                "    value = payment.metadata.get(ATTEMPT_KEY)\n    try:",
-                "    value = None\n    try:",
+                "domain/provider_payment.py",
+                "        return uuid.UUID(value) if isinstance(value, str) else None",
+                "        return None",
             ),
         ),
         (_SUCCESSFUL + "test_a_success_of_our_own_renewal_closes_its_attempt_and_extends_that_subscription",),
