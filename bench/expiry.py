@@ -102,7 +102,7 @@ def payments(url: str) -> int:
     """As expire_payments_job does it, without asking the provider: read page by page, since each is asked about."""
     from billing_orchestration.database.audit import Stamp
     from billing_orchestration.database.expiry import stream_stale_payments
-    from billing_orchestration.domain.decisions import Tally
+    from billing_orchestration.domain.decisions import Code, Tally
     from billing_orchestration.domain.expiry import ExpirePayment
     from billing_orchestration.jobs.expire_payments import PAGE, expire_all
     from billing_orchestration.jobs.run_report import RunReport
@@ -114,7 +114,7 @@ def payments(url: str) -> int:
     expiries: Spool[ExpirePayment] = Spool()
     with database.engine.connect() as connection:
         for page in stream_stale_payments(connection, datetime(2026, 3, 5, 12, tzinfo=timezone.utc), PAGE):
-            expiries.add([ExpirePayment(row, "the provider says canceled") for row in page])
+            expiries.add([ExpirePayment(row, "the provider says canceled", Code.UNPAID_AT_PROVIDER) for row in page])
     report = RunReport(decisions=Tally(100))
     expire_all(report, expiries.pages(), database, lambda: Stamp("expire_payments_job", "bench", NOW), dry_run=False)
     database.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,10 @@ def explain_payment(engine: sa.Engine, connect: Connect, name: str) -> list[str]
             name if found is None else found if isinstance(found, str) else None,
             found if isinstance(found, int) else None,
         )
-    there, unheard = _ask(connect, case.provider_ids)
-    if found is None and not there and not any("did not answer" in line for line in unheard):
+    there = _ask(connect, case.provider_ids)
+    if found is None and not there.payments and not there.is_silent:
         raise NotResolved(f"neither this database nor the provider knows a payment {name}")
-    return _told(f"payment {name}", case, there, unheard)
+    return _in_words(f"payment {name}", case, there)
 
 
 def explain_subscription(engine: sa.Engine, connect: Connect, subscription_id: int) -> list[str]:
@@ -49,46 +50,53 @@ def explain_subscription(engine: sa.Engine, connect: Connect, subscription_id: i
         case = case_of_subscription(connection, subscription_id)
     if not case.subscriptions and not case.attempts and not case.audit:
         raise NotResolved(f"this database knows no subscription {subscription_id}")
-    there, unheard = _ask(connect, case.provider_ids)
-    return _told(f"subscription {subscription_id}", case, there, unheard)
+    return _in_words(f"subscription {subscription_id}", case, _ask(connect, case.provider_ids))
 
 
-def _ask(connect: Connect, ids: Sequence[str]) -> tuple[dict[str, ProviderPayment], list[str]]:
-    """The provider's side, asked now; and what it did not tell."""
+@dataclass(slots=True)
+class _ProviderSide:
+    """What the provider says now; `gaps` are sentences on what is missing, `is_silent`: it did not answer."""
+
+    payments: dict[str, ProviderPayment] = field(default_factory=dict)
+    gaps: list[str] = field(default_factory=list)
+    is_silent: bool = False
+
+
+def _ask(connect: Connect, ids: Sequence[str]) -> _ProviderSide:
     from billing_orchestration.provider.errors import PaymentNotFound, ProviderError
 
-    there: dict[str, ProviderPayment] = {}
-    unheard: list[str] = []
+    side = _ProviderSide()
     if not ids:
-        return there, unheard
+        return side
     asked = list(ids)[-_MOST_ASKED:]
     if len(asked) < len(ids):
-        unheard.append(f"{len(ids) - len(asked)} of {len(ids)} payments were not asked for at the provider")
+        side.gaps.append(f"{len(ids) - len(asked)} of {len(ids)} payments were not asked for at the provider")
     provider = connect()
     try:
         for payment_id in asked:
             try:
                 payment = provider.get_payment(payment_id)
             except PaymentNotFound:
-                unheard.append(f"the provider knows no payment {payment_id}")
+                side.gaps.append(f"the provider knows no payment {payment_id}")
             except ProviderError as error:
-                unheard.append(f"the provider did not answer, its side is missing here: {error}")
+                side.is_silent = True
+                side.gaps.append(f"the provider did not answer, its side is missing here: {error}")
                 break
             else:
                 if isinstance(payment, ProviderPayment):
-                    there[payment_id] = payment
+                    side.payments[payment_id] = payment
                 else:
-                    unheard.append(f"the provider's record of payment {payment_id} cannot be read: {payment.reason}")
+                    side.gaps.append(f"the provider's record of payment {payment_id} cannot be read: {payment.reason}")
     finally:
         provider.close()
-    return there, unheard
+    return side
 
 
-def _told(subject: str, case: Case, there: Mapping[str, ProviderPayment], unheard: Sequence[str]) -> list[str]:
+def _in_words(subject: str, case: Case, side: _ProviderSide) -> list[str]:
     lines = [subject, "", "Now:"]
-    lines += [f"  {line}" for line in (*_now_here(case), *_now_there(there), *unheard)]
+    lines += [f"  {line}" for line in (*_now_here(case), *_now_there(side.payments), *side.gaps)]
     lines += ["", "What happened (UTC):"]
-    lines += [f"  {at:%Y-%m-%d %H:%M:%S}  {text}" for at, _, text in sorted(_events(case, there))]
+    lines += [f"  {at:%Y-%m-%d %H:%M:%S}  {text}" for at, _, text in sorted(_events(case, side.payments))]
     waiting = [q for q in case.problems if q.resolved_at is None]
     lines += ["", "Waits for a person:" if waiting else "Nothing waits for a person."]
     lines += [

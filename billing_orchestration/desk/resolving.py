@@ -26,10 +26,10 @@ from billing_orchestration.database.quarantine import (
     read_entry,
 )
 from billing_orchestration.domain.billing_calendar import BillingCalendar
+from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.provider_payment import SUCCEEDED, Claims, ProviderPayment, UnusablePayment
 from billing_orchestration.domain.renewals import as_answer_to
 from billing_orchestration.domain.settlement import (
-    SET_ASIDE,
     CloseAsGranted,
     Leave,
     Quarantine,
@@ -248,7 +248,7 @@ def _settle(
             "ignore it, or attach it to another subscription" if resolution.word == ATTACHED else "attach or ignore it"
         )
         raise NotResolved(f"it cannot be granted so: {decision.reason}. Nothing was written; {ways}")
-    if isinstance(decision, Leave) and (decision.reason == SET_ASIDE or resolution.word == ATTACHED):
+    if isinstance(decision, Leave) and (decision.code == Code.SET_ASIDE or resolution.word == ATTACHED):
         raise NotResolved(f"nothing is left to grant for payment {payment.id}: {decision.reason}. Nothing was written")
     return settled
 

@@ -11,18 +11,93 @@ from billing_orchestration.domain.money import Money
 _ZERO = Decimal(0)
 
 
+class Action:
+    """What a run does with one thing. autopayment_job adds the outcome of each charge (`ChargeResult.outcome`)."""
+
+    CHARGE = "charge"
+    SEND_AGAIN = "send again"
+    CONCLUDE = "conclude"
+    VOID = "void"
+    NOTE_ABSENCE = "note absence"
+    SETTLE = "settle"
+    CREATE = "create subscription"
+    EXTEND = "extend subscription"
+    RENEW = "renew subscription"
+    RECORD_REFUND = "record refund"
+    CLOSE_ATTEMPT = "close attempt"
+    EXPIRE = "expire"
+    QUARANTINE = "quarantine"
+    TRY_AGAIN = "try again"
+    REFUSE = "refuse"
+    LEAVE = "leave"
+    SKIP = "skip"
+    REPORT = "report"
+
+
+# Actions that change nothing and ask nothing of anybody.
+PASSIVE = frozenset({Action.LEAVE, Action.SKIP, Action.REPORT})
+
+
+class Code:
+    """Why a thing is left, expired or reported, for programs. Two decisions with one action and one code are alike.
+
+    Two more vocabularies serve as codes: a quarantined thing has its problem's kind (`problem_kinds`), a declined
+    charge the provider's own word for it (`declines`).
+    """
+
+    # Renewals that are not charged, and open attempts that are left as they are.
+    OPEN_AT_PROVIDER = "open_at_provider"
+    OUTCOME_UNKNOWN = "outcome_unknown"
+    IN_REVIEW = "in_review"
+    ALREADY_CHARGED = "already_charged"
+    ALREADY_PLANNED = "already_planned"
+    HARD_DECLINE = "hard_decline"
+    TOO_LONG_OVERDUE = "too_long_overdue"
+    TRIED_TODAY = "tried_today"
+    GRACE_OVER = "grace_over"
+    UNCLEAR_DECLINES = "unclear_declines"
+    NO_METHOD = "no_method"
+    METHOD_DECLINED_TODAY = "method_declined_today"
+    UNUSABLE_SUBSCRIPTION = "unusable_subscription"
+    UNUSABLE_METHOD = "unusable_method"
+    NO_PRICE = "no_price"
+    SEVERAL_PRICES = "several_prices"
+    UNUSABLE_PRICE = "unusable_price"
+    UNUSABLE_PERIOD = "unusable_period"
+    PERIOD_OVER = "period_over"
+    # Payments that both sides know.
+    NO_PROVIDER_ID = "no_provider_id"
+    DUPLICATE = "duplicate"
+    NO_SUBSCRIPTION = "no_subscription"
+    LEFT_TO_WEBHOOK = "left_to_webhook"
+    SETTLED_BEFORE = "settled_before"
+    SET_ASIDE = "set_aside"
+    BOTH_AGREE = "both_agree"
+    # Expiry.
+    NEVER_AT_PROVIDER = "never_at_provider"
+    UNKNOWN_AT_PROVIDER = "unknown_at_provider"
+    UNPAID_AT_PROVIDER = "unpaid_at_provider"
+    MONEY_HELD = "money_held"
+    NO_ANSWER = "no_answer"
+    HELD_BACK = "held_back"
+    # Any job.
+    CHANGED_MEANWHILE = "changed_meanwhile"
+    NOT_APPROVED = "not_approved"
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """One row of a run's report.
 
-    `action` is a short verb phrase in the job's words ("charge", "expire", "leave"), `subject` names the thing
-    ("subscription 12", "payment 7"), `reason` is a sentence for a person.
+    `action` and `code` are for programs (`Action`, `Code`; no code: the action says it all), `subject` names the thing
+    ("subscription 12", "payment 7"), `reason` is a sentence for a person and nothing else.
     """
 
     action: str
     subject: str
     reason: str
     money: Money | None = None
+    code: str = ""
 
 
 class Tally:

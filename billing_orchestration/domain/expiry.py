@@ -1,4 +1,4 @@
-"""Expiry: when a subscription or a payment is over, and the guard that stops a run which would end too many."""
+"""Expiry: when a subscription or a payment is over, and what becomes of a payment that nobody paid."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from billing_orchestration.domain.billing_calendar import BillingCalendar
+from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import (
     SUCCEEDED,
@@ -15,11 +16,6 @@ from billing_orchestration.domain.provider_payment import (
     ProviderPayment,
     UnusablePayment,
 )
-
-# A run that would end more than a fifth of all active subscriptions, and more than a hundred, is more likely a
-# mistake (a wrong clock, a broken import, renewals that did not run) than a fact.
-GUARD_SHARE = 0.20
-GUARD_COUNT = 100
 
 
 def subscriptions_over_before(as_of: datetime, calendar: BillingCalendar, grace_days: int) -> datetime:
@@ -30,28 +26,6 @@ def subscriptions_over_before(as_of: datetime, calendar: BillingCalendar, grace_
 def payments_over_before(as_of: datetime, ttl_days: int) -> datetime:
     """The instant before which a PENDING payment was created too long ago: more than `ttl_days` days of 24 hours."""
     return as_of - timedelta(days=ttl_days)
-
-
-def guard_verdict(changes: int, active: int, max_changes: int | None) -> str | None:
-    """Why a run of expire_subscriptions_job must stop before it changes anything; None when it may go on."""
-    if max_changes is not None:
-        return over_limit(changes, max_changes)
-    if changes > GUARD_COUNT and changes > GUARD_SHARE * active:
-        return (
-            f"it would expire {changes} of {active} ACTIVE subscriptions, more than {GUARD_SHARE:.0%} of them and more"
-            f" than {GUARD_COUNT}. If that is right, launch it again with max_changes: {changes}"
-        )
-    return None
-
-
-def over_limit(changes: int, max_changes: int | None) -> str | None:
-    """Why a run stops because of max_changes; None when it may go on."""
-    if max_changes is None or changes <= max_changes:
-        return None
-    return (
-        f"it would make {changes} changes, max_changes is {max_changes}. If they are right, launch it again with"
-        f" max_changes: {changes}"
-    )
 
 
 class StalePayment(NamedTuple):
@@ -84,6 +58,7 @@ class ExpirePayment(NamedTuple):
 
     row: StalePayment
     reason: str
+    code: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +67,7 @@ class KeepPending:
 
     row: StalePayment
     reason: str
+    code: str = ""
     needs_retry: bool = False
     quarantine: UnusablePayment | None = None
 
@@ -130,19 +106,25 @@ def _unpaid(ttl_days: int, why: str) -> str:
 def decide_payment_expiry(row: StalePayment, answer: ProviderAnswer | None, ttl_days: int) -> PaymentExpiry:
     """What becomes of a stale PENDING payment, from what the provider says of it (None: it has no provider id)."""
     if answer is None:
-        return ExpirePayment(row, _unpaid(ttl_days, "it never got a payment at the provider"))
+        return ExpirePayment(row, _unpaid(ttl_days, "it never got a payment at the provider"), Code.NEVER_AT_PROVIDER)
     if isinstance(answer, NotFoundThere):
-        return ExpirePayment(row, _unpaid(ttl_days, "the provider does not know it"))
+        return ExpirePayment(row, _unpaid(ttl_days, "the provider does not know it"), Code.UNKNOWN_AT_PROVIDER)
     if isinstance(answer, NoAnswer):
         return KeepPending(
-            row, f"the provider did not answer, left for the next run: {answer.reason}", needs_retry=True
+            row,
+            f"the provider did not answer, left for the next run: {answer.reason}",
+            Code.NO_ANSWER,
+            needs_retry=True,
         )
     if isinstance(answer, UnusablePayment):
-        return KeepPending(row, f"the provider's record of it cannot be used: {answer.reason}", quarantine=answer)
+        reason = f"the provider's record of it cannot be used: {answer.reason}"
+        return KeepPending(row, reason, "unreadable", quarantine=answer)
     if answer.status == SUCCEEDED:
         return SettleLate(row, answer)
     if answer.status == WAITING_FOR_CAPTURE:
         return KeepPending(
-            row, "the customer's money is held at the provider (waiting_for_capture): capture or cancel it"
+            row,
+            "the customer's money is held at the provider (waiting_for_capture): capture or cancel it",
+            Code.MONEY_HELD,
         )
-    return ExpirePayment(row, _unpaid(ttl_days, f"{answer.status} at the provider"))
+    return ExpirePayment(row, _unpaid(ttl_days, f"{answer.status} at the provider"), Code.UNPAID_AT_PROVIDER)

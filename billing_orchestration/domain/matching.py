@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from billing_orchestration.domain.decisions import Decision
+from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.settlement import PaymentRow, choose_row
 
@@ -45,7 +45,13 @@ def diff_pending(
     """
     differing = [payment for payment in paid if payment.id in pending]
     reported = [
-        Decision("leave", row.subject, "PENDING with no provider id: it cannot be matched", row.money)
+        Decision(
+            Action.LEAVE,
+            row.subject,
+            "PENDING with no provider id: it cannot be matched",
+            row.money,
+            Code.NO_PROVIDER_ID,
+        )
         for row in nameless
     ]
     for payment in differing:
@@ -79,16 +85,21 @@ def diff_successful(
             if final is not None and final.status == "SUCCEEDED" and final.subscription_id is None:
                 reported.append(
                     Decision(
-                        "report", final.subject, "SUCCEEDED on both sides, but linked to no subscription", payment.money
+                        Action.REPORT,
+                        final.subject,
+                        "SUCCEEDED on both sides, but linked to no subscription",
+                        payment.money,
+                        Code.NO_SUBSCRIPTION,
                     )
                 )
         elif not found and _age(payment, now) < webhook_grace:
             reported.append(
                 Decision(
-                    "leave",
+                    Action.LEAVE,
                     f"payment {payment.id}",
                     "just paid, no row yet: left to the service's webhook",
                     payment.money,
+                    Code.LEFT_TO_WEBHOOK,
                 )
             )
         else:
@@ -109,7 +120,7 @@ def _duplicates(payment: ProviderPayment, rows: Sequence[PaymentRow]) -> Iterato
         for row in rows:
             if row is not holder:
                 reason = f"a duplicate: {holder.subject} has the same provider id {payment.id}, only one is settled"
-                yield Decision("leave", row.subject, reason, row.money)
+                yield Decision(Action.LEAVE, row.subject, reason, row.money, Code.DUPLICATE)
 
 
 def _by_success(payments: Iterable[ProviderPayment]) -> tuple[ProviderPayment, ...]:

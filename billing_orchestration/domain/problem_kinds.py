@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,29 @@ _ATTACH = "it pays one period of that subscription's plan"
 _NOTHING = "nothing is granted, now or later: refund it at the provider"
 _AGAIN = "settles it if what stood in the way is mended, else says what still does"
 
-KINDS: Mapping[str, Kind] = {
+# What a problem is opened as; settling decides for most of them (`settlement.Quarantine`).
+ProblemKind = Literal[
+    "amount_differs",
+    "test_payment",
+    "canceled_here",
+    "status_unknown",
+    "metadata",
+    "foreign_metadata",
+    "no_end",
+    "period",
+    "unknown_attempt",
+    "subscription_gone",
+    "unclear_grant",
+    "second_success",
+    "unwanted_renewal",
+    "spent_period",
+    "unreadable",
+    "not_writable",
+    "rejected",
+    "gap",
+]
+
+KINDS: Mapping[ProblemKind, Kind] = {
     "amount_differs": Kind(
         "paid, but not the amount or currency that was asked",
         "grants the period; the books take the provider's true amount",
@@ -110,4 +133,7 @@ KINDS: Mapping[str, Kind] = {
 
 def kind_of(name: str) -> Kind:
     """The kind by its name; what comes after its first word ("gap from 2026-03-01") is detail."""
-    return KINDS.get(name.split(" ", 1)[0]) or Kind("not described", "closes it", "", "closes it")
+    word = name.split(" ", 1)[0]
+    return next((kind for known, kind in KINDS.items() if known == word), None) or Kind(
+        "not described", "closes it", "", "closes it"
+    )

@@ -16,6 +16,7 @@ from decimal import Decimal
 
 from billing_orchestration.domain import declines
 from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
+from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.money import CURRENCIES, Money
 from billing_orchestration.domain.provider_payment import (
     ATTEMPT_KEY,
@@ -179,6 +180,7 @@ class NotCharged:
     """A due subscription or an open attempt that is left as it is. `needs_retry` makes the run red at its end."""
 
     subject: str
+    code: str
     reason: str
     money: Money | None = None
     needs_retry: bool = False
@@ -282,15 +284,26 @@ def decide_open_attempt(
     """What to do with an attempt of an earlier run whose outcome is open. `due` is its subscription if still due."""
     answer = view.answers.get(attempt.id)
     if answer is not None and attempt.state == State.PENDING and judge_answer(answer).state == State.PENDING:
-        return NotCharged(attempt.subject, f"an open attempt is still {answer.status} at the provider", attempt.money)
+        return NotCharged(
+            attempt.subject,
+            Code.OPEN_AT_PROVIDER,
+            f"an open attempt is still {answer.status} at the provider",
+            attempt.money,
+        )
     if answer is not None:
         return Conclude(attempt, answer, f"the provider says {answer.status}")
     if attempt.id in view.silent:
         return NotCharged(
-            attempt.subject, f"outcome not known: {view.silent[attempt.id]}", attempt.money, needs_retry=True
+            attempt.subject,
+            Code.OUTCOME_UNKNOWN,
+            f"outcome not known: {view.silent[attempt.id]}",
+            attempt.money,
+            needs_retry=True,
         )
     if attempt.state == State.PENDING:
-        return NotCharged(attempt.subject, "an open attempt is pending at the provider", attempt.money)
+        return NotCharged(
+            attempt.subject, Code.OPEN_AT_PROVIDER, "an open attempt is pending at the provider", attempt.money
+        )
     if not attempt.may_have_been_sent:
         if due is None or due.ended_at != attempt.period_start:
             return Void(attempt, "never sent, and the period is not due any more: no money moved")
@@ -299,6 +312,7 @@ def decide_open_attempt(
         if attempt.id not in view.scanned:
             return NotCharged(
                 attempt.subject,
+                Code.OUTCOME_UNKNOWN,
                 "outcome not known, older than the key's 23 h, and not searched",
                 attempt.money,
                 needs_retry=True,
@@ -309,13 +323,17 @@ def decide_open_attempt(
             )
         if now - attempt.first_absent_at < SCAN_DISTANCE:
             return NotCharged(
-                attempt.subject, "outcome not known: the second scan must come an hour after the first", attempt.money
+                attempt.subject,
+                Code.OUTCOME_UNKNOWN,
+                "outcome not known: the second scan must come an hour after the first",
+                attempt.money,
             )
         return Void(attempt, "two complete scans an hour apart did not find it: it never reached the provider")
     if due is None or due.ended_at != attempt.period_start:
         # The subscription was renewed, canceled or paused since: sending again could charge for what nobody wants.
         return NotCharged(
             attempt.subject,
+            Code.OUTCOME_UNKNOWN,
             "outcome not known, and the period is not due any more: not sent again, searched after 23 h",
             attempt.money,
         )
@@ -336,8 +354,8 @@ def decide_renewal(
     `decide_open_attempt`; a subscription that has one is not charged here.
     """
 
-    def no(reason: str) -> NotCharged:
-        return NotCharged(due.subject, reason)
+    def no(code: str, reason: str) -> NotCharged:
+        return NotCharged(due.subject, code, reason)
 
     today = rules.calendar.day_of(now)
     ended_on = rules.calendar.day_of(due.ended_at)
@@ -345,42 +363,51 @@ def decide_renewal(
     attempts = [a for a in due.attempts if a.id not in voided]
     blocking = [a for a in attempts if a.state in OPEN or a.state in TAKEN]
     if blocking:
-        return no(_why_blocked(blocking[0]))
+        return no(*_why_blocked(blocking[0]))
     stopped = [a for a in attempts if a.state == State.STOPPED]
     if stopped:
-        return no(f"stopped by a hard decline ({stopped[-1].decline_reason or 'no reason given'})")
+        return no(Code.HARD_DECLINE, f"stopped by a hard decline ({stopped[-1].decline_reason or 'no reason given'})")
     if overdue_days > rules.max_overdue_days:
-        return no(f"overdue by {overdue_days} days, more than max_overdue_days ({rules.max_overdue_days})")
+        return no(
+            Code.TOO_LONG_OVERDUE,
+            f"overdue by {overdue_days} days, more than max_overdue_days ({rules.max_overdue_days})",
+        )
     declined = [a for a in attempts if a.state == State.DECLINED]
     if due.last_tried_at is not None and rules.calendar.day_of(due.last_tried_at) == today:
-        return no("already attempted today")
+        return no(Code.TRIED_TODAY, "already attempted today")
     if declined and overdue_days > rules.grace_days:
         word = declined[-1].decline_reason or "no reason given"
-        return no(f"declined ({word}) and the grace of {rules.grace_days} days is over")
+        return no(Code.GRACE_OVER, f"declined ({word}) and the grace of {rules.grace_days} days is over")
     if len([a for a in declined if a.decline_class == declines.FEW]) >= declines.MOST_TRIES_OF_UNCLEAR_DECLINES:
-        return no(f"declined {declines.MOST_TRIES_OF_UNCLEAR_DECLINES} times without a usable reason")
+        return no(
+            Code.UNCLEAR_DECLINES,
+            f"declined {declines.MOST_TRIES_OF_UNCLEAR_DECLINES} times without a usable reason",
+        )
     if not due.method_id:
-        return no("no saved payment method")
+        return no(Code.NO_METHOD, "no saved payment method")
     if due.method_declined_at is not None and rules.calendar.day_of(due.method_declined_at) == today:
-        return no("this payment method was already declined today")
+        return no(Code.METHOD_DECLINED_TODAY, "this payment method was already declined today")
     if not due.user_id or due.plan_id is None:
-        return no("the subscription has no user or no plan")
+        return no(Code.UNUSABLE_SUBSCRIPTION, "the subscription has no user or no plan")
     if due.method_provider_id is None or due.method_currency not in CURRENCIES:
-        return no("the payment that saved the method has no currency or provider")
+        return no(Code.UNUSABLE_METHOD, "the payment that saved the method has no currency or provider")
     if not due.prices:
-        return no(f"no price in {due.method_currency}")
+        return no(Code.NO_PRICE, f"no price in {due.method_currency}")
     if len(due.prices) > 1:
-        return no(f"several prices in {due.method_currency}")
+        return no(Code.SEVERAL_PRICES, f"several prices in {due.method_currency}")
     if not due.prices[0].is_finite() or due.prices[0] <= 0:
-        return no(f"the price {due.prices[0]} {due.method_currency} is not positive")
+        return no(Code.UNUSABLE_PRICE, f"the price {due.prices[0]} {due.method_currency} is not positive")
     try:
         period = parse_period(due.plan_duration, due.plan_duration_unit)
         paid_until = rules.calendar.day_of(rules.calendar.next_end(due.started_at, due.ended_at, period))
     except UnusablePeriod as error:
-        return no(str(error))
+        return no(Code.UNUSABLE_PERIOD, str(error))
     # As expire_subscriptions_job counts: it would end this morning what was paid for at three o'clock.
     if paid_until <= rules.calendar.day_of(as_of) - timedelta(days=rules.grace_days):
-        return no(f"overdue by {overdue_days} days: the period to pay for ended on {paid_until}, and its grace is over")
+        return no(
+            Code.PERIOD_OVER,
+            f"overdue by {overdue_days} days: the period to pay for ended on {paid_until}, and its grace is over",
+        )
     number = 1 + max((a.number for a in due.attempts), default=0)
     attempt = plan_attempt(
         due,
@@ -394,18 +421,17 @@ def decide_renewal(
     return Charge(attempt, _why_due(overdue_days, number))
 
 
-def _why_blocked(attempt: Attempt) -> str:
+def _why_blocked(attempt: Attempt) -> tuple[str, str]:
+    """The code and the reason."""
     if attempt.state == State.PENDING:
-        return "an open attempt is pending at the provider"
+        return Code.OPEN_AT_PROVIDER, "an open attempt is pending at the provider"
     if attempt.state == State.REVIEW:
-        return "the period's charge is in review (quarantine)"
+        return Code.IN_REVIEW, "the period's charge is in review (quarantine)"
     if attempt.state in TAKEN:
-        return f"the period was already charged (attempt {attempt.number} {attempt.state})"
-    return (
-        "an open attempt whose outcome is not known yet"
-        if attempt.may_have_been_sent
-        else "an attempt is already planned"
-    )
+        return Code.ALREADY_CHARGED, f"the period was already charged (attempt {attempt.number} {attempt.state})"
+    if attempt.may_have_been_sent:
+        return Code.OUTCOME_UNKNOWN, "an open attempt whose outcome is not known yet"
+    return Code.ALREADY_PLANNED, "an attempt is already planned"
 
 
 def _why_due(overdue_days: int, number: int) -> str:
@@ -450,7 +476,7 @@ def decide_renewals(
             continue
         if earlier is not None:
             reason = f"an open attempt for its period from {earlier.period_start.date()}, which comes first"
-            decisions.append(NotCharged(subscription.subject, reason))
+            decisions.append(NotCharged(subscription.subject, Code.OUTCOME_UNKNOWN, reason))
         else:
             decisions.append(decide_renewal(subscription, as_of=as_of, now=now, rules=rules, voided=frozenset(voided)))
     return decisions

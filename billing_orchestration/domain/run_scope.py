@@ -1,4 +1,4 @@
-"""What a run stands for: the instant `as_of`, the window it covers, and whether it may write."""
+"""What a run stands for and how far it may go: `as_of`, the window it covers, dry_run, max_changes, the guard."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ LONGEST_CATCH_UP = timedelta(days=7)
 # How much of what was covered already is covered again: a run leaves the youngest payments to the service's webhook,
 # the lag of the provider's list is not documented, and the two clocks may differ.
 CATCH_UP_OVERLAP = timedelta(minutes=15)
+# A run that would end more than a fifth of all active subscriptions, and more than a hundred, is more likely a
+# mistake (a wrong clock, a broken import, renewals that did not run) than a fact.
+GUARD_SHARE = 0.20
+GUARD_COUNT = 100
 # Long before the provider existed, and far from the edges of what can be computed with.
 _EARLIEST_AS_OF = datetime(2000, 1, 1, tzinfo=timezone.utc)
 
@@ -78,6 +82,31 @@ def check_max_changes(max_changes: int | None) -> int | None:
     if max_changes is not None and max_changes < 0:
         raise RunRefused(f"max_changes is {max_changes}; it must be 0 or more. Nothing was read or written")
     return max_changes
+
+
+def guard_verdict(changes: int, active: int, max_changes: int | None) -> str | None:
+    """Why a run of expire_subscriptions_job must stop before it changes anything; None when it may go on.
+
+    An explicit max_changes replaces the guard.
+    """
+    if max_changes is not None:
+        return over_limit(changes, max_changes)
+    if changes > GUARD_COUNT and changes > GUARD_SHARE * active:
+        return (
+            f"it would expire {changes} of {active} ACTIVE subscriptions, more than {GUARD_SHARE:.0%} of them and more"
+            f" than {GUARD_COUNT}. If that is right, launch it again with max_changes: {changes}"
+        )
+    return None
+
+
+def over_limit(changes: int, max_changes: int | None) -> str | None:
+    """Why a run stops because of max_changes; None when it may go on."""
+    if max_changes is None or changes <= max_changes:
+        return None
+    return (
+        f"it would make {changes} changes, max_changes is {max_changes}. If they are right, launch it again with"
+        f" max_changes: {changes}"
+    )
 
 
 def covering_window(scope: RunScope, watermark: datetime | None) -> Window:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
+from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.problem_kinds import ProblemKind
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
 from billing_orchestration.domain.renewals import Attempt, State
 
@@ -117,7 +119,7 @@ class Settle:
     void_first: Attempt | None
     reason: str
     notice: str | None = None
-    notice_kind: str = "unwanted_renewal"
+    notice_kind: ProblemKind = "unwanted_renewal"
     correct_money: bool = False
 
 
@@ -155,6 +157,7 @@ class Leave:
     """Nothing to do: both sides agree, or a person decided."""
 
     payment: ProviderPayment
+    code: str
     reason: str
     row: PaymentRow | None = None
 
@@ -167,7 +170,7 @@ class Quarantine:
     """
 
     payment: ProviderPayment
-    kind: str
+    kind: ProblemKind
     reason: str
     row: PaymentRow | None = None
     subscription_id: int | None = None
@@ -183,9 +186,6 @@ def choose_row(rows: Sequence[PaymentRow], money: Money) -> PaymentRow | None:
     candidates = [row for row in rows if row.status in SETTLEABLE_ROWS]
     order = {status: rank for rank, status in enumerate(SETTLEABLE_ROWS)}
     return min(candidates, key=lambda row: (row.money != money, order[row.status or ""], row.id), default=None)
-
-
-SET_ASIDE = "ignored by a person's decision (quarantine)"
 
 
 def decide_settlement(
@@ -206,9 +206,9 @@ def decide_settlement(
         raise ValueError(f"payment {payment.id} is {payment.status}, only a success is settled")
     attempt = facts.attempt
     if facts.settled_as is not None:
-        return Leave(payment, f"settled before ({facts.settled_as})", _holder(facts.rows))
+        return Leave(payment, Code.SETTLED_BEFORE, f"settled before ({facts.settled_as})", _holder(facts.rows))
     if facts.set_aside:
-        return Leave(payment, SET_ASIDE, _holder(facts.rows))
+        return Leave(payment, Code.SET_ASIDE, "ignored by a person's decision (quarantine)", _holder(facts.rows))
     is_attached = ruling is not None and ruling.attach_to is not None
     if payment.claims.renewal_attempt_id is not None and attempt is None and not is_attached:
         return Quarantine(
@@ -223,11 +223,16 @@ def decide_settlement(
     if attempt is None:
         settled_row = _settled_row(facts)
         if settled_row is not None:
-            return Leave(payment, f"{settled_row.subject} is {settled_row.status}: both sides agree", settled_row)
+            return Leave(
+                payment,
+                Code.BOTH_AGREE,
+                f"{settled_row.subject} is {settled_row.status}: both sides agree",
+                settled_row,
+            )
         if row is None and facts.rows:
             return _no_row_to_settle(payment, facts)
     elif attempt.state in (State.SUCCEEDED, State.REFUNDED) and attempt.external_payment_id in (None, payment.id):
-        return Leave(payment, f"attempt {attempt.number} is {attempt.state}", _settled_row(facts))
+        return Leave(payment, Code.BOTH_AGREE, f"attempt {attempt.number} is {attempt.state}", _settled_row(facts))
     if payment.refunded_in_full:
         return _decide_refund(payment, row, facts)
     if ruling is not None and ruling.attach_to is not None:
@@ -522,7 +527,7 @@ def _decide_renewal(
 ) -> SettlementDecision:
     """A success that carries one of our attempts closes that attempt: its subscription is extended, never created."""
 
-    def review(kind: str, reason: str, about: PaymentRow | None = row) -> Quarantine:
+    def review(kind: ProblemKind, reason: str, about: PaymentRow | None = row) -> Quarantine:
         return _review(Quarantine(payment, kind, reason, about), attempt, facts)
 
     final = _settled_row(facts)

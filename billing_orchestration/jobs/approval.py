@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import dagster as dg
 
 from billing_orchestration.domain.approval import allowed, fingerprint, plan_hash
-from billing_orchestration.domain.decisions import Decision
+from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.run_scope import RunScope
+from billing_orchestration.jobs.run_failures import FailureCode, failed
 
 PLAN_TAG = "billing/plan"
 PLANS = dg.AssetKey(["billing", "plans"])
@@ -56,18 +57,19 @@ def bind(
     previewed = _previewed(context, scope.approved_plan)
     approved = allowed([name for name, _, _ in names], scope.approved_plan, previewed)
     if approved is None:
-        raise dg.Failure(
-            f"stopped before anything was applied: the plan is now {now}, approved was {scope.approved_plan}, and the"
-            " dry run that showed it is not in this run history, so what changed cannot be told. Look at a new dry run"
-            f" (with as_of {scope.as_of.isoformat()}), and approve its plan",
-            allow_retries=False,
+        raise failed(
+            FailureCode.PLAN_CHANGED,
+            f"stopped before anything was applied: the plan is now {now}, approved was {scope.approved_plan}. The dry"
+            " run that showed it is not in this run history, so nobody can tell what has changed. Launch a new dry run"
+            f" (with as_of {scope.as_of.isoformat()}) and approve its plan",
         )
     refused = [
         Decision(
-            "refuse",
+            Action.REFUSE,
             shown[line].subject,
             f"not in the approved plan, changed since: {shown[line].reason}",
             shown[line].money,
+            Code.NOT_APPROVED,
         )
         for name, line, _ in names
         if name not in approved

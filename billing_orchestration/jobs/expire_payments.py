@@ -15,7 +15,7 @@ from pydantic import Field
 
 from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.database.one_by_one import NotWritten, one_by_one
-from billing_orchestration.domain.decisions import Decision, Tally
+from billing_orchestration.domain.decisions import Action, Code, Decision, Tally
 from billing_orchestration.domain.expiry import (
     AskedPayment,
     ExpirePayment,
@@ -27,11 +27,10 @@ from billing_orchestration.domain.expiry import (
     SettleLate,
     StalePayment,
     decide_payment_expiry,
-    over_limit,
     payments_over_before,
 )
 from billing_orchestration.domain.provider_payment import UnusablePayment
-from billing_orchestration.domain.run_scope import RunScope
+from billing_orchestration.domain.run_scope import RunScope, over_limit
 from billing_orchestration.domain.settlement import CloseAsGranted, Leave, RecordRefund, Settle
 from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
@@ -262,10 +261,11 @@ def _line(decision: SettleLate | ExpirePayment) -> str:
 def _shown(decision: PaymentExpiry) -> Decision:
     row = decision.row
     if isinstance(decision, SettleLate):
-        return Decision("settle", row.subject, f"paid at the provider ({decision.payment.id})", row.money)
+        return Decision(Action.SETTLE, row.subject, f"paid at the provider ({decision.payment.id})", row.money)
     if isinstance(decision, ExpirePayment):
-        return Decision("expire", row.subject, decision.reason, row.money)
-    return Decision("quarantine" if decision.quarantine else "leave", row.subject, decision.reason, row.money)
+        return Decision(Action.EXPIRE, row.subject, decision.reason, row.money, decision.code)
+    action = Action.QUARANTINE if decision.quarantine else Action.LEAVE
+    return Decision(action, row.subject, decision.reason, row.money, decision.code)
 
 
 @dg.op(
@@ -298,7 +298,7 @@ def apply_payment_expiry(
         holders = {result.payment.id: _holder_of(result) for result in results}
         # Several rows with one provider id: one of them holds the payment, the others will never be paid.
         duplicates = [
-            ExpirePayment(decision.row, f"a duplicate: payment {holder} holds the provider's payment")
+            ExpirePayment(decision.row, f"a duplicate: payment {holder} holds the provider's payment", Code.DUPLICATE)
             for decision in late
             if (holder := holders[decision.payment.id]) is not None and holder != decision.row.id
         ]
@@ -372,19 +372,27 @@ def expire_all(
         if dry_run:
             return {expiry.row.id for expiry in page}
         with database.begin() as connection:
-            return expire_payments(connection, make_stamp(), page)
+            return expire_payments(connection, make_stamp(), [(expiry.row, expiry.reason) for expiry in page])
 
     def tell(page: Sequence[ExpirePayment], expired: set[int]) -> None:
         report.applied += len(expired)
         report.skipped += len(page) - len(expired)
         done = page if len(expired) == len(page) else [expiry for expiry in page if expiry.row.id in expired]
         if isinstance(report.decisions, Tally):
-            report.decisions.extend_alike("expire", [expiry.row.money for expiry in done], lambda at: _shown(done[at]))
+            report.decisions.extend_alike(
+                Action.EXPIRE, [expiry.row.money for expiry in done], lambda at: _shown(done[at])
+            )
         else:
             report.decisions.extend(map(_shown, done))
         if len(done) < len(page):
             report.decisions.extend(
-                Decision("skip", expiry.row.subject, "changed meanwhile, not PENDING any more", expiry.row.money)
+                Decision(
+                    Action.SKIP,
+                    expiry.row.subject,
+                    "changed meanwhile, not PENDING any more",
+                    expiry.row.money,
+                    Code.CHANGED_MEANWHILE,
+                )
                 for expiry in page
                 if expiry.row.id not in expired
             )
@@ -402,7 +410,7 @@ def expire_all(
                 refused.append(_refused(row, result.reason))
             else:
                 report.again.append(f"{row.subject}: {result.reason}")
-                report.decisions.append(Decision("try again", row.subject, result.reason, row.money))
+                report.decisions.append(Decision(Action.TRY_AGAIN, row.subject, result.reason, row.money))
 
     # Each page locks its own rows, in the order of their ids: two of them never wait for each other. Leaving the pool
     # waits for what is under way.
@@ -415,7 +423,9 @@ def expire_all(
         while under_way:
             finish(under_way.popleft())
     report.quarantined += len(refused)
-    report.decisions.extend(Decision("quarantine", problem.subject, problem.reason) for problem in refused)
+    report.decisions.extend(
+        Decision(Action.QUARANTINE, problem.subject, problem.reason, code=problem.kind) for problem in refused
+    )
     report.opened += open_all(database, make_stamp(), refused)
 
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import dagster as dg
 
 from billing_orchestration.database.audit import Problem, Stamp
-from billing_orchestration.domain.decisions import Decision
-from billing_orchestration.domain.expiry import guard_verdict, subscriptions_over_before
-from billing_orchestration.domain.run_scope import RunScope
+from billing_orchestration.domain.decisions import Action, Code, Decision
+from billing_orchestration.domain.expiry import subscriptions_over_before
+from billing_orchestration.domain.run_scope import RunScope, guard_verdict
 from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
+from billing_orchestration.jobs.run_failures import FailureCode, failed
 from billing_orchestration.jobs.run_report import (
     ROWS_SHOWN,
     RunReport,
@@ -102,13 +103,15 @@ def diff_subscriptions_over(context: dg.OpExecutionContext, over: SubscriptionsO
     context.add_output_metadata(describe_decisions(decisions))
     # A million rows are one change here: an approval holds for exactly this set, or for nothing.
     line = f"expire {over.slice.over - over.slice.held} subscriptions {over.digest}"
-    shown = Decision("expire", f"{over.slice.over - over.slice.held} subscriptions", f"ended before {over.over_before}")
+    shown = Decision(
+        Action.EXPIRE, f"{over.slice.over - over.slice.held} subscriptions", f"ended before {over.over_before}"
+    )
     _, refused = bind(context, over.scope, [(line, over)], {line: shown})
     if refused:
-        raise dg.Failure(
-            f"stopped before anything was applied: the subscriptions that are over are not those of the approved plan"
-            f" {over.scope.approved_plan} any more. Look at a new dry run, and approve its plan",
-            allow_retries=False,
+        raise failed(
+            FailureCode.PLAN_CHANGED,
+            f"stopped before anything was applied: the subscriptions that are over are no longer those of the approved"
+            f" plan {over.scope.approved_plan}. Launch a new dry run and approve its plan",
         )
     return over
 
@@ -156,9 +159,9 @@ def apply_subscription_expiry(
 
 def _decisions(over: SubscriptionsOver) -> list[Decision]:
     return [
-        Decision("leave", f"subscription {sample.id}", f"held back: {sample.why_held}")
+        Decision(Action.LEAVE, f"subscription {sample.id}", f"held back: {sample.why_held}", code=Code.HELD_BACK)
         if sample.why_held
-        else Decision("expire", f"subscription {sample.id}", f"user {sample.user_id}, ended {sample.ended_at} UTC")
+        else Decision(Action.EXPIRE, f"subscription {sample.id}", f"user {sample.user_id}, ended {sample.ended_at} UTC")
         for sample in over.slice.samples
     ]
 
@@ -217,7 +220,9 @@ def expire_all(
             size = min(CHUNK, size * SHRINK)
             log(f"expired {done} of {wanted}")
     report.quarantined = len(refused)
-    report.decisions.extend(Decision("quarantine", problem.subject, problem.reason) for problem in refused.values())
+    report.decisions.extend(
+        Decision(Action.QUARANTINE, problem.subject, problem.reason, code=problem.kind) for problem in refused.values()
+    )
     report.opened = open_all(database, Stamp(JOB, over.scope.run_id, clock.now()), list(refused.values()))
     return done
 

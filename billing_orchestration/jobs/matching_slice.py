@@ -9,10 +9,17 @@ import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.database.audit import Problem, Stamp
-from billing_orchestration.domain.decisions import Decision
+from billing_orchestration.domain.decisions import Action, Decision
 from billing_orchestration.domain.matching import MatchingDiff
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
-from billing_orchestration.domain.run_scope import MATCHING_WINDOW, RunScope, Window, covering_window, next_watermark
+from billing_orchestration.domain.run_scope import (
+    MATCHING_WINDOW,
+    RunScope,
+    Window,
+    covering_window,
+    next_watermark,
+    over_limit,
+)
 from billing_orchestration.domain.settlement import PaymentRow
 from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.run_report import (
@@ -115,11 +122,9 @@ def plan_matching(
     context: dg.OpExecutionContext, paid: PaidSlice, diff: MatchingDiff, rows: Mapping[str, Sequence[PaymentRow]]
 ) -> MatchingPlan:
     """Attach the diff to the run; stop before applying when it is larger than allowed, or not what was approved."""
-    from billing_orchestration.domain.expiry import over_limit
-
     decisions = [
         *(
-            Decision("settle", f"payment {payment.id}", _why(rows.get(payment.id, ())), payment.money)
+            Decision(Action.SETTLE, f"payment {payment.id}", _why(rows.get(payment.id, ())), payment.money)
             for payment in diff.to_settle
         ),
         *diff.reported,
@@ -219,6 +224,6 @@ def _report_gap(
     )
     context.log.warning(reason)
     report.quarantined += 1
-    report.decisions.append(Decision("quarantine", job, reason))
+    report.decisions.append(Decision(Action.QUARANTINE, job, reason, code="gap"))
     if not dry_run:
         report.opened += open_all(database, stamp, [Problem(f"job {job}", f"gap from {instant(start)}", reason)])

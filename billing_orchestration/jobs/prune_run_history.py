@@ -13,9 +13,8 @@ from datetime import datetime, timedelta, timezone
 import dagster as dg
 from pydantic import Field
 
-from billing_orchestration.domain.expiry import over_limit
 from billing_orchestration.domain.run_retention import CHANGED, GOES, MARKS_ITS_PARTITION, PastRun, retention
-from billing_orchestration.domain.run_scope import RunScope
+from billing_orchestration.domain.run_scope import RunScope, over_limit
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE
 from billing_orchestration.jobs.run_report import CHANGED_TAG, describe_scope, stop_before_applying, told_plainly
 from billing_orchestration.jobs.schedules import SINGLETON_TAG, singleton_tags, tick_schedule

@@ -12,6 +12,7 @@ import dagster as dg
 from billing_orchestration.domain.decisions import Decision, Tally
 from billing_orchestration.domain.run_scope import RunRefused, RunScope
 from billing_orchestration.jobs.approval import PLANS
+from billing_orchestration.jobs.run_failures import FailureCode, failed
 
 # What an applying op yields: numbers to plot, and its end.
 Told = Iterator[dg.AssetMaterialization | dg.Output[None]]
@@ -19,6 +20,10 @@ Told = Iterator[dg.AssetMaterialization | dg.Output[None]]
 # Longer tables are slow to read and to load; the counts tell of all rows.
 ROWS_SHOWN = 100
 _FAILURES_TOLD = 5
+# Names by which a run's decisions are found again among its metadata.
+_DECISIONS = "decisions"
+_COUNT = "count: "
+_COLUMNS = ("action", "subject", "amount", "reason", "code")
 # What to do is in the first line of a red run, also when it is nothing.
 _PROVIDER_IN_TROUBLE = "What to do: nothing yet, the next run covers this one; if that is red too, ask the provider."
 # Which runs changed something: a filter for the list of runs.
@@ -27,10 +32,13 @@ CHANGED_TAG = "billing/changed"
 
 @dataclass
 class RunReport:
-    """What an applying op has done. `applied` counts changes that were committed, `opened` new quarantine entries,
-    `again` names what needs another try (the run then ends red), `again_unnamed` counts what it leaves out,
-    `stopped_by` is what ended the applying early, `numbers` are plotted over time. `decisions` is a Tally where they
-    may be too many to be held."""
+    """What an applying op has done.
+
+    `applied` counts changes that were committed, `opened` new quarantine entries. `again` names what must be retried
+    (the run then ends red), `again_unnamed` counts what it leaves out. `stopped_by` says what ended the applying early
+    (`stop_code` is for programs), `numbers` are plotted over time. `decisions` is a Tally where they may be too many
+    to be held.
+    """
 
     decisions: list[Decision] | Tally = field(default_factory=list)
     applied: int = 0
@@ -40,6 +48,7 @@ class RunReport:
     again: list[str] = field(default_factory=list)
     again_unnamed: int = 0
     stopped_by: str | None = None
+    stop_code: str | None = None
     numbers: dict[str, int | float] = field(default_factory=dict)
 
     @property
@@ -54,7 +63,7 @@ def describe_decisions(decisions: Sequence[Decision] | Tally) -> dict[str, dg.Me
     metadata: dict[str, dg.MetadataValue[Any]] = {}
     if tally:
         cut = f"first {ROWS_SHOWN} of " if len(tally) > ROWS_SHOWN else ""
-        metadata[f"decisions ({cut}{len(tally)})"] = dg.MetadataValue.table(
+        metadata[f"{_DECISIONS} ({cut}{len(tally)})"] = dg.MetadataValue.table(
             records=[
                 dg.TableRecord(
                     {
@@ -62,17 +71,30 @@ def describe_decisions(decisions: Sequence[Decision] | Tally) -> dict[str, dg.Me
                         "subject": decision.subject,
                         "amount": str(decision.money) if decision.money else "",
                         "reason": decision.reason,
+                        "code": decision.code,
                     }
                 )
                 for decision in tally.first
             ],
-            schema=dg.TableSchema(columns=[dg.TableColumn(name) for name in ("action", "subject", "amount", "reason")]),
+            schema=dg.TableSchema(columns=[dg.TableColumn(name) for name in _COLUMNS]),
         )
     for action, currency, total in tally.sums():
         metadata[f"sum: {action}, {currency}"] = dg.MetadataValue.float(float(total))
     for action, count in sorted(tally.counts.items()):
-        metadata[f"count: {action}"] = dg.MetadataValue.int(count)
+        metadata[f"{_COUNT}{action}"] = dg.MetadataValue.int(count)
     return metadata
+
+
+def decisions_in(metadata: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], int]:
+    """What `describe_decisions` has attached: the rows of the table, and how many decisions there were in all."""
+    rows: list[Mapping[str, Any]] = []
+    total = 0
+    for name, value in metadata.items():
+        if name.startswith(_DECISIONS) and isinstance(value, dg.TableMetadataValue):
+            rows = [record.data for record in value.records]
+        elif name.startswith(_COUNT):
+            total += int(value.value)
+    return rows, total
 
 
 def describe_scope(scope: RunScope) -> dict[str, dg.MetadataValue[Any]]:
@@ -133,10 +155,9 @@ def conclude(
         why = f"{report.stopped_by.rstrip('.')}. It stopped there. " if report.stopped_by else ""
         rest = "what was not begun stays as it is." if report.stopped_by else "everything else was applied."
         others = "and this was a dry run: nothing was written." if scope.dry_run else f"{rest} {retry_hint}"
-        raise dg.Failure(
-            f"{why}{report.needs_another_try} need another try, {others} In detail: {shown}{and_more}",
-            metadata=metadata,
-            allow_retries=False,
+        code = (report.stop_code or FailureCode.STOPPED_EARLY) if report.stopped_by else FailureCode.NEEDS_ANOTHER_TRY
+        raise failed(
+            code, f"{why}{report.needs_another_try} need another try, {others} In detail: {shown}{and_more}", metadata
         )
     context.add_output_metadata(metadata)
 
@@ -197,10 +218,10 @@ def _number(value: float | Decimal) -> dg.MetadataValue[Any]:
 def stop_before_applying(verdict: str | None, decisions: Sequence[Decision] | Tally) -> None:
     """Stop a run whose plan is too large. Raises dg.Failure that says what it would have done and how to go on."""
     if verdict is not None:
-        raise dg.Failure(
+        raise failed(
+            FailureCode.TOO_MANY_CHANGES,
             f"stopped before anything was applied: {verdict}",
-            metadata=describe_decisions(decisions),
-            allow_retries=False,
+            describe_decisions(decisions),
         )
 
 
@@ -212,31 +233,30 @@ def told_plainly() -> Iterator[None]:
     except dg.Failure:
         raise
     except Exception as error:
-        words = _in_words(error)
-        if words is None:
+        failure = _expected(error)
+        if failure is None:
             raise
-        raise dg.Failure(words, allow_retries=False) from None
+        raise failure from None
 
 
-def _in_words(error: Exception) -> str | None:
+def _expected(error: Exception) -> dg.Failure | None:
+    import psycopg
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from billing_orchestration.database.engine import translate
     from billing_orchestration.database.errors import BillingDatabaseError
     from billing_orchestration.provider.errors import IncompleteSlice, OutcomeUnknown, ProviderError, RequestRejected
     from billing_orchestration.settings import SettingsError
 
-    if isinstance(error, SettingsError):
-        return f"{error}. Nothing was read or written"
-    if isinstance(error, (IncompleteSlice, OutcomeUnknown)) and not isinstance(error.__cause__, RequestRejected):
-        return f"{error} {_PROVIDER_IN_TROUBLE}"
-    if isinstance(error, (RunRefused, BillingDatabaseError, ProviderError)):
-        return str(error)
-    import psycopg
-    from sqlalchemy.exc import SQLAlchemyError
-
-    if isinstance(error, (SQLAlchemyError, psycopg.Error)):
-        from billing_orchestration.database.engine import translate
-
-        return str(translate(error))
-    return None
+    known: Exception = translate(error) if isinstance(error, (SQLAlchemyError, psycopg.Error)) else error
+    if not isinstance(known, (SettingsError, RunRefused, BillingDatabaseError, ProviderError)):
+        return None
+    words = str(known)
+    if isinstance(known, SettingsError):
+        words = f"{known}. Nothing was read or written"
+    elif isinstance(known, (IncompleteSlice, OutcomeUnknown)) and not isinstance(known.__cause__, RequestRejected):
+        words = f"{known} {_PROVIDER_IN_TROUBLE}"
+    return failed(type(known).__name__, words)
 
 
 def instant(at: datetime) -> str:

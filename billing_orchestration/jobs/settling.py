@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from billing_orchestration.database.audit import Problem, Stamp, evidence_of, open_problems
 from billing_orchestration.database.one_by_one import NotWritten, one_by_one
 from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
-from billing_orchestration.domain.decisions import Decision
+from billing_orchestration.domain.decisions import Action, Decision
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.domain.settlement import (
     CloseAsGranted,
@@ -98,7 +98,9 @@ def report_settled(
         if isinstance(result, Failed):
             if result.for_good:
                 report.quarantined += 1
-                report.decisions.append(Decision("quarantine", subject, result.reason, payment.money))
+                report.decisions.append(
+                    Decision(Action.QUARANTINE, subject, result.reason, payment.money, "not_writable")
+                )
                 refused.append(
                     Problem(
                         subject,
@@ -110,7 +112,7 @@ def report_settled(
                 )
             else:
                 report.again.append(f"{subject}: {result.reason}")
-                report.decisions.append(Decision("try again", subject, result.reason, payment.money))
+                report.decisions.append(Decision(Action.TRY_AGAIN, subject, result.reason, payment.money))
             continue
         decision = result.decision
         reason = decision.reason
@@ -124,22 +126,22 @@ def report_settled(
             report.decisions.append(Decision(_VERBS[decision.kind], subject, reason, payment.money))
         elif isinstance(decision, RecordRefund):
             report.applied += 1
-            report.decisions.append(Decision("record refund", subject, reason, payment.money))
+            report.decisions.append(Decision(Action.RECORD_REFUND, subject, reason, payment.money))
         elif isinstance(decision, CloseAsGranted):
             report.applied += 1
-            report.decisions.append(Decision("close attempt", subject, reason, payment.money))
+            report.decisions.append(Decision(Action.CLOSE_ATTEMPT, subject, reason, payment.money))
         elif isinstance(decision, Quarantine):
             report.quarantined += 1
             report.opened += result.newly_opened
-            report.decisions.append(Decision("quarantine", subject, reason, payment.money))
+            report.decisions.append(Decision(Action.QUARANTINE, subject, reason, payment.money, decision.kind))
         elif isinstance(decision, Leave):
             report.skipped += 1
-            report.decisions.append(Decision("leave", subject, reason, payment.money))
+            report.decisions.append(Decision(Action.LEAVE, subject, reason, payment.money, decision.code))
     if not dry_run:
         report.opened += open_all(database, stamp, refused)
 
 
-_VERBS = {"created": "create subscription", "extended": "extend subscription", "renewed": "renew subscription"}
+_VERBS = {"created": Action.CREATE, "extended": Action.EXTEND, "renewed": Action.RENEW}
 
 
 def open_all(database: BillingDatabase, stamp: Stamp, problems: Sequence[Problem]) -> int:
@@ -174,6 +176,8 @@ def report_unusable(
     """Quarantine odd items and tell of them."""
     problems = unusable_problems(unusable)
     report.quarantined += len(problems)
-    report.decisions.extend(Decision("quarantine", problem.subject, problem.reason) for problem in problems)
+    report.decisions.extend(
+        Decision(Action.QUARANTINE, problem.subject, problem.reason, code=problem.kind) for problem in problems
+    )
     if not dry_run:
         report.opened += open_all(database, stamp, problems)

@@ -21,6 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from billing_orchestration.domain.decisions import PASSIVE
 from billing_orchestration.sandbox.stage import (
     JobRun,
     Stage,
@@ -215,7 +216,7 @@ class _Play:
         table = _table("what was done", "how many", "sum", "why", *(["for example"] if wide else []))
         table.columns[1].justify = table.columns[2].justify = "right"
         for group in grouped(told.decisions):
-            style = "dim" if group.action in ("leave", "skip", "report") else ""
+            style = "dim" if group.action in PASSIVE else ""
             table.add_row(
                 group.action,
                 str(group.count),

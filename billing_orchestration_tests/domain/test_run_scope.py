@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta, timezone
+from fractions import Fraction
 
 import pytest
 from hypothesis import example, given, settings
@@ -17,7 +18,9 @@ from billing_orchestration.domain.run_scope import (
     as_of_partition,
     check_max_changes,
     covering_window,
+    guard_verdict,
     next_watermark,
+    over_limit,
     parse_as_of,
 )
 from billing_orchestration_tests.domain.given import DAY, FIRST_MOMENT, HOUR, NOW, UTC, a_scope, at, calendar_of
@@ -103,6 +106,60 @@ def test_max_changes_may_be_zero_or_left_out(max_changes: int | None) -> None:
 def test_a_negative_max_changes_is_refused() -> None:
     with pytest.raises(RunRefused, match="max_changes is -1"):
         check_max_changes(-1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "active", "stops"),
+    [
+        (0, 0, False),
+        (100, 100, False),  # all of them, but not more than a hundred
+        (101, 101, True),
+        (101, 505, False),  # exactly a fifth is not more than a fifth
+        (101, 504, True),
+        (102, 505, True),
+        (200_000, 1_000_000, False),
+        (200_001, 1_000_000, True),
+    ],
+)
+def test_a_run_that_would_expire_more_than_a_fifth_and_more_than_a_hundred_stops(
+    changes: int, active: int, stops: bool
+) -> None:
+    verdict = guard_verdict(changes, active, None)
+    assert (verdict is not None) is stops
+    if verdict is not None:
+        # A stopped run says what it would have done and how to go on.
+        assert f"would expire {changes} of {active} ACTIVE subscriptions" in verdict
+        assert f"max_changes: {changes}" in verdict
+
+
+@settings(max_examples=200, deadline=None)
+@given(active=st.integers(0, 3_000_000), changes=st.integers(0, 3_000_000))
+@example(active=5 * 35, changes=35)
+def test_a_fifth_is_exact_whatever_the_number(active: int, changes: int) -> None:
+    stops = guard_verdict(changes, active, None) is not None
+    assert stops is (changes > 100 and Fraction(changes) > Fraction(active, 5))
+    fifth = active // 5
+    assert (guard_verdict(fifth, fifth * 5, None)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_changes", "stops"),
+    [(5, None, False), (0, 0, False), (1, 0, True), (5, 5, False), (6, 5, True)],
+)
+def test_a_run_stops_when_it_would_make_more_than_max_changes(
+    changes: int, max_changes: int | None, stops: bool
+) -> None:
+    verdict = over_limit(changes, max_changes)
+    assert (verdict is not None) is stops
+    if verdict is not None:
+        assert f"would make {changes} changes, max_changes is {max_changes}" in verdict
+        assert f"max_changes: {changes}" in verdict
+
+
+def test_an_explicit_max_changes_takes_the_guards_place_in_both_directions() -> None:
+    assert guard_verdict(500, 500, max_changes=500) is None
+    assert guard_verdict(500, 500, max_changes=499) is not None
+    assert guard_verdict(2, 1_000_000, max_changes=1) is not None
 
 
 # --- Partitions

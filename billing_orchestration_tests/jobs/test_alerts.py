@@ -51,10 +51,10 @@ def sensor(service: Service, run: Run) -> str | None:
     return answer.skip_message if isinstance(answer, dg.SkipReason) else None
 
 
-def fail(service: Service) -> Run:
+def fail(service: Service, nobody: str = NOBODY) -> Run:
     """A run that cannot reach the provider."""
     right = service.settings
-    service.settings = right.model_copy(update={"yookassa_api_url": NOBODY})
+    service.settings = right.model_copy(update={"yookassa_api_url": nobody})
     try:
         run = service.run(MATCHING)
     finally:
@@ -112,6 +112,25 @@ def test_another_problem_of_the_same_job_alerts_of_its_own(service: Service, tol
     assert run.failure[:40] in told.messages[1]["message"]
 
 
+def test_a_problem_is_known_by_its_code_however_its_sentence_is_worded(service: Service, told: Receiver) -> None:
+    runs = [fail(service), fail(service, "http://127.0.0.1:9/elsewhere/v3")]
+    for run in runs:
+        sensor(service, run)
+
+    assert runs[0].failure != runs[1].failure
+    assert len(told.messages) == 1
+
+
+def test_the_alert_of_a_run_that_stopped_before_applying_says_to_approve_its_plan(
+    service: Service, told: Receiver
+) -> None:
+    service.paid_there(plan_id=service.plan())
+    run = service.run(MATCHING, max_changes=0)
+    sensor(service, run)
+
+    assert "What to do: nothing was applied: look at a dry run" in told.messages[0]["message"]
+
+
 @pytest.mark.parametrize("how", ["refuses", "dead", "malformed"])
 def test_a_receiver_that_takes_nothing_fails_nothing_and_is_tried_again(
     service: Service, told: Receiver, how: str
@@ -124,7 +143,7 @@ def test_a_receiver_that_takes_nothing_fails_nothing_and_is_tried_again(
         service.settings = service.settings.model_copy(update={"alert_urls": SecretStr("nosuchservice://x")})
     run = fail(service)
 
-    assert sensor(service, run) == "nobody took the alert; it is tried again"
+    assert sensor(service, run) == "the alert could not be delivered; it is tried again"
     assert service.run(MATCHING).ok
     told.status = 200
     service.settings = service.settings.model_copy(update={"alert_urls": SecretStr(told.url)})

@@ -89,7 +89,7 @@ def test_an_approved_expiry_of_subscriptions_holds_for_exactly_the_set_that_was_
     run = service.run("expire_subscriptions_job", as_of=NOON, approved_plan=plan_of(preview, service))
 
     assert not run.ok
-    assert "not those of the approved plan" in run.failure
+    assert "no longer those of the approved plan" in run.failure
     assert service.rows("subscriptions", "status = 'EXPIRED'") == []
 
 

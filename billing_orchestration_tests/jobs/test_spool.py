@@ -6,6 +6,7 @@ import tracemalloc
 from datetime import datetime, timezone
 from decimal import Decimal
 
+from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.expiry import AskedPayment, ExpirePayment, NoAnswer, NotFoundThere, StalePayment
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
@@ -52,7 +53,7 @@ def test_everything_that_a_row_or_an_answer_can_be_comes_back_equal() -> None:
 def test_named_tuples_come_back_as_what_they_were_whatever_is_in_them_or_beside_them() -> None:
     answers = [None, a_payment(), UnusablePayment("p", "odd", {}), NotFoundThere(), NoAnswer("silence"), None]
     asked = [AskedPayment(a_stale_payment(number), answer) for number, answer in enumerate(answers)]
-    alike = [ExpirePayment(a_stale_payment(number), f"reason {number % 2}") for number in range(7)]
+    alike = [ExpirePayment(a_stale_payment(number), f"reason {number % 2}", Code.DUPLICATE) for number in range(7)]
     mixed: list[object] = [*asked[:2], *alike[:2], (1, 2), a_row(1), None]
     pages = [asked, alike, alike[:1], mixed]
     spool: Spool[object] = Spool()

@@ -502,8 +502,8 @@ FURTHER = (
         (
             Edit(
                 _RENEWALS,
-                "    if attempt.state == State.PENDING:\n        return NotCharged(attempt.subject,",
-                "    if False:\n        return NotCharged(attempt.subject,",
+                "    if attempt.state == State.PENDING:\n        return NotCharged(\n",
+                "    if False:\n        return NotCharged(\n",
             ),
             Edit(
                 _ATTEMPTS,
@@ -804,7 +804,7 @@ FURTHER = (
     Mutant(
         "the guard on the blast radius removed",
         "a run that would end too many stops",
-        (Edit("domain/expiry.py", "GUARD_COUNT = 100", "GUARD_COUNT = 10**9"),),
+        (Edit("domain/run_scope.py", "GUARD_COUNT = 100", "GUARD_COUNT = 10**9"),),
         (_OVER + "test_a_run_that_would_end_more_than_a_fifth_and_more_than_a_hundred_stops_before_applying",),
     ),
     Mutant(
@@ -814,7 +814,8 @@ FURTHER = (
             Edit(
                 "domain/expiry.py",
                 "    if isinstance(answer, NoAnswer):\n",
-                "    if isinstance(answer, NoAnswer):\n        return ExpirePayment(row, answer.reason)\n"
+                "    if isinstance(answer, NoAnswer):\n"
+                "        return ExpirePayment(row, answer.reason, Code.NO_ANSWER)\n"
                 "    if isinstance(answer, NoAnswer):\n",
             ),
         ),

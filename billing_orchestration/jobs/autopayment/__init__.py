@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import dagster as dg
 from pydantic import Field
 
-from billing_orchestration.domain.expiry import over_limit
 from billing_orchestration.domain.renewals import NotCharged
+from billing_orchestration.domain.run_scope import over_limit
 from billing_orchestration.domain.shards import MOST_SHARDS
 from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.autopayment.shards import (

@@ -16,9 +16,8 @@ from typing import Any, NoReturn
 import dagster as dg
 
 from billing_orchestration.domain.decisions import Decision
-from billing_orchestration.domain.expiry import over_limit
 from billing_orchestration.domain.renewals import NotCharged
-from billing_orchestration.domain.run_scope import RunRefused, RunScope
+from billing_orchestration.domain.run_scope import RunRefused, RunScope, over_limit
 from billing_orchestration.domain.shards import Division, divide, shard_of_key, share
 from billing_orchestration.jobs.autopayment.steps import (
     JOB,

@@ -13,7 +13,7 @@ import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.database.audit import Problem, Stamp
-from billing_orchestration.domain.decisions import Decision
+from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
 from billing_orchestration.domain.renewals import (
     Attempt,
@@ -193,6 +193,7 @@ def decide(asked: AskedRenewals, clock: Clock) -> list[RenewalDecision]:
     decisions.extend(
         NotCharged(
             f"subscription {subscription_id}",
+            Code.TOO_LONG_OVERDUE,
             f"ended {ended_at} UTC: overdue by more than max_overdue_days ({renewals.rules.max_overdue_days})",
         )
         for subscription_id, ended_at in renewals.slice.too_old_examples
@@ -210,8 +211,14 @@ def line_of(decision: Charge | Resend | Conclude | Void | NoteAbsence) -> str:
 
 def shown(decision: RenewalDecision) -> Decision:
     if isinstance(decision, NotCharged):
-        return Decision("leave", decision.subject, decision.reason, decision.money)
-    verb = {Charge: "charge", Resend: "send again", Conclude: "conclude", Void: "void", NoteAbsence: "note absence"}
+        return Decision(Action.LEAVE, decision.subject, decision.reason, decision.money, decision.code)
+    verb = {
+        Charge: Action.CHARGE,
+        Resend: Action.SEND_AGAIN,
+        Conclude: Action.CONCLUDE,
+        Void: Action.VOID,
+        NoteAbsence: Action.NOTE_ABSENCE,
+    }
     attempt = decision.attempt
     subject = f"subscription {attempt.subscription_id}" if isinstance(decision, Charge) else attempt.subject
     return Decision(verb[type(decision)], subject, decision.reason, attempt.money)

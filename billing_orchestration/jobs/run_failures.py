@@ -1,0 +1,61 @@
+"""Why a run ended red, as data: a code for programs and one plain line for a person, written once and read back here.
+
+The code of an error is the name of its class, so the trees in `database.errors` and `provider.errors` list most of
+them; `FailureCode` has the others. A fault of this program has the name of its exception.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import dagster as dg
+
+# Where a failure carries its code, among the metadata of its event.
+_CODE = "failure code"
+
+
+class FailureCode:
+    """Codes of failures that are no error of the database or the provider."""
+
+    NEEDS_ANOTHER_TRY = "NeedsAnotherTry"  # all else was applied
+    STOPPED_EARLY = "StoppedEarly"  # what was not begun stays as it is
+    TOO_MANY_CHANGES = "TooManyChanges"  # max_changes or the guard: nothing was applied
+    PLAN_CHANGED = "PlanChanged"  # not what was approved: nothing was applied
+    NO_WORDS = "NoWords"  # the run's process ended without a word
+
+
+@dataclass(frozen=True, slots=True)
+class RunFailure:
+    """What a red run has left in the run history."""
+
+    code: str
+    words: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def failed(code: str, words: str, metadata: Mapping[str, Any] | None = None) -> dg.Failure:
+    """The failure to raise. Dagster must not retry it: every job is safe to launch again, and says when that helps."""
+    return dg.Failure(words, metadata={**(metadata or {}), _CODE: dg.MetadataValue.text(code)}, allow_retries=False)
+
+
+def failure_of(instance: dg.DagsterInstance, run_id: str) -> RunFailure:
+    """Why a run failed: its failed op's own words, else what Dagster says of the run."""
+    for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_FAILURE):
+        if entry.dagster_event is None:
+            continue
+        data = entry.dagster_event.step_failure_data
+        error = data.error and (data.error.cause or data.error)
+        told = data.user_failure_data
+        if told is not None and told.description:
+            code = told.metadata.get(_CODE)
+            return RunFailure(str(code.value) if code else "Failure", told.description.strip(), told.metadata)
+        if error is not None:
+            return RunFailure(str(error.cls_name), _first_line(error.message))
+    for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.RUN_FAILURE):
+        if entry.dagster_event is not None and entry.dagster_event.message:
+            return RunFailure(FailureCode.NO_WORDS, _first_line(entry.dagster_event.message))
+    return RunFailure(FailureCode.NO_WORDS, "the run failed without a word: its process may have been killed")
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0]
