@@ -165,7 +165,7 @@ def _work_that_waits(desk: Desk) -> None:
         "INSERT INTO payments (payment_provider_id, status, currency, amount, external_payment_id, created_at,"
         " updated_at) SELECT :provider, 'SUCCEEDED', 'RUB', 299.00, 'agreed-' || number, :at, :at"
         f" FROM generate_series(0, {SLOW_PAYMENTS - 1}) AS number",
-        provider=service.yookassa,
+        provider=service.provider_id,
         at=paid_at.replace(tzinfo=None),
     )
 

@@ -176,7 +176,7 @@ def test_three_missed_days_are_selected_by_mouse_and_launched(desk: Desk, ui: Ui
 def test_what_waits_for_a_person_is_shown_with_its_reason_alerts_once_and_is_resolved_by_command(
     desk: Desk, ui: Ui
 ) -> None:
-    [entry] = desk.service.rows("billing_orchestration.quarantine", "external_payment_id = 'odd'")
+    [entry] = desk.service.rows("quarantine", "external_payment_id = 'odd'")
     wait_for(lambda: desk.materialized("quarantine"), "the quarantine on show")
     ui.open_asset("quarantine")
     ui.sees("payment odd")
@@ -200,7 +200,7 @@ def test_what_waits_for_a_person_is_shown_with_its_reason_alerts_once_and_is_res
 
 def test_a_broken_invariant_is_red_in_the_ui_and_green_again_when_it_is_mended(desk: Desk, ui: Ui) -> None:
     [charge] = desk.service.rows(
-        "billing_orchestration.settlements", "subscription_id = :id AND kind = 'renewed'", id=desk.subscriptions["anna"]
+        "settlements", "subscription_id = :id AND kind = 'renewed'", id=desk.subscriptions["anna"]
     )
     ui.open_asset("money", "checks")
     for status, verdict in (("CANCELED", "Failed"), ("SUCCEEDED", "Succeeded")):
@@ -283,7 +283,7 @@ def test_an_outage_is_healed_by_the_first_tick_after_it_and_the_tick_marks_its_h
 ) -> None:
     tick = wait_for(lambda: desk.finished(SUCCESSFUL_JOB), "the end of the first tick")[-1]
     assert tick.dagster_run.is_success
-    settled = desk.service.rows("billing_orchestration.settlements", "external_payment_id = 'in-the-outage'")
+    settled = desk.service.rows("settlements", "external_payment_id = 'in-the-outage'")
     assert [row.run_id for row in settled] == [tick.dagster_run.run_id]
     hour = (scheduled_at(tick) - timedelta(hours=1)).strftime("%Y-%m-%d-%H:00")
     assert tick.dagster_run.tags["dagster/partition"] == hour
@@ -329,7 +329,7 @@ def test_the_backfill_of_three_hours_repairs_them_in_the_run_of_each_and_they_tu
         record.dagster_run.tags["dagster/partition"]: record.dagster_run.run_id for record in hours_again.first_runs
     }
     for payment, key in zip(LOST, keys, strict=True):
-        settled = desk.service.rows("billing_orchestration.settlements", "external_payment_id = :id", id=payment)
+        settled = desk.service.rows("settlements", "external_payment_id = :id", id=payment)
         assert [row.run_id for row in settled] == [by_hour[key]], f"{payment} by the run of its hour"
     ui.sees_green(SUCCESSFUL_JOB, keys)
     ui.picture("grid")

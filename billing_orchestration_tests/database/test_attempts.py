@@ -27,7 +27,8 @@ from billing_orchestration.database.attempts import (
 from billing_orchestration.database.engine import create_engine
 from billing_orchestration.database.tables import ALL_STATES, BLOCKING_STATES, OPEN_STATES
 from billing_orchestration.domain.renewals import KEY_LIFETIME, OPEN, Attempt, State
-from billing_orchestration_tests.database.rows import NOON, Books, at_once, naive, start_blocked, wait_until
+from billing_orchestration_tests.books import NOON, Books, naive
+from billing_orchestration_tests.waiting import at_once, start_blocked, wait_until
 
 A_DAY = timedelta(days=1)
 AN_HOUR = timedelta(hours=1)
@@ -59,12 +60,13 @@ def row(books: Books, attempt: Attempt) -> Any:
 
 
 def test_what_is_written_ahead_is_all_that_the_next_run_needs(books: Books) -> None:
-    subscription_id = books.subscription("Ёлка 😀", ended_at=NOON - 2 * A_DAY)
+    ended_at = NOON - 2 * A_DAY + TICK
+    subscription_id = books.subscription("Ёлка 😀", ended_at=ended_at)
     planned = books.planned(subscription_id, method="card", amount="0.10")
     assert begin(books, planned) == {planned.id}
     assert books.read_attempt(planned.id) == replace(planned, first_sent_at=NOON, last_sent_at=NOON, sends=1)
     written = row(books, planned)
-    assert written.period_start == naive(NOON - 2 * A_DAY)
+    assert written.period_start == naive(ended_at)
     assert (written.planned_at, written.run_id, written.state) == (NOON, "run", State.PLANNED)
     assert written.amount == Decimal("0.10")
 

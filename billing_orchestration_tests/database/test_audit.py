@@ -28,7 +28,8 @@ from billing_orchestration.database.matching import (
     fetch_settled,
     read_watermark,
 )
-from billing_orchestration_tests.database.rows import NOON, Books, at_once
+from billing_orchestration_tests.books import NOON, Books
+from billing_orchestration_tests.waiting import at_once
 
 AN_HOUR = timedelta(hours=1)
 ODD_TEXTS = {

@@ -26,17 +26,13 @@ from billing_orchestration.database.errors import (
 )
 from billing_orchestration.database.health import HEAD_REVISION, check_revisions, check_schema
 from billing_orchestration.database.tables import payment_providers
-from billing_orchestration_tests.fixtures.postgres import Server, create_service_database, start_server
-
-WITH_PASSWORD = "with_password"
-PASSWORD = "right-secret-word"
-
-
-@pytest.fixture(scope="module")
-def role_with_password(postgres_server: Server) -> str:
-    with postgres_server.connect() as connection:
-        connection.execute(f"CREATE ROLE {WITH_PASSWORD} LOGIN PASSWORD '{PASSWORD}'")
-    return WITH_PASSWORD
+from billing_orchestration_tests.fixtures.postgres import (
+    PASSWORD,
+    WITH_PASSWORD,
+    Server,
+    create_service_database,
+    start_server,
+)
 
 
 def failure(url: str) -> BillingDatabaseError:

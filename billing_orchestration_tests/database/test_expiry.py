@@ -26,7 +26,8 @@ from billing_orchestration.database.expiry import (
 from billing_orchestration.domain.expiry import StalePayment
 from billing_orchestration.domain.renewals import State
 from billing_orchestration.domain.settlement import Settle
-from billing_orchestration_tests.database.rows import NOON, Books, at_once, naive, start_blocked
+from billing_orchestration_tests.books import NOON, Books, naive
+from billing_orchestration_tests.waiting import at_once, start_blocked
 
 A_DAY = timedelta(days=1)
 MONTH_LATER = NOON.replace(month=4)

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from billing_orchestration.database.renewals import DueSlice, fetch_due
 from billing_orchestration.domain.renewals import DueSubscription, State
 from billing_orchestration.domain.shards import Shard, divide
-from billing_orchestration_tests.database.rows import NOON, UTC, Books, naive
+from billing_orchestration_tests.books import NOON, UTC, Books, naive
 
 A_DAY = timedelta(days=1)
 TICK = timedelta(microseconds=1)
@@ -97,7 +97,7 @@ def test_all_that_decides_is_in_one_record(books: Books) -> None:
         id=subscription_id,
         user_id="anna",
         plan_id=books.monthly,
-        started_at=NOON - 59 * A_DAY,
+        started_at=NOON - 60 * A_DAY,
         ended_at=NOON - A_DAY,
         plan_duration=1,
         plan_duration_unit="month",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
@@ -18,7 +19,7 @@ from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.renewals import Attempt, State
 from billing_orchestration.domain.settlement import CloseAsGranted, Leave, Quarantine, RecordRefund, Settle
-from billing_orchestration_tests.database.rows import NOON, Books, again, naive
+from billing_orchestration_tests.books import NOON, Books, naive
 
 MONTH_LATER = NOON.replace(month=4)
 A_DAY = timedelta(days=1)
@@ -145,8 +146,8 @@ def test_whatever_the_zone_of_an_instant_the_tables_hold_utc(books: Books, zone:
     subscription_id = books.subscription("anna")
     elsewhere = NOON.astimezone(there)
     payments = [
-        again(books.paid("extends", user="anna"), created_at=elsewhere),
-        again(books.paid("creates", user="berta"), created_at=elsewhere),
+        replace(books.paid("extends", user="anna"), created_at=elsewhere),
+        replace(books.paid("creates", user="berta"), created_at=elsewhere),
     ]
     books.payment("extends")
     books.settle(*payments, stamp=Stamp("job", "run", elsewhere))
@@ -744,7 +745,7 @@ def test_a_problem_is_opened_once_closed_when_settled_and_told_in_the_audit_trai
     payment = books.paid("p", plan_id=books.monthly + 1000)
     opened = [only(books.settle(payment)).newly_opened for _ in range(3)]
     assert opened == [True, False, False]
-    healed = again(payment, metadata={**payment.metadata, "plan_id": str(books.monthly)})
+    healed = replace(payment, metadata={**payment.metadata, "plan_id": str(books.monthly)})
     books.settle(healed, stamp=Stamp("job", "the healing run", NOON + A_DAY))
     (problem,) = books.rows("quarantine")
     assert (problem.resolution, problem.resolved_at, problem.resolved_by) == ("settled", NOON + A_DAY, "job")
@@ -763,7 +764,7 @@ def test_a_payment_that_a_person_ignored_is_left_alone_for_good(books: Books) ->
     books.settle(payment)
     books.execute("UPDATE billing_orchestration.quarantine SET resolution = 'ignored', resolved_at = now()")
     before = books.snapshot()
-    healed = again(payment, metadata={**payment.metadata, "plan_id": str(books.monthly)})
+    healed = replace(payment, metadata={**payment.metadata, "plan_id": str(books.monthly)})
     for same in (payment, healed):
         assert isinstance(only(books.settle(same)).decision, Leave)
     assert books.snapshot() == before

@@ -26,13 +26,8 @@ from billing_orchestration.database.settling_facts import ChangedMeanwhile
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.renewals import State
 from billing_orchestration.domain.settlement import CloseAsGranted, Leave, Settle
-from billing_orchestration_tests.database.rows import (
-    NOON,
-    Books,
-    at_once,
-    naive,
-    start_blocked,
-)
+from billing_orchestration_tests.books import NOON, Books, naive
+from billing_orchestration_tests.waiting import at_once, start_blocked
 
 MONTH_LATER = NOON.replace(month=4)
 TWO_MONTHS_LATER = NOON.replace(month=5)
@@ -187,9 +182,7 @@ def test_a_webhook_that_writes_a_renewals_row_and_extends_it_first_is_not_grante
     unique: bool, books: Books, database_url: str
 ) -> None:
     if not unique:
-        from billing_orchestration_tests.database.rows import drop_unique_index
-
-        drop_unique_index(books.engine)
+        books.tolerate_duplicates()
     subscription_id = books.subscription("anna")
     attempt = books.attempt(subscription_id)
     with ThreadPoolExecutor() as pool, psycopg.connect(database_url) as webhook:

@@ -17,8 +17,9 @@ from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.renewals import ATTEMPT_KEY
 from billing_orchestration.provider.errors import ProviderError
 from billing_orchestration.sandbox.provider.server import Sandbox
-from billing_orchestration_tests.jobs.service import NOON, Service
-from billing_orchestration_tests.jobs.waiting import wait_for_a_blocked_session
+from billing_orchestration_tests.books import NOON
+from billing_orchestration_tests.jobs.service import Service
+from billing_orchestration_tests.waiting import wait_for_a_blocked_session
 
 UTC = timezone.utc
 MATCHING = "matching_successful_payments_job"
@@ -44,7 +45,7 @@ def person(service: Service, word: str, entry: int, attach_to: int | None = None
 
 def the_entry(service: Service, external_id: str | None = None) -> Any:
     """The one entry of the quarantine (of a payment)."""
-    found = service.rows("billing_orchestration.quarantine")
+    found = service.rows("quarantine")
     [entry] = [row for row in found if external_id in (None, row.external_payment_id)]
     return entry
 
@@ -60,7 +61,7 @@ def the_row_differs(service: Service) -> tuple[int, int]:
     """A customer paid 199 for what the books hold as 299; (payment row, entry)."""
     plan = service.plan("299.00")
     service.paid_there("cheap", user="anna", plan_id=plan, amount="199.00")
-    row = service.payment(external_id="cheap", status="PENDING", amount="299.00")
+    row = service.payment("cheap", amount="299.00")
     return row, quarantined(service, "cheap")
 
 
@@ -94,7 +95,7 @@ def test_a_resolution_is_in_the_audit_trail_with_who_and_why(service: Service) -
     row, entry = the_row_differs(service)
     person(service, "accepted", entry)
 
-    trail = service.rows("billing_orchestration.audit_trail", "job = 'quarantine'")
+    trail = service.rows("audit_trail", "job = 'quarantine'")
 
     assert len({change.run_id for change in trail}) == 1
     assert trail[0].run_id.startswith("cli-")
@@ -108,7 +109,7 @@ def test_a_resolution_is_in_the_audit_trail_with_who_and_why(service: Service) -
 def test_accepting_what_is_canceled_or_nameless_here_revives_that_row(service: Service, state: str | None) -> None:
     plan = service.plan()
     service.paid_there("paid", user="anna", plan_id=plan)
-    row = service.payment(external_id="paid", status=state)
+    row = service.payment("paid", status=state)
     entry = quarantined(service, "paid")
 
     person(service, "accepted", entry)
@@ -157,13 +158,13 @@ def test_a_payment_that_has_not_succeeded_is_never_granted(service: Service, sta
     service.provider.add_payment(id="open", status=status, amount="299.00", metadata={}, created_at=NOON)
     entry = _quarantine_by_hand(service, "open", "amount_differs")
     before = service.snapshot()
-    subscription = service.subscription(service.plan(), ended_at=NOON)
+    subscription = service.subscription(ended_at=NOON)
 
     for word, target in (("accepted", None), ("attached", subscription)):
         with pytest.raises(NotResolved, match=f"is {status} at the provider"):
             person(service, word, entry, target)
 
-    assert service.snapshot()["billing_orchestration.quarantine"] == before["billing_orchestration.quarantine"]
+    assert service.snapshot()["quarantine"] == before["quarantine"]
     assert service.settled("open") == []
 
 
@@ -278,7 +279,7 @@ def test_ignoring_a_renewal_in_review_never_charges_the_period_again_and_lets_it
 
 def test_attaching_grants_one_period_of_that_subscriptions_plan_and_links_the_payment(service: Service) -> None:
     yearly = service.plan("2990.00", duration=1, unit="year")
-    subscription = service.subscription(yearly, user="boris", ended_at=NOON + timedelta(days=5))
+    subscription = service.subscription("boris", plan_id=yearly, ended_at=NOON + timedelta(days=5))
     service.paid_there("odd", metadata={"user_id": "anna"}, amount="299.00")
     entry = quarantined(service, "odd")
 
@@ -292,7 +293,7 @@ def test_attaching_grants_one_period_of_that_subscriptions_plan_and_links_the_pa
 
 
 def test_attaching_to_an_expired_subscription_revives_it_from_now(service: Service) -> None:
-    subscription = service.subscription(service.plan(), ended_at=NOON - timedelta(days=90), status="EXPIRED")
+    subscription = service.subscription(ended_at=NOON - timedelta(days=90), status="EXPIRED")
     service.paid_there("odd", metadata={})
     entry = quarantined(service, "odd")
 
@@ -303,7 +304,7 @@ def test_attaching_to_an_expired_subscription_revives_it_from_now(service: Servi
 
 
 def test_attaching_to_one_that_is_long_over_grants_a_period_that_the_customer_can_use(service: Service) -> None:
-    subscription = service.subscription(service.plan(), ended_at=NOON - timedelta(days=90))
+    subscription = service.subscription(ended_at=NOON - timedelta(days=90))
     service.paid_there("odd", metadata={})
     entry = quarantined(service, "odd")
 
@@ -316,7 +317,7 @@ def test_attaching_to_one_that_is_long_over_grants_a_period_that_the_customer_ca
 def test_attaching_to_a_subscription_that_the_customer_cannot_use_is_refused(
     service: Service, status: str | None
 ) -> None:
-    subscription = service.subscription(service.plan(), ended_at=NOON, status=status)
+    subscription = service.subscription(ended_at=NOON, status=status)
     service.paid_there("odd", metadata={})
     entry = quarantined(service, "odd")
 
@@ -329,7 +330,7 @@ def test_attaching_to_a_subscription_that_the_customer_cannot_use_is_refused(
 
 
 def test_a_charge_of_another_installation_can_be_attached_but_not_accepted(service: Service) -> None:
-    subscription = service.subscription(service.plan(), ended_at=NOON)
+    subscription = service.subscription(ended_at=NOON)
     service.paid_there("foreign", metadata={ATTEMPT_KEY: "7c8a7b52-53a9-5d5c-9a0c-0f3f58e3f4a1"})
     entry = quarantined(service, "foreign")
 
@@ -387,7 +388,7 @@ def test_a_gap_is_only_closed_and_told_again_when_it_comes_back(service: Service
 
 def test_ignoring_a_row_that_could_not_be_expired_does_not_lose_a_payment_that_comes_later(service: Service) -> None:
     plan = service.plan()
-    row = service.payment(external_id="late", status="PENDING")
+    row = service.payment("late")
     service.execute(
         """
         INSERT INTO billing_orchestration.quarantine
@@ -558,6 +559,6 @@ def _quarantine_by_hand(service: Service, external_id: str, kind: str) -> int:
         id=external_id,
         kind=kind,
     )
-    found = service.rows("billing_orchestration.quarantine", "resolved_at IS NULL")
+    found = service.rows("quarantine", "resolved_at IS NULL")
     entry_id: int = found[-1].id
     return entry_id

@@ -65,7 +65,7 @@ def a_due_subscription(**changes: Any) -> DueSubscription:
     return dataclasses.replace(due, **changes)
 
 
-def an_attempt(due: DueSubscription | None = None, *, number: int = 1, **changes: Any) -> Attempt:
+def an_attempt(due: DueSubscription | None = None, *, number: int = 1, money: Money = PRICE, **changes: Any) -> Attempt:
     """The attempt to renew a due subscription; without `state` it is PLANNED and was never sent."""
     due = due or a_due_subscription()
     attempt = plan_attempt(
@@ -74,7 +74,7 @@ def an_attempt(due: DueSubscription | None = None, *, number: int = 1, **changes
         user_id=due.user_id or "nobody",
         plan_id=due.plan_id or 0,
         method_id=due.method_id or "none",
-        money=PRICE,
+        money=money,
         provider_id=due.method_provider_id or 0,
     )
     return dataclasses.replace(attempt, **changes)

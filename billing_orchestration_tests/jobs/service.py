@@ -6,14 +6,11 @@ jobs in process through Dagster, and compares both sides' books at the end. Time
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
-from decimal import Decimal
+from datetime import datetime, timedelta
 from typing import Any
 
 import dagster as dg
@@ -24,10 +21,7 @@ from billing_orchestration.jobs.matching_successful_payments import WEBHOOK_GRAC
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.settings import Settings
-
-UTC = timezone.utc
-# A Thursday in the middle of a month: neither a month's end nor a change of clocks is near.
-NOON = datetime(2026, 3, 12, 12, 0, tzinfo=UTC)
+from billing_orchestration_tests.books import NOON, Books
 
 
 @dataclass(frozen=True)
@@ -67,11 +61,11 @@ class Run:
         return [f"{row['action']}: {row['reason']}" for row in self.decisions if row["subject"] == subject]
 
 
-class Service:
+class Service(Books):
     """The installation under test."""
 
     def __init__(self, engine: sa.Engine, url: str, sandbox: Sandbox, now: datetime = NOON, **settings: Any) -> None:
-        self.engine = engine
+        super().__init__(engine, now)
         self.sandbox = sandbox
         self.provider = sandbox.provider
         self.settings = Settings(
@@ -84,11 +78,7 @@ class Service:
         )
         self.timeouts = Timeouts(connect_s=2.0, charge_read_s=2.0, read_s=2.0)
         self._instance: dg.DagsterInstance | None = None
-        self._numbers = itertools.count(1)
         self.set_time(now)
-        self.yookassa = self._insert(
-            "payment_providers", name="YooKassa", description="cards", is_active=True, **self._touched()
-        )
 
     # --- time
 
@@ -101,103 +91,32 @@ class Service:
         """Both sides' clocks go on."""
         self.set_time(self.now + timedelta(**delta))
 
-    # --- the service's rows
-
-    def plan(
-        self,
-        price: str | None = "299.00",
-        *,
-        currency: str = "RUB",
-        duration: int | None = 1,
-        unit: str | None = "month",
-        recurring: bool | None = True,
-    ) -> int:
-        """A plan with one price (None: without)."""
-        plan_id = self._insert(
-            "plans",
-            name=f"plan {next(self._numbers)}",
-            description="",
-            is_active=True,
-            is_recurring=recurring,
-            duration=duration,
-            duration_unit=unit,
-            **self._touched(),
-        )
-        if price is not None:
-            self.price(plan_id, price, currency)
-        return plan_id
-
-    def price(self, plan_id: int, amount: str, currency: str = "RUB") -> int:
-        """One more price of a plan."""
-        return self._insert("prices", plan_id=plan_id, amount=Decimal(amount), currency=currency)
-
-    def subscription(
-        self,
-        plan_id: int | None,
-        *,
-        ended_at: datetime | None,
-        started_at: datetime | None = None,
-        user: str | None = None,
-        status: str | None = "ACTIVE",
-    ) -> int:
-        """A subscription row."""
-        return self._insert(
-            "subscriptions",
-            user_id=user or f"user-{next(self._numbers)}",
-            status=status,
-            started_at=_naive(started_at or (ended_at - timedelta(days=60) if ended_at else self.now)),
-            ended_at=_naive(ended_at),
-            plan_id=plan_id,
-            **self._touched(),
-        )
-
-    def payment(
-        self,
-        subscription_id: int | None = None,
-        *,
-        external_id: str | None = None,
-        status: str | None = "SUCCEEDED",
-        amount: str = "299.00",
-        currency: str | None = "RUB",
-        created_at: datetime | None = None,
-        method: str | None = "BANK_CARD",
-    ) -> int:
-        """A payment row."""
-        return self._insert(
-            "payments",
-            subscription_id=subscription_id,
-            payment_provider_id=self.yookassa,
-            payment_method=method,
-            status=status,
-            currency=currency,
-            amount=Decimal(amount),
-            external_payment_id=external_id,
-            created_at=_naive(created_at or self.now - timedelta(days=30)),
-            updated_at=_naive(created_at or self.now - timedelta(days=30)),
-        )
+    # --- customers
 
     def subscriber(
         self,
         plan_id: int | None = None,
         *,
-        ended_at: datetime | None = None,
         script: Any = "succeeded",
         method: str | None = None,
         **subscription: Any,
     ) -> int:
         """A customer with a subscription that ends today, paid once with a card that the provider has saved."""
-        plan_id = self.plan() if plan_id is None else plan_id
-        subscription_id = self.subscription(plan_id, ended_at=ended_at or self.now, **subscription)
+        subscription_id = self.subscription(plan_id=self.monthly if plan_id is None else plan_id, **subscription)
         method = method or f"method-{subscription_id}"
         self.provider.add_method(method, script)
-        self.payment(subscription_id, external_id=method)
+        self.paid_row(method, subscription_id, created_at=self.now - timedelta(days=30))
         return subscription_id
+
+    def paid_row(self, external_id: str, subscription_id: int, **fields: Any) -> int:
+        """The service's row of a payment that succeeded: from it comes the saved method."""
+        return self.payment(external_id, subscription_id=subscription_id, status="SUCCEEDED", **fields)
 
     def paid_there(
         self, payment_id: str | None = None, *, user: str = "anna", plan_id: int | None = None, **fields: Any
     ) -> str:
         """A payment that succeeded at the provider, with the metadata that the service writes."""
-        metadata = {"user_id": user, "payment_provider_id": str(self.yookassa)}
+        metadata = {"user_id": user, "payment_provider_id": str(self.provider_id)}
         if plan_id is not None:
             metadata["plan_id"] = str(plan_id)
         fields.setdefault("metadata", metadata)
@@ -293,116 +212,47 @@ class Service:
 
     # --- the books
 
-    def row(self, table: str, row_id: Any) -> Any:
-        """One row."""
-        with self.engine.connect() as connection:
-            return connection.execute(sa.text(f"SELECT * FROM {table} WHERE id = :id"), {"id": row_id}).one()
-
-    def rows(self, table: str, where: str = "true", **values: Any) -> list[Any]:
-        """Rows of a table, by id where it has one."""
-        with self.engine.connect() as connection:
-            return list(connection.execute(sa.text(f"SELECT * FROM {table} WHERE {where} ORDER BY 1"), values))
-
     def attempts(self, subscription_id: int) -> list[Any]:
         """The renewal attempts of a subscription, oldest first."""
-        return self.rows("billing_orchestration.renewal_attempts", "subscription_id = :id", id=subscription_id)
-
-    def ended_at(self, subscription_id: int) -> datetime:
-        """Until when a subscription is paid, aware."""
-        ended_at: datetime = self.row("subscriptions", subscription_id).ended_at
-        return ended_at.replace(tzinfo=UTC)
+        return self.rows("renewal_attempts", "subscription_id = :id", id=subscription_id)
 
     def charges(self) -> list[Any]:
         """What our own calls took from customers, by the provider's ledger."""
         return self.provider.charges()
 
-    def snapshot(self) -> dict[str, list[Any]]:
-        """Everything that a repeated run must not change: the service's tables, and ours but for the watermarks."""
-        ours = ("renewal_attempts", "settlements", "saved_methods", "quarantine", "audit_trail")
-        tables = ["subscriptions", "payments", *(f"billing_orchestration.{name}" for name in ours)]
-        return {table: self.rows(table) for table in tables}
-
-    def tolerate_duplicates(self) -> None:
-        """Be a database in which `migrate` found several payments with one provider id: no unique index on it."""
-        self.execute("DROP INDEX bo_payments_external_payment_id_unique")
-        self.execute("CREATE INDEX ON payments (external_payment_id)")
-
     def quarantined(self, external_id: str) -> list[str]:
         """The kinds of problem for which a provider payment waits for a person."""
-        found = self.rows(
-            "billing_orchestration.quarantine", "external_payment_id = :id AND resolved_at IS NULL", id=external_id
-        )
+        found = self.rows("quarantine", "external_payment_id = :id AND resolved_at IS NULL", id=external_id)
         return [row.kind for row in found]
 
     def settled(self, external_id: str) -> list[str]:
         """How often, and as what, a provider payment was settled."""
-        found = self.rows("billing_orchestration.settlements", "external_payment_id = :id", id=external_id)
+        found = self.rows("settlements", "external_payment_id = :id", id=external_id)
         return [row.kind for row in found]
 
     def audit(self, run: Run) -> list[Any]:
         """The audit trail of a run, in the order it was written."""
-        return self.rows("billing_orchestration.audit_trail", "run_id = :run_id", run_id=run.run_id)
+        return self.rows("audit_trail", "run_id = :run_id", run_id=run.run_id)
 
     def watermark(self, job: str) -> datetime | None:
         """Until when a job has covered time."""
-        found = self.rows("billing_orchestration.watermarks", "job = :job", job=job)
+        found = self.rows("watermarks", "job = :job", job=job)
         return found[0].covered_until if found else None
 
     def check_books(self) -> None:
         """Both sides agree: one grant for each success of ours in the ledger, none without, no period charged twice."""
         charged = Counter(entry.payment_id for entry in self.charges())
-        granted = Counter(row.external_payment_id for row in self.rows("billing_orchestration.settlements"))
+        granted = Counter(row.external_payment_id for row in self.rows("settlements"))
         assert all(count == 1 for count in charged.values()), charged
         missing = set(charged) - set(granted)
         assert not missing, f"charged and not settled: {missing}"
         periods = Counter(
-            (row.subscription_id, row.period_start)
-            for row in self.rows("billing_orchestration.renewal_attempts", "state = 'SUCCEEDED'")
+            (row.subscription_id, row.period_start) for row in self.rows("renewal_attempts", "state = 'SUCCEEDED'")
         )
         assert all(count == 1 for count in periods.values()), periods
         successes = {entry.payment_id for entry in self.provider.ledger() if entry.kind == "charge"}
         unpaid = {payment_id for payment_id in granted if payment_id not in successes}
         assert not unpaid, f"granted without a success: {unpaid}"
-
-    def execute(self, statement: str, **values: Any) -> None:
-        """A statement of the service, or of an operator."""
-        with self.engine.begin() as connection:
-            connection.execute(sa.text(statement), values)
-
-    def execute_scalars(self, statement: str, **values: Any) -> list[Any]:
-        """The first column of a query: for rows that hold what Python cannot read."""
-        with self.engine.connect() as connection:
-            return list(connection.execute(sa.text(statement), values).scalars())
-
-    @contextmanager
-    def locking(self, table: str, row_id: int) -> Iterator[None]:
-        """Somebody's transaction, which hangs, holds a row."""
-        with self.engine.connect() as connection:
-            connection.execute(sa.text(f"SELECT FROM {table} WHERE id = :id FOR UPDATE"), {"id": row_id})
-            yield
-            connection.rollback()
-
-    def _insert(self, table: str, **values: Any) -> int:
-        names = ", ".join(values)
-        marks = ", ".join(f":{name}" for name in values)
-        with self.engine.begin() as connection:
-            return int(
-                connection.execute(
-                    sa.text(f"INSERT INTO {table} ({names}) VALUES ({marks}) RETURNING id"), values
-                ).scalar_one()
-            )
-
-    def _touched(self) -> dict[str, datetime | None]:
-        return {"created_at": _naive(self.now), "updated_at": _naive(self.now)}
-
-
-def stored(*when: int) -> datetime:
-    """An instant as the service's columns hold it: naive UTC."""
-    return datetime(*when, tzinfo=UTC).replace(tzinfo=None)  # type: ignore[arg-type, misc]
-
-
-def _naive(instant: datetime | None) -> datetime | None:
-    return None if instant is None else instant.astimezone(UTC).replace(tzinfo=None)
 
 
 def _read(result: dg.ExecuteInProcessResult, instance: dg.DagsterInstance) -> Run:

@@ -322,10 +322,10 @@ def test_a_second_row_that_grants_a_settled_payment_to_another_subscription_brea
     service.tolerate_duplicates()
     service.paid_there("paid-once", plan_id=service.plan())
     assert service.run(MATCHING).ok
-    other = service.subscription(service.plan(), ended_at=service.now)
-    service.payment(external_id="paid-once", status="REFUNDED", subscription_id=other)
+    other = service.subscription(ended_at=service.now)
+    service.payment("paid-once", status="REFUNDED", subscription_id=other)
     assert checks(service)["paid_is_granted"]
-    service.payment(external_id="paid-once", status="SUCCEEDED", subscription_id=other)
+    service.payment("paid-once", status="SUCCEEDED", subscription_id=other)
 
     assert [name for name, passed in checks(service).items() if not passed] == ["paid_is_granted"]
 
@@ -363,7 +363,7 @@ def test_matching_that_has_covered_nothing_for_an_hour_breaks_its_check(service:
 def test_the_numbers_tell_what_is_open_and_what_was_charged(service: Service) -> None:
     service.subscriber()
     service.subscriber(script="canceled:insufficient_funds")
-    service.payment(external_id="open", status="PENDING", created_at=service.now - timedelta(hours=5))
+    service.payment("open", created_at=service.now - timedelta(hours=5))
     assert service.run("autopayment_job").ok
     odd_payment(service, "odd")
 

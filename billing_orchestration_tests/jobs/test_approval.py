@@ -8,7 +8,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from billing_orchestration_tests.jobs.service import NOON, Run, Service
+from billing_orchestration_tests.books import NOON
+from billing_orchestration_tests.jobs.service import Run, Service
 
 JOBS = [
     "autopayment_job",
@@ -23,9 +24,9 @@ def a_change_for_every_job(service: Service) -> None:
     """One thing to do for each of the five jobs."""
     service.subscriber()
     plan = service.plan()
-    service.subscription(plan, ended_at=NOON - timedelta(days=40))
-    service.payment(external_id=None, status="PENDING", created_at=NOON - timedelta(days=9))
-    service.payment(external_id="paid-pending", status="PENDING", created_at=NOON - timedelta(minutes=30))
+    service.subscription(plan_id=plan, ended_at=NOON - timedelta(days=40))
+    service.payment(None, created_at=NOON - timedelta(days=9))
+    service.payment("paid-pending", created_at=NOON - timedelta(minutes=30))
     service.paid_there("paid-pending", user="boris", plan_id=plan)
     service.paid_there("paid-orphan", user="anna", plan_id=plan)
 
@@ -52,7 +53,7 @@ def test_an_approved_plan_is_applied_as_it_was_shown(service: Service, job: str)
 
 
 def test_what_changed_since_the_preview_is_refused_and_the_rest_is_applied(service: Service) -> None:
-    kept, changed = service.subscriber(), service.subscriber()
+    kept, changed = service.subscriber(), service.subscriber(service.plan())
     preview = service.run("autopayment_job", dry_run=True)
     service.execute(
         "UPDATE prices SET amount = 399 WHERE plan_id = (SELECT plan_id FROM subscriptions WHERE id = :id)", id=changed
@@ -82,9 +83,9 @@ def test_a_plan_that_differs_is_refused_as_a_whole_when_the_preview_is_not_in_th
 def test_an_approved_expiry_of_subscriptions_holds_for_exactly_the_set_that_was_shown(service: Service) -> None:
     plan = service.plan()
     for _ in range(2):
-        service.subscription(plan, ended_at=NOON - timedelta(days=40))
+        service.subscription(plan_id=plan, ended_at=NOON - timedelta(days=40))
     preview = service.run("expire_subscriptions_job", dry_run=True)
-    service.subscription(plan, ended_at=NOON - timedelta(days=41))
+    service.subscription(plan_id=plan, ended_at=NOON - timedelta(days=41))
 
     run = service.run("expire_subscriptions_job", as_of=NOON, approved_plan=plan_of(preview, service))
 

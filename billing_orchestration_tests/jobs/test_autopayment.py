@@ -7,7 +7,8 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from billing_orchestration_tests.jobs.service import NOON, Service
+from billing_orchestration_tests.books import NOON
+from billing_orchestration_tests.jobs.service import Service
 
 UTC = timezone.utc
 JOB = "autopayment_job"
@@ -85,7 +86,7 @@ def test_a_plan_that_is_not_recurring_is_not_charged(service: Service) -> None:
 
 
 def test_each_refusal_is_reported_with_its_reason(service: Service) -> None:
-    no_method = service.subscription(service.plan(), ended_at=NOON)
+    no_method = service.subscription(ended_at=NOON)
     no_price = service.subscriber(service.plan(price=None))
     two_prices_plan = service.plan()
     service.price(two_prices_plan, "399.00")
@@ -132,8 +133,10 @@ def test_max_overdue_days_is_the_jobs_own_config(service: Service) -> None:
 def test_the_method_is_that_of_the_latest_payment_which_is_not_a_renewal_of_ours(service: Service) -> None:
     subscription = service.subscriber(service.plan(unit="days", duration=1))
     service.provider.add_method("newer-card")
-    service.payment(subscription, external_id="newer-card", created_at=NOON - timedelta(days=2))
-    service.payment(subscription, external_id="failed-later", status="CANCELED", created_at=NOON - timedelta(days=1))
+    service.payment("newer-card", subscription_id=subscription, status="SUCCEEDED", created_at=NOON - timedelta(days=2))
+    service.payment(
+        "failed-later", subscription_id=subscription, status="CANCELED", created_at=NOON - timedelta(days=1)
+    )
     service.run(JOB)
     service.advance(days=1)
 
@@ -166,9 +169,9 @@ def test_the_method_that_our_own_records_hold_comes_first(service: Service) -> N
 def test_the_price_is_the_plans_in_the_currency_of_the_payment_that_saved_the_method(service: Service) -> None:
     plan = service.plan("299.00", currency="RUB")
     service.price(plan, "4.99", "EUR")
-    subscription = service.subscription(plan, ended_at=NOON)
+    subscription = service.subscription(plan_id=plan, ended_at=NOON)
     service.provider.add_method("euro-card")
-    service.payment(subscription, external_id="euro-card", amount="3.99", currency="EUR")
+    service.payment("euro-card", subscription_id=subscription, status="SUCCEEDED", amount="3.99", currency="EUR")
 
     service.run(JOB)
 
@@ -361,7 +364,7 @@ def test_the_charge_names_its_attempt_subscription_period_user_plan_and_provider
         "period_start": "2026-03-12T12:00:00+00:00",
         "user_id": "anna",
         "plan_id": str(plan),
-        "payment_provider_id": str(service.yookassa),
+        "payment_provider_id": str(service.provider_id),
     }
     [sent] = [request for request in service.sandbox.requests if request.method == "POST"]
     assert sent.json()["capture"] is True
@@ -375,7 +378,7 @@ def test_every_change_is_in_the_audit_trail_with_run_old_and_new_value_and_reaso
 
     run = service.run(JOB)
 
-    trail = {(row.entity, row.action): row for row in service.rows("billing_orchestration.audit_trail")}
+    trail = {(row.entity, row.action): row for row in service.rows("audit_trail")}
     assert set(trail) == {("subscription", "renewed"), ("payment", "created"), ("attempt", "succeeded")}
     assert {row.run_id for row in trail.values()} == {run.run_id}
     renewed = trail["subscription", "renewed"]
@@ -418,8 +421,8 @@ def test_a_card_of_two_subscriptions_that_is_declined_for_one_is_not_tried_for_t
     for index in service.rows("pg_indexes", "tablename = 'payments' AND indexname <> 'payments_pkey'"):
         service.execute(f"DROP INDEX {index.indexname}")
     first = service.subscriber(script=f"canceled:{decline}", method="one-card")
-    second = service.subscription(service.plan(), ended_at=service.now)
-    service.payment(second, external_id="one-card")
+    second = service.subscription(ended_at=service.now)
+    service.payment("one-card", subscription_id=second, status="SUCCEEDED")
 
     run = service.run(JOB, ops={"charge_renewals": {"max_concurrency": max_concurrency}})
 
@@ -436,8 +439,8 @@ def test_a_card_pays_for_two_subscriptions_in_one_run(service: Service) -> None:
     for index in service.rows("pg_indexes", "tablename = 'payments' AND indexname <> 'payments_pkey'"):
         service.execute(f"DROP INDEX {index.indexname}")
     first = service.subscriber(method="one-card")
-    second = service.subscription(service.plan(), ended_at=service.now)
-    service.payment(second, external_id="one-card")
+    second = service.subscription(ended_at=service.now)
+    service.payment("one-card", subscription_id=second, status="SUCCEEDED")
 
     run = service.run(JOB)
 

@@ -14,9 +14,10 @@ from billing_orchestration.database.engine import create_engine
 from billing_orchestration.database.migrating import migrate
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.settings import Settings, load_settings
+from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.fixtures.postgres import Server, create_service_database, start_server
-from billing_orchestration_tests.jobs.service import NOON, Run, Service
-from billing_orchestration_tests.jobs.waiting import wait_until
+from billing_orchestration_tests.jobs.service import Run, Service
+from billing_orchestration_tests.waiting import wait_until
 
 PENDING_JOB = "matching_pending_payments_job"
 SUCCESSFUL_JOB = "matching_successful_payments_job"
@@ -122,29 +123,22 @@ def at(service: Service, url: str) -> Callable[[], Settings]:
 
 
 def test_a_database_that_cannot_be_reached_or_entered_is_named_with_the_way_out_and_without_the_password(
-    service: Service, postgres_server: Server
+    service: Service, role_with_password: str
 ) -> None:
-    with postgres_server.connect() as connection:
-        connection.execute("CREATE ROLE with_password LOGIN PASSWORD 'right'")
-    try:
-        url = service.settings.billing_database_url
-        socket = url.partition("?")[2]
-        wrong = {
-            f"postgresql+psycopg://with_password:hunter2@/postgres?{socket}": "password",
-            f"postgresql+psycopg://postgres:@/no_such_database?{socket}": "no_such_database",
-            "postgresql+psycopg://postgres:hunter2@127.0.0.1:1/billing": "start it",
-            "postgresql+psycopg://postgres:hunter2@no-such-host.invalid/billing": "host",
-        }
-        for there, word in wrong.items():
-            run = service.run(PENDING_JOB, load=at(service, there))
-            assert is_one_line(run), run.failure
-            assert "BILLING_DATABASE_URL" in run.failure
-            assert word in run.failure
-            assert "hunter2" not in repr(run)
-        assert service.sandbox.count() == 0
-    finally:
-        with postgres_server.connect() as connection:
-            connection.execute("DROP ROLE with_password")
+    socket = service.settings.billing_database_url.partition("?")[2]
+    wrong = {
+        f"postgresql+psycopg://{role_with_password}:hunter2@/postgres?{socket}": "password",
+        f"postgresql+psycopg://postgres:@/no_such_database?{socket}": "no_such_database",
+        "postgresql+psycopg://postgres:hunter2@127.0.0.1:1/billing": "start it",
+        "postgresql+psycopg://postgres:hunter2@no-such-host.invalid/billing": "host",
+    }
+    for there, word in wrong.items():
+        run = service.run(PENDING_JOB, load=at(service, there))
+        assert is_one_line(run), run.failure
+        assert "BILLING_DATABASE_URL" in run.failure
+        assert word in run.failure
+        assert "hunter2" not in repr(run)
+    assert service.sandbox.count() == 0
 
 
 def contents(url: str) -> list[Any]:
@@ -223,8 +217,8 @@ def test_a_role_that_may_not_write_fails_the_run_with_what_to_grant_and_fills_no
     plan = service.plan()
     for number in range(3):
         name = service.paid_there(user=f"user-{number}", plan_id=plan)
-        service.payment(external_id=name, status="PENDING", created_at=NOON - timedelta(days=8))
-        service.subscription(plan, ended_at=NOON - timedelta(days=30))
+        service.payment(name, created_at=NOON - timedelta(days=8))
+        service.subscription(plan_id=plan, ended_at=NOON - timedelta(days=30))
     before = service.snapshot()
 
     run = service.run(job, load=at(service, reader))
@@ -239,7 +233,7 @@ def test_a_role_that_may_not_write_fails_the_run_with_what_to_grant_and_fills_no
 def test_a_database_that_is_read_only_fails_the_run_in_one_line(service: Service, database_url: str) -> None:
     plan = service.plan()
     name = service.paid_there(plan_id=plan)
-    service.payment(external_id=name, status="PENDING")
+    service.payment(name)
     before = service.snapshot()
     url = f"{database_url}&options=-c%20default_transaction_read_only%3Don"
 
@@ -275,7 +269,7 @@ def purchases(service: Service, count: int) -> list[str]:
     plan = service.plan()
     names = [service.paid_there(user=f"user-{number}", plan_id=plan) for number in range(count)]
     for name in names:
-        service.payment(external_id=name, status="PENDING", created_at=service.now - timedelta(minutes=20))
+        service.payment(name, created_at=service.now - timedelta(minutes=20))
     return names
 
 
@@ -358,7 +352,7 @@ def test_a_connection_that_is_cut_while_a_subscription_is_extended_leaves_its_pa
 ) -> None:
     [name] = purchases(service, 1)
     subscription = service.subscription(
-        service.rows("plans")[0].id, user="user-0", ended_at=service.now + timedelta(days=4)
+        "user-0", plan_id=service.rows("plans")[0].id, ended_at=service.now + timedelta(days=4)
     )
     cut_at_an_update_of(service, "subscriptions")
     before = service.snapshot()

@@ -19,7 +19,8 @@ from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.sandbox.provider.server import ReceivedRequest, Sandbox
 from billing_orchestration.settings import Settings
 from billing_orchestration.threads import threads_made_by
-from billing_orchestration_tests.jobs.service import NOON, Run, Service
+from billing_orchestration_tests.books import NOON
+from billing_orchestration_tests.jobs.service import Run, Service
 from billing_orchestration_tests.torture.simulation_threads import OrderedThreads
 
 JOB = "autopayment_job"
@@ -221,7 +222,7 @@ def test_an_answer_without_metadata_is_about_the_attempt_whose_key_it_answers(se
     assert run.ok, run.failure
     assert states(service, subscription) == ["SUCCEEDED"]
     assert service.ended_at(subscription) == A_MONTH_LATER
-    assert service.rows("billing_orchestration.quarantine") == []
+    assert service.rows("quarantine") == []
     service.check_books()
 
 
@@ -258,7 +259,7 @@ def test_an_answer_with_another_amount_or_currency_goes_to_a_person_and_grants_n
     assert run.report["in review"] == 1
     assert states(service, subscription) == ["REVIEW"]
     assert service.ended_at(subscription) == NOON
-    [problem] = service.rows("billing_orchestration.quarantine")
+    [problem] = service.rows("quarantine")
     [attempt] = service.attempts(subscription)
     assert (problem.kind, problem.subscription_id, problem.attempt_id) == ("amount_differs", subscription, attempt.id)
     assert service.ended_at(fine) == A_MONTH_LATER
@@ -269,7 +270,7 @@ def test_an_answer_with_another_amount_or_currency_goes_to_a_person_and_grants_n
         service.run("expire_subscriptions_job")
     assert charged(service)[str(subscription)] == 1
     assert service.row("subscriptions", subscription).status == "ACTIVE"
-    assert len(service.rows("billing_orchestration.quarantine")) == 1
+    assert len(service.rows("quarantine")) == 1
 
 
 def test_an_amount_in_review_that_was_a_slip_of_one_answer_is_settled_by_what_the_providers_books_say(
@@ -283,7 +284,7 @@ def test_an_amount_in_review_that_was_a_slip_of_one_answer_is_settled_by_what_th
 
     assert states(service, subscription) == ["SUCCEEDED"]
     assert service.ended_at(subscription) == A_MONTH_LATER
-    [problem] = service.rows("billing_orchestration.quarantine")
+    [problem] = service.rows("quarantine")
     assert problem.resolution == "settled"
     service.check_books()
 
@@ -385,7 +386,7 @@ def test_a_wrong_shop_key_costs_one_request_and_the_right_one_charges_on_the_sam
     assert not run.ok
     assert "check YOOKASSA_SHOP_ID and YOOKASSA_SECRET_KEY" in run.failure.splitlines()[0]
     assert service.sandbox.count() == 1
-    attempts = service.rows("billing_orchestration.renewal_attempts")
+    attempts = service.rows("renewal_attempts")
     assert [(attempt.state, attempt.decline_class) for attempt in attempts] == [("REJECTED", "401")]
     assert service.run(JOB).ok
     assert charged(service) == each_once(*subscriptions)
@@ -461,7 +462,7 @@ def test_a_refused_request_goes_to_a_person_once_and_is_tried_anew_on_a_later_da
     same_day = service.run(JOB)
 
     assert run.ok, run.failure
-    [entry] = service.rows("billing_orchestration.quarantine")
+    [entry] = service.rows("quarantine")
     assert (entry.kind, entry.subscription_id, run.report["quarantined for the first time"]) == (
         "rejected", subscription, 1,
     )  # fmt: skip
@@ -561,10 +562,10 @@ def test_a_provider_that_fails_in_the_middle_leaves_what_was_claimed_ahead_unsen
     run = service.run(JOB, ops={"charge_renewals": {"max_concurrency": 8, "max_sends": 1}})
 
     assert not run.ok
-    found = Counter(attempt.state for attempt in service.rows("billing_orchestration.renewal_attempts"))
+    found = Counter(attempt.state for attempt in service.rows("renewal_attempts"))
     assert found["SUCCEEDED"] == 20
     assert found["UNKNOWN"] == service.sandbox.count() - 20
-    planned = service.rows("billing_orchestration.renewal_attempts", "state = 'PLANNED'")
+    planned = service.rows("renewal_attempts", "state = 'PLANNED'")
     assert all(attempt.first_sent_at is None for attempt in planned)
     recovered(service)
     assert service.run(JOB).ok
@@ -858,7 +859,7 @@ def test_a_success_that_a_search_missed_twice_and_that_comes_late_goes_to_a_pers
 
     service.run(MATCHING, as_of=NOON + timedelta(minutes=30))
 
-    [problem] = service.rows("billing_orchestration.quarantine")
+    [problem] = service.rows("quarantine")
     assert problem.kind == "second_success"
     assert "refund one" in problem.reason
     assert service.ended_at(subscription) == A_MONTH_LATER
@@ -891,7 +892,7 @@ def test_a_price_that_changed_before_the_first_send_is_charged_by_a_new_attempt(
 def test_a_method_that_was_replaced_before_the_first_send_is_charged_by_a_new_attempt(service: Service) -> None:
     subscription = planned_yesterday(service)
     service.provider.add_method("new-card")
-    service.payment(subscription, external_id="new-card", created_at=NOON)
+    service.payment("new-card", subscription_id=subscription, status="SUCCEEDED", created_at=NOON)
 
     assert service.run(JOB).ok
 
@@ -986,14 +987,14 @@ def test_a_success_that_the_services_own_tables_refuse_is_settled_once_they_take
     # Until a person has looked it is refused again, told once, and never charged again.
     refused = [service.run(name) for name in (MATCHING, JOB, MATCHING, JOB)]
     assert service.ended_at(subscription) == NOON
-    assert [problem.kind for problem in service.rows("billing_orchestration.quarantine")] == ["not_writable"]
+    assert [problem.kind for problem in service.rows("quarantine")] == ["not_writable"]
     assert not refused[-1].ok
     service.execute("ALTER TABLE payments DROP CONSTRAINT cheap")
     assert service.run(healer).ok
     assert states(service, subscription) == ["SUCCEEDED"]
     assert service.ended_at(subscription) == A_MONTH_LATER
     assert charged(service) == each_once(subscription, other)
-    [problem] = service.rows("billing_orchestration.quarantine")
+    [problem] = service.rows("quarantine")
     assert problem.resolution == "settled"
     service.check_books()
 
@@ -1012,7 +1013,7 @@ def test_two_successes_for_one_attempt_are_one_grant_and_a_case_for_a_person(ser
     service.run(MATCHING)
 
     assert service.ended_at(subscription) == A_MONTH_LATER
-    [problem] = service.rows("billing_orchestration.quarantine")
+    [problem] = service.rows("quarantine")
     assert (problem.kind, problem.external_payment_id) == ("second_success", "again")
 
 
@@ -1027,7 +1028,7 @@ def test_two_successes_that_a_search_finds_are_one_grant_and_a_case_for_a_person
 
     assert states(service, subscription) == ["SUCCEEDED"]
     assert service.ended_at(subscription) == A_MONTH_LATER
-    assert [problem.kind for problem in service.rows("billing_orchestration.quarantine")] == ["second_success"]
+    assert [problem.kind for problem in service.rows("quarantine")] == ["second_success"]
 
 
 def test_a_decline_and_a_pending_charge_of_one_attempt_count_as_pending(service: Service) -> None:

@@ -20,9 +20,10 @@ from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.renewals import fetch_due
 from billing_orchestration.domain.renewals import KEY_LIFETIME, Attempt
 from billing_orchestration.sandbox.provider.server import Sandbox
+from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.jobs.interleaving import Held, Worker
-from billing_orchestration_tests.jobs.service import NOON, Service
-from billing_orchestration_tests.jobs.waiting import wait_for_a_blocked_session
+from billing_orchestration_tests.jobs.service import Service
+from billing_orchestration_tests.waiting import wait_for_a_blocked_session
 
 JOB = "autopayment_job"
 MATCHING = ("matching_pending_payments_job", "matching_successful_payments_job")
@@ -415,7 +416,7 @@ def test_a_cancellation_while_the_charge_is_under_way_keeps_the_grant_and_asks_a
     # The customer paid, so the period is theirs; whether it is paid back is a person's decision.
     assert service.ended_at(subscription) == A_MONTH_LATER
     assert service.row("subscriptions", subscription).status == "CANCELED"
-    [problem] = service.rows("billing_orchestration.quarantine")
+    [problem] = service.rows("quarantine")
     assert (problem.kind, problem.subscription_id) == ("unwanted_renewal", subscription)
     service.check_books()
 
@@ -502,7 +503,7 @@ class Webhook:
                 """),
                 {
                     "subscription": subscription_id,
-                    "provider": self.service.yookassa,
+                    "provider": self.service.provider_id,
                     "currency": charge.currency,
                     "amount": charge.amount,
                     "id": payment_id,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from billing_orchestration.jobs.expire_payments import PAGE
-from billing_orchestration_tests.jobs.service import NOON, Service, stored
+from billing_orchestration_tests.books import NOON, stored
+from billing_orchestration_tests.jobs.service import Service
 
 UTC = timezone.utc
 JOB = "expire_payments_job"
@@ -18,7 +19,7 @@ JOB = "expire_payments_job"
 def stale(service: Service, external_id: str | None, *, days: float = 8, **row: Any) -> int:
     """A payment that has been PENDING for more than seven days."""
     row.setdefault("created_at", service.now - timedelta(days=days))
-    return service.payment(external_id=external_id, status=row.pop("status", "PENDING"), **row)
+    return service.payment(external_id, status=row.pop("status", "PENDING"), **row)
 
 
 def there(service: Service, external_id: str, status: str = "succeeded", **fields: Any) -> str:
@@ -79,7 +80,7 @@ def test_dates_that_python_has_no_datetime_for_stop_nobody(service: Service) -> 
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    states = service.execute_scalars("SELECT status::text FROM payments ORDER BY id")
+    states = service.scalars("SELECT status::text FROM payments ORDER BY id")
     assert states == ["EXPIRED", "EXPIRED"], usual
 
 
@@ -132,7 +133,7 @@ def test_one_whose_money_is_held_stays_pending_and_is_reported(service: Service)
 def test_one_that_is_paid_there_is_settled_as_the_matching_jobs_would(service: Service) -> None:
     plan = service.plan()
     payment = stale(service, there(service, "paid", user="anna", plan_id=plan, method_type="sberbank"))
-    subscription = service.subscription(plan, user="boris", ended_at=NOON + timedelta(days=1))
+    subscription = service.subscription("boris", plan_id=plan, ended_at=NOON + timedelta(days=1))
     renewed = stale(service, there(service, "paid too", user="boris", plan_id=plan))
 
     run = service.run(JOB)
@@ -415,7 +416,7 @@ def test_one_row_that_the_database_refuses_goes_to_a_person_once_and_never_stops
     assert [status(service, payment) for payment in payments] == ["EXPIRED", "EXPIRED", "PENDING", "EXPIRED", "EXPIRED"]
     assert "not this one" in runs[0].reasons(f"payment {payments[2]}")[0]
     assert [run.report["quarantined for the first time"] for run in runs] == [1, 0]
-    [problem] = service.rows("billing_orchestration.quarantine")
+    [problem] = service.rows("quarantine")
     assert (problem.kind, problem.payment_id) == ("not_writable", payments[2])
 
 
@@ -428,10 +429,10 @@ def test_of_several_pages_each_row_is_decided_once_and_one_that_is_refused_stops
         SELECT :provider, 'PENDING', 'RUB', 1.00, '2026-02-01'::timestamp + n * interval '1 s', '2026-02-01'
         FROM generate_series(1, :count) AS n
         """,
-        provider=service.yookassa,
+        provider=service.provider_id,
         count=2 * PAGE + 10,
     )
-    [odd] = service.execute_scalars("SELECT id FROM payments ORDER BY id OFFSET 1100 LIMIT 1")
+    [odd] = service.scalars("SELECT id FROM payments ORDER BY id OFFSET 1100 LIMIT 1")
     service.execute(f"""
         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN IF new.id = {odd} THEN RAISE EXCEPTION 'not this one'; END IF; RETURN new; END $$
@@ -442,7 +443,7 @@ def test_of_several_pages_each_row_is_decided_once_and_one_that_is_refused_stops
 
     assert run.ok, run.failure
     assert status(service, paid) == "SUCCEEDED"
-    assert service.execute_scalars("SELECT id FROM payments WHERE status = 'PENDING'") == [odd]
+    assert service.scalars("SELECT id FROM payments WHERE status = 'PENDING'") == [odd]
     assert run.materialized[JOB] == {"expired": 2 * PAGE + 9, "settled late": 1, "kept pending": 0}
     assert run.report["quarantined for the first time"] == 1
     assert len(run.decisions) == 100

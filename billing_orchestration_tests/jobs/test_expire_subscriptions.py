@@ -14,8 +14,9 @@ from billing_orchestration.domain.run_scope import RunScope
 from billing_orchestration.jobs.expire_subscriptions import CHUNK, SubscriptionsOver, expire_all
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.resources import BillingDatabase, Clock
-from billing_orchestration_tests.jobs.service import NOON, Service, stored
-from billing_orchestration_tests.jobs.waiting import wait_for_a_blocked_session
+from billing_orchestration_tests.books import NOON, stored
+from billing_orchestration_tests.jobs.service import Service
+from billing_orchestration_tests.waiting import wait_for_a_blocked_session
 
 UTC = timezone.utc
 JOB = "expire_subscriptions_job"
@@ -23,12 +24,12 @@ JOB = "expire_subscriptions_job"
 
 def over(service: Service, plan: int | None = None, **row: Any) -> int:
     """An ACTIVE subscription that ended a month ago."""
-    return service.subscription(plan, ended_at=row.pop("ended_at", service.now - timedelta(days=30)), **row)
+    return service.subscription(plan_id=plan, ended_at=row.pop("ended_at", service.now - timedelta(days=30)), **row)
 
 
 def status(service: Service, subscription: int) -> str | None:
     """The status of a subscription."""
-    [found] = service.execute_scalars("SELECT status::text FROM subscriptions WHERE id = :id", id=subscription)
+    [found] = service.scalars("SELECT status::text FROM subscriptions WHERE id = :id", id=subscription)
     return None if found is None else str(found)
 
 
@@ -47,7 +48,7 @@ def many(service: Service, count: int, *, ended_at: datetime) -> None:
 
 def count_of(service: Service, state: str) -> int:
     """How many subscriptions are in a status."""
-    [found] = service.execute_scalars("SELECT count(*) FROM subscriptions WHERE status::text = :state", state=state)
+    [found] = service.scalars("SELECT count(*) FROM subscriptions WHERE status::text = :state", state=state)
     return int(found)
 
 
@@ -108,7 +109,7 @@ def test_only_an_active_subscription_expires(service: Service) -> None:
 
 
 def test_one_without_an_end_stays_and_is_counted(service: Service) -> None:
-    endless = service.subscription(None, ended_at=None)
+    endless = service.subscription(plan_id=None, ended_at=None)
 
     run = service.run(JOB)
 
@@ -141,9 +142,7 @@ def test_months_of_stale_active_subscriptions_expire_in_one_run_chunk_by_chunk(s
     assert run.ok, run.failure
     assert (count_of(service, "EXPIRED"), count_of(service, "ACTIVE")) == (10_001, 100)
     assert run.report["applied"] == 10_001
-    assert service.execute_scalars("SELECT count(DISTINCT entity_id) FROM billing_orchestration.audit_trail") == [
-        10_001
-    ]
+    assert service.scalars("SELECT count(DISTINCT entity_id) FROM billing_orchestration.audit_trail") == [10_001]
     assert any("expired 10000 of 10001" in line for line in run.log)
 
 
@@ -234,7 +233,7 @@ def test_a_run_that_would_end_more_than_a_fifth_and_more_than_a_hundred_stops_be
 
     assert run.ok is not stops
     assert count_of(service, "EXPIRED") == (0 if stops else ending)
-    assert bool(service.rows("billing_orchestration.audit_trail")) is not stops
+    assert bool(service.rows("audit_trail")) is not stops
 
 
 def test_a_stopped_run_says_what_it_would_have_done_and_how_to_go_on(service: Service) -> None:
@@ -339,7 +338,7 @@ def test_one_that_the_database_refuses_goes_to_a_person_once_and_never_stops_the
     refused = {subscription for subscription in subscriptions if status(service, subscription) == "ACTIVE"}
     assert refused == {subscriptions[0], subscriptions[13]}
     assert [run.report["quarantined for the first time"] for run in runs] == [2, 0]
-    problems = service.rows("billing_orchestration.quarantine")
+    problems = service.rows("quarantine")
     assert {(row.kind, row.subscription_id) for row in problems} == {("not_writable", row) for row in refused}
     assert "not this one" in problems[0].reason
     assert runs[0].report["applied"] == 23
@@ -347,7 +346,7 @@ def test_one_that_the_database_refuses_goes_to_a_person_once_and_never_stops_the
 
 def test_of_several_chunks_all_expire_but_the_odd_ones(service: Service, engine: sa.Engine) -> None:
     many(service, 2 * CHUNK + 500, ended_at=NOON - timedelta(days=30))
-    refused, locked = service.execute_scalars("SELECT id FROM subscriptions ORDER BY id OFFSET 12000 LIMIT 2")
+    refused, locked = service.scalars("SELECT id FROM subscriptions ORDER BY id OFFSET 12000 LIMIT 2")
     refusing(service, refused)
     with service.locking("subscriptions", locked):
         wait = service.begin(JOB, max_changes=3 * CHUNK)
@@ -356,8 +355,8 @@ def test_of_several_chunks_all_expire_but_the_odd_ones(service: Service, engine:
 
     assert run.ok, run.failure
     assert (run.report["applied"], run.report["skipped"]) == (2 * CHUNK + 499, 0)
-    assert service.execute_scalars("SELECT id FROM subscriptions WHERE status = 'ACTIVE'") == [refused]
-    assert service.execute_scalars(
+    assert service.scalars("SELECT id FROM subscriptions WHERE status = 'ACTIVE'") == [refused]
+    assert service.scalars(
         "SELECT count(DISTINCT entity_id) FROM billing_orchestration.audit_trail WHERE entity = 'subscription'"
     ) == [2 * CHUNK + 499]
     assert len(service.audit(run)) == 2 * CHUNK + 499 + 1  # and the opening of the quarantine's entry
@@ -390,7 +389,7 @@ def test_a_database_that_refuses_everything_fails_the_run_and_fills_no_quarantin
 
     assert not run.ok
     assert "not this one" in run.failure
-    assert service.rows("billing_orchestration.quarantine") == []
+    assert service.rows("quarantine") == []
     assert count_of(service, "ACTIVE") == 60
 
 

@@ -7,7 +7,8 @@ from datetime import timedelta
 import dagster as dg
 
 from billing_orchestration.definitions import build_definitions
-from billing_orchestration_tests.jobs.service import NOON, Service
+from billing_orchestration_tests.books import NOON
+from billing_orchestration_tests.jobs.service import Service
 
 AUTOPAYMENT = "autopayment_job"
 EXPIRY = "expire_subscriptions_job"
@@ -39,8 +40,8 @@ def test_the_next_day_begins_at_nothing(service: Service) -> None:
 def test_what_is_no_count_is_not_added_up(service: Service) -> None:
     plan = service.plan()
     for days in (10, 11):
-        service.subscription(plan, ended_at=NOON - timedelta(days=days))
-    service.subscription(plan, ended_at=NOON + timedelta(days=10))
+        service.subscription(plan_id=plan, ended_at=NOON - timedelta(days=days))
+    service.subscription(plan_id=plan, ended_at=NOON + timedelta(days=10))
     assert service.run(EXPIRY).materialized[EXPIRY] == {"expired": 2, "held back": 0, "active": 1}
 
     assert service.run(EXPIRY).materialized[EXPIRY] == {"expired": 2, "held back": 0, "active": 1}

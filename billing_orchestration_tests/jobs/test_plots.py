@@ -42,7 +42,7 @@ def test_the_numbers_of_a_red_matching_run_are_plotted(
     created_at = service.now - timedelta(minutes=20)
     for name in ("locked", "paid"):
         service.paid_there(name, user=name, plan_id=plan, created_at=created_at)
-        service.payment(external_id=name, status="PENDING", created_at=created_at)
+        service.payment(name, created_at=created_at)
     with engine.connect() as service_session:
         service_session.execute(sa.text("SELECT FROM payments WHERE external_payment_id = 'locked' FOR UPDATE"))
 
@@ -58,7 +58,7 @@ def test_the_numbers_of_a_red_expiry_of_payments_are_plotted(service: Service) -
     long_ago = service.now - timedelta(days=8)
     for name in ("silent", "unpaid"):
         service.paid_there(name, status="canceled", created_at=long_ago)
-        service.payment(external_id=name, status="PENDING", created_at=long_ago)
+        service.payment(name, created_at=long_ago)
     service.sandbox.misbehave("get", "error_before", payment_id="silent", times=None)
 
     run = service.run("expire_payments_job")
@@ -71,7 +71,7 @@ def test_the_numbers_of_a_red_expiry_of_subscriptions_are_plotted(
     service: Service, engine: sa.Engine, database_url: str
 ) -> None:
     plan = service.plan()
-    locked, _ = (service.subscription(plan, ended_at=service.now - timedelta(days=9)) for _ in range(2))
+    locked, _ = (service.subscription(plan_id=plan, ended_at=service.now - timedelta(days=9)) for _ in range(2))
     with service.locking("subscriptions", locked):
         run = service.run("expire_subscriptions_job", load=lambda: impatient(service, database_url))
 

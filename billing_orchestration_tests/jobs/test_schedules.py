@@ -16,7 +16,8 @@ from dagster._core.remote_origin import InProcessCodeLocationOrigin, RemoteRepos
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
 from billing_orchestration.definitions import build_definitions
-from billing_orchestration_tests.jobs.service import NOON, Service
+from billing_orchestration_tests.books import NOON
+from billing_orchestration_tests.jobs.service import Service
 
 UTC = timezone.utc
 DAILY = {

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from billing_orchestration_tests.jobs.service import NOON, Run, Service
+from billing_orchestration_tests.books import NOON
+from billing_orchestration_tests.jobs.service import Run, Service
 
 PENDING_JOB = "matching_pending_payments_job"
 SUCCESSFUL_JOB = "matching_successful_payments_job"
@@ -20,7 +21,7 @@ OVERLAP = timedelta(minutes=15)
 def paid(service: Service, plan: int, at: datetime, **there: Any) -> str:
     """A purchase that was paid then and that the service did not hear of: PENDING here, succeeded there."""
     payment_id = service.paid_there(user=f"user of {at}", plan_id=plan, created_at=at, **there)
-    service.payment(external_id=payment_id, status="PENDING", created_at=at)
+    service.payment(payment_id, created_at=at)
     return payment_id
 
 
@@ -101,7 +102,7 @@ def test_an_outage_of_eight_days_is_covered_for_seven_and_the_gap_is_reported_on
     assert [run.failure for run in runs] == ["", ""]
     assert service.settled(first_covered) == ["created"]
     assert service.settled(in_the_gap) == []
-    [problem] = service.rows("billing_orchestration.quarantine")
+    [problem] = service.rows("quarantine")
     assert "2026-03-12 11:45:00 UTC to 2026-03-13 12:00:00 UTC" in problem.reason
     assert f"Backfill these hours of {job}" in problem.reason
     assert [run.report["quarantined for the first time"] for run in runs] == [1, 0]
@@ -122,7 +123,7 @@ def test_a_gap_is_reported_once_although_the_run_that_found_it_has_to_be_repeate
     service.advance(minutes=2)
     service.tick(job)
 
-    assert len(service.rows("billing_orchestration.quarantine")) == 1
+    assert len(service.rows("quarantine")) == 1
 
 
 @ONE
@@ -134,7 +135,7 @@ def test_a_dry_run_shows_the_gap_and_leaves_it_to_the_next_run(service: Service,
 
     assert dry.ok, dry.failure
     assert len(dry.reasons(job)) == 1
-    assert service.rows("billing_orchestration.quarantine") == []
+    assert service.rows("quarantine") == []
     assert service.watermark(job) == NOON
     assert service.tick(job).report["quarantined for the first time"] == 1
 
@@ -240,7 +241,7 @@ def test_each_job_has_a_watermark_of_its_own(service: Service) -> None:
 @ONE
 def test_what_waits_for_a_person_does_not_hold_the_watermark(service: Service, job: str) -> None:
     service.paid_there("odd", metadata={})
-    service.payment(external_id="odd", status="PENDING", created_at=NOON)
+    service.payment("odd", created_at=NOON)
 
     assert service.tick(job).ok
 

@@ -25,8 +25,9 @@ import sqlalchemy as sa
 from billing_orchestration.database.engine import create_engine
 from billing_orchestration.database.migrating import migrate
 from billing_orchestration.sandbox.provider.server import Sandbox, running_sandbox
+from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.fixtures.postgres import Server, start_server
-from billing_orchestration_tests.jobs.service import NOON, Service
+from billing_orchestration_tests.jobs.service import Service
 from billing_orchestration_tests.torture.kill_oracle import complaints
 from billing_orchestration_tests.torture.kill_points import AFTER, BEFORE, Death, Step
 from billing_orchestration_tests.torture.kill_runner import Case, Ended, Runner

@@ -8,7 +8,8 @@ from datetime import timedelta
 from typing import Any
 
 from billing_orchestration.sandbox.provider.server import Sandbox
-from billing_orchestration_tests.jobs.service import NOON, Service
+from billing_orchestration_tests.books import NOON
+from billing_orchestration_tests.jobs.service import Service
 from billing_orchestration_tests.torture.kill_oracle import Expected
 
 AUTOPAYMENT = "autopayment_job"
@@ -142,9 +143,9 @@ def _ends_of_subscriptions(service: Service) -> Story:
     held = _lost(service, "cut_after", ended_at=NOON - 3 * DAY)
     _run_for_new_ones(service, [held])
     plan = service.plan()
-    over = [service.subscription(plan, ended_at=NOON - timedelta(days=days)) for days in (3, 4, 10)]
-    grace = service.subscription(plan, ended_at=NOON - 2 * DAY)
-    paused = service.subscription(plan, ended_at=NOON - 10 * DAY, status="PAUSED")
+    over = [service.subscription(plan_id=plan, ended_at=NOON - timedelta(days=days)) for days in (3, 4, 10)]
+    grace = service.subscription(plan_id=plan, ended_at=NOON - 2 * DAY)
+    paused = service.subscription(plan_id=plan, ended_at=NOON - 10 * DAY, status="PAUSED")
     ends: dict[int, tuple[str, Any]] = {
         subscription: ("EXPIRED", NOON - timedelta(days=days))
         for subscription, days in zip(over, (3, 4, 10), strict=True)
@@ -161,14 +162,14 @@ def _ends_of_subscriptions(service: Service) -> Story:
 def _stale_payments(service: Service) -> Story:
     old = NOON - 8 * DAY
     plan = service.plan()
-    running = service.subscription(plan, ended_at=NOON + DAY, user="runs")
+    running = service.subscription("runs", plan_id=plan, ended_at=NOON + DAY)
     for index in service.rows("pg_indexes", "tablename = 'payments' AND indexname <> 'payments_pkey'"):
         service.execute(f"DROP INDEX {index.indexname}")  # several rows for one provider payment, as real data has
 
     def stale(name: str | None, status: str | None = None, **there: Any) -> int:
         if status is not None:
             service.paid_there(name, status=status, plan_id=plan, created_at=old, **there)
-        return service.payment(external_id=name, status="PENDING", created_at=old)
+        return service.payment(name, created_at=old)
 
     payments = {
         stale("unpaid", "pending"): "EXPIRED",
@@ -180,8 +181,8 @@ def _stale_payments(service: Service) -> Story:
         stale("paid-back", "succeeded", user="back", refunded_amount="299.00"): "REFUNDED",
         stale("held", "waiting_for_capture"): "PENDING",
         stale("paid-in-two-rows", "succeeded", user="two"): "SUCCEEDED",
-        service.payment(external_id="paid-in-two-rows", status="PENDING", created_at=old): "EXPIRED",
-        service.payment(external_id="young", status="PENDING", created_at=NOON - 6 * DAY): "PENDING",
+        service.payment("paid-in-two-rows", created_at=old): "EXPIRED",
+        service.payment("young", created_at=NOON - 6 * DAY): "PENDING",
     }
     return Story(
         Expected(
@@ -203,19 +204,19 @@ def _covered_until_an_hour_ago(service: Service) -> None:
 def _pending_payments(service: Service) -> Story:
     _covered_until_an_hour_ago(service)
     plan = service.plan()
-    running = service.subscription(plan, ended_at=NOON + DAY, user="runs")
+    running = service.subscription("runs", plan_id=plan, ended_at=NOON + DAY)
     just = NOON - timedelta(minutes=20)
 
     def pending(user: str, **there: Any) -> int:
         name = service.paid_there(f"paid-by-{user}", user=user, plan_id=plan, **there)
-        return service.payment(external_id=name, status="PENDING", created_at=just)
+        return service.payment(name, created_at=just)
 
     payments = {
         pending("new"): "SUCCEEDED",
         pending("runs"): "SUCCEEDED",
         pending("back", refunded_amount="299.00"): "REFUNDED",
         pending("other", amount="1.00"): "PENDING",
-        service.payment(external_id="unpaid", status="PENDING", created_at=just): "PENDING",
+        service.payment("unpaid", created_at=just): "PENDING",
     }
     return Story(
         Expected(
@@ -233,7 +234,7 @@ def _successful_payments(service: Service) -> Story:
     _covered_until_an_hour_ago(service)
     _run_for_new_ones(service, [renewed])
     plan = service.plan()
-    running = service.subscription(plan, ended_at=NOON + DAY, user="runs")
+    running = service.subscription("runs", plan_id=plan, ended_at=NOON + DAY)
     service.paid_there("orphan-new", user="new", plan_id=plan)
     service.paid_there("orphan-of-a-running-one", user="runs", plan_id=plan)
     service.paid_there("orphan-paid-back", user="back", plan_id=plan, refunded_amount="299.00")
@@ -242,8 +243,8 @@ def _successful_payments(service: Service) -> Story:
     revived = service.paid_there("revived", user="late", plan_id=plan)
     canceled = service.paid_there("canceled", user="no", plan_id=plan)
     payments = {
-        service.payment(external_id=revived, status="EXPIRED"): "SUCCEEDED",
-        service.payment(external_id=canceled, status="CANCELED"): "CANCELED",
+        service.payment(revived, status="EXPIRED"): "SUCCEEDED",
+        service.payment(canceled, status="CANCELED"): "CANCELED",
     }
     return Story(
         Expected(

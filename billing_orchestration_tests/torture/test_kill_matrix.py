@@ -19,8 +19,9 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.sandbox.provider.server import Sandbox
+from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.fixtures.postgres import Server
-from billing_orchestration_tests.jobs.service import NOON, Service
+from billing_orchestration_tests.jobs.service import Service
 from billing_orchestration_tests.torture.kill_matrix import Stage, play
 from billing_orchestration_tests.torture.kill_oracle import Expected, complaints
 from billing_orchestration_tests.torture.kill_points import AFTER, BEFORE, Death, Step, name_of

@@ -23,8 +23,8 @@ import pytest
 
 from billing_orchestration.definitions import build_definitions
 from billing_orchestration.sandbox.provider.server import Sandbox
+from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.fixtures.postgres import Server
-from billing_orchestration_tests.jobs.service import NOON
 from billing_orchestration_tests.torture.kill_matrix import Stage
 from billing_orchestration_tests.torture.kill_oracle import complaints
 from billing_orchestration_tests.torture.kill_points import BEFORE

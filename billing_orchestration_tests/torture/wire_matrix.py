@@ -21,8 +21,9 @@ from typing import Any
 
 from billing_orchestration.sandbox.provider.misbehaviour import Misbehaviour
 from billing_orchestration.sandbox.provider.server import Sandbox
+from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.fixtures.postgres import Server
-from billing_orchestration_tests.jobs.service import NOON, Service
+from billing_orchestration_tests.jobs.service import Service
 from billing_orchestration_tests.torture.kill_matrix import MOST_RUNS_AGAIN, Stage, workshop
 from billing_orchestration_tests.torture.kill_oracle import complaints
 from billing_orchestration_tests.torture.kill_points import Death
@@ -100,7 +101,7 @@ def _crowded(scenario: Scenario) -> Scenario:
             "INSERT INTO payments (payment_provider_id, status, currency, amount, external_payment_id, created_at,"
             " updated_at) SELECT :provider, 'SUCCEEDED', 'RUB', 299, name, :at, :at"
             " FROM unnest(CAST(:names AS text[])) AS name",
-            provider=service.yookassa,
+            provider=service.provider_id,
             names=agreed,
             at=(NOON - HOUR / 3).replace(tzinfo=None),
         )
