@@ -1,6 +1,6 @@
 """Alerts to people, through apprise: Telegram, Slack, mail and a hundred more, named by ALERT_URLS.
 
-Nothing that goes wrong in here may reach a job: a receiver that is dead or wrong is told by the return value alone.
+No failure in here may reach a job: only the return value says that a receiver is dead or wrong.
 The URLs hold tokens, so no text, log or event ever shows one.
 """
 
@@ -23,7 +23,7 @@ RUNBOOK = "docs/operations.md"
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """One problem, for a person on a phone: what happened, what was not done with the money, what to do, where."""
+    """One problem, for a person on a phone: what happened, whose money it concerns, what to do, where to look."""
 
     title: str
     happened: str
@@ -38,7 +38,7 @@ class Alert:
 
 
 class Alerts:
-    """Where alerts go. Settings are read on first use; wrong ones of other things do not silence alerts."""
+    """Where alerts go. Settings are read on first use; a fault in an unrelated one does not silence alerts."""
 
     def __init__(self, load: Callable[[], Settings]) -> None:
         self._load = load
@@ -46,7 +46,7 @@ class Alerts:
 
     @property
     def settings(self) -> Settings:
-        """The settings, as far as they are right."""
+        """The settings that are valid."""
         if self._settings is None:
             try:
                 self._settings = self._load()
@@ -56,7 +56,7 @@ class Alerts:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody is to be told."""
+        """Whether anybody wants alerts."""
         return self.settings.alert_urls is not None
 
     def link(self, path: str) -> str:
@@ -64,7 +64,9 @@ class Alerts:
         return f"{self.settings.dagster_ui_url}/{path}"
 
     def send(self, alert: Alert) -> bool:
-        """Tell everybody. False: somebody could not be told; try again later. Never raises, waits seconds at most."""
+        """Send to every receiver. False: not all of them took it, send it again later. Never raises; takes seconds at
+        most.
+        """
         if self.settings.alert_urls is None:
             return True
         try:

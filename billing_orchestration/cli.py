@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and hand back its exit code."""
+    """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
     commands = {"migrate": _migrate, "doctor": _doctor, "sandbox": _sandbox, "demo": _demo}
     commands |= {"quarantine": _quarantine, "explain": _explain}
@@ -37,8 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     migrate = commands.add_parser(
         "migrate",
-        help="bring the database to the shape this version works on; may be run again at any time",
-        description="Creates our schema and adds indexes to the service's tables; never rewrites a row of theirs.",
+        help="create or upgrade the schema that this version needs; safe to repeat at any time",
+        description="Creates our schema and adds indexes to the service's tables; never rewrites their rows.",
     )
     migrate.add_argument(
         "--downgrade",
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         help="remove our schema with ALL ITS RECORDS, and our indexes; the service's tables stay",
     )
     commands.add_parser(
-        "doctor", help="check settings, database, schema and provider, and say how to mend what is wrong"
+        "doctor", help="check settings, database, schema and provider, and say how to fix what is wrong"
     )
     _add_casework(commands)
     sandbox = commands.add_parser("sandbox", help="start the provider's sandbox on this machine")
@@ -58,11 +58,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_casework(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    quarantine = commands.add_parser("quarantine", help="what waits for a person: list it, look at it, resolve it")
+    quarantine = commands.add_parser("quarantine", help="list, show and resolve what waits for a person")
     actions = quarantine.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="one line for each open entry")
-    listing.add_argument("--all", action="store_true", help="resolved entries too")
-    show = actions.add_parser("show", help="one entry with its evidence, and what can be done about it")
+    listing = actions.add_parser("list", help="list the open entries, one line each")
+    listing.add_argument("--all", action="store_true", help="include resolved entries")
+    show = actions.add_parser("show", help="show one entry with its evidence and the ways to resolve it")
     show.add_argument("id", type=_entry_id, metavar="ID")
     resolving = actions.add_parser(
         "resolve",
@@ -71,12 +71,14 @@ def _add_casework(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     resolving.add_argument("id", type=_entry_id, metavar="ID")
     word = resolving.add_mutually_exclusive_group(required=True)
-    word.add_argument("--accept", action="store_true", help="bring the payment into the books as it is")
-    word.add_argument("--attach", type=_row_id, metavar="SUBSCRIPTION", help="it pays one period of this subscription")
+    word.add_argument("--accept", action="store_true", help="book the payment as it is")
+    word.add_argument(
+        "--attach", type=_row_id, metavar="SUBSCRIPTION", help="grant it as one period of this subscription"
+    )
     word.add_argument("--ignore", action="store_true", help="grant nothing for it, now or later")
     resolving.add_argument("--reason", required=True, help="why, for whoever reads it next")
     resolving.add_argument("--by", help="who decided (default: the user of this shell)")
-    explain = commands.add_parser("explain", help="the whole history of one customer's case, in plain words")
+    explain = commands.add_parser("explain", help="show the whole history of one customer's case")
     explain.add_argument("what", choices=("payment", "subscription"))
     explain.add_argument("id", metavar="ID", help="the provider's payment id or the row's; the subscription's id")
 
@@ -175,7 +177,7 @@ def _user() -> str:
 
 
 def _at_desk(work: Callable[[Desk], list[str]]) -> int:
-    """Do one piece of work on the database and the provider of the settings, and say what came of it."""
+    """Do one piece of work on the settings' database and provider, and print the result."""
     from billing_orchestration.database.errors import BillingDatabaseError
     from billing_orchestration.desk.resolving import NotResolved, open_desk
     from billing_orchestration.provider.errors import ProviderError
@@ -190,7 +192,7 @@ def _at_desk(work: Callable[[Desk], list[str]]) -> int:
     except (NotResolved, SettingsError, BillingDatabaseError) as error:
         return _fail(error)
     except ProviderError as error:
-        return _fail(f"the provider did not tell, so nothing was changed: {error}")
+        return _fail(f"the provider gave no usable answer, so nothing was changed: {error}")
     return 0
 
 
@@ -219,7 +221,7 @@ def _needs_extra(error: ModuleNotFoundError) -> int:
 
 
 def _say(line: str) -> None:
-    # A pipe shows each step when it is done, not all of them at the end; nobody reading it stops nothing.
+    # Flushed, so that a pipe shows each step as it is done. A closed pipe must not stop the work.
     try:
         print(line, flush=True)
     except BrokenPipeError:

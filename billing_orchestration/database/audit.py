@@ -73,7 +73,8 @@ class Problem:
 def to_json(value: Any) -> str:
     """JSON text for a statement's parameter: decimals and ids as strings, instants in ISO 8601, no NUL characters."""
     try:
-        # What is ordinary is left to the encoder, which is written in C: a fifth of what walking through it costs.
+        # Ordinary values go straight to the encoder, which is written in C: a fifth of the cost of walking through
+        # them.
         text = _encode(value)
         if "\\u0000" not in text:
             text.encode()
@@ -192,7 +193,7 @@ _OPEN_PROBLEMS = sa.text("""
 
 
 def open_problems(connection: sa.Connection, stamp: Stamp, problems: Sequence[Problem]) -> set[str]:
-    """Put problems into the quarantine; give back the keys of those that were not there yet.
+    """Open quarantine entries for these problems; return the keys of the new ones.
 
     A problem that is open already, or that a person has resolved for good, is not opened again: it alerts once.
     """
@@ -235,7 +236,7 @@ def open_problems(connection: sa.Connection, stamp: Stamp, problems: Sequence[Pr
     return {row.problem_key for row in opened}
 
 
-# For the driver as it is, alone or inside another statement.
+# Plain text for the driver, alone or inside another statement.
 CLOSE_SETTLED = """
     UPDATE billing_orchestration.quarantine
     SET resolved_at = %(at)s, resolution = 'settled', resolved_by = %(job)s,
@@ -246,7 +247,7 @@ CLOSE_SETTLED = """
 
 
 def record_healed(connection: sa.Connection, stamp: Stamp, healed: Sequence[tuple[int, str]]) -> None:
-    """Write down which problems (their id, their payment's id) were closed because their payment was settled."""
+    """Record which problems (their id, their payment's id) were closed because their payment was settled."""
     record_changes(
         connection,
         stamp,

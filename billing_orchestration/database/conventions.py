@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timezone
 
 SCHEMA = "billing_orchestration"
-# The service's own (SPEC 1), in the order in which one refers to the next.
+# The service's own, in the order in which one refers to the next.
 SERVICE_TABLES = ("plans", "prices", "payment_providers", "subscriptions", "payments")
 
 

@@ -92,7 +92,7 @@ def keep_to_indexes(connection: sa.Connection) -> None:
     """For a session that sends the same few statements by keys all day: every plan of it uses the indexes.
 
     A prepared statement's plan is kept. One that was made while a table was nearly empty would read all of it for each
-    batch, long after it has grown. It stays with the session: for a connection that no pool gets back.
+    batch, long after it has grown. It stays with the session: use it on a connection that does not return to a pool.
     """
     connection.exec_driver_sql("SET enable_seqscan = off")
     connection.commit()
@@ -122,7 +122,7 @@ def translated() -> Iterator[None]:
 
 
 def translate(error: BaseException) -> BillingDatabaseError:
-    """Say in one line what a database error means and what to do. Hand back our own errors as they are."""
+    """Say in one line what a database error means and what to do. Our own errors are returned unchanged."""
     if isinstance(error, BillingDatabaseError):
         return error
     original = error.orig if isinstance(error, exc.DBAPIError) and error.orig is not None else error
@@ -145,7 +145,7 @@ def translate(error: BaseException) -> BillingDatabaseError:
     if state == "53100":
         return DatabaseFull(
             f"the disk of the PostgreSQL server is full: {reason}; nothing of that statement was written."
-            " Make room there; the next run completes this one"
+            " Free disk space there; the next run completes this one"
         )
     if state in {"55P03", "40P01", "40001", "57014"} or state.startswith("53"):
         return DatabaseBusy(f"the database was busy and changed nothing: {reason}; the next run tries again")
@@ -197,7 +197,7 @@ _WAYS_OUT = (
 def _no_connection(reason: str) -> DatabaseUnavailable:
     ways_out = (way_out for words, way_out in _WAYS_OUT if re.search(words, reason))
     way_out = next(ways_out, "correct it, or start the server")
-    # libpq asks back, in a line of its own, what the way out says.
+    # libpq asks, in a line of its own, what the way out says.
     reason = re.sub(r"\s*Is the server running [^?]*\?", "", reason).removeprefix("connection failed: ")
     return DatabaseUnavailable(f"cannot connect to the database of BILLING_DATABASE_URL: {reason}; {way_out}")
 

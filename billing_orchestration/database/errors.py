@@ -1,10 +1,10 @@
 """What went wrong with the database, in one line that names the way out. No text holds a password.
 
-    BillingDatabaseError       also by itself: a statement failed in a way that is not told apart here
+    BillingDatabaseError       also by itself: a statement failed in a way not distinguished here
     ├── DatabaseUnavailable    no connection, or it was lost: refused, wrong password, no such database, restarting
     │   └── DatabaseFull       its disk is full: it reads, and writes nothing
-    ├── DatabaseBusy           a lock, a deadlock or a timeout: nothing was changed, another try may succeed
-    ├── RowRefused             a value, a constraint or a trigger: this row cannot be written so, others can
+    ├── DatabaseBusy           a lock, a deadlock or a timeout: nothing was changed, a retry may succeed
+    ├── RowRefused             a value, a constraint or a trigger: this row cannot be written as it is, others can
     ├── AccessDenied           the role of BILLING_DATABASE_URL may not do this
     └── SchemaProblem          the database is reachable, but not what this version works on
         ├── SchemaMissing      `migrate` never ran here
@@ -35,7 +35,7 @@ class DatabaseBusy(BillingDatabaseError):
 
 
 class RowRefused(BillingDatabaseError):
-    """The database refuses these values: another try will not help, but it says nothing about other rows."""
+    """The database refuses these values: a retry will not help, but it says nothing about other rows."""
 
 
 class AccessDenied(BillingDatabaseError):

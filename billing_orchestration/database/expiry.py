@@ -30,8 +30,8 @@ _HELD = """s.id IN (
              AND q.resolution = 'ignored')))"""
 
 
-# A hash that PostgreSQL expects not to fit is none: each row then walks through the whole list. Of 4 MB, its default,
-# that is from some hundred thousand open attempts on; this holds for millions, and is taken as it is needed.
+# Where PostgreSQL expects a hash not to fit, it walks through the whole list for each row instead. With its default of
+# 4 MB that begins at some hundred thousand open attempts; this is enough for millions, and is allocated as needed.
 _ROOM_FOR_THE_HELD = sa.text("SELECT set_config('work_mem', '64MB', true)")
 
 
@@ -102,7 +102,7 @@ def fetch_over(connection: sa.Connection, over_before: datetime, sample_size: in
 
 
 def digest_over(connection: sa.Connection, over_before: datetime) -> str:
-    """One short text that is different for any other set of subscriptions that would expire (or other ends of theirs).
+    """A short text that differs for any other set of subscriptions that would expire, or other ends of theirs.
 
     A sum of hashes: computed in one pass, whatever the order and however many rows.
     """
@@ -180,9 +180,9 @@ def expire_subscriptions(
 ) -> int:
     """Expire at most `size` subscriptions that are over and not held back, oldest first, with the audit trail.
 
-    The precondition is read under lock: one that was renewed meanwhile is not over any more, one that is being charged
-    is held. Without `wait_for_locks`, rows that somebody else has locked are passed over, as are those of
-    `passed_over`. Returns how many expired. Raises NotExpired when the database refuses to change one of the chunk.
+    The precondition is read under lock: one that was renewed meanwhile is no longer over, one that is being charged is
+    held. Without `wait_for_locks`, rows that somebody else has locked are passed over, as are those of `passed_over`.
+    Returns how many expired. Raises NotExpired when the database refuses to change one of the chunk.
     """
     bound = {"over_before": naive_utc(over_before)}
     chosen = {**bound, "size": size, "passed_over": list(passed_over)}
@@ -223,7 +223,7 @@ _LOWEST_ID = -(2**31)
 
 @dataclass(frozen=True, slots=True)
 class Locked:
-    """So many subscriptions that this transaction holds: where they are stored, and the end and id of the last one."""
+    """The subscriptions that this transaction has locked: where they are stored, and the end and id of the last one."""
 
     count: int
     places: str
@@ -252,7 +252,7 @@ def lock_over(
     """Lock at most `size` that are over and not held back, the oldest first: those after the `last` one of the call
     before, or from the oldest; None where there are no more. Those that somebody has locked are passed over.
 
-    Whoever begins at the oldest again for each chunk wades through all that the chunks before it have left behind.
+    Starting at the oldest for each chunk would scan all that the chunks before it have left behind.
     """
     connection.execute(_ROOM_FOR_THE_HELD)
     last_end, last_id = after or ("-infinity", _LOWEST_ID)
@@ -266,7 +266,7 @@ def lock_over(
 def expire_locked(
     connection: sa.Connection, stamp: Stamp, locked: Locked, *, over_before: datetime, reason: str
 ) -> int:
-    """Expire what this transaction has locked, but what is held by now; return how many expired.
+    """Expire what this transaction has locked, except what is held by now; return how many expired.
 
     Nothing held is expired: charging locks the subscription (FOR SHARE) and writes its attempt in one transaction.
     Either that was committed before the row was locked here, then this statement, which is younger, sees the attempt;
@@ -288,9 +288,9 @@ _STALE_PAYMENTS = sa.text("""
 def stream_stale_payments(
     connection: sa.Connection, created_before: datetime, size: int
 ) -> Iterator[list[StalePayment]]:
-    """Every PENDING payment created before that instant, oldest first, in pages of so many rows.
+    """Every PENDING payment created before that instant, oldest first, in pages of at most this many rows.
 
-    They are read as they are asked for: only one page is held.
+    Pages are read on demand: only one is in memory.
     """
     rows = connection.execute(
         _STALE_PAYMENTS,
@@ -346,16 +346,16 @@ _ROW_BY_ROW = sa.text(
 
 
 def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[tuple[StalePayment, str]]) -> set[int]:
-    """PENDING -> EXPIRED for these rows, each with its reason; give back the ids of those that still were PENDING.
+    """PENDING -> EXPIRED for these rows, each with its reason; return the ids of those that were still PENDING.
 
-    A row whose provider id has changed since it was read is passed over: what was asked is not what it is now.
+    A row whose provider id has changed since it was read is skipped: the provider was asked about another payment.
     """
     if not reasons:
         return set()
     connection.execute(_ROW_BY_ROW)
     reasons = sorted(reasons, key=lambda item: item[0].id)
     ids = [row.id for row, _ in reasons]
-    # One that no index entry would hold is cut.
+    # Cut what no index entry can hold.
     names = [_name(row) for row, _ in reasons]
     external_ids = [row.external_payment_id for row, _ in reasons]
     numbers: dict[str, int] = {}
@@ -363,7 +363,7 @@ def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[t
     told = connection.execute(
         _EXPIRE_PAYMENTS,
         {
-            # Written here, they cost a fifth of what the driver takes for a list.
+            # Building the text here costs a fifth of what the driver takes for a list.
             "ids": _int_array(ids),
             "external_ids": to_json(external_ids),
             "names": to_json(names) if any(names) else "[]",

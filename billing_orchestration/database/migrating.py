@@ -5,7 +5,7 @@ What it promises to an operator:
 - It may be run again at any time, and twice at once: the second one waits for the first.
 - Our tables appear as a whole or not at all. Killed in the middle, the next run completes it.
 - On the service's tables it only adds indexes, concurrently, so that the service goes on reading and writing. An
-  index that a killed run left behind invalid is rebuilt. What cannot be added now is reported, and tried by each run.
+  index that a killed run left behind invalid is rebuilt. What cannot be added now is reported, and retried by each run.
 - It never rewrites a row of the service's, nor touches its `public.alembic_version`.
 - It creates the service's tables only where none of the five exists.
 """
@@ -277,8 +277,8 @@ def _ensure_index(session: sa.Connection, index: ServiceIndex, log: _Log) -> Non
         if duplicates:
             log.could_not(
                 f"unique index {index.name}: {duplicates}; the jobs work without it, but a webhook that writes its"
-                " own row beside a run can then grant one payment twice (the money check paid_is_granted tells). Mend"
-                " these rows together with the service's team, then run migrate again"
+                " own row beside a run can then grant one payment twice (the money check paid_is_granted reports it)."
+                " Fix these rows together with the service's team, then run migrate again"
             )
             return
         session.exec_driver_sql(index.statement)

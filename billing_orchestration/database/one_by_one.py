@@ -22,7 +22,7 @@ from billing_orchestration.database.errors import (
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# A busy row, or one that a concurrent writer has just written, is decided anew from what that writer has left.
+# A busy row, or one that a concurrent writer has just written, is decided again from what that writer has left.
 TRIES = 3
 _ABOUT_EVERY_ROW = (DatabaseUnavailable, AccessDenied, SchemaProblem)
 
@@ -44,7 +44,7 @@ def one_by_one(
 ) -> Iterator[tuple[Sequence[Item], Result | NotWritten]]:
     """Write all items together, else each alone; yield what was written together with what `write` returned for it.
 
-    `write` is one transaction: all of its items or none. `part_size`: between "all" and "alone", parts of so many are
+    `write` is one transaction: all of its items or none. `part_size`: between "all" and "alone", parts of this many are
     tried. NotWritten always comes with a single item.
     """
     if len(items) > 1:

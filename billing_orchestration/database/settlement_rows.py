@@ -1,4 +1,4 @@
-"""What each settlement decision becomes in the tables, as rows that `settling` writes. No statement stands here."""
+"""What each settlement decision becomes in the tables, as rows that `settling` writes. It holds no statement."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Rows:
             new = new_subscription(grant, self.at)
             del new["created_at"], new["updated_at"]
             self._note("subscription", subscription_id, "created", grant, new=new)
-        # Only a purchase saves a method; a renewal carries the id of one that was saved before (YOOKASSA.md).
+        # Only a purchase saves a method; a renewal carries the id of one that was saved before.
         payment = grant.payment
         if grant.attempt is None and payment.method_saved and payment.method_id and subscription_id is not None:
             self.methods.append(
@@ -152,7 +152,7 @@ class Rows:
                 "payment_provider_id": decision.payment_provider_id,
                 "payment_method": payment.method_label,
                 "external_payment_id": payment.id,
-                # The provider's own instant, for a renewal too (SPEC 4).
+                # The provider's own instant, for a renewal too.
                 "created_at": naive_utc(payment.created_at),
                 "updated_at": naive_utc(self.at),
             }

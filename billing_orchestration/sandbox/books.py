@@ -141,7 +141,7 @@ def verdict(books: Books, before: Sequence[Subscription]) -> list[Check]:
             periods[period] = periods.get(period, 0) + 1
     return [
         Check(
-            "every provider success is exactly one grant, refunded, or in front of a person",
+            "every success at the provider is granted once, refunded, or in front of a person",
             f"{len(charged_ids)} successes",
             tuple(f"{name.lower()}: payment {payment}" for name in (LOST, TWICE, DIFFERENT) for payment in bad[name]),
         ),
@@ -216,7 +216,7 @@ class Outcome:
 
 
 class CaseReader:
-    """Reads from the books what became of the example cases. `reported`: subject -> what the runs said of it."""
+    """Reads from the books what became of the example cases. `reported`: subject -> what the runs said about it."""
 
     def __init__(self, books: Books, reported: Mapping[str, str]) -> None:
         self._books = books

@@ -32,9 +32,9 @@ _LATECOMERS_S = 15.0
 
 def main(argv: Sequence[str] = ()) -> int:
     """Open the UI on the demo's data, playing the demo first where there is none."""
-    parser = argparse.ArgumentParser(prog="make dev", description="The Dagster UI on the demo's data.")
+    parser = argparse.ArgumentParser(prog="make dev", description="Open the Dagster UI on the demo's data.")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="of the UI (default: %(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="begin anew, even if there is data of an earlier demo")
+    parser.add_argument("--fresh", action="store_true", help="start over, even if an earlier demo left data")
     arguments = parser.parse_args(argv)
     console = make_console()
     for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell's background job ignores Ctrl-C
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] = ()) -> int:
         print(f"dev: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ndev: ended, with everything that it had started. The data stays in .demo/", file=sys.stderr)
+        print("\ndev: ended, with everything it started. The data stays in .demo/", file=sys.stderr)
         return 0
 
 
@@ -80,7 +80,7 @@ def _serve(stage: Stage, root: Path, port: int, console: Console) -> int:
             ("log", str(log)),
         ):
             console.print(f"{name + ':':<18} {where}")
-        console.print("Ctrl-C ends it; the data stays. make dev ARGS=--fresh begins anew.", soft_wrap=True)
+        console.print("Ctrl-C ends it; the data stays. make dev ARGS=--fresh starts over.", soft_wrap=True)
         code = process.wait()
     raise StageError(f"Dagster ended by itself (exit code {code}), see {log}")
 

@@ -215,7 +215,7 @@ def test_a_full_disk_says_so_and_what_to_do(engine: sa.Engine) -> None:
             connection.execute(sa.text(full))
 
     assert "No space left on device" in str(raised.value)
-    assert "Make room" in str(raised.value)
+    assert "Free disk space" in str(raised.value)
     assert "the next run" in str(raised.value)
     # Nothing can be written, whichever row it is: nobody goes on to the next one.
     assert isinstance(raised.value, DatabaseUnavailable)

@@ -206,7 +206,7 @@ def _free_disk(world: World) -> None:
     _start_again(world)
 
 
-_ABOUT_THE_DISK = "disk of the PostgreSQL server is full.*Make room.*the next run"
+_ABOUT_THE_DISK = "disk of the PostgreSQL server is full.*Free disk space.*the next run"
 CUT = Fault("connections cut", _cut)
 RESTARTED = Fault("restarted", _restart)
 CRASHED = Fault("crashed and recovered", _crash)
