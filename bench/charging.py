@@ -69,8 +69,9 @@ def plan(url: str) -> list[Any]:
     """The decisions, as the job makes them."""
     from billing_orchestration.database.engine import create_engine
     from billing_orchestration.database.renewals import fetch_due
+    from billing_orchestration.domain.answers import ProviderView
     from billing_orchestration.domain.billing_calendar import BillingCalendar
-    from billing_orchestration.domain.renewals import ProviderView, RenewalRules, decide_renewals
+    from billing_orchestration.domain.renewals import RenewalRules, decide_renewals
 
     calendar = BillingCalendar(UTC)
     engine = create_engine(url)

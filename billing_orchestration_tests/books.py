@@ -21,10 +21,10 @@ from billing_orchestration.database.attempts import by_ids
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.settling import Settled, settle_batch
 from billing_orchestration.database.tables import renewal_attempts
+from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.money import Money
-from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.renewals import ATTEMPT_KEY, Attempt, State
+from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, ProviderPayment
 from billing_orchestration_tests.domain.given import a_due_subscription, a_payment, an_attempt
 
 UTC = timezone.utc

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes, to_json
-from billing_orchestration.database.tables import OPEN_STATES, naive_utc, renewal_attempts
+from billing_orchestration.database.tables import naive_utc, renewal_attempts
+from billing_orchestration.domain.answers import Closing
+from billing_orchestration.domain.attempts import OPEN, Attempt
 from billing_orchestration.domain.money import Money
-from billing_orchestration.domain.renewals import Attempt
 from billing_orchestration.domain.shards import Shard
 
 ATTEMPT_COLUMNS = (
@@ -95,7 +95,7 @@ def select_attempts(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
 
 
 # As words of the statement, not as its values: so every plan of it can use the index on open attempts.
-_IS_OPEN = renewal_attempts.c.state.in_([sa.literal_column(f"'{state}'") for state in OPEN_STATES])
+_IS_OPEN = renewal_attempts.c.state.in_([sa.literal_column(f"'{state}'") for state in OPEN])
 
 
 def of_shard(shard: Shard | None) -> list[sa.ColumnElement[bool]]:
@@ -217,26 +217,6 @@ def claim(
     connection.execute(_LOCK, {"ids": ids})
     claimed = connection.execute(_CLAIM, {"ids": ids, "at": stamp.at, "oldest_key": oldest_key})
     return {row.id: row.sent_before for row in claimed}
-
-
-@dataclass(frozen=True, slots=True)
-class Closing:
-    """What became of an attempt, other than a success (successes are settled, see `settling`).
-
-    `never_sent` withdraws the claim of a first send that certainly did not leave this machine. `as_read`: only if the
-    attempt is still what it was when it was read; for whoever decides without holding the attempt's lock.
-    """
-
-    attempt: Attempt
-    state: str
-    reason: str
-    external_payment_id: str | None = None
-    decline_party: str | None = None
-    decline_reason: str | None = None
-    decline_class: str | None = None
-    never_sent: bool = False
-    as_read: bool = False
-    absent_since: datetime | None = None
 
 
 _CLOSE = sa.text("""

@@ -38,7 +38,8 @@ from billing_orchestration.database.health import (
     differences,
 )
 from billing_orchestration.database.indexes import SERVICE_INDEXES, ServiceIndex, describe_duplicates, index_states
-from billing_orchestration.database.tables import OPEN_STATES, SCHEMA, service
+from billing_orchestration.database.tables import SCHEMA, service
+from billing_orchestration.domain.attempts import OPEN, State
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -205,7 +206,7 @@ def _drop_schema(connection: sa.Connection, log: _Log) -> None:
         connection.exec_driver_sql(f"LOCK TABLE {SCHEMA}.renewal_attempts IN ACCESS EXCLUSIVE MODE")
         open_attempts = connection.scalar(
             sa.text(f"SELECT count(*) FROM {SCHEMA}.renewal_attempts WHERE state = ANY(:states)"),
-            {"states": [*OPEN_STATES, "REVIEW"]},
+            {"states": [*OPEN, State.REVIEW]},
         )
         if open_attempts:
             raise BillingDatabaseError(

@@ -10,12 +10,12 @@ from decimal import Decimal
 import sqlalchemy as sa
 
 from billing_orchestration.database.tables import naive_utc
+from billing_orchestration.domain.attempts import KEY_LIFETIME
 
 # What a check looks back over: long enough for a weekend and a holiday, and found by time in years of settlements.
 LOOKS_BACK = timedelta(days=7)
 # Two renewals of one period may lie a grace and a few retries apart.
 LOOKS_BACK_FOR_TWINS = timedelta(days=60)
-KEY_LIFETIME_HOURS = 23
 # A tick every two minutes; what is later than this is not a slow run.
 MATCHING_MAY_LAG = timedelta(hours=1)
 _MOST_NAMED = 10
@@ -90,7 +90,7 @@ def paid_is_granted(connection: sa.Connection, now: datetime) -> Verdict:
 
 def no_old_unknown(connection: sa.Connection, now: datetime) -> Verdict:
     """No charge has an unknown outcome for longer than its key may be sent again."""
-    return _ask(connection, _OLD_UNKNOWN, now - timedelta(hours=KEY_LIFETIME_HOURS))
+    return _ask(connection, _OLD_UNKNOWN, now - KEY_LIFETIME)
 
 
 def no_second_success(connection: sa.Connection, now: datetime) -> Verdict:

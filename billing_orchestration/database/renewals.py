@@ -17,7 +17,8 @@ from billing_orchestration.database.attempts import (
     select_attempts,
 )
 from billing_orchestration.database.tables import UtcNaive, naive_utc, readable, renewal_attempts, subscriptions
-from billing_orchestration.domain.renewals import Attempt, DueSubscription
+from billing_orchestration.domain.attempts import Attempt
+from billing_orchestration.domain.renewals import DueSubscription
 from billing_orchestration.domain.shards import Shard
 
 

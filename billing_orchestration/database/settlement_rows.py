@@ -9,8 +9,8 @@ from typing import Any
 
 from billing_orchestration.database.audit import Change, Problem, evidence_of
 from billing_orchestration.database.conventions import naive_utc
+from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.renewals import Attempt, State
 from billing_orchestration.domain.settlement import (
     CloseAsGranted,
     PaymentRow,

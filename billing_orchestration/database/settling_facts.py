@@ -19,9 +19,9 @@ import sqlalchemy as sa
 from billing_orchestration.database.attempts import ATTEMPT_COLUMNS, attempt_of_raw
 from billing_orchestration.database.conventions import naive_utc, readable
 from billing_orchestration.database.errors import DatabaseBusy
+from billing_orchestration.domain.attempts import SCAN_MARGIN, Attempt
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.renewals import SCAN_MARGIN, Attempt
 from billing_orchestration.domain.settlement import (
     Facts,
     PaymentRow,

@@ -17,6 +17,7 @@ from sqlalchemy.dialects import postgresql as pg
 from billing_orchestration.database.conventions import SCHEMA as SCHEMA  # noqa: PLC0414 - found here as well
 from billing_orchestration.database.conventions import naive_utc as naive_utc  # noqa: PLC0414 - found here as well
 from billing_orchestration.database.conventions import readable as readable  # noqa: PLC0414 - found here as well
+from billing_orchestration.domain.attempts import ALL_STATES, LIVE, OPEN, State
 
 
 class UtcNaive(sa.types.TypeDecorator[datetime]):
@@ -112,12 +113,6 @@ payments = sa.Table(
 ours = sa.MetaData(schema=SCHEMA)
 Instant = sa.DateTime(timezone=True)
 
-# States of a renewal attempt (SPEC 5). BLOCKING are the open and the successful ones, and those in which the money
-# of the period was taken and a person or a refund has the last word: at most one such attempt per period.
-BLOCKING_STATES = ("PLANNED", "UNKNOWN", "PENDING", "SUCCEEDED", "REVIEW", "REFUNDED")
-OPEN_STATES = ("PLANNED", "UNKNOWN", "PENDING")
-ALL_STATES = (*BLOCKING_STATES, "DECLINED", "STOPPED", "REJECTED", "VOID")
-
 
 def _in(column: str, labels: tuple[str, ...]) -> str:
     return f"{column} IN ({', '.join(repr(label) for label in labels)})"
@@ -156,11 +151,11 @@ renewal_attempts = sa.Table(
     sa.UniqueConstraint("subscription_id", "period_start", "number", name="renewal_attempts_identity"),
     sa.Index(
         "renewal_attempts_one_live_per_period", "subscription_id", "period_start",
-        unique=True, postgresql_where=sa.text(_in("state", BLOCKING_STATES)),
+        unique=True, postgresql_where=sa.text(_in("state", LIVE)),
     ),
     sa.Index(
         "renewal_attempts_open", "state", "subscription_id",
-        postgresql_where=sa.text(_in("state", (*OPEN_STATES, "REVIEW"))),
+        postgresql_where=sa.text(_in("state", (*OPEN, State.REVIEW))),
     ),
     sa.Index("renewal_attempts_external_payment_id", "external_payment_id"),
     sa.Index("renewal_attempts_last_sent_at", "last_sent_at"),

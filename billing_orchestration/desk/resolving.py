@@ -25,10 +25,10 @@ from billing_orchestration.database.quarantine import (
     close_entry,
     read_entry,
 )
+from billing_orchestration.domain.answers import as_answer_to
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.provider_payment import SUCCEEDED, Claims, ProviderPayment, UnusablePayment
-from billing_orchestration.domain.renewals import as_answer_to
 from billing_orchestration.domain.settlement import (
     CloseAsGranted,
     Leave,

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.problem_kinds import ProblemKind
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
-from billing_orchestration.domain.renewals import Attempt, State
 
 # Row statuses from which a success is settled (SPEC 4): a late success revives an expired payment.
 SETTLEABLE_ROWS = ("PENDING", "CREATED", "EXPIRED")

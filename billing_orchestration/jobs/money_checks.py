@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from billing_orchestration.alerting import RUNBOOK, Alert, Alerts
+from billing_orchestration.domain.attempts import KEY_LIFETIME_HOURS
 from billing_orchestration.domain.problem_kinds import kind_of
 from billing_orchestration.jobs.run_alerts import tell_what_was_not_sent
 from billing_orchestration.resources import BillingDatabase, Clock
@@ -59,7 +60,7 @@ CHECKS = (
     ),
     MoneyCheck(
         "no_old_unknown",
-        "No charge has an unknown outcome for longer than 23 h, the life of its key.",
+        f"No charge has an unknown outcome for longer than {KEY_LIFETIME_HOURS} h, the lifetime of its key.",
         "these customers may have been charged and not renewed. They are never charged again before it is known.",
         "launch autopayment_job: it searches the provider's list for them.",
     ),

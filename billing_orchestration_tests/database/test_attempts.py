@@ -15,7 +15,6 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.database.attempts import (
-    Closing,
     by_ids,
     claim,
     close,
@@ -25,15 +24,15 @@ from billing_orchestration.database.attempts import (
     unlock,
 )
 from billing_orchestration.database.engine import create_engine
-from billing_orchestration.database.tables import ALL_STATES, BLOCKING_STATES, OPEN_STATES
-from billing_orchestration.domain.renewals import KEY_LIFETIME, OPEN, Attempt, State
+from billing_orchestration.domain.answers import Closing
+from billing_orchestration.domain.attempts import ALL_STATES, KEY_LIFETIME, LIVE, OPEN, Attempt, State
 from billing_orchestration_tests.books import NOON, Books, naive
 from billing_orchestration_tests.waiting import at_once, start_blocked, wait_until
 
 A_DAY = timedelta(days=1)
 AN_HOUR = timedelta(hours=1)
 TICK = timedelta(microseconds=1)
-CLOSED_STATES = sorted(set(ALL_STATES) - set(OPEN_STATES))
+CLOSED_STATES = sorted(set(ALL_STATES) - set(OPEN))
 
 
 def begin(books: Books, *attempts: Attempt) -> set[uuid.UUID]:
@@ -143,14 +142,14 @@ def test_one_that_may_not_be_charged_does_not_stop_the_others(books: Books) -> N
     assert begin(books, *planned) == {attempt.id for attempt in planned} - {planned[2].id}
 
 
-@pytest.mark.parametrize("state", BLOCKING_STATES)
+@pytest.mark.parametrize("state", LIVE)
 def test_a_period_with_a_live_attempt_gets_no_second_one(books: Books, state: str) -> None:
     subscription_id = books.subscription()
     books.attempt(subscription_id, state=state)
     assert begin(books, books.planned(subscription_id, number=2)) == set()
 
 
-@pytest.mark.parametrize("state", sorted(set(ALL_STATES) - set(BLOCKING_STATES)))
+@pytest.mark.parametrize("state", sorted(set(ALL_STATES) - set(LIVE)))
 def test_a_period_whose_attempts_are_closed_unpaid_gets_a_new_number_but_not_an_old_one(
     books: Books, state: str
 ) -> None:
@@ -163,14 +162,14 @@ def test_a_period_whose_attempts_are_closed_unpaid_gets_a_new_number_but_not_an_
 
 def test_the_database_itself_refuses_a_second_live_attempt_of_a_period(books: Books) -> None:
     subscription_id = books.subscription()
-    for live in BLOCKING_STATES:
+    for live in LIVE:
         first = books.attempt(subscription_id, state=State.SUCCEEDED)
         with pytest.raises(sa.exc.IntegrityError, match="renewal_attempts_one_live_per_period"):
             books.attempt(subscription_id, state=live, number=2)
         books.execute("DELETE FROM billing_orchestration.renewal_attempts WHERE id = :id", id=first.id)
 
 
-@pytest.mark.parametrize("state", OPEN_STATES)
+@pytest.mark.parametrize("state", OPEN)
 def test_a_subscription_whose_end_was_moved_while_a_charge_was_open_is_not_charged_again(
     books: Books, state: str
 ) -> None:
@@ -244,7 +243,7 @@ def test_sending_nothing_is_no_work(books: Books) -> None:
 
 
 @pytest.mark.parametrize("state", [State.DECLINED, State.STOPPED, State.REJECTED, State.VOID])
-@pytest.mark.parametrize("before", OPEN_STATES)
+@pytest.mark.parametrize("before", OPEN)
 def test_an_open_attempt_is_closed_with_all_that_was_said(books: Books, before: str, state: str) -> None:
     attempt = books.attempt(books.subscription(), state=before)
     closing = Closing(attempt, state, "declined by the bank", "canceled one", "payment_network", "card_expired", "hard")

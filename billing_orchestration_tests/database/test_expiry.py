@@ -12,7 +12,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from billing_orchestration.database.attempts import Closing, close, open_and_claim
+from billing_orchestration.database.attempts import close, open_and_claim
 from billing_orchestration.database.audit import Stamp, storable_name
 from billing_orchestration.database.expiry import (
     OverSlice,
@@ -23,8 +23,9 @@ from billing_orchestration.database.expiry import (
     fetch_stale_payments,
     lock_over,
 )
+from billing_orchestration.domain.answers import Closing
+from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.expiry import StalePayment
-from billing_orchestration.domain.renewals import State
 from billing_orchestration.domain.settlement import Settle
 from billing_orchestration_tests.books import NOON, Books, naive
 from billing_orchestration_tests.waiting import at_once, start_blocked

@@ -18,7 +18,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from billing_orchestration.database.attempts import Closing, by_ids, claim, close, open_and_claim, open_attempts
+from billing_orchestration.database.attempts import by_ids, claim, close, open_and_claim, open_attempts
 from billing_orchestration.database.audit import Problem, open_problems, runs_that_changed
 from billing_orchestration.database.case_history import case_of_payment, case_of_subscription
 from billing_orchestration.database.expiry import (
@@ -33,7 +33,8 @@ from billing_orchestration.database.matching import fetch_pending, fetch_rows, f
 from billing_orchestration.database.money_checks import no_old_unknown, no_second_success, numbers, paid_is_granted
 from billing_orchestration.database.renewals import fetch_due
 from billing_orchestration.database.settling import settle_batch
-from billing_orchestration.domain.renewals import State
+from billing_orchestration.domain.answers import Closing
+from billing_orchestration.domain.attempts import State
 from billing_orchestration_tests.books import NOON, Books, naive
 
 A_DAY = timedelta(days=1)

@@ -10,7 +10,8 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.database.renewals import DueSlice, fetch_due
-from billing_orchestration.domain.renewals import DueSubscription, State
+from billing_orchestration.domain.attempts import State
+from billing_orchestration.domain.renewals import DueSubscription
 from billing_orchestration.domain.shards import Shard, divide
 from billing_orchestration_tests.books import NOON, UTC, Books, naive
 

@@ -15,9 +15,9 @@ import sqlalchemy as sa
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
 from billing_orchestration.database.settling_facts import ChangedMeanwhile
+from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.renewals import Attempt, State
 from billing_orchestration.domain.settlement import CloseAsGranted, Leave, Quarantine, RecordRefund, Settle
 from billing_orchestration_tests.books import NOON, Books, naive
 

@@ -16,15 +16,16 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from billing_orchestration.database.attempts import Closing, claim, close, open_and_claim
+from billing_orchestration.database.attempts import claim, close, open_and_claim
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.engine import create_engine, translate
 from billing_orchestration.database.errors import DatabaseBusy
 from billing_orchestration.database.expiry import expire_payments, expire_subscriptions, fetch_stale_payments
 from billing_orchestration.database.settling import Settled, settle_batch
 from billing_orchestration.database.settling_facts import ChangedMeanwhile
+from billing_orchestration.domain.answers import Closing
+from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.renewals import State
 from billing_orchestration.domain.settlement import CloseAsGranted, Leave, Settle
 from billing_orchestration_tests.books import NOON, Books, naive
 from billing_orchestration_tests.waiting import at_once, start_blocked

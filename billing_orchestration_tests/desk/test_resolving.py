@@ -14,7 +14,7 @@ from billing_orchestration.desk.explaining import explain_payment, explain_subsc
 from billing_orchestration.desk.quarantine_report import listed, shown
 from billing_orchestration.desk.resolving import NotResolved, Resolution, resolve
 from billing_orchestration.domain.billing_calendar import BillingCalendar
-from billing_orchestration.domain.renewals import ATTEMPT_KEY
+from billing_orchestration.domain.provider_payment import ATTEMPT_KEY
 from billing_orchestration.provider.errors import ProviderError
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.books import NOON

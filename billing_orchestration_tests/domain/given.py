@@ -9,17 +9,11 @@ from decimal import Decimal
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.money import Money
-from billing_orchestration.domain.provider_payment import CANCELED, SUCCEEDED, ProviderPayment
-from billing_orchestration.domain.renewals import (
-    ATTEMPT_KEY,
-    Attempt,
-    DueSubscription,
-    RenewalRules,
-    State,
-    plan_attempt,
-)
+from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, CANCELED, SUCCEEDED, ProviderPayment
+from billing_orchestration.domain.renewals import DueSubscription, RenewalRules, plan_attempt
 from billing_orchestration.domain.run_scope import RunScope
 from billing_orchestration.domain.settlement import Facts, PaymentRow, PlanRow, SubscriptionRow
 

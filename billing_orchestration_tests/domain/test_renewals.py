@@ -13,21 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from billing_orchestration.domain import declines
+from billing_orchestration.domain.answers import ProviderView
+from billing_orchestration.domain.attempts import KEY_LIFETIME, OPEN, SCAN_DISTANCE, Attempt, State
 from billing_orchestration.domain.money import Money
-from billing_orchestration.domain.provider_payment import CANCELED, PENDING
+from billing_orchestration.domain.provider_payment import CANCELED, PENDING, SUCCEEDED, WAITING_FOR_CAPTURE
 from billing_orchestration.domain.renewals import (
-    Attempt,
     Charge,
     Conclude,
     DueSubscription,
     NotCharged,
     NoteAbsence,
-    ProviderView,
     RenewalDecision,
     RenewalRules,
     Resend,
-    State,
     Void,
+    decide_open_attempt,
     decide_renewal,
     decide_renewals,
 )
@@ -47,6 +47,8 @@ from billing_orchestration_tests.domain.given import (
 
 MIDNIGHT = NOW.replace(hour=0)
 YESTERDAY = NOW - DAY
+SECOND = timedelta(seconds=1)
+NOTHING_TOLD = ProviderView()
 
 
 def renewal(due: DueSubscription | None = None, *, as_of: datetime = NOW, now: datetime = NOW, **more: Any) -> Any:
@@ -343,6 +345,149 @@ def test_a_charge_breaks_no_rule(
         assert decision.attempt.number == len(states) + 1
 
 
+# --- Attempts of earlier runs
+
+
+def decide_open(
+    attempt: Attempt, view: ProviderView = NOTHING_TOLD, due: Any = "still due", now: datetime = NOW
+) -> Any:
+    return decide_open_attempt(attempt, view, a_due_subscription() if due == "still due" else due, now)
+
+
+@pytest.mark.parametrize("status", [SUCCEEDED, CANCELED, PENDING, WAITING_FOR_CAPTURE])
+@pytest.mark.parametrize("state", [State.PLANNED, State.UNKNOWN])
+def test_what_a_search_has_found_is_concluded_as_if_it_had_answered(state: str, status: str) -> None:
+    attempt = a_sent_attempt(state=state, ago=30 * HOUR)
+    payment = the_payment_of(attempt, status=status)
+    for due in ("still due", None):
+        decision = decide_open(attempt, ProviderView({attempt.id: payment}), due)
+        assert isinstance(decision, Conclude)
+        assert (decision.attempt, decision.payment) == (attempt, payment)
+
+
+@pytest.mark.parametrize(
+    ("status", "concluded"), [(SUCCEEDED, True), (CANCELED, True), (PENDING, False), (WAITING_FOR_CAPTURE, False)]
+)
+def test_a_pending_attempt_is_concluded_when_it_is_finished_there_and_else_left(status: str, concluded: bool) -> None:
+    attempt = a_sent_attempt(state=State.PENDING, ago=30 * HOUR, external_payment_id="renewal-1")
+    decision = decide_open(attempt, ProviderView({attempt.id: the_payment_of(attempt, status=status)}))
+    assert isinstance(decision, Conclude) is concluded
+    assert concluded or not decision.needs_retry
+
+
+@pytest.mark.parametrize("state", [State.PLANNED, State.UNKNOWN, State.PENDING])
+def test_an_attempt_about_which_the_provider_was_silent_is_left_and_makes_the_run_red(state: str) -> None:
+    attempt = a_sent_attempt(state=state, ago=30 * HOUR)
+    decision = decide_open(attempt, ProviderView(silent={attempt.id: "HTTP 502"}))
+    assert isinstance(decision, NotCharged)
+    assert decision.needs_retry
+    assert "HTTP 502" in decision.reason
+
+
+@settings(max_examples=100, deadline=None)
+@given(ago=st.timedeltas(timedelta(0), 60 * DAY), absent=st.booleans(), due=st.booleans(), scanned=st.booleans())
+def test_a_pending_attempt_is_only_asked_about_and_never_sent_again(
+    ago: timedelta, absent: bool, due: bool, scanned: bool
+) -> None:
+    attempt = a_sent_attempt(state=State.PENDING, ago=ago, first_absent_at=NOW - 2 * DAY if absent else None)
+    view = ProviderView(scanned=frozenset({attempt.id}) if scanned else frozenset())
+    assert isinstance(decide_open(attempt, view, "still due" if due else None), NotCharged)
+
+
+def test_an_attempt_that_was_never_sent_is_sent_with_the_same_key_later() -> None:
+    attempt = an_attempt()
+    decision = decide_open(attempt, now=NOW + 20 * DAY)
+    assert isinstance(decision, Resend)
+    assert decision.attempt == attempt
+
+
+def test_an_attempt_that_was_never_sent_is_closed_when_its_period_is_not_due_any_more() -> None:
+    moved = a_due_subscription(ended_at=a_due_subscription().ended_at - DAY)
+    for due in (None, moved):
+        assert isinstance(decide_open(an_attempt(), due=due), Void)
+
+
+@pytest.mark.parametrize("state", [State.PLANNED, State.UNKNOWN])
+@pytest.mark.parametrize("ago", [timedelta(0), HOUR, 23 * HOUR - SECOND])
+def test_an_unknown_outcome_younger_than_23_hours_is_asked_by_the_same_key_and_body(state: str, ago: timedelta) -> None:
+    attempt = a_sent_attempt(state=state, ago=ago)
+    decision = decide_open(attempt)
+    assert isinstance(decision, Resend)
+    assert (decision.attempt.idempotence_key, decision.attempt.body) == (attempt.idempotence_key, attempt.body)
+
+
+def test_an_unknown_outcome_is_not_sent_again_for_what_nobody_wants_any_more() -> None:
+    # Renewed, canceled or paused meanwhile: what became of it is searched later.
+    moved = a_due_subscription(ended_at=a_due_subscription().ended_at + DAY)
+    for due in (None, moved):
+        decision = decide_open(a_sent_attempt(), due=due)
+        assert isinstance(decision, NotCharged)
+        assert "not sent again" in decision.reason
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    state=st.sampled_from([State.PLANNED, State.UNKNOWN]),
+    age=st.timedeltas(23 * HOUR, 90 * DAY),
+    scanned=st.booleans(),
+    absent_for=st.none() | st.timedeltas(timedelta(0), 3 * HOUR),
+    due=st.booleans(),
+)
+def test_an_unknown_outcome_older_than_23_hours_is_never_sent_again(
+    state: str, age: timedelta, scanned: bool, absent_for: timedelta | None, due: bool
+) -> None:
+    attempt = a_sent_attempt(state=state, ago=age, first_absent_at=None if absent_for is None else NOW - absent_for)
+    view = ProviderView(scanned=frozenset({attempt.id}) if scanned else frozenset())
+    decision = decide_open(attempt, view, "still due" if due else None)
+    # Closed only by the second complete scan, an hour after the first.
+    certain = scanned and absent_for is not None and absent_for >= SCAN_DISTANCE
+    if certain:
+        assert isinstance(decision, Void)
+    elif scanned and absent_for is None:
+        assert isinstance(decision, NoteAbsence)
+    else:
+        assert isinstance(decision, NotCharged)
+        assert decision.needs_retry is not scanned
+
+
+def test_the_two_scans_are_an_hour_apart() -> None:
+    assert SCAN_DISTANCE == HOUR
+    for distance, decided in ((HOUR - SECOND, NotCharged), (HOUR, Void)):
+        attempt = a_sent_attempt(ago=30 * HOUR, first_absent_at=NOW - distance)
+        assert type(decide_open(attempt, ProviderView(scanned=frozenset({attempt.id})))) is decided
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    state=st.sampled_from(sorted(OPEN)),
+    sent=st.none() | st.timedeltas(timedelta(0), 3 * DAY),
+    told=st.sampled_from(["nothing", "scanned", "silent"]),
+    absent_for=st.none() | st.timedeltas(timedelta(0), 2 * DAY),
+    due=st.booleans(),
+)
+def test_an_attempt_is_sent_again_only_while_its_key_holds_and_closed_only_when_no_money_moved(
+    state: str, sent: timedelta | None, told: str, absent_for: timedelta | None, due: bool
+) -> None:
+    attempt = an_attempt(
+        state=state,
+        first_sent_at=None if sent is None else NOW - sent,
+        last_sent_at=None if sent is None else NOW - sent,
+        first_absent_at=None if absent_for is None else NOW - absent_for,
+    )
+    view = ProviderView(
+        scanned=frozenset({attempt.id}) if told == "scanned" else frozenset(),
+        silent={attempt.id: "silence"} if told == "silent" else {},
+    )
+    decision = decide_open(attempt, view, "still due" if due else None)
+    if isinstance(decision, Resend):
+        assert due
+        assert state != State.PENDING
+        assert sent is None or sent < KEY_LIFETIME
+    if isinstance(decision, Void):
+        assert state != State.PENDING
+        assert sent is None or (told == "scanned" and absent_for is not None and absent_for >= SCAN_DISTANCE)
+
+
 # --- A whole run
 
 
@@ -353,7 +498,7 @@ def decide(
     *,
     now: datetime = NOW,
 ) -> list[RenewalDecision]:
-    return decide_renewals(due, open_attempts, view or ProviderView(), as_of=now, now=now, rules=RULES)
+    return decide_renewals(due, open_attempts, view or NOTHING_TOLD, as_of=now, now=now, rules=RULES)
 
 
 def test_every_due_subscription_and_every_open_attempt_gets_its_decision() -> None:
@@ -415,7 +560,6 @@ def test_a_subscription_with_an_open_attempt_of_another_period_is_not_charged_be
     assert len(decisions) == 2
     [reported] = [d for d in decisions if isinstance(d, NotCharged) and d.subject == "subscription 12"]
     assert "2026-03-11" in reported.reason
-    assert PENDING == "pending"
 
 
 def test_an_attempt_of_another_period_that_was_never_sent_is_closed_and_blocks_nothing() -> None:

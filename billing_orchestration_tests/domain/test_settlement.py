@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import STATUSES, SUCCEEDED, ProviderPayment
-from billing_orchestration.domain.renewals import Attempt, State
 from billing_orchestration.domain.settlement import (
     CloseAsGranted,
     Facts,

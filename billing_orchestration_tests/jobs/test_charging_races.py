@@ -15,10 +15,11 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from billing_orchestration.database.attempts import Closing, claim, close
+from billing_orchestration.database.attempts import claim, close
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.renewals import fetch_due
-from billing_orchestration.domain.renewals import KEY_LIFETIME, Attempt
+from billing_orchestration.domain.answers import Closing
+from billing_orchestration.domain.attempts import KEY_LIFETIME, Attempt
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.jobs.interleaving import Held, Worker

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from billing_orchestration.domain.renewals import ATTEMPT_KEY
+from billing_orchestration.domain.provider_payment import ATTEMPT_KEY
 from billing_orchestration_tests.books import NOON, stored
 from billing_orchestration_tests.jobs.service import Service
 from billing_orchestration_tests.waiting import wait_for_a_blocked_session

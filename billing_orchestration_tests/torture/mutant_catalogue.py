@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from billing_orchestration_tests.torture.mutants import Edit, Mutant
 
+_ANSWERS = "domain/answers.py"
+_ATTEMPT = "domain/attempts.py"
 _CHARGING = "jobs/autopayment/charging.py"
 _CLIENT = "provider/client.py"
 _OUTCOMES = "provider/outcomes.py"
@@ -72,7 +74,7 @@ PROMISED = (
     Mutant(
         "a random key",
         "the key is derived from the attempt's identity",
-        (Edit(_RENEWALS, "uuid.uuid5(_KEY_NAMESPACE, identity)", "uuid.uuid4()"),),
+        (Edit(_ATTEMPT, "uuid.uuid5(_KEY_NAMESPACE, identity)", "uuid.uuid4()"),),
         ("domain/test_attempts.py::test_the_key_of_an_attempt_is_the_same_for_ever",),
     ),
     Mutant(
@@ -98,7 +100,7 @@ PROMISED = (
     Mutant(
         "a re-send after 24 h",
         "a key that the provider may have forgotten is never sent",
-        (Edit(_RENEWALS, "KEY_LIFETIME = timedelta(hours=23)", "KEY_LIFETIME = timedelta(hours=48)"),),
+        (Edit(_ATTEMPT, "KEY_LIFETIME_HOURS = 23", "KEY_LIFETIME_HOURS = 48"),),
         (_FAULTS + "test_a_key_is_sent_again_until_23_hours_and_never_after",),
     ),
     Mutant(
@@ -286,8 +288,8 @@ FURTHER = (
     Mutant(
         "the decision ignores the key's age",
         "an unknown outcome of 23 h is searched for",
-        (Edit(_RENEWALS, "now - attempt.first_sent_at >= KEY_LIFETIME", "False"),),
-        ("domain/test_attempts.py::test_an_unknown_outcome_older_than_23_hours_is_never_sent_again",),
+        (Edit(_ATTEMPT, "now - attempt.first_sent_at >= KEY_LIFETIME", "False"),),
+        ("domain/test_renewals.py::test_an_unknown_outcome_older_than_23_hours_is_never_sent_again",),
     ),
     Mutant(
         "the attempt's lock dropped",
@@ -403,7 +405,7 @@ FURTHER = (
                 _CHARGING,
                 "        if isinstance(answer, RateLimited):\n            self._width",
                 "        if isinstance(answer, RateLimited):\n"
-                "            return Closing(attempt, State.DECLINED, str(answer)), 'declined', None\n"
+                "            return Closing(attempt, State.DECLINED, str(answer)), None\n"
                 "            self._width",
             ),
         ),
@@ -458,9 +460,9 @@ FURTHER = (
         "a refusal says nothing about an earlier send",
         (
             Edit(
-                _CHARGING,
-                "        if work.sent_before:\n            # It answers this request only.",
-                "        if False:\n            # It answers this request only.",
+                _ANSWERS,
+                "    if sent_before:\n        reason = f",
+                "    if False:\n        reason = f",
             ),
         ),
         (_FAULTS + "test_a_refusal_of_a_second_send_says_nothing_about_the_first",),
@@ -485,7 +487,7 @@ FURTHER = (
         "an answer that names another attempt concludes nothing",
         (
             Edit(
-                _RENEWALS,
+                _ANSWERS,
                 "return payment.claims.names_an_attempt and payment.claims.renewal_attempt_id != attempt.id",
                 "return False",
             ),
@@ -511,7 +513,7 @@ FURTHER = (
                 "AND a.state IN ('PLANNED', 'UNKNOWN', 'PENDING')\n",
             ),
         ),
-        ("domain/test_attempts.py::test_a_pending_attempt_is_only_asked_about_and_never_sent_again",),
+        ("domain/test_renewals.py::test_a_pending_attempt_is_only_asked_about_and_never_sent_again",),
     ),
     Mutant(
         "one search is enough",
@@ -525,13 +527,13 @@ FURTHER = (
     Mutant(
         "two searches in one minute",
         "the two scans are an hour apart",
-        (Edit(_RENEWALS, "SCAN_DISTANCE = timedelta(hours=1)", "SCAN_DISTANCE = timedelta(minutes=1)"),),
+        (Edit(_ATTEMPT, "SCAN_DISTANCE = timedelta(hours=1)", "SCAN_DISTANCE = timedelta(minutes=1)"),),
         (_FAULTS + "test_a_charge_that_two_searches_an_hour_apart_do_not_find_is_void_and_a_new_one_follows",),
     ),
     Mutant(
         "an unreadable item proves absence",
         "an item that may be the charge proves nothing absent",
-        (Edit(_RENEWALS, "elif unreadable or any(str(attempt.id) in text for text in odd):", "elif False:"),),
+        (Edit(_ANSWERS, "elif unreadable or any(str(attempt.id) in text for text in odd):", "elif False:"),),
         (_FAULTS + "test_an_unreadable_item_that_names_the_attempt_proves_nothing_absent",),
     ),
     Mutant(

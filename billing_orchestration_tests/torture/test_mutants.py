@@ -72,7 +72,7 @@ def test_a_mutant_is_killed_by_an_assertion(postgres_server: Server) -> None:
 def test_a_change_that_breaks_no_rule_survives_and_one_that_does_not_start_kills_nothing(
     postgres_server: Server,
 ) -> None:
-    harmless = Mutant("harmless", "none", (Edit("domain/renewals.py", "hours=23", "minutes=23 * 60"),), (_A_TEST,))
+    harmless = Mutant("harmless", "none", (Edit("domain/attempts.py", "_HOURS = 23", "_HOURS = 46 // 2"),), (_A_TEST,))
     unbootable = Mutant("unbootable", "none", (Edit("domain/money.py", '"RUB", ', '"RUB" / '),), (_A_TEST,))
 
     assert attempt(harmless, postgres_server.url()).outcome == SURVIVED
@@ -82,8 +82,8 @@ def test_a_change_that_breaks_no_rule_survives_and_one_that_does_not_start_kills
 @pytest.mark.parametrize("edit", [
     Edit("domain/renewals.py", "a line that is not there", ""),
     Edit("domain/renewals.py", "attempt", "other"),
-    Edit("domain/renewals.py", "hours=23", "hours="),
-    Edit("domain/renewals.py", "hours=23", "hours=23"),
+    Edit("domain/attempts.py", "_HOURS = 23", "_HOURS = "),
+    Edit("domain/attempts.py", "_HOURS = 23", "_HOURS = 23"),
 ], ids=["not there", "more than once", "no Python", "no change"])  # fmt: skip
 def test_a_replacement_that_does_not_fit_is_broken_and_never_a_silent_survivor(edit: Edit) -> None:
     with pytest.raises(DoesNotFit):

@@ -33,19 +33,20 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
-from billing_orchestration.database.attempts import Closing, claim, close, open_and_claim, try_lock, unlock
+from billing_orchestration.database.attempts import claim, close, open_and_claim, try_lock, unlock
 from billing_orchestration.database.audit import Stamp
-from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
-from billing_orchestration.domain.renewals import (
-    KEY_LIFETIME,
-    Attempt,
-    Charge,
-    Resend,
-    State,
+from billing_orchestration.domain.answers import (
+    Closing,
     as_answer_to,
-    judge_answer,
+    judge_payment,
+    judge_refusal,
+    judge_silence,
+    judge_unsent,
     names_another_attempt,
 )
+from billing_orchestration.domain.attempts import KEY_LIFETIME, Attempt, State
+from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
+from billing_orchestration.domain.renewals import Charge, Resend
 from billing_orchestration.domain.settlement import CloseAsGranted, Leave, Quarantine, RecordRefund, Settle
 from billing_orchestration.jobs.settling import Failed, settle_all
 from billing_orchestration.provider.errors import (
@@ -84,8 +85,6 @@ _ENOUGH_RESULTS = 24
 # Two, so that one batch is decided while the other waits for its commit. More would only make smaller batches.
 _WRITERS = 2
 _PROGRESS_EVERY_S = 10.0
-# `decline_class` of an attempt that was rejected because of the shop's key or rights, not because of the charge.
-SHOP_REFUSALS = ("401", "403")
 
 
 class ChargesPayments(Protocol):
@@ -170,7 +169,6 @@ class _Judged:
     work: _Work
     success: ProviderPayment | None = None
     closing: Closing | None = None
-    outcome: str = ""
     wait_s: float | None = None
 
 
@@ -191,7 +189,6 @@ class _Batch:
         if payment is not None or closing is None:
             told = payment.id if payment is not None else "without an id"
             closing = Closing(judged.work.attempt, State.UNKNOWN, f"payment {told} answered two attempts")
-            judged.outcome = "unknown"
         self.closings.append((judged, closing))
 
     def __len__(self) -> int:
@@ -576,13 +573,10 @@ class Charging:
             self._done.append(work.attempt.id)
             self._finish(
                 work,
-                judged.outcome,
+                closing.word,
                 closing.reason,
                 decline_class=closing.decline_class,
-                # A refusal of the shop (401, 403) is mended and tried again; one of this charge (400) is a person's.
-                needs_retry=judged.outcome in ("unknown", "never sent")
-                or closing.decline_class in SHOP_REFUSALS
-                or closing.attempt.id in event.unwritten,
+                needs_retry=closing.needs_retry or closing.attempt.id in event.unwritten,
             )
 
     def _judge(self, work: _Work, answer: ProviderPayment | Exception) -> _Judged:
@@ -594,40 +588,26 @@ class Charging:
             self._heard()
             if answer.status == SUCCEEDED:
                 return _Judged(work, success=answer)
-        closing, outcome, wait_s = self._judge_other(work, answer)
-        return _Judged(work, None, closing, outcome, wait_s)
+        closing, wait_s = self._judge_other(work, answer)
+        return _Judged(work, None, closing, wait_s)
 
-    def _judge_other(self, work: _Work, answer: ProviderPayment | Exception) -> tuple[Closing, str, float | None]:
-        """The attempt's next state, the word for the report, and how long to wait before it is sent again, if so."""
+    def _judge_other(self, work: _Work, answer: ProviderPayment | Exception) -> tuple[Closing, float | None]:
+        """What becomes of the attempt, and how long to wait before it is sent again, if so."""
         attempt = work.attempt
         if isinstance(answer, ProviderPayment):
-            outcome = judge_answer(answer)
-            closing = Closing(
-                attempt,
-                outcome.state,
-                outcome.reason,
-                external_payment_id=answer.id,
-                decline_party=answer.cancellation_party,
-                decline_reason=answer.cancellation_reason,
-                decline_class=outcome.decline_class,
-            )
-            return closing, {State.PENDING: "pending", State.STOPPED: "stopped"}.get(outcome.state, "declined"), None
+            return judge_payment(attempt, answer), None
         if isinstance(answer, _Withheld):
             # Not a send: after a stop it is left, else it is claimed anew at once.
             work.throttled += 1
             wait_s = self._next_wait(work, None)
-            if work.sent_before:
-                return Closing(attempt, State.UNKNOWN, f"not sent again: {answer}"), "unknown", wait_s
-            closing = Closing(attempt, State.PLANNED, f"not sent: {answer}", never_sent=wait_s is None)
-            return closing, "never sent", wait_s
+            reason = f"{'not sent again' if work.sent_before else 'not sent'}: {answer}"
+            return judge_unsent(attempt, reason, sent_before=work.sent_before, is_last=wait_s is None), wait_s
         if isinstance(answer, NeverSent):
             self._failed(1, str(answer))
             wait_s = self._next_wait(work, None)
-            if work.sent_before:
-                return Closing(attempt, State.UNKNOWN, str(answer)), "unknown", wait_s
-            return Closing(attempt, State.PLANNED, str(answer), never_sent=wait_s is None), "never sent", wait_s
+            return judge_unsent(attempt, str(answer), sent_before=work.sent_before, is_last=wait_s is None), wait_s
         if isinstance(answer, RequestRejected):
-            return self._judge_rejection(work, answer)
+            return self._judge_rejection(work, answer), None
         # Anything else may have been executed: unknown, never failed.
         work.sent_before = True
         if isinstance(answer, RateLimited):
@@ -640,27 +620,22 @@ class Charging:
         else:
             self._failed(1, repr(answer))
             wait_s = None
-        return Closing(attempt, State.UNKNOWN, str(answer) or repr(answer)), "unknown", wait_s
+        return judge_silence(attempt, str(answer) or repr(answer)), wait_s
 
-    def _judge_rejection(self, work: _Work, answer: RequestRejected) -> tuple[Closing, str, float | None]:
+    def _judge_rejection(self, work: _Work, answer: RequestRejected) -> Closing:
         if isinstance(answer, WrongCredentials):
             self._stop(str(answer))
         elif isinstance(answer, Forbidden):
             self._failed(1, str(answer))
         else:
             self._heard()
-        if work.sent_before:
-            # It answers this request only. What became of the earlier one, with the same key, it does not say.
-            reason = f"an earlier send may have been executed, and this one was refused: {answer}"
-            return Closing(work.attempt, State.UNKNOWN, reason), "unknown", None
-        closing = Closing(
+        return judge_refusal(
             work.attempt,
-            State.REJECTED,
             str(answer),
-            decline_reason=answer.code or None,
-            decline_class=str(answer.status_code),
+            status_code=answer.status_code,
+            code=answer.code,
+            sent_before=work.sent_before,
         )
-        return closing, "rejected", None
 
     def _write(
         self, connection: "sa.Connection", payments: Sequence[ProviderPayment], closings: Sequence[Closing]

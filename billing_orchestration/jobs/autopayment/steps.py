@@ -5,7 +5,7 @@ They take what a run works on and give back what it found; what a run's page sho
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -13,28 +13,31 @@ import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.database.audit import Problem, Stamp
-from billing_orchestration.domain.decisions import Action, Code, Decision
-from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
-from billing_orchestration.domain.renewals import (
-    Attempt,
-    Charge,
-    Conclude,
-    NotCharged,
-    NoteAbsence,
+from billing_orchestration.domain.answers import (
+    SHOP_REFUSALS,
+    Closing,
     ProviderView,
-    RenewalDecision,
-    RenewalRules,
-    Resend,
-    State,
-    Void,
     as_answer_to,
     attempts_to_search,
-    decide_renewals,
-    judge_answer,
+    judge_payment,
     merge_views,
     names_another_attempt,
     read_scan,
     scan_windows,
+)
+from billing_orchestration.domain.attempts import Attempt, State
+from billing_orchestration.domain.decisions import Action, Code, Decision
+from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
+from billing_orchestration.domain.renewals import (
+    Charge,
+    Conclude,
+    NotCharged,
+    NoteAbsence,
+    RenewalDecision,
+    RenewalRules,
+    Resend,
+    Void,
+    decide_renewals,
 )
 from billing_orchestration.domain.run_scope import RunScope
 from billing_orchestration.domain.shards import Shard
@@ -261,7 +264,7 @@ def _conclude_open(
     plan: RenewalPlan, report: RunReport, database: BillingDatabase, provider: ProviderConnection, stamp: Stamp
 ) -> None:
     """Apply what the provider told about open attempts, and close those by which no money moved."""
-    from billing_orchestration.database.attempts import Closing, close
+    from billing_orchestration.database.attempts import close
     from billing_orchestration.database.engine import translated
     from billing_orchestration.database.errors import BillingDatabaseError, DatabaseUnavailable
 
@@ -270,25 +273,12 @@ def _conclude_open(
     closings: list[tuple[Closing, str]] = []
     for decision in told:
         if decision.payment.status != SUCCEEDED:
-            outcome = judge_answer(decision.payment)
-            closings.append(
-                (
-                    Closing(
-                        decision.attempt,
-                        outcome.state,
-                        outcome.reason,
-                        external_payment_id=decision.payment.id,
-                        decline_party=decision.payment.cancellation_party,
-                        decline_reason=decision.payment.cancellation_reason,
-                        decline_class=outcome.decline_class,
-                        as_read=True,
-                    ),
-                    outcome.state.lower(),
-                )
-            )
+            closing = replace(judge_payment(decision.attempt, decision.payment), as_read=True)
+            closings.append((closing, closing.word))
     for other in plan.decisions:
         if isinstance(other, Void):
-            closings.append((Closing(other.attempt, State.VOID, other.reason, as_read=True), "void"))
+            closing = Closing(other.attempt, State.VOID, other.reason, as_read=True)
+            closings.append((closing, closing.word))
         elif isinstance(other, NoteAbsence):
             closing = Closing(other.attempt, other.attempt.state, other.reason, as_read=True, absent_since=stamp.at)
             closings.append((closing, "first absence"))
@@ -328,7 +318,7 @@ def _charge(
     provider: ProviderConnection,
     clock: Clock,
 ) -> None:
-    from billing_orchestration.jobs.autopayment.charging import SHOP_REFUSALS, Charging, ChargingLimits
+    from billing_orchestration.jobs.autopayment.charging import Charging, ChargingLimits
 
     to_send = [decision for decision in plan.decisions if isinstance(decision, (Charge, Resend))]
     report.numbers = dict.fromkeys(
