@@ -18,9 +18,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-# The text of an evidence entry is for a person; a hostile or broken answer must not fill the table.
+# Evidence is for a person. A hostile or broken answer must not fill the table.
 _LONGEST_TEXT = 2000
-# A provider's record is six levels deep. Python itself gives up at some hundred, and so would the whole page.
+# A provider's record is six levels deep. Python's own recursion ends at some hundred, and would take the page with it.
 _DEEPEST = 40
 # An index entry holds 2,700 bytes; a name of this many characters always fits.
 LONGEST_NAME = 500
@@ -28,7 +28,7 @@ LONGEST_NAME = 500
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """Who changes something, and when: the job, the Dagster run id and the moment (aware UTC)."""
+    """Who changes something, and when: the job, the Dagster run id and the instant (aware UTC)."""
 
     job: str
     run_id: str
@@ -96,13 +96,13 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_encode_
 
 
 def storable(text: str) -> str:
-    """What PostgreSQL's text can hold of it: no NUL, no lone surrogate."""
+    """The text without what PostgreSQL cannot store: NUL, lone surrogates."""
     plain: str = _plain(text)
     return plain
 
 
 def storable_name(text: str) -> str:
-    """Text that is found by an index: what PostgreSQL can store of it, and a digest of it in place of its length."""
+    """The same for text in an index: what is too long for it ends in a digest."""
     plain: str = _plain(text)
     if len(plain) <= LONGEST_NAME:
         return plain
@@ -133,7 +133,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def evidence_of(value: Any) -> dict[str, Any]:
-    """A raw item as evidence, cut to a size that a person can read."""
+    """A raw item as evidence, cut to what a person can read."""
     plain = _plain(value)
     text = json.dumps(plain, ensure_ascii=False)
     return {"item": plain} if len(text) <= _LONGEST_TEXT else {"item": text[:_LONGEST_TEXT], "cut": True}
@@ -149,7 +149,7 @@ _INSERT_AUDIT = """
 
 
 def change_rows(changes: Sequence[Change]) -> list[dict[str, Any]]:
-    """The rows of the JSON parameter from which audit entries are written."""
+    """Changes as rows of the JSON parameter that audit entries are written from."""
     return [
         {
             "number": number,
@@ -258,26 +258,22 @@ def record_healed(connection: sa.Connection, stamp: Stamp, healed: Sequence[tupl
     )
 
 
+_RUNS_THAT_CHANGED = sa.text("""
+    SELECT DISTINCT run_id FROM billing_orchestration.audit_trail
+    WHERE at >= :since AND at <= :until AND run_id = ANY(:ids)
+""")
+_COUNT_OPEN = sa.text("SELECT count(*) FROM billing_orchestration.quarantine WHERE resolved_at IS NULL")
+
+
 def runs_that_changed(connection: sa.Connection, run_ids: Sequence[str], since: datetime, until: datetime) -> set[str]:
     """Which of these runs are in the audit trail. It is written with each change, so a killed run counts as well.
 
     `since` and `until` (aware UTC) enclose the runs: only what was written between them is read.
     """
-    return set(
-        connection.execute(
-            sa.text("""
-                SELECT DISTINCT run_id FROM billing_orchestration.audit_trail
-                WHERE at >= :since AND at <= :until AND run_id = ANY(:ids)
-            """),
-            {"ids": list(run_ids), "since": since, "until": until},
-        ).scalars()
-    )
+    bound = {"ids": list(run_ids), "since": since, "until": until}
+    return set(connection.execute(_RUNS_THAT_CHANGED, bound).scalars())
 
 
 def count_open_problems(connection: sa.Connection) -> int:
     """How many problems wait for a person."""
-    return int(
-        connection.execute(
-            sa.text("SELECT count(*) FROM billing_orchestration.quarantine WHERE resolved_at IS NULL")
-        ).scalar_one()
-    )
+    return int(connection.execute(_COUNT_OPEN).scalar_one())

@@ -13,7 +13,7 @@ from billing_orchestration.database.conventions import naive_utc
 from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.domain.settlement import PaymentRow
 
-# Asked for a hundred thousand ids at once, PostgreSQL reads a payments table of five million rows from end to end.
+# For a hundred thousand ids at once PostgreSQL would read a payments table of five million rows from end to end.
 _IDS_AT_A_TIME = 2000
 
 
@@ -30,60 +30,46 @@ class PendingSlice:
     paid_there: tuple[PaymentRow, ...]
 
 
+_COUNT_PENDING = sa.text("""
+    SELECT count(*) AS rows, count(*) FILTER (WHERE external_payment_id IS NULL) AS without_id
+    FROM payments WHERE status = 'PENDING' AND created_at >= :start AND created_at <= :end
+""")
+_PENDING_WITHOUT_ID = """
+    status = 'PENDING' AND created_at >= :start AND created_at <= :end AND external_payment_id IS NULL
+    ORDER BY id LIMIT :size
+"""
+_PENDING_WITH_ID = "external_payment_id = ANY(:ids) AND status = 'PENDING' ORDER BY id"
+_WITH_ID = "external_payment_id = ANY(:ids) ORDER BY id"
+_SETTLED = sa.text("""
+    SELECT external_payment_id FROM billing_orchestration.settlements WHERE external_payment_id = ANY(:ids)
+""")
+
+
 def fetch_pending(
     connection: sa.Connection, start: datetime, end: datetime, paid_ids: Sequence[str], sample_size: int = 100
 ) -> PendingSlice:
     """PENDING rows created in [start, end], counted; and every PENDING row whose provider payment is in `paid_ids`."""
     window = {"start": naive_utc(start), "end": naive_utc(end)}
-    counts = connection.execute(
-        sa.text("""
-            SELECT count(*) AS rows, count(*) FILTER (WHERE external_payment_id IS NULL) AS without_id
-            FROM payments WHERE status = 'PENDING' AND created_at >= :start AND created_at <= :end
-        """),
-        window,
-    ).one()
+    counts = connection.execute(_COUNT_PENDING, window).one()
     nameless = (
-        select_rows(
-            connection,
-            """status = 'PENDING' AND created_at >= :start AND created_at <= :end AND external_payment_id IS NULL
-               ORDER BY id LIMIT :size""",
-            {**window, "size": sample_size},
-        )
-        if counts.without_id
-        else []
+        select_rows(connection, _PENDING_WITHOUT_ID, {**window, "size": sample_size}) if counts.without_id else []
     )
-    rows = [
-        row
-        for ids in _parts(paid_ids)
-        for row in select_rows(
-            connection, "external_payment_id = ANY(:ids) AND status = 'PENDING' ORDER BY id", {"ids": ids}
-        )
-    ]
-    return PendingSlice(counts.rows, counts.without_id, tuple(nameless), tuple(rows))
+    paid_there = _rows_by_ids(connection, _PENDING_WITH_ID, paid_ids)
+    return PendingSlice(counts.rows, counts.without_id, tuple(nameless), tuple(paid_there))
 
 
 def fetch_rows(connection: sa.Connection, provider_ids: Sequence[str]) -> list[PaymentRow]:
     """The payment rows with these provider ids, whatever their status or age."""
-    return [
-        row
-        for ids in _parts(provider_ids)
-        for row in select_rows(connection, "external_payment_id = ANY(:ids) ORDER BY id", {"ids": ids})
-    ]
+    return _rows_by_ids(connection, _WITH_ID, provider_ids)
+
+
+def _rows_by_ids(connection: sa.Connection, where: str, ids: Sequence[str]) -> list[PaymentRow]:
+    return [row for part in _parts(ids) for row in select_rows(connection, where, {"ids": part})]
 
 
 def fetch_settled(connection: sa.Connection, provider_ids: Sequence[str]) -> set[str]:
     """Which of these provider payments are in our settlements."""
-    return {
-        settled
-        for ids in _parts(provider_ids)
-        for settled in connection.execute(
-            sa.text("""
-                SELECT external_payment_id FROM billing_orchestration.settlements
-                WHERE external_payment_id = ANY(:ids)
-            """),
-            {"ids": ids},
-        ).scalars()
-    }
+    return {id_ for part in _parts(provider_ids) for id_ in connection.execute(_SETTLED, {"ids": part}).scalars()}
 
 
 def _parts(ids: Sequence[str]) -> Iterator[list[str]]:
@@ -91,23 +77,25 @@ def _parts(ids: Sequence[str]) -> Iterator[list[str]]:
         yield list(ids[start : start + _IDS_AT_A_TIME])
 
 
+_WATERMARK = sa.text("SELECT covered_until FROM billing_orchestration.watermarks WHERE job = :job")
+_ADVANCE_WATERMARK = sa.text("""
+    INSERT INTO billing_orchestration.watermarks AS w (job, covered_until, run_id, updated_at)
+    VALUES (:job, :covered_until, :run_id, :at)
+    ON CONFLICT (job) DO UPDATE
+    SET covered_until = excluded.covered_until, run_id = excluded.run_id, updated_at = excluded.updated_at
+    WHERE w.covered_until < excluded.covered_until
+""")
+
+
 def read_watermark(connection: sa.Connection, job: str) -> datetime | None:
     """Until when a job has covered time without a gap; None before its first run."""
-    found: datetime | None = connection.execute(
-        sa.text("SELECT covered_until FROM billing_orchestration.watermarks WHERE job = :job"), {"job": job}
-    ).scalar_one_or_none()
+    found: datetime | None = connection.execute(_WATERMARK, {"job": job}).scalar_one_or_none()
     return found
 
 
 def advance_watermark(connection: sa.Connection, stamp: Stamp, covered_until: datetime) -> None:
     """Note that a job has covered time up to an instant. It never goes back."""
     connection.execute(
-        sa.text("""
-            INSERT INTO billing_orchestration.watermarks AS w (job, covered_until, run_id, updated_at)
-            VALUES (:job, :covered_until, :run_id, :at)
-            ON CONFLICT (job) DO UPDATE
-            SET covered_until = excluded.covered_until, run_id = excluded.run_id, updated_at = excluded.updated_at
-            WHERE w.covered_until < excluded.covered_until
-        """),
+        _ADVANCE_WATERMARK,
         {"job": stamp.job, "covered_until": covered_until, "run_id": stamp.run_id, "at": stamp.at},
     )

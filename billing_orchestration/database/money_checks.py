@@ -1,4 +1,4 @@
-"""The money's invariants and numbers, each one read-only statement. The checks ask hourly, a person from the UI."""
+"""The money's invariants and numbers, each one read-only statement. Asked hourly, and from the UI at any time."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import sqlalchemy as sa
 from billing_orchestration.database.tables import naive_utc
 from billing_orchestration.domain.attempts import KEY_LIFETIME
 
-# What a check looks back over: long enough for a weekend and a holiday, and found by time in years of settlements.
+# How far back a check looks: long enough for a weekend and a holiday. Settlements are found by their time.
 LOOKS_BACK = timedelta(days=7)
 # Two renewals of one period may lie a grace and a few retries apart.
 LOOKS_BACK_FOR_TWINS = timedelta(days=60)
-# A tick every two minutes; what is later than this is not a slow run.
+# There is a tick every two minutes: a lag of an hour is no slow run.
 MATCHING_MAY_LAG = timedelta(hours=1)
 _MOST_NAMED = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether an invariant holds; if not, what breaks it (the first few)."""
+    """Whether an invariant holds; if not, how much breaks it, and the first few."""
 
     passed: bool
     broken: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ _NOT_GRANTED = sa.text("""
     FROM billing_orchestration.settlements s JOIN billing_orchestration.renewal_attempts a ON a.id = s.attempt_id
     WHERE s.settled_at > :since AND a.state NOT IN ('SUCCEEDED', 'REFUNDED')
     UNION ALL
-    -- Without a unique index on the provider's id, a webhook that takes no lock can grant beside a run.
+    -- Without a unique index on the provider's id, a webhook that takes no lock can grant a payment beside a run.
     SELECT 'settled payment ' || s.external_payment_id || ' of subscription ' || s.subscription_id
            || ' is granted a second time: row ' || p.id || ' of subscription ' || p.subscription_id
     FROM billing_orchestration.settlements s
@@ -84,7 +84,7 @@ def _ask(connection: sa.Connection, statement: sa.TextClause, since: datetime) -
 
 
 def paid_is_granted(connection: sa.Connection, now: datetime) -> Verdict:
-    """Every success that was settled has its payment row and its closed attempt, and back; and only one grant."""
+    """Every settled success has its payment row and its closed attempt, and the reverse; and only one grant."""
     return _ask(connection, _NOT_GRANTED, now - LOOKS_BACK)
 
 
@@ -135,12 +135,13 @@ def numbers(connection: sa.Connection, now: datetime) -> Mapping[str, int | floa
     return {name: int(value) if value == value.to_integral_value() else float(value) for name, value in values.items()}
 
 
+_OPEN_AND_LAST = sa.text("""
+    SELECT count(*) AS open, coalesce(max(id), 0) AS last
+    FROM billing_orchestration.quarantine WHERE resolved_at IS NULL
+""")
+
+
 def count_and_last(connection: sa.Connection) -> tuple[int, int]:
     """How many entries of the quarantine are open, and the newest open one's id (0: none)."""
-    row = connection.execute(
-        sa.text("""
-            SELECT count(*) AS open, coalesce(max(id), 0) AS last
-            FROM billing_orchestration.quarantine WHERE resolved_at IS NULL
-        """)
-    ).one()
+    row = connection.execute(_OPEN_AND_LAST).one()
     return int(row.open), int(row.last)

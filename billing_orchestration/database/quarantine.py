@@ -1,4 +1,4 @@
-"""The quarantine as a person works through it: reading entries, and closing one with a resolution."""
+"""The quarantine as a person works through it: read entries, close one with a resolution."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes
 
-# Resolutions. `mended` may come back as a new entry; the others are a person's last word on the problem.
+# Resolutions. After `mended` the problem may open a new entry; the others are a person's last word.
 ACCEPTED, ATTACHED, IGNORED, MENDED = "accepted", "attached", "ignored", "mended"
 
 
@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def about_provider_payment(self) -> bool:
-        """Whether it is about a payment at the provider, and not about a row that could not be written."""
+        """Whether it is about a payment at the provider, rather than a row that could not be written."""
         about_a_row = self.kind == "not_writable" and self.payment_id is not None
         return self.external_payment_id is not None and not about_a_row
 
@@ -82,16 +82,17 @@ def read_entry(connection: sa.Connection, entry_id: int, *, lock: bool = False) 
     return next(iter(_entries(connection, f"WHERE id = :id {'FOR UPDATE' if lock else ''}", id=entry_id)), None)
 
 
+_CLOSE = sa.text("""
+    UPDATE billing_orchestration.quarantine
+    SET resolved_at = :at, resolution = :resolution, resolution_reason = :reason, resolved_by = :by
+    WHERE id = :id AND resolved_at IS NULL
+""")
+
+
 def close_entry(connection: sa.Connection, stamp: Stamp, entry: Entry, resolution: str, reason: str, by: str) -> bool:
-    """Close an open entry, with the audit trail. False: somebody else has closed it meanwhile."""
-    closed = connection.execute(
-        sa.text("""
-            UPDATE billing_orchestration.quarantine
-            SET resolved_at = :at, resolution = :resolution, resolution_reason = :reason, resolved_by = :by
-            WHERE id = :id AND resolved_at IS NULL
-        """),
-        {"at": stamp.at, "resolution": resolution, "reason": reason, "by": by, "id": entry.id},
-    ).rowcount
+    """Close an open entry, with the audit trail. False: it was closed meanwhile."""
+    bound = {"at": stamp.at, "resolution": resolution, "reason": reason, "by": by, "id": entry.id}
+    closed = connection.execute(_CLOSE, bound).rowcount
     if closed:
         record_changes(
             connection,
