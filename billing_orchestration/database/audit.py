@@ -262,7 +262,6 @@ _RUNS_THAT_CHANGED = sa.text("""
     SELECT DISTINCT run_id FROM billing_orchestration.audit_trail
     WHERE at >= :since AND at <= :until AND run_id = ANY(:ids)
 """)
-_COUNT_OPEN = sa.text("SELECT count(*) FROM billing_orchestration.quarantine WHERE resolved_at IS NULL")
 
 
 def runs_that_changed(connection: sa.Connection, run_ids: Sequence[str], since: datetime, until: datetime) -> set[str]:
@@ -272,8 +271,3 @@ def runs_that_changed(connection: sa.Connection, run_ids: Sequence[str], since: 
     """
     bound = {"ids": list(run_ids), "since": since, "until": until}
     return set(connection.execute(_RUNS_THAT_CHANGED, bound).scalars())
-
-
-def count_open_problems(connection: sa.Connection) -> int:
-    """How many problems wait for a person."""
-    return int(connection.execute(_COUNT_OPEN).scalar_one())

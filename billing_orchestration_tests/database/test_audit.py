@@ -16,7 +16,6 @@ import sqlalchemy as sa
 from billing_orchestration.database.audit import (
     Change,
     Problem,
-    count_open_problems,
     evidence_of,
     open_problems,
     record_changes,
@@ -28,6 +27,7 @@ from billing_orchestration.database.matching import (
     fetch_settled,
     read_watermark,
 )
+from billing_orchestration.database.money_checks import count_and_last
 from billing_orchestration_tests.books import NOON, Books
 from billing_orchestration_tests.waiting import at_once
 
@@ -144,7 +144,7 @@ def test_evidence_of_any_depth_is_kept(books: Books, depth: int) -> None:
 
 def count(books: Books) -> int:
     with books.engine.connect() as connection:
-        return count_open_problems(connection)
+        return count_and_last(connection)[0]
 
 
 def test_a_problem_opened_by_eight_at_once_is_opened_by_one(books: Books) -> None:
