@@ -163,9 +163,9 @@ PROMISED = (
         (
             Edit(
                 "database/matching.py",
-                '"external_payment_id = ANY(:ids) ORDER BY id", {"ids": ids}',
-                '"external_payment_id = ANY(:ids) AND created_at >= (SELECT max(created_at) FROM payments)'
-                ' - interval \'1 hour\' ORDER BY id", {"ids": ids}',
+                '_WITH_ID = "external_payment_id = ANY(:ids) ORDER BY id"',
+                '_WITH_ID = "external_payment_id = ANY(:ids) AND created_at >= (SELECT max(created_at) FROM payments)'
+                " - interval '1 hour' ORDER BY id\"",
             ),
         ),
         (
@@ -733,9 +733,9 @@ FURTHER = (
         (
             Edit(
                 "database/matching.py",
-                '"external_payment_id = ANY(:ids) AND status = \'PENDING\' ORDER BY id", {"ids": ids}',
-                "\"external_payment_id = ANY(:ids) AND status = 'PENDING' AND created_at >= :start ORDER BY id\","
-                ' {"ids": ids, **window}',
+                "WITH_ID = \"external_payment_id = ANY(:ids) AND status = 'PENDING' ORDER BY id\"",
+                "WITH_ID = \"external_payment_id = ANY(:ids) AND status = 'PENDING'"
+                " AND created_at >= '2025-01-01' ORDER BY id\"",
             ),
         ),
         (_PENDING + "test_a_row_of_any_age_counts_when_its_provider_payment_is_in_the_window",),
