@@ -71,14 +71,14 @@ def build_definitions(
             *money_checks.money_assets,
             dg.AssetSpec(
                 PLANS,
-                description="Plans that dry runs have shown, latest first under Events: what to launch to approve one.",
+                description="Plans shown by dry runs (Events, latest first), each with what to launch to approve it.",
                 group_name=GROUP,
             ),
             # What Dagster plots: one point a day, or one for each tick that changed something.
             *(
                 dg.AssetSpec(
                     dg.AssetKey(["billing", job]),
-                    description=f"Numbers of {job}, by day: all its runs of a day added up. Under Metadata, Plots.",
+                    description=f"Numbers of {job}, by day, all runs of a day added up. See Metadata, Plots.",
                     partitions_def=DAILY,
                     group_name=GROUP,
                 )
@@ -87,7 +87,7 @@ def build_definitions(
             *(
                 dg.AssetSpec(
                     dg.AssetKey(["billing", job]),
-                    description=f"Corrections of {job}, a point for each tick that made one. Under Metadata, Plots.",
+                    description=f"Corrections by {job}, one point per tick that made any. See Metadata, Plots.",
                     group_name=GROUP,
                 )
                 for job in (matching_pending_payments.JOB, matching_successful_payments.JOB)
@@ -116,7 +116,7 @@ def build_definitions(
             "clock": dg.ResourceDefinition.hardcoded_resource(Clock(now), "The time of the run."),
             "hand_over": hand_over_resource,
             "renewals_hand_over": renewals_hand_over,
-            # Slices are handed over in memory: nothing of a run's data stays on a disk (docs/decisions/0002).
+            # Slices are handed over in memory: no data of a run stays on a disk (docs/decisions/0002).
             "io_manager": dg.mem_io_manager,
         },
     )

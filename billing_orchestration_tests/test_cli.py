@@ -483,7 +483,7 @@ def test_an_entry_is_listed_shown_and_resolved_from_the_terminal(
     sandbox.provider.add_payment(id="paid", amount="299.00", metadata=metadata)
 
     assert "payment paid: test_payment: a test" in run("quarantine", "list").stdout
-    assert "--accept: grants all the same" in run("quarantine", "show", "1").stdout
+    assert "--accept: grants it anyway" in run("quarantine", "show", "1").stdout
     resolved = run("quarantine", "resolve", "1", "--accept", "--reason", "our own card", "--by", "vera")
     assert (resolved.returncode, resolved.stderr) == (0, "")
     assert "payment paid (299.00 RUB) is granted: subscription 1" in resolved.stdout

@@ -70,7 +70,7 @@ def _ask(connect: Connect, ids: Sequence[str]) -> _ProviderSide:
         return side
     asked = list(ids)[-_MOST_ASKED:]
     if len(asked) < len(ids):
-        side.gaps.append(f"{len(ids) - len(asked)} of {len(ids)} payments were not asked for at the provider")
+        side.gaps.append(f"{len(ids) - len(asked)} of {len(ids)} payments were not looked up at the provider")
     provider = connect()
     try:
         for payment_id in asked:

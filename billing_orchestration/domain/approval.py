@@ -1,7 +1,7 @@
 """Approval: a run bound to the plan that a dry run has shown.
 
-A plan is its changes, each told in one line that holds everything which must not differ between preview and approval
-(the attempt and its body, the payment and its amount). The plan's hash is the hash of these lines in any order.
+A plan is its changes, each one line with everything that must not differ between preview and approval (the attempt and
+its body, the payment and its amount). The plan's hash is the hash of these lines in any order.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ def fingerprint(line: str) -> str:
 
 
 def plan_hash(fingerprints: Iterable[str]) -> str:
-    """The name of a plan: equal for equal changes, in whatever order they were found."""
+    """The name of a plan: equal for equal changes, in any order."""
     return hashlib.sha256("\n".join(sorted(fingerprints)).encode()).hexdigest()[:16]
 
 
 def allowed(
     fingerprints: Collection[str], approved_hash: str, previewed: Collection[str] | None
 ) -> frozenset[str] | None:
-    """Which of these changes were approved. None: that cannot be told, so nothing may be applied.
+    """Which of these changes were approved. None: unknown, so nothing may be applied.
 
     All of them when the plan is the approved one; else those that the preview showed (`previewed`, if it is known).
     """

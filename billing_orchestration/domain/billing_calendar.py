@@ -81,9 +81,9 @@ class BillingCalendar:
     def next_end(self, started_at: datetime | None, ended_at: datetime, period: Period) -> datetime:
         """The end of the period that begins at `ended_at`, for a subscription that began at `started_at`.
 
-        The anchor is `started_at`'s day of month when `ended_at` is its clamped anniversary, else `ended_at`'s own
-        (SPEC 4): 31 January -> 28 February -> 31 March, but a subscription that support moved to the 12th stays there.
-        Raises UnusablePeriod when any of it lies outside the calendar.
+        The anchor is `started_at`'s day of month when `ended_at` is its clamped anniversary, else `ended_at`'s own: 31
+        January -> 28 February -> 31 March, but a subscription that support moved to the 12th stays there. Raises
+        UnusablePeriod when any of it lies outside the calendar.
         """
         return self.add_period(ended_at, period, self._anchor_day(started_at, ended_at))
 

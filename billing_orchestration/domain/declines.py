@@ -1,4 +1,4 @@
-"""What a decline means for the next try. The reasons are the provider's words, the classes are ours (YOOKASSA.md)."""
+"""What a decline means for the next try. The reasons are the provider's words, the classes are ours."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ MOST_TRIES_OF_UNCLEAR_DECLINES = 3
 
 
 def classify(reason: str | None) -> str:
-    """The class of a cancellation reason. A word that is not known is retried a few times, never taken for hard."""
+    """The class of a cancellation reason. An unknown reason is retried a few times, never taken for hard."""
     return CLASSES.get(reason or "", FEW)

@@ -1,4 +1,4 @@
-"""Matching: which succeeded provider payments the service's books lack (SPEC 4), as a diff of two slices."""
+"""Matching: which succeeded provider payments the service's books lack, as a diff of two slices."""
 
 from __future__ import annotations
 

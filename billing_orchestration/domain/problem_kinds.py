@@ -1,4 +1,4 @@
-"""What stands in the quarantine, by kind: what it means for the money, and what each resolution does about it."""
+"""The kinds of quarantine entries: what each means for the money, and what each resolution does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Kind:
 
 _ATTACH = "it pays one period of that subscription's plan"
 _NOTHING = "nothing is granted, now or later: refund it at the provider"
-_AGAIN = "settles it if what stood in the way is mended, else says what still does"
+_AGAIN = "settles it if the obstacle is gone, else says what still blocks it"
 
 # What a problem is opened as; settling decides for most of them (`settlement.Quarantine`).
 ProblemKind = Literal[
@@ -45,42 +45,40 @@ ProblemKind = Literal[
 
 KINDS: Mapping[ProblemKind, Kind] = {
     "amount_differs": Kind(
-        "paid, but not the amount or currency that was asked",
-        "grants the period; the books take the provider's true amount",
+        "paid, but in another amount or currency than asked",
+        "grants the period and books the provider's amount",
         _ATTACH,
         _NOTHING,
     ),
     "test_payment": Kind(
-        "a test payment in a live shop: no real money", "grants all the same", _ATTACH, "nothing is granted"
+        "a test payment in a live shop: no real money", "grants it anyway", _ATTACH, "nothing is granted"
     ),
     "canceled_here": Kind(
         "paid at the provider, CANCELED in our books", "the row becomes SUCCEEDED and is granted", _ATTACH, _NOTHING
     ),
     "status_unknown": Kind(
-        "paid, and its row has a status that is not known",
+        "paid, and its row has an unknown status",
         "the row becomes SUCCEEDED and is granted",
         _ATTACH,
         _NOTHING,
     ),
-    "metadata": Kind(
-        "paid, and its metadata does not say for whom, for which plan or through whom", _AGAIN, _ATTACH, _NOTHING
-    ),
+    "metadata": Kind("paid, and its metadata lacks a usable user, plan or payment provider", _AGAIN, _ATTACH, _NOTHING),
     "foreign_metadata": Kind("paid, and metadata and row name different users", _AGAIN, _ATTACH, _NOTHING),
     "no_end": Kind("paid, and the customer's active subscription has no end to extend", _AGAIN, _ATTACH, _NOTHING),
     "period": Kind("paid, and the plan has no usable period", _AGAIN, _ATTACH, _NOTHING),
     "unknown_attempt": Kind(
         "paid, and it names a renewal attempt that this database does not have: another installation's charge, or a"
         " database restored from before it",
-        "says that it still cannot be granted so",
+        "says that it still cannot be granted this way",
         _ATTACH,
-        "nothing is granted: it is the other installation's, or refunded",
+        "nothing is granted: it belongs to the other installation, or was refunded",
     ),
     "subscription_gone": Kind(
         "a renewal was paid, and its subscription is gone or has no end", _AGAIN, _ATTACH, _NOTHING
     ),
     "unclear_grant": Kind(
         "a renewal was paid and the service wrote its row, but another payment was granted to the subscription"
-        " meanwhile: whether this one was, too, is not known",
+        " meanwhile: it is unknown whether this one was granted too",
         "the service had not granted it: one more period is granted now",
         _ATTACH,
         "the service had granted it: nothing more is granted",
@@ -92,38 +90,38 @@ KINDS: Mapping[ProblemKind, Kind] = {
         "it was refunded by hand at the provider; nothing is granted",
     ),
     "unwanted_renewal": Kind(
-        "renewed and granted, while the customer had canceled or paused",
+        "renewed and granted, but the customer had canceled or paused",
         "the grant stands; nothing is changed",
         "",
         "it was refunded by hand; the grant stands, change the subscription in the service if it should not",
     ),
     "spent_period": Kind(
-        "a customer paid for a subscription that was long over: by the rule it was extended from its old end, to a day"
-        " that had passed when they paid",
+        "a customer paid for a subscription that had ended long ago: by the rule it was extended from its old end, to a"
+        " day already past when they paid",
         "the grant stands; nothing is changed",
         "",
         "the grant stands; its end was moved in the service, or the payment was refunded by hand",
     ),
     "unreadable": Kind(
-        "a record of the provider that this version cannot read; whether it is money is not known",
+        "a provider record that this version cannot read; it may be money",
         _AGAIN,
         _ATTACH,
-        "it is left for ever, also if it becomes readable",
+        "it is left for ever, even if it becomes readable",
     ),
     "not_writable": Kind(
         "the database refuses to write it, and would again: a constraint or trigger of the service's, or a bad value",
-        "of a payment: tries once more, now. Of a row: it was mended, and is told again if not",
+        "of a payment: tries again now. Of a row: it was fixed; alerts again if not",
         "of a payment: " + _ATTACH,
-        "of a payment: nothing is granted. Of a row: it is never told of again",
+        "of a payment: nothing is granted. Of a row: it never alerts again",
     ),
     "rejected": Kind(
         "the provider refuses this charge as it is (no money moved): the saved method or the shop's rights",
-        "it was mended; told again if not",
+        "it was fixed; alerts again if not",
         "",
-        "it is never told of again; the customer is not renewed",
+        "it never alerts again; the customer is not renewed",
     ),
     "gap": Kind(
-        "hours that no matching run has covered: payments of them may be paid and not granted",
+        "hours that no matching run covered: payments in them may be paid and not granted",
         "the hours were backfilled",
         "",
         "they are left as they are",

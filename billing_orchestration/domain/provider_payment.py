@@ -1,4 +1,4 @@
-"""A payment as the provider tells it, after its JSON was checked: the only form in which rules meet one."""
+"""A payment as the provider reports it, after its JSON was checked: the only form that rules see."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Claims(NamedTuple):
 
 
 def _read_name(value: object) -> str | None:
-    # U+FFFD stands where the provider sent what is no text (NUL, half a pair): a name with it names nobody.
+    # U+FFFD stands for what is not text (NUL, half a surrogate pair): a name with it names nobody.
     return value if isinstance(value, str) and value.strip() and "\ufffd" not in value else None
 
 

@@ -27,10 +27,10 @@ class PastRun:
 def retention(
     runs_newest_first: Iterable[PastRun], as_of: datetime, keep_days: int, keep_changed_days: int
 ) -> Iterator[tuple[PastRun, str]]:
-    """Tell for each run whether it goes (GOES), or why it stays.
+    """For each run, whether it goes (GOES) or why it stays.
 
     After `keep_days` a run stays only if it changed something, or if it is the last one of its partition, so that the
-    grid still tells what was covered. After `keep_changed_days` every run goes.
+    grid still shows what was covered. After `keep_changed_days` every run goes.
     """
     marked: set[tuple[str, str]] = set()
     for run in runs_newest_first:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
-# The window of a matching run (SPEC 4), and how far one that follows an outage reaches back.
+# The window of a matching run, and how far one that follows an outage reaches back.
 MATCHING_WINDOW = timedelta(hours=1)
 LONGEST_CATCH_UP = timedelta(days=7)
 # How much of what was covered already is covered again: a run leaves the youngest payments to the service's webhook,
@@ -110,7 +110,7 @@ def over_limit(changes: int, max_changes: int | None) -> str | None:
 
 
 def covering_window(scope: RunScope, watermark: datetime | None) -> Window:
-    """The window of a matching run: an hour, or back to the last covered instant when that is longer ago (SPEC 4).
+    """The window of a matching run: an hour, or back to the last covered instant when that is longer ago.
 
     "Back to" always includes the overlap: without it, a payment that the last run left to the webhook would be lost
     when the next run comes just an hour later.

@@ -30,7 +30,7 @@ def bind(
     """The changes that may be applied, and the refusal of each that may not.
 
     `changes`: (line, change) for each; `shown`: the report's decision by line. A dry run's hash, and how to approve
-    it, are attached to the run. Raises dg.Failure when a plan was approved and cannot be told from this one.
+    it, are attached to the run. Raises dg.Failure when a plan was approved that cannot be compared with this one.
     """
     if not scope.dry_run and scope.approved_plan is None:
         return [change for _, change in changes], []

@@ -2,7 +2,7 @@
 
 Daily at 06:00. The matching jobs alone make 1,440 runs a day, and this version of Dagster keeps each of them until
 somebody deletes it. It touches Dagster's own database only, through Dagster's API; of the billing database it reads
-the audit trail, which tells what a run has changed even if the run was killed. Harmless to repeat.
+the audit trail, which shows what a run has changed even if the run was killed. Harmless to repeat.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ MAX_RUNTIME_S = 2 * 3600
 # Records of one query: they hold each run's whole config and tags.
 _BATCH = 500
 _PROGRESS_EVERY = 1000
-# What a run has written bears the time of its own machine, the run that of the run history's.
+# Events are stamped by the worker, runs by the database.
 _CLOCKS_DIFFER_BY = timedelta(days=1)
 _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 
@@ -36,7 +36,7 @@ class RunHistoryConfig(dg.Config):
     max_runs: int = Field(
         default=20_000,
         ge=1,
-        description="Delete so many runs at most; the next day's run goes on. A run takes some 30 ms.",
+        description="Delete at most this many runs; the next day's run continues. Each takes some 30 ms.",
     )
 
 
@@ -105,7 +105,7 @@ def _past_runs(instance: dg.DagsterInstance, before: datetime) -> Iterator[PastR
         cursor = records[-1].dagster_run.run_id
         for record in records:
             dagster_run = record.dagster_run
-            # Another code location may share the run history: its runs are none of our business.
+            # Another code location may share the run history: its runs are not ours.
             if SINGLETON_TAG in dagster_run.tags:
                 yield PastRun(
                     run_id=dagster_run.run_id,

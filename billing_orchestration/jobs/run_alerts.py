@@ -1,4 +1,4 @@
-"""A failed run alerts: what happened, what was not done with the money, what to do, a link. Once per problem.
+"""A failed run alerts: what happened, whose money it concerns, what to do, a link. Once per problem.
 
 A problem is a job and its failure's code. It alerts once, and again after the job has succeeded in between; one that
 comes and goes alerts twice and then once an hour. Which runs have alerted is written on the runs themselves (tags), so
@@ -34,27 +34,27 @@ class Consequence:
 
 
 _MATCHING = Consequence(
-    "customers may have paid and not got it yet. Nothing is lost: the next tick that succeeds covers all of it.",
-    "if no tick has been green for ten minutes, mend what the first line names.",
+    "customers may have paid without access yet. Nothing is lost: the next tick that succeeds covers all of it.",
+    "if no tick has been green for ten minutes, fix what the first line names.",
 )
 CONSEQUENCES: Mapping[str, Consequence] = {
     "autopayment_job": Consequence(
         "some due subscriptions were not renewed, and the outcome of charges under way may be unknown. Nobody is"
         " charged twice: unfinished attempts keep their keys.",
-        "mend what the first line names and launch the job again today; it goes on where it stopped.",
+        "fix what the first line names and launch the job again today; it goes on where it stopped.",
     ),
     "expire_payments_job": Consequence(
         "nothing was charged or granted wrongly; payments that could not be asked about stay PENDING.",
-        "nothing today; if it is red again tomorrow, mend what the first line names.",
+        "nothing today; if it is red again tomorrow, fix what the first line names.",
     ),
     "expire_subscriptions_job": Consequence(
         "no money moved; subscriptions that are over may still be ACTIVE.",
-        "mend what the first line names and launch the job again.",
+        "fix what the first line names and launch the job again.",
     ),
     "matching_pending_payments_job": _MATCHING,
     "matching_successful_payments_job": _MATCHING,
 }
-_OTHER = Consequence("no money is handled by this job.", "mend what the first line names.")
+_OTHER = Consequence("none: this job handles no money.", "fix what the first line names.")
 # What to do about these is the same for every job.
 _DO: Mapping[str, str] = {
     FailureCode.TOO_MANY_CHANGES: "nothing was applied: look at a dry run; if it is right, approve its plan.",
@@ -66,9 +66,9 @@ class Told(Enum):
     """What became of the alert about a failed run, in words for the sensor's page."""
 
     SENT = "sent"
-    NOBODY_LISTENS = "ALERT_URLS is not set: nobody is told"
+    NOBODY_LISTENS = "ALERT_URLS is not set: nobody is alerted"
     BEFORE = "alerted already, and the job has not succeeded since"
-    NOT_DELIVERED = "the alert could not be delivered; it is tried again"
+    NOT_DELIVERED = "the alert could not be delivered; it is sent again later"
 
 
 def alert_of(run: dg.DagsterRun, failure: RunFailure, alerts: Alerts) -> Alert:
@@ -100,7 +100,7 @@ def tell(instance: dg.DagsterInstance, run: dg.DagsterRun, alerts: Alerts) -> To
 
 
 def tell_what_was_not_sent(instance: dg.DagsterInstance, alerts: Alerts) -> int:
-    """Try the undelivered alerts again; return how many were sent."""
+    """Send the undelivered alerts again; return how many were sent."""
     sent = 0
     for record in instance.get_run_records(dg.RunsFilter(tags={UNSENT_TAG: "yes"}), limit=_MOST_UNSENT):
         told = tell(instance, record.dagster_run, alerts)

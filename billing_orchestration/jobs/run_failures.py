@@ -54,7 +54,7 @@ def failure_of(instance: dg.DagsterInstance, run_id: str) -> RunFailure:
     for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.RUN_FAILURE):
         if entry.dagster_event is not None and entry.dagster_event.message:
             return RunFailure(FailureCode.NO_WORDS, _first_line(entry.dagster_event.message))
-    return RunFailure(FailureCode.NO_WORDS, "the run failed without a word: its process may have been killed")
+    return RunFailure(FailureCode.NO_WORDS, "the run failed without a message: its process may have been killed")
 
 
 def _first_line(text: str) -> str:

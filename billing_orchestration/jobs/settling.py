@@ -1,7 +1,7 @@
-"""Driving the settling function over many payments: batches first, one at a time where a batch will not go.
+"""Settle many payments: in batches first, one by one where a batch fails.
 
 One poisoned payment never stops the others: a batch that fails is settled payment by payment; what the database
-refuses for good goes to quarantine, what it was too busy for is named for another try.
+refuses for good goes to quarantine, what it was too busy for must be retried.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ BATCH_SIZE = 200
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A payment that could not be settled. `for_good`: the database refuses it, so another try would not help."""
+    """A payment that could not be settled. `for_good`: the database refuses it, so a retry would not help."""
 
     payment: ProviderPayment
     reason: str
@@ -145,7 +145,7 @@ _VERBS = {"created": Action.CREATE, "extended": Action.EXTEND, "renewed": Action
 
 
 def open_all(database: BillingDatabase, stamp: Stamp, problems: Sequence[Problem]) -> int:
-    """Put problems into the quarantine in a transaction of their own; give back how many are new."""
+    """Put problems into the quarantine in a transaction of their own; return how many are new."""
     if not problems:
         return 0
     with database.begin() as connection:
@@ -173,7 +173,7 @@ def unusable_problems(unusable: Sequence[UnusablePayment]) -> list[Problem]:
 def report_unusable(
     report: RunReport, unusable: Sequence[UnusablePayment], *, database: BillingDatabase, stamp: Stamp, dry_run: bool
 ) -> None:
-    """Quarantine odd items and tell of them."""
+    """Quarantine odd items and report them."""
     problems = unusable_problems(unusable)
     report.quarantined += len(problems)
     report.decisions.extend(

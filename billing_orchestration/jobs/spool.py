@@ -55,7 +55,7 @@ class Spool(Generic[Item]):
     """Pages of items, in the order in which they were added; to be read any number of times once all are in.
 
     A large one goes to a temporary file without a name: it is this process's alone, and gone with it, however that
-    ends. So nothing of a run's data stays on a disk (docs/decisions/0002).
+    ends. So no data of a run stays on a disk (docs/decisions/0002).
     """
 
     def __init__(self) -> None:
@@ -81,5 +81,5 @@ class Spool(Generic[Item]):
             yield list(page)
 
     def close(self) -> None:
-        """Give the memory or the file back."""
+        """Release the memory or the file."""
         self._file.close()

@@ -374,7 +374,7 @@ def test_a_failed_run_alerts_once_and_its_link_leads_to_the_run(desk: Desk, ui: 
     wait_for(lambda: any(title.startswith(about) for title in desk.receiver.titles), "the alert")
     [message] = [message["message"] for message in desk.receiver.messages if message["title"].startswith(about)]
     assert "the list of payments broke off at page 1" in message
-    assert "The money: customers may have paid and not got it yet. Nothing is lost" in message
+    assert "The money: customers may have paid without access yet. Nothing is lost" in message
     [run_id] = re.findall(re.escape(desk.deployment.address) + r"/runs/([0-9a-f-]{36})", message)
     ui.open_run(run_id)
     ui.sees("RUN_FAILURE")

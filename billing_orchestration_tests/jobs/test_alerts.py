@@ -73,7 +73,7 @@ def test_a_failed_run_alerts_with_what_happened_the_money_what_to_do_and_a_link(
     [message] = told.messages
     assert message["title"] == f"{MATCHING} failed"
     assert run.failure[:60] in message["message"]
-    assert "The money: customers may have paid and not got it yet. Nothing is lost" in message["message"]
+    assert "The money: customers may have paid without access yet. Nothing is lost" in message["message"]
     assert "What to do: if no tick has been green for ten minutes" in message["message"]
     assert f"http://localhost:3000/runs/{run.run_id}" in message["message"]
 
@@ -143,7 +143,7 @@ def test_a_receiver_that_takes_nothing_fails_nothing_and_is_tried_again(
         service.settings = service.settings.model_copy(update={"alert_urls": SecretStr("nosuchservice://x")})
     run = fail(service)
 
-    assert sensor(service, run) == "the alert could not be delivered; it is tried again"
+    assert sensor(service, run) == "the alert could not be delivered; it is sent again later"
     assert service.run(MATCHING).ok
     told.status = 200
     service.settings = service.settings.model_copy(update={"alert_urls": SecretStr(told.url)})
@@ -156,7 +156,7 @@ def test_a_receiver_that_takes_nothing_fails_nothing_and_is_tried_again(
 def test_without_alert_urls_nobody_is_told_and_nothing_fails(service: Service) -> None:
     run = fail(service)
 
-    assert sensor(service, run) == "ALERT_URLS is not set: nobody is told"
+    assert sensor(service, run) == "ALERT_URLS is not set: nobody is alerted"
 
 
 def test_a_database_that_is_gone_still_alerts(service: Service, told: Receiver) -> None:
