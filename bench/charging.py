@@ -14,7 +14,9 @@ import queue
 import statistics
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
@@ -28,6 +30,7 @@ from bench.stage import Database
 
 UTC = timezone.utc
 NOW = datetime.now(UTC).replace(microsecond=0)
+_AUTHORIZATION = "Basic " + b64encode(b"100500:live_bench").decode()
 
 
 def fill(url: str, count: int) -> None:
@@ -167,62 +170,37 @@ def _numbers(wall_s: float, cpu_s: float, answered: dict[str, float], committed:
     }
 
 
+_PLANNED = """
+    INSERT INTO billing_orchestration.renewal_attempts
+        (id, subscription_id, period_start, number, state, idempotence_key, body, amount, currency, user_id, plan_id,
+         payment_provider_id, payment_method_id, planned_at, first_sent_at, last_sent_at, sends, run_id)
+    VALUES (%s, %s, %s, 1, 'PLANNED', %s, %s, %s, 'RUB', %s, 1, 1, %s, %s, %s, %s, 1, 'bench')
+"""
+_PAID = """
+    INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,
+                          external_payment_id, created_at, updated_at)
+    VALUES (%s, 1, 'BANK_CARD', 'SUCCEEDED', 'RUB', %s, %s, %s, %s)
+"""
+_EXTENDED = """
+    UPDATE subscriptions SET ended_at = ended_at + interval '1 month', updated_at = %s WHERE id = %s AND ended_at = %s
+"""
+
+
 def bare(url: str, api_url: str, concurrency: int) -> dict[str, float]:
     """The least a charge can cost: the same bytes, and three statements."""
-    from base64 import b64encode
-
     decisions = plan(url)
     work: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for decision in decisions:
         work.put(decision.attempt)
-    parts = urlsplit(api_url)
-    authorization = "Basic " + b64encode(b"100500:live_bench").decode()
     answered: dict[str, float] = {}
     committed: dict[str, float] = {}
 
     def worker() -> None:
+        parts = urlsplit(api_url)
         sender = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=40)
-        with psycopg.connect(url) as connection:
+        with psycopg.connect(url) as connection, suppress(queue.Empty):
             while True:
-                try:
-                    attempt = work.get_nowait()
-                except queue.Empty:
-                    break
-                now = datetime.now(UTC)
-                connection.execute(
-                    "INSERT INTO billing_orchestration.renewal_attempts"
-                    " (id, subscription_id, period_start, number, state, idempotence_key, body, amount, currency,"
-                    " user_id, plan_id, payment_provider_id, payment_method_id, planned_at, first_sent_at,"
-                    " last_sent_at, sends, run_id) VALUES"
-                    " (%s, %s, %s, 1, 'PLANNED', %s, %s, %s, 'RUB', %s, 1, 1, %s, %s, %s, %s, 1, 'bench')",
-                    (attempt.id, attempt.subscription_id, attempt.period_start.replace(tzinfo=None),
-                     attempt.idempotence_key, attempt.body, attempt.money.amount, attempt.user_id,
-                     attempt.payment_method_id, now, now, now),
-                )  # fmt: skip
-                connection.commit()
-                sender.request(
-                    "POST",
-                    f"{parts.path}/payments",
-                    attempt.body.encode(),
-                    {"Authorization": authorization, "Idempotence-Key": str(attempt.idempotence_key),
-                     "Content-Type": "application/json"},
-                )  # fmt: skip
-                payment = json.loads(sender.getresponse().read())
-                answered[payment["id"]] = time.monotonic()
-                now = datetime.now(UTC).replace(tzinfo=None)
-                connection.execute(
-                    "INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency,"
-                    " amount, external_payment_id, created_at, updated_at)"
-                    " VALUES (%s, 1, 'BANK_CARD', 'SUCCEEDED', 'RUB', %s, %s, %s, %s)",
-                    (attempt.subscription_id, Decimal(payment["amount"]["value"]), payment["id"], now, now),
-                )
-                connection.execute(
-                    "UPDATE subscriptions SET ended_at = ended_at + interval '1 month', updated_at = %s"
-                    " WHERE id = %s AND ended_at = %s",
-                    (now, attempt.subscription_id, attempt.period_start.replace(tzinfo=None)),
-                )
-                connection.commit()
-                committed[payment["id"]] = time.monotonic()
+                _charge_barely(connection, sender, f"{parts.path}/payments", work.get_nowait(), answered, committed)
         sender.close()
 
     threads = [threading.Thread(target=worker) for _ in range(concurrency)]
@@ -232,6 +210,38 @@ def bare(url: str, api_url: str, concurrency: int) -> dict[str, float]:
     for thread in threads:
         thread.join()
     return _numbers(time.monotonic() - began, time.process_time() - cpu, answered, committed)
+
+
+def _charge_barely(
+    connection: psycopg.Connection[Any],
+    sender: http.client.HTTPConnection,
+    path: str,
+    attempt: Any,
+    answered: dict[str, float],
+    committed: dict[str, float],
+) -> None:
+    """One charge. `answered` and `committed` take the instants by the payment's id."""
+    now, start = datetime.now(UTC), attempt.period_start.replace(tzinfo=None)
+    connection.execute(
+        _PLANNED,
+        (attempt.id, attempt.subscription_id, start, attempt.idempotence_key, attempt.body, attempt.money.amount,
+         attempt.user_id, attempt.payment_method_id, now, now, now),
+    )  # fmt: skip
+    connection.commit()
+    headers = {
+        "Authorization": _AUTHORIZATION,
+        "Idempotence-Key": str(attempt.idempotence_key),
+        "Content-Type": "application/json",
+    }
+    sender.request("POST", path, attempt.body.encode(), headers)
+    payment = json.loads(sender.getresponse().read())
+    answered[payment["id"]] = time.monotonic()
+    now = datetime.now(UTC).replace(tzinfo=None)
+    amount = Decimal(payment["amount"]["value"])
+    connection.execute(_PAID, (attempt.subscription_id, amount, payment["id"], now, now))
+    connection.execute(_EXTENDED, (now, attempt.subscription_id, start))
+    connection.commit()
+    committed[payment["id"]] = time.monotonic()
 
 
 def measure(server: Database, rounds: int, count: int, concurrency: int) -> tuple[dict[str, list[Round]], list[Row]]:

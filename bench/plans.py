@@ -10,7 +10,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from bench import matching
 from bench.provider import payment_id
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.engine import create_engine
@@ -50,12 +49,12 @@ def explained(url: str) -> Iterator[tuple[sa.Connection, list[str]]]:
         engine.dispose()
 
 
-def of_matching(url: str, count: int) -> list[str]:
-    """The plans of a matching run of `count` payments (see `matching.fill`)."""
+def of_matching(url: str, start: datetime, count: int) -> list[str]:
+    """The plans of a matching run over the hour from `start`, in which `count` payments succeeded."""
     ids = [payment_id(number) for number in range(count)]
 
     def work(connection: sa.Connection) -> None:
-        fetch_pending(connection, matching.START, matching.START + timedelta(hours=1), ids)
+        fetch_pending(connection, start, start + timedelta(hours=1), ids)
         fetch_rows(connection, ids)
         fetch_settled(connection, ids)
 

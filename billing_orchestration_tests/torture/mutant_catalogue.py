@@ -6,7 +6,27 @@ engineer would try next. The tests of a mutant are chosen narrowly: those whose 
 
 from __future__ import annotations
 
-from billing_orchestration_tests.torture.mutants import Edit, Mutant
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Edit:
+    """`old`, which `file` of the package holds exactly once, becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault with its name, the rule that it breaks, and where the suite should notice (pytest's node ids)."""
+
+    name: str
+    rule: str
+    edits: tuple[Edit, ...]
+    tests: tuple[str, ...]
+
 
 _ANSWERS = "domain/answers.py"
 _ATTEMPT = "domain/attempts.py"

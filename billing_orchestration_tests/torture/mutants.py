@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from billing_orchestration_tests.fixtures.postgres import BORROWED, start_server
+from billing_orchestration_tests.torture.mutant_catalogue import ALL, Edit, Mutant
 from billing_orchestration_tests.torture.mutant_runner import ASSERTION, ERROR, PASSED
 
 ROOT = Path(__file__).parents[2]
@@ -44,25 +45,6 @@ AT_A_TIME = 2
 
 class DoesNotFit(Exception):
     """A replacement that the source does not hold exactly once, or that is no Python."""
-
-
-@dataclass(frozen=True)
-class Edit:
-    """`old`, which `file` of the package holds exactly once, becomes `new`."""
-
-    file: str
-    old: str
-    new: str
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A fault with its name, the rule that it breaks, and where the suite should notice (pytest's node ids)."""
-
-    name: str
-    rule: str
-    edits: tuple[Edit, ...]
-    tests: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -208,8 +190,6 @@ def markdown(mutants: Sequence[Mutant]) -> str:
 
 def main() -> None:
     """The command line."""
-    from billing_orchestration_tests.torture.mutant_catalogue import ALL
-
     parser = argparse.ArgumentParser(description="Put known faults into the code, and see the suite notice.")
     parser.add_argument("mutant", nargs="*", help="the names in the table")
     parser.add_argument("--markdown", action="store_true", help="only print the table of docs/mutants.md")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from billing_orchestration_tests.fixtures.postgres import Server
-from billing_orchestration_tests.torture.mutant_catalogue import ALL, PROMISED
+from billing_orchestration_tests.torture.mutant_catalogue import ALL, PROMISED, Edit, Mutant
 from billing_orchestration_tests.torture.mutants import (
     BROKEN,
     KILLED,
@@ -17,8 +17,6 @@ from billing_orchestration_tests.torture.mutants import (
     SURVIVED,
     TESTS,
     DoesNotFit,
-    Edit,
-    Mutant,
     attempt,
     attempt_all,
     edited,
