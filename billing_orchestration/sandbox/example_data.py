@@ -29,7 +29,8 @@ from billing_orchestration.database.tables import (
 )
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.renewals import DueSubscription, plan_attempt
-from billing_orchestration.sandbox.provider.records import iso, new_payment_id
+from billing_orchestration.sandbox.provider.clock import iso
+from billing_orchestration.sandbox.provider.records import new_payment_id
 
 PENDING_JOB = "matching_pending_payments_job"
 SUCCESSFUL_JOB = "matching_successful_payments_job"

@@ -16,7 +16,8 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
-from billing_orchestration.sandbox.provider.server import ReceivedRequest, Sandbox
+from billing_orchestration.sandbox.provider.api import ReceivedRequest
+from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.settings import Settings
 from billing_orchestration.threads import threads_made_by
 from billing_orchestration_tests.books import NOON

@@ -16,7 +16,7 @@ import pytest
 import urllib3
 
 from billing_orchestration.sandbox.provider.account import SandboxProvider
-from billing_orchestration.sandbox.provider.records import SandboxClock
+from billing_orchestration.sandbox.provider.clock import SandboxClock
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.sandbox.bare_client import BareClient, charge
 

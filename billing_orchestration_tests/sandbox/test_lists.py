@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from billing_orchestration.sandbox.provider.records import SandboxClock, iso
+from billing_orchestration.sandbox.provider.clock import SandboxClock, iso
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.sandbox.bare_client import BareClient, charge
 

@@ -37,8 +37,10 @@ from typing import Any
 
 import dagster as dg
 
+from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.sandbox.provider.records import Outcome as Scripted
-from billing_orchestration.sandbox.provider.records import Switches
+from billing_orchestration.sandbox.provider.server import Sandbox, running_sandbox
+from billing_orchestration.sandbox.provider.switches import Switches
 from billing_orchestration_tests.torture.simulation_oracle import DAY, end_of_next_period, naive
 from billing_orchestration_tests.torture.simulation_runner import Outcome
 from billing_orchestration_tests.torture.simulation_service import Busy
@@ -139,7 +141,7 @@ def draw_traits(seed: int) -> Traits:
 class Simulation:
     """One seed's story. `play` is the whole of it."""
 
-    def __init__(self, url: str, seed: int, *, api_url: str | None = None, traits: Traits | None = None) -> None:
+    def __init__(self, url: str, seed: int, *, served: Sandbox | None = None, traits: Traits | None = None) -> None:
         from dataclasses import replace
 
         self.seed = seed
@@ -149,7 +151,7 @@ class Simulation:
         # Many starts near a month's end, some near a change of clocks; 60 days see two ends of months at least.
         first = date(2026, 1, 1) + self.random.choice((20, 29, 30, 31, 45, 57, 80, 150, 240, 290)) * DAY
         start = datetime(first.year, first.month, first.day, 1, tzinfo=UTC) + self.random.randint(0, 1380) * MINUTE
-        self.world = World(url, seed, start, traits, api_url=api_url)
+        self.world = World(url, seed, start, traits, served=served)
         self._agenda: list[tuple[datetime, int, str, Callable[[], None]]] = []
         self._order = itertools.count()
         self._numbers = itertools.count(1)
@@ -160,7 +162,7 @@ class Simulation:
         self._ticks: set[datetime] = set()
         self._tick_again_at = start
         self._charges_seen_until = start
-        self._watched: set[tuple[str, int]] = set()
+        self._watched: set[tuple[str, datetime]] = set()
         self._keys_watched: set[Any] = set()
         self.plans: list[int] = []
         self.methods: dict[str, list[str]] = {}
@@ -679,8 +681,8 @@ class Simulation:
             if payment.status == "succeeded":
                 self._webhooks(payment.id)
         self._charges_seen_until = max(self._charges_seen_until, self.world.provider_now())
-        for due, _, payment_id, result in list(self.world.provider._state.agenda):
-            when = datetime.fromtimestamp(due / 1000, UTC) - self.world.traits.provider_skew
+        for due, payment_id, result in self.world.provider.agenda():
+            when = due - self.world.traits.provider_skew
             if result.kind == "succeeded" and (payment_id, due) not in self._watched:
                 self._watched.add((payment_id, due))
                 self.at(
@@ -937,10 +939,9 @@ def play_seed(
         admin.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
         url = _with_database(admin_url, name)
         try:
-            with _served(seed) as (api_url, attach):
-                simulation = Simulation(url, seed, api_url=api_url, traits=traits)
+            with _served(seed) as served:
+                simulation = Simulation(url, seed, served=served, traits=traits)
                 try:
-                    attach(simulation.world.provider)
                     simulation.world.live = live
                     simulation.play(days)
                     world = simulation.world
@@ -961,19 +962,13 @@ def _with_database(url: str, name: str) -> str:
 
 
 @contextmanager
-def _served(seed: int) -> Iterator[tuple[str | None, Callable[[Any], None]]]:
+def _served(seed: int) -> Iterator[Sandbox | None]:
     """The sandbox over HTTP for every tenth seed; otherwise it is called in process."""
     if seed % 10:
-        yield None, lambda _: None
+        yield None
         return
-    from billing_orchestration.sandbox.provider.server import running_sandbox
-
-    with running_sandbox() as sandbox:
-
-        def attach(provider: Any) -> None:
-            sandbox.provider = sandbox.api.provider = provider
-
-        yield sandbox.url, attach
+    with running_sandbox(SandboxProvider(seed=seed)) as sandbox:
+        yield sandbox
 
 
 @contextmanager

@@ -28,7 +28,8 @@ from sqlalchemy import event
 from billing_orchestration.definitions import build_definitions
 from billing_orchestration.resources import BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
 from billing_orchestration.sandbox.provider.account import SandboxProvider
-from billing_orchestration.sandbox.provider.records import Switches
+from billing_orchestration.sandbox.provider.server import Sandbox
+from billing_orchestration.sandbox.provider.switches import Switches
 from billing_orchestration.settings import Settings
 from billing_orchestration.threads import threads_made_by
 from billing_orchestration_tests.torture.simulation_oracle import Journal, Oracle, Rules
@@ -239,7 +240,7 @@ class Traits:
 class World:
     """The installation. `now` is our own clock; the provider's and the service's differ by their skew."""
 
-    def __init__(self, url: str, seed: int, start: datetime, traits: Traits, *, api_url: str | None = None) -> None:
+    def __init__(self, url: str, seed: int, start: datetime, traits: Traits, *, served: Sandbox | None = None) -> None:
         self.now = start
         self.seed = seed
         self.traits = traits
@@ -250,13 +251,14 @@ class World:
             billing_database_url=url,
             yookassa_shop_id="100500",
             yookassa_secret_key="test_sandbox",
-            yookassa_api_url=api_url or "http://127.0.0.1:9/v3",
+            yookassa_api_url=served.url if served else "http://127.0.0.1:9/v3",
             billing_timezone=traits.zone,
             subscription_grace_days=traits.grace_days,
             pending_payment_ttl_days=traits.ttl_days,
         )
-        self.provider = SandboxProvider(clock=self.provider_now, switches=traits.switches, seed=seed)
-        self.over_http = api_url is not None
+        self.provider = served.provider if served else SandboxProvider(seed=seed)
+        self.provider.clock, self.provider.switches = self.provider_now, traits.switches
+        self.over_http = served is not None
         self.journal = Journal()
         self.connection = psycopg.connect(url, autocommit=True, options=_SERVICE_OPTIONS)
         self.oracle = Oracle(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,7 @@ def test_a_tick_comes_for_what_a_run_within_a_run_left_pending(postgres_server: 
             world.now += 40 * DAY
             for _ in range(40):
                 played._another_run()
-            ends = [
-                datetime.fromtimestamp(due / 1000, timezone.utc)
-                for due, _, _, result in world.provider._state.agenda
-                if result.kind == "succeeded"
-            ]
+            ends = [due for due, _, result in world.provider.agenda() if result.kind == "succeeded"]
             assert ends
             agenda = {when for when, _, what, _ in played._agenda if what.endswith("succeeds")}
             assert agenda == {end + timedelta(seconds=1) for end in ends}

@@ -1,67 +1,43 @@
-"""The payment provider on a laptop: its rules and its books, without HTTP (that is `server`).
+"""The payment provider on a laptop: a shop's account there, without HTTP (that is `server`).
 
-It keeps what the real one keeps: payments, saved payment methods, the answers given under each idempotence key for
-24 hours. And it keeps a ledger of every movement of money, append-only, which no client can talk it out of: tests and
-the demo ask the ledger who was charged, not the billing database.
+It keeps what the real one keeps: payments, saved payment methods, and the answer to each idempotence key for 24 hours.
+It also keeps an append-only ledger of every movement of money, which no client can change. Tests and the demo ask the
+ledger who was charged, not the billing database.
 
-Thread-safe: one lock, every public method takes it. Time is the clock it is given; whatever was to happen by now
-(a pending payment that settles, a hold that runs out) has happened before any question is answered.
+Thread-safe: one lock, which every public method takes. Time is the clock it is given. Whatever is due by now (a pending
+payment that settles, a hold that runs out) has happened before any question is answered.
 """
 
 from __future__ import annotations
 
-import heapq
 import json
 import random
 import threading
-from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from billing_orchestration.sandbox.provider import charging, history
+from billing_orchestration.sandbox.provider.answers import Answer, Refused
+from billing_orchestration.sandbox.provider.clock import SandboxClock, aware_utc, from_milliseconds
+from billing_orchestration.sandbox.provider.list_requests import Cursor, list_request
+from billing_orchestration.sandbox.provider.payment_books import PaymentBooks
+from billing_orchestration.sandbox.provider.payment_list import place
 from billing_orchestration.sandbox.provider.records import (
-    CONFIRM_WITHIN_DEFAULT_S,
-    CONFIRM_WITHIN_S,
-    HOLD_DAYS,
-    METHOD_TYPES,
-    Answer,
     LedgerEntry,
     Outcome,
     OutcomeLike,
     Payment,
-    SandboxClock,
     SavedMethod,
-    Switches,
-    aware_utc,
-    from_milliseconds,
-    milliseconds,
     money,
-    new_payment_id,
-    outcome,
 )
-from billing_orchestration.sandbox.provider.requests import (
-    ChargeRequest,
-    Cursor,
-    ListRequest,
-    Refused,
-    charge_request,
-    idempotence_key,
-    invalid,
-    list_request,
-    parse_body,
-)
-from billing_orchestration.sandbox.provider.state import IdempotenceRecord, ProviderState, read_state, write_state
+from billing_orchestration.sandbox.provider.state import ProviderState, read_state, write_state
+from billing_orchestration.sandbox.provider.switches import Switches
 
 SHOP_ID = "100500"
 SECRET_KEY = "test_sandbox"  # noqa: S105 - the sandbox has no secrets
-KEY_LIFETIME = timedelta(hours=24)
-# The list reaches back three years.
-HISTORY = timedelta(days=3 * 365)
-# (position in milliseconds, sequence, payment): sequences are unique, so payments themselves are never compared.
-_Index = list[tuple[int, int, Payment]]
 
 
 class SandboxProvider:
@@ -82,38 +58,23 @@ class SandboxProvider:
         self.switches = switches or Switches()
         self._seed = seed
         self._lock = threading.RLock()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._random = random.Random(self._seed) if self._seed is not None else random.Random()
-        self._know(ProviderState())
-
-    def _know(self, state: ProviderState) -> None:
-        """Take a state over and build the two sorted indexes that lists are read from."""
-        self._state = state
-        created = ((milliseconds(p.created_at), p.sequence, p) for p in state.payments.values())
-        captured = (
-            (milliseconds(p.captured_at), p.sequence, p) for p in state.payments.values() if p.captured_at is not None
-        )
-        self._by_created: _Index = sorted(created, key=_place)
-        self._by_captured: _Index = sorted(captured, key=_place)
-        self._captured_version = 0
-        self._candidates: tuple[tuple[int, int, int], _Index] | None = None
+        self.reset()
 
     def reset(self) -> None:
         """Forget every payment, method, key and ledger entry. Credentials, clock and switches stay."""
         with self._lock:
-            self._clear()
+            self._random = random.Random(self._seed)
+            self._books = PaymentBooks(ProviderState(), self._random)
 
     def save(self, path: Path) -> None:
         """Write payments, methods, keys and ledger to a file."""
         with self._lock:
-            write_state(self._state, path)
+            write_state(self._books.state, path)
 
     def load(self, path: Path) -> None:
         """Take over what `save` wrote, in place of what is known."""
         with self._lock:
-            self._know(read_state(path))
+            self._books = PaymentBooks(read_state(path), self._random)
 
     @property
     def is_test_shop(self) -> bool:
@@ -122,15 +83,9 @@ class SandboxProvider:
 
     # ------------------------------------------------------------------ the API: what a client of the provider sees
 
-    def check_credentials(self, shop_id: str, secret_key: str) -> Answer | None:
-        """None when they are right, else the 401."""
-        if (shop_id, secret_key) == (self.shop_id, self.secret_key):
-            return None
-        return Refused(
-            401,
-            "invalid_credentials",
-            "Error in shopId or secret key. Check their validity. You can reissue the key in the Merchant Profile",
-        ).answer()
+    def is_authorised(self, shop_id: str, secret_key: str) -> bool:
+        """Whether these are the shop's credentials."""
+        return (shop_id, secret_key) == (self.shop_id, self.secret_key)
 
     def create_payment(self, body: bytes, key: str | None) -> Answer:
         """POST /payments. Moves money (a ledger entry) when the method's script says `succeeded` and capture is asked.
@@ -140,34 +95,13 @@ class SandboxProvider:
         """
         with self._lock:
             now = self._catch_up()
-            try:
-                key = idempotence_key(key)
-                parsed = parse_body(body)
-            except Refused as refused:
-                return refused.answer()
-            canonical = json.dumps(parsed, sort_keys=True)
-            record = self._state.keys.get(key)
-            if record is not None and now - record.first_at < KEY_LIFETIME:
-                if record.body != canonical:
-                    return invalid("Idempotence key duplicated", "Idempotence-Key").answer()
-                if self.switches.replay == "current" and record.payment_id is not None:
-                    return Answer(200, self._state.payments[record.payment_id].json())
-                return record.answer
-            payment_id = None
-            try:
-                payment = self._charge(charge_request(parsed, self.switches), key, now)
-                payment_id, answer = payment.id, Answer(200, payment.json())
-            except Refused as refused:
-                answer = refused.answer()
-            if payment_id is not None or self.switches.remember_errors:
-                self._state.keys[key] = IdempotenceRecord(canonical, now, answer, payment_id)
-            return answer
+            return charging.create_payment(self._books, body, key, now, self.switches, self._shop)
 
     def get_payment(self, payment_id: str) -> Answer:
         """GET /payments/{id}."""
         with self._lock:
             self._catch_up()
-            payment = self._state.payments.get(payment_id)
+            payment = self._books.state.payments.get(payment_id)
             if payment is None:
                 return Refused(
                     404, "not_found", "Incorrect payment_id. Payment doesn't exist or access denied", "payment_id"
@@ -182,11 +116,10 @@ class SandboxProvider:
                 request = list_request(query, self.switches)
             except Refused as refused:
                 return refused.answer()
-            page, more = self._page(request, now)
+            page, more = self._books.list.page(request, now, self.switches)
             parts = [b'{"type":"list","items":[', b",".join(payment.json() for _, _, payment in page), b"]"]
             if more:
-                position, sequence, _ = page[-1]
-                cursor = Cursor(position, sequence, request.page + 1, request.filters).encode()
+                cursor = Cursor(*place(page[-1]), request.page + 1, request.filters).encode()
                 parts.append(b',"next_cursor":"' + cursor.encode() + b'"')
             parts.append(b"}")
             return Answer(200, b"".join(parts))
@@ -202,99 +135,6 @@ class SandboxProvider:
         }
         return Answer(200, json.dumps(document).encode())
 
-    def _charge(self, request: ChargeRequest, key: str, now: datetime) -> Payment:
-        if request.payment_method_id is None:
-            payment = self._new_payment(
-                now,
-                amount=request.amount,
-                currency=request.currency,
-                status="pending",
-                description=request.description,
-                metadata=request.metadata,
-                method_type=request.method_type,
-                capture=request.capture,
-                save_method=request.save_method,
-                idempotence_key=key,
-            )
-            payment.confirmation_url = f"https://confirmation.invalid/checkout?orderId={payment.id}"
-            self._expire_unconfirmed(payment, now)
-            return payment
-        method = self._state.methods.get(request.payment_method_id)
-        if method is None:
-            raise invalid("Payment method doesn't exist or access denied", "payment_method_id")
-        if not method.saved:
-            raise invalid("Payment method is not saved", "payment_method_id")
-        result = method.next_outcome()
-        if result.kind == "forbidden":
-            raise Refused(403, "forbidden", "You can't make recurring payments. Contact your manager")
-        if result.kind == "bad_request":
-            raise invalid("Payment method is not available for this payment", "payment_method_id")
-        payment = self._new_payment(
-            now,
-            amount=request.amount,
-            currency=request.currency,
-            status="pending",
-            description=request.description,
-            metadata=request.metadata,
-            method_type=method.type,
-            method_id=method.id,
-            method_saved=True,
-            card_last4=method.card_last4,
-            capture=request.capture,
-            idempotence_key=key,
-        )
-        if result.kind == "pending":
-            if result.then is not None:
-                due = result.at or now + timedelta(seconds=result.after_s or 0)
-                self._schedule(payment, due, replace(result, kind=result.then, then=None, after_s=None, at=None))
-        else:
-            self._apply(payment, result, now)
-        return payment
-
-    def _page(self, request: ListRequest, now: datetime) -> tuple[_Index, bool]:
-        """The page's entries and whether there are more. Positions are created_at (or captured_at, by switch)."""
-        oldest = max(request.created_from, milliseconds(now - HISTORY))
-        lag = timedelta(seconds=self.switches.list_lag_s)
-        by_captured_order = request.by_captured and self.switches.captured_order == "captured_at"
-        if by_captured_order:
-            index, low, high = self._by_captured, request.captured_from, request.captured_to
-        elif request.by_captured:
-            index, low, high = self._captured_within(request), oldest, request.created_to
-        else:
-            index, low, high = self._by_created, oldest, request.created_to
-        first = bisect_left(index, low, key=_position)
-        if request.cursor is None:
-            end = bisect_right(index, high, key=_position)
-        else:
-            end = bisect_left(index, (request.cursor.position, request.cursor.sequence), key=_place)
-        page: _Index = []
-        for at in range(end - 1, first - 1, -1):
-            entry = index[at]
-            payment = entry[2]
-            if request.status is not None and payment.status != request.status:
-                continue
-            if request.method_type is not None and payment.method_type != request.method_type:
-                continue
-            if by_captured_order and not oldest <= milliseconds(payment.created_at) <= request.created_to:
-                continue
-            if lag and now - payment.changed_at < lag:
-                continue
-            if len(page) == request.limit:
-                return page, True
-            page.append(entry)
-        return page, False
-
-    def _captured_within(self, request: ListRequest) -> _Index:
-        """Payments captured within the bounds, ascending by creation; kept for the next page of the same scan."""
-        asked = (request.captured_from, request.captured_to, self._captured_version)
-        if self._candidates is None or self._candidates[0] != asked:
-            first = bisect_left(self._by_captured, request.captured_from, key=_position)
-            end = bisect_right(self._by_captured, request.captured_to, key=_position)
-            found = [(milliseconds(p.created_at), sequence, p) for _, sequence, p in self._by_captured[first:end]]
-            found.sort(key=_place)
-            self._candidates = (asked, found)
-        return self._candidates[1]
-
     # ------------------------------------------------------- the shop's customers and its cabinet: not through the API
 
     def add_method(
@@ -307,26 +147,11 @@ class SandboxProvider:
         card_last4: str = "4444",
     ) -> SavedMethod:
         """Put a saved payment method in, or replace it. `script`: one outcome or several (see `outcome`)."""
-        given = [script] if isinstance(script, (str, Outcome, Mapping)) else list(script)
-        if not given:
-            raise ValueError("a script needs at least one outcome")
-        if method_type not in METHOD_TYPES:
-            raise ValueError(f"unknown payment method type {method_type!r}")
         with self._lock:
-            method = SavedMethod(
-                id=method_id or new_payment_id(self.clock(), self._random),
-                type=method_type,
-                saved=saved,
-                script=[outcome(item) for item in given],
-                card_last4=card_last4,
+            method_id = method_id or self._books.new_id(self.clock())
+            return history.add_method(
+                self._books, method_id, script, type=method_type, saved=saved, card_last4=card_last4
             )
-            self._state.methods[method.id] = method
-            return method
-
-    def methods(self) -> list[SavedMethod]:
-        """All saved methods."""
-        with self._lock:
-            return list(self._state.methods.values())
 
     def purchase(
         self,
@@ -343,25 +168,21 @@ class SandboxProvider:
         """A customer begins to pay: a pending payment, which runs out unless it is paid (a card's in one hour)."""
         with self._lock:
             now = self._catch_up()
-            at = aware_utc(created_at) if created_at is not None else now
-            payment = self._new_payment(
-                at,
+            return self._books.add_unconfirmed(
+                now if created_at is None else aware_utc(created_at),
                 amount=money(amount),
                 currency=currency,
-                status="pending",
                 description=description,
                 metadata=dict(metadata or {}),
                 method_type=method_type,
                 capture=capture,
                 save_method=save_method,
+                **self._shop,
             )
-            payment.confirmation_url = f"https://confirmation.invalid/checkout?orderId={payment.id}"
-            self._expire_unconfirmed(payment, at)
-            return payment
 
     def pay(self, payment_id: str, *, at: datetime | str | None = None) -> Payment:
         """The customer confirms a pending payment. The money moves, unless it is only held (`capture` was false)."""
-        return self._move(payment_id, "pending", Outcome("succeeded"), at)
+        return self._move(payment_id, {"pending"}, Outcome("succeeded"), at)
 
     def cancel(
         self,
@@ -372,14 +193,14 @@ class SandboxProvider:
         at: datetime | str | None = None,
     ) -> Payment:
         """Cancel a pending or a held payment."""
-        return self._move(payment_id, None, Outcome("canceled", reason=reason, party=party), at)
+        result = Outcome("canceled", reason=reason, party=party)
+        return self._move(payment_id, {"pending", "waiting_for_capture"}, result, at)
 
     def capture(self, payment_id: str, *, at: datetime | str | None = None) -> Payment:
         """Take the money that a payment holds."""
         with self._lock:
-            payment = self._existing(payment_id)
-            payment.capture = True
-            return self._move(payment_id, "waiting_for_capture", Outcome("succeeded"), at)
+            self._books.existing(payment_id).capture = True
+            return self._move(payment_id, {"waiting_for_capture"}, Outcome("succeeded"), at)
 
     def hold(self, amount: Decimal | str | int, **purchase: Any) -> Payment:
         """A purchase whose money is held and not taken yet (`waiting_for_capture`, for seven days)."""
@@ -393,15 +214,12 @@ class SandboxProvider:
         """Give money back, all that is left unless an amount is given. The payment stays `succeeded`."""
         with self._lock:
             now = self._catch_up()
-            payment = self._existing(payment_id)
+            payment = self._books.existing(payment_id)
             left = payment.amount - payment.refunded
             back = left if amount is None else money(amount)
             if payment.status != "succeeded" or not 0 < back <= left:
                 raise ValueError(f"{back} {payment.currency} cannot be refunded of {payment_id} ({payment.status})")
-            payment.refunded += back
-            # A refund is no change of status: the list shows it without lag.
-            payment.touch(payment.changed_at)
-            self._enter(payment, "refund", back, aware_utc(at) if at is not None else now)
+            self._books.refund(payment, back, now if at is None else aware_utc(at))
             return payment
 
     def add_payment(self, **fields: Any) -> Payment:
@@ -420,86 +238,32 @@ class SandboxProvider:
         """
         with self._lock:
             now = self._catch_up()
-            added: list[Payment] = []
-            try:
-                for fields in many:
-                    added.append(self._add(dict(fields), now))  # noqa: PERF401 - what was added before an error stays
-            finally:
-                self._by_created.sort(key=_place)
-                self._by_captured.sort(key=_place)
-                self._captured_version += 1
-            return added
-
-    def _add(self, fields: dict[str, Any], now: datetime) -> Payment:
-        status = fields.pop("status", "succeeded")
-        created_at = aware_utc(fields.pop("created_at", None) or now)
-        captured_at = fields.pop("captured_at", None)
-        if captured_at is None and status == "succeeded":
-            captured_at = created_at
-        saved = bool(fields.pop("saved", False))
-        script = fields.pop("script", None)
-        amount = money(fields.pop("amount", "990.00"))
-        refunded = money(fields.pop("refunded_amount", "0.00"))
-        payment = self._build(
-            created_at,
-            payment_id=fields.pop("id", None),
-            amount=amount,
-            currency=fields.pop("currency", "RUB"),
-            status=status,
-            description=fields.pop("description", None),
-            metadata=dict(fields.pop("metadata", None) or {}),
-            method_type=fields.pop("method_type", "bank_card"),
-            method_id=fields.pop("method_id", None),
-            method_saved=saved,
-            card_last4=fields.pop("card_last4", "4444"),
-            cancellation=fields.pop("cancellation", None),
-            override=dict(fields.pop("override", None) or {}),
-            without=tuple(fields.pop("without", ())),
-            raw=fields.pop("raw", None),
-            test=bool(fields.pop("test", self.is_test_shop)),
-        )
-        if fields:
-            del self._state.payments[payment.id]
-            raise ValueError(f"a payment has no field {', '.join(sorted(fields))}")
-        payment.refunded = refunded
-        self._by_created.append((milliseconds(created_at), payment.sequence, payment))
-        if captured_at is not None:
-            payment.captured_at = payment.changed_at = aware_utc(captured_at)
-            self._by_captured.append((milliseconds(payment.captured_at), payment.sequence, payment))
-        if status == "succeeded":
-            self._enter(payment, "charge", amount, payment.changed_at)
-            if refunded:
-                self._enter(payment, "refund", refunded, payment.changed_at)
-        elif status == "canceled" and payment.cancellation is None:
-            payment.cancellation = {"party": "yoo_money", "reason": "expired_on_confirmation"}
-        if saved and (script is not None or payment.method_id not in self._state.methods):
-            self.add_method(
-                payment.method_id,
-                "succeeded" if script is None else script,
-                method_type=payment.method_type or "bank_card",
-                card_last4=payment.card_last4,
-            )
-        return payment
+            return [history.add_payment(self._books, now, self._shop, fields) for fields in many]
 
     # -------------------------------------------------------------------------------------------- the books
+
+    def methods(self) -> list[SavedMethod]:
+        """All saved methods."""
+        with self._lock:
+            return list(self._books.state.methods.values())
 
     def payment(self, payment_id: str) -> Payment:
         """One payment as it is now; KeyError when there is none."""
         with self._lock:
             self._catch_up()
-            return self._existing(payment_id)
+            return self._books.existing(payment_id)
 
     def payments(self) -> list[Payment]:
         """All payments, oldest first."""
         with self._lock:
             self._catch_up()
-            return [payment for _, _, payment in self._by_created]
+            return [payment for _, _, payment in self._books.list.by_created]
 
     def ledger(self) -> list[LedgerEntry]:
         """Every movement of money so far, in the order it happened here."""
         with self._lock:
             self._catch_up()
-            return list(self._state.ledger)
+            return list(self._books.state.ledger)
 
     def charges(self, *, payment_method_id: str | None = None, **metadata: str) -> list[LedgerEntry]:
         """Money taken by calls to the API (never customers' own purchases), narrowed by method and by metadata."""
@@ -515,117 +279,33 @@ class SandboxProvider:
     def known_keys(self) -> list[str]:
         """Idempotence keys that were ever accepted."""
         with self._lock:
-            return list(self._state.keys)
+            return list(self._books.state.keys)
+
+    def agenda(self) -> list[tuple[datetime, str, Outcome]]:
+        """What will happen by itself: when, to which payment, and its outcome. In no order."""
+        with self._lock:
+            return [
+                (from_milliseconds(due), payment_id, result) for due, _, payment_id, result in self._books.state.agenda
+            ]
 
     # ------------------------------------------------------------------------------------------------- inside
 
-    def _existing(self, payment_id: str) -> Payment:
-        try:
-            return self._state.payments[payment_id]
-        except KeyError:
-            raise KeyError(f"the sandbox has no payment {payment_id}") from None
-
-    def _build(self, at: datetime, *, payment_id: str | None = None, **fields: Any) -> Payment:
-        at = aware_utc(at)
-        self._state.sequence += 1
-        payment_id = payment_id or new_payment_id(at, self._random)
-        if payment_id in self._state.payments:
-            raise ValueError(f"the sandbox has a payment {payment_id} already")
-        fields.setdefault("test", self.is_test_shop)
-        payment = Payment(
-            id=payment_id,
-            account_id=self.shop_id,
-            sequence=self._state.sequence,
-            created_at=at,
-            changed_at=at,
-            **fields,
-        )
-        if payment.method_id is None:
-            payment.method_id = payment.id
-        self._state.payments[payment.id] = payment
-        return payment
-
-    def _new_payment(self, at: datetime, **fields: Any) -> Payment:
-        payment = self._build(at, **fields)
-        insort(self._by_created, (milliseconds(payment.created_at), payment.sequence, payment), key=_place)
-        return payment
+    @property
+    def _shop(self) -> dict[str, Any]:
+        """What each of the shop's payments says of the shop."""
+        return {"account_id": self.shop_id, "test": self.is_test_shop}
 
     def _catch_up(self, until: datetime | None = None) -> datetime:
         """Let happen what is due by now (or by an earlier instant); returns that instant."""
         now = until or self.clock()
-        while self._state.agenda and self._state.agenda[0][0] <= milliseconds(now):
-            due, _, payment_id, result = heapq.heappop(self._state.agenda)
-            payment = self._state.payments.get(payment_id)
-            expected = {"pending", "waiting_for_capture"} if result.reason == "expired_on_capture" else {"pending"}
-            if payment is not None and payment.status in expected:
-                self._apply(payment, result, from_milliseconds(due))
+        self._books.catch_up(now)
         return now
 
-    def _schedule(self, payment: Payment, due: datetime, result: Outcome) -> None:
-        self._state.sequence += 1
-        heapq.heappush(self._state.agenda, (milliseconds(due), self._state.sequence, payment.id, result))
-
-    def _expire_unconfirmed(self, payment: Payment, at: datetime) -> None:
-        seconds = CONFIRM_WITHIN_S.get(payment.method_type or "", CONFIRM_WITHIN_DEFAULT_S)
-        if seconds is not None:
-            result = Outcome("canceled", reason="expired_on_confirmation", party="yoo_money")
-            self._schedule(payment, at + timedelta(seconds=seconds), result)
-
-    def _move(self, payment_id: str, expected: str | None, result: Outcome, at: datetime | str | None) -> Payment:
+    def _move(self, payment_id: str, expected: set[str], result: Outcome, at: datetime | str | None) -> Payment:
         with self._lock:
             now = self._catch_up(None if at is None else aware_utc(at))
-            payment = self._existing(payment_id)
-            allowed = {"pending", "waiting_for_capture"} if expected is None else {expected}
-            if payment.status not in allowed:
-                raise ValueError(f"payment {payment_id} is {payment.status}, not {' or '.join(sorted(allowed))}")
-            self._apply(payment, result, now)
+            payment = self._books.existing(payment_id)
+            if payment.status not in expected:
+                raise ValueError(f"payment {payment_id} is {payment.status}, not {' or '.join(sorted(expected))}")
+            self._books.apply(payment, result, now)
             return payment
-
-    def _apply(self, payment: Payment, result: Outcome, at: datetime) -> None:
-        """Bring a payment to its outcome: the only place where a charge enters the ledger after its creation."""
-        at = aware_utc(at)
-        if result.kind == "canceled":
-            payment.status = "canceled"
-            payment.cancellation = {"party": result.party, "reason": result.reason}
-        elif payment.capture:
-            payment.status = "succeeded"
-            payment.captured_at = at
-            insort(self._by_captured, (milliseconds(at), payment.sequence, payment), key=_place)
-            self._captured_version += 1
-            self._enter(payment, "charge", payment.amount, at)
-            self._save_method_of(payment)
-        else:
-            payment.status = "waiting_for_capture"
-            payment.expires_at = at + timedelta(days=HOLD_DAYS)
-            run_out = Outcome("canceled", reason="expired_on_capture", party="yoo_money")
-            self._schedule(payment, payment.expires_at, run_out)
-            self._save_method_of(payment)
-        payment.touch(at)
-
-    def _save_method_of(self, payment: Payment) -> None:
-        if payment.save_method and not payment.method_saved:
-            payment.method_saved = True
-            if payment.id not in self._state.methods:
-                self.add_method(payment.id, method_type=payment.method_type or "bank_card")
-
-    def _enter(self, payment: Payment, kind: str, amount: Decimal, at: datetime) -> None:
-        self._state.ledger.append(
-            LedgerEntry(
-                payment_id=payment.id,
-                kind=kind,
-                amount=amount,
-                currency=payment.currency,
-                at=at,
-                idempotence_key=payment.idempotence_key if kind == "charge" else None,
-                payment_method_id=payment.method_id,
-                metadata=dict(payment.metadata),
-            )
-        )
-
-
-def _position(entry: tuple[int, int, Payment]) -> int:
-    return entry[0]
-
-
-def _place(entry: tuple[int, int, Payment]) -> tuple[int, int]:
-    return entry[:2]

@@ -13,30 +13,39 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from billing_orchestration.sandbox.provider.answers import (
+    Answer,
+    Refused,
+    internal_error,
+    processing,
+    too_many_requests,
+)
+
 CALLS = frozenset({"create", "list", "get", "any"})
+_NOT_EXECUTED, _EXECUTED = "nothing was executed", "the call was executed"
+_ON_EITHER_SIDE = {
+    "cut": "the connection is closed without an answer",
+    "reset": "TCP RST",
+    "error": "HTTP 500 in the provider's body form",
+    "silence": "no byte for `seconds` (None: until the client gives up), then closed",
+    "processing": "HTTP 202 `processing`",
+    "html": "a page of HTML with HTTP `status`",
+    "body": "`body` verbatim with HTTP `status`",
+}
+_REFUSALS = {
+    "too_many_requests": "HTTP 429, with `retry_after_s` if given",
+    "invalid_credentials": "HTTP 401 in the provider's body form",
+    "forbidden": "HTTP 403 in the provider's body form",
+}
 EFFECTS: Mapping[str, str] = {
     "none": "only the delay, if one is given",
-    "cut_before": "the connection is closed without an answer; nothing was executed",
-    "cut_after": "the connection is closed without an answer; the call was executed",
-    "reset_before": "TCP RST; nothing was executed",
-    "reset_after": "TCP RST; the call was executed",
-    "error_before": "HTTP 500 in the provider's body form; nothing was executed",
-    "error_after": "HTTP 500 in the provider's body form; the call was executed",
-    "silence_before": "no byte for `seconds` (None: until the client gives up), then closed; nothing was executed",
-    "silence_after": "no byte for `seconds` (None: until the client gives up), then closed; the call was executed",
-    "too_many_requests": "HTTP 429, with `retry_after_s` if given; nothing was executed",
-    "processing_before": "HTTP 202 `processing`; nothing was executed",
-    "processing_after": "HTTP 202 `processing`; the call was executed",
-    "html_before": "a page of HTML with HTTP `status`; nothing was executed",
-    "html_after": "a page of HTML with HTTP `status`; the call was executed",
-    "body_before": "`body` verbatim with HTTP `status`; nothing was executed",
-    "body_after": "`body` verbatim with HTTP `status`; the call was executed",
     "truncated": "the true answer, but the connection closes in the middle of its body",
     "drip": "the true answer, its body byte by byte over `seconds`",
     "change": "the true answer, changed: `set` and `remove` by dotted path, `transform` in Python",
     "duplicate": "the request is delivered twice; the answer to the second is sent",
-    "invalid_credentials": "HTTP 401 in the provider's body form; nothing was executed",
-    "forbidden": "HTTP 403 in the provider's body form; nothing was executed",
+    **{f"{name}_before": f"{what}; {_NOT_EXECUTED}" for name, what in _ON_EITHER_SIDE.items()},
+    **{f"{name}_after": f"{what}; {_EXECUTED}" for name, what in _ON_EITHER_SIDE.items()},
+    **{name: f"{what}; {_NOT_EXECUTED}" for name, what in _REFUSALS.items()},
 }
 HTML = "<html><head><title>{status}</title></head><body><h1>{status}</h1><p>nginx</p></body></html>"
 
@@ -81,6 +90,36 @@ class Misbehaviour:
         if self.every < 1 or self.skip < 0 or (self.times is not None and self.times < 1):
             raise ValueError("every and times are at least 1, skip is at least 0")
         self.remove = tuple(self.remove)
+
+    @property
+    def kind(self) -> str:
+        """The effect without its side."""
+        return self.effect.removesuffix("_before").removesuffix("_after")
+
+    @property
+    def executes(self) -> bool:
+        """Whether the call is executed before the rule strikes."""
+        return not self.effect.endswith("_before") and self.effect not in _REFUSALS
+
+    def answer(self) -> Answer:
+        """What is sent in place of the true answer."""
+        match self.kind:
+            case "error":
+                return internal_error()
+            case "processing":
+                return processing()
+            case "too_many_requests":
+                return too_many_requests(self.retry_after_s)
+            case "forbidden":
+                return Refused(403, "forbidden", "You can't make recurring payments").answer()
+            case "invalid_credentials":
+                return Refused(401, "invalid_credentials", "Error in shopId or secret key").answer()
+            case "html":
+                page = HTML.format(status=self.status) if self.body is None else self.body
+                return Answer(self.status, page.encode(), content_type="text/html; charset=utf-8")
+            case "body":
+                return Answer(self.status, (self.body or "").encode(), content_type=self.content_type)
+        raise ValueError(f"{self.effect} sends no answer of its own")
 
     def changed(self, document: Any) -> Any:
         """The answer with `set`, `remove` and `transform` applied. A path: `items.0.amount.value`, `items.*.status`."""

@@ -1,4 +1,4 @@
-"""What the sandbox provider remembers: payments, saved methods with their scripts, a ledger; and the clock it lives by.
+"""What the sandbox provider remembers: payments, saved methods with their scripts, movements of money.
 
 Nothing in here comes from `billing_orchestration.provider` or `.domain`: the sandbox judges that code, so it must not
 share its mistakes.
@@ -8,71 +8,29 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
+
+from billing_orchestration.sandbox.provider.clock import aware_utc, iso
 
 CENT = Decimal("0.01")
 # The provider keeps 3.5 %: income_amount is what is left.
 INCOME_SHARE = Decimal("0.965")
-MILLISECOND = timedelta(milliseconds=1)
-EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 # The first eight digits of a payment's id are the seconds since this instant, as in the provider's real ids.
 IDS_BEGIN = datetime(2000, 1, 1, tzinfo=timezone.utc)
 
-METHOD_TYPES = frozenset(
-    {
-        "alfabank",
-        "apple_pay",
-        "b2b_sberbank",
-        "bank_card",
-        "cash",
-        "electronic_certificate",
-        "google_pay",
-        "installments",
-        "mobile_balance",
-        "psb",
-        "qiwi",
-        "sber_bnpl",
-        "sber_loan",
-        "sberbank",
-        "sbp",
-        "tinkoff_bank",
-        "webmoney",
-        "wechat",
-        "yoo_money",
-    }
-)
+METHOD_TYPES = frozenset((
+    "alfabank", "apple_pay", "b2b_sberbank", "bank_card", "cash", "electronic_certificate", "google_pay",
+    "installments", "mobile_balance", "psb", "qiwi", "sber_bnpl", "sber_loan", "sberbank", "sbp", "tinkoff_bank",
+    "webmoney", "wechat", "yoo_money",
+))  # fmt: skip
 # How long a customer has to confirm. None: for ever (cash).
 CONFIRM_WITHIN_S: Mapping[str, int | None] = {"cash": None, "b2b_sberbank": 8 * 3600, "sber_loan": 72 * 3600}
 CONFIRM_WITHIN_DEFAULT_S = 3600
 HOLD_DAYS = 7
-
-
-def milliseconds(instant: datetime) -> int:
-    """Whole milliseconds since 1970, rounded down: the resolution of every timestamp the provider shows."""
-    return (instant - EPOCH) // MILLISECOND
-
-
-def from_milliseconds(value: int) -> datetime:
-    """The instant of `milliseconds`."""
-    return EPOCH + value * MILLISECOND
-
-
-def iso(instant: datetime) -> str:
-    """`2026-01-31T09:00:00.000Z`, the provider's form."""
-    return instant.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def aware_utc(instant: datetime | str) -> datetime:
-    """The instant in UTC, cut to milliseconds; a naive one is a ValueError."""
-    if isinstance(instant, str):
-        instant = datetime.fromisoformat(instant.replace("Z", "+00:00"))
-    if instant.tzinfo is None:
-        raise ValueError(f"{instant.isoformat()} has no time zone")
-    return from_milliseconds(milliseconds(instant))
 
 
 def money(value: Decimal | str | int) -> Decimal:
@@ -84,33 +42,6 @@ def new_payment_id(at: datetime, generator: random.Random) -> str:
     """36 characters in the shape of the provider's ids (`22e12f66-000f-5000-8000-18db351245c7`)."""
     seconds = max(0, int((at - IDS_BEGIN).total_seconds())) & 0xFFFFFFFF
     return f"{seconds:08x}-000f-5000-{generator.choice('89ab')}000-{generator.getrandbits(48):012x}"
-
-
-class SandboxClock:
-    """The sandbox's time: real time plus an offset, or an instant that stands still until it is moved."""
-
-    def __init__(self, at: datetime | None = None) -> None:
-        self._fixed = None if at is None else aware_utc(at)
-        self._offset = timedelta(0)
-
-    def __call__(self) -> datetime:
-        return self._fixed if self._fixed is not None else datetime.now(timezone.utc) + self._offset
-
-    def set(self, at: datetime | str) -> None:
-        """Stand still at this instant."""
-        self._fixed = aware_utc(at)
-
-    def advance(self, delta: timedelta | float) -> None:
-        """Move by a timedelta or by seconds; a clock that runs goes on running."""
-        step = delta if isinstance(delta, timedelta) else timedelta(seconds=delta)
-        if self._fixed is not None:
-            self._fixed += step
-        else:
-            self._offset += step
-
-    def run(self, offset: timedelta = timedelta(0)) -> None:
-        """Follow real time, plus an offset."""
-        self._fixed, self._offset = None, offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,44 +257,3 @@ class Payment:
             shown["title"] = "YooMoney wallet 4100116****6504"
             shown["account_number"] = "41001161446504"
         return shown
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer of the API before it meets the wire."""
-
-    status: int
-    body: bytes
-    headers: Sequence[tuple[str, str]] = ()
-    content_type: str = "application/json; charset=UTF-8"
-
-
-@dataclass(slots=True)
-class Switches:
-    """How the sandbox behaves where the provider's documentation is silent, and what differs between shops."""
-
-    # A payment enters (or re-enters, changed) the list this many seconds after its creation or last change of status.
-    list_lag_s: float = 0.0
-    # What a second request with a key whose first one is still being worked on gets: wait | conflict | processing.
-    concurrent_same_key: str = "wait"
-    # How long the provider works on a charge before it is executed.
-    processing_s: float = 0.0
-    # What a repeated key gets when the payment moved on meanwhile: its original answer, or the payment as it is now.
-    replay: str = "original"
-    # Whether an answer 400 or 403 uses its key up.
-    remember_errors: bool = True
-    # Order of a list that is filtered by captured_at.
-    captured_order: str = "created_at"
-    # A shop under 54-FZ: a charge without a receipt is refused.
-    requires_receipt: bool = False
-    # Whether a query parameter or body field that the API does not know is refused or ignored.
-    refuse_unknown_fields: bool = True
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("concurrent_same_key", {"wait", "conflict", "processing"}),
-            ("replay", {"original", "current"}),
-            ("captured_order", {"created_at", "captured_at"}),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is one of {', '.join(sorted(allowed))}")

@@ -11,14 +11,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from billing_orchestration.sandbox.provider.answers import Answer
+from billing_orchestration.sandbox.provider.clock import aware_utc, iso
 from billing_orchestration.sandbox.provider.records import (
-    Answer,
     LedgerEntry,
     Outcome,
     Payment,
     SavedMethod,
-    aware_utc,
-    iso,
     outcome,
 )
 

@@ -1,0 +1,199 @@
+"""What stands in front of the endpoints: it notes each request, delays it, misbehaves if told to, and executes it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from urllib.parse import parse_qsl
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import Message, Receive, Scope, Send
+
+from billing_orchestration.sandbox.provider.account import SandboxProvider
+from billing_orchestration.sandbox.provider.answers import Refused, internal_error, processing
+from billing_orchestration.sandbox.provider.endpoints import build_endpoints, response
+from billing_orchestration.sandbox.provider.list_requests import decode_cursor
+from billing_orchestration.sandbox.provider.misbehaviour import Call, Misbehaviours
+from billing_orchestration.sandbox.provider.waits import Waits
+from billing_orchestration.sandbox.provider.wire_faults import Exchange
+
+REQUESTS_KEPT = 100_000
+
+
+@dataclass(slots=True)
+class ReceivedRequest:
+    """One request to the API as it arrived. `status` is what was answered; None: nothing was (yet).
+
+    Header names are lower case; the Authorization header is kept as received: it is the sandbox's own secret.
+    """
+
+    call: str
+    method: str
+    path: str
+    query: list[tuple[str, str]]
+    headers: Mapping[str, str]
+    body: bytes
+    at: datetime
+    status: int | None = None
+    effect: str | None = None
+
+    @property
+    def idempotence_key(self) -> str | None:
+        return self.headers.get("idempotence-key")
+
+    def json(self) -> Any:
+        """The body, decoded."""
+        return json.loads(self.body)
+
+
+class ProviderApi:
+    """The ASGI application under /v3, and what it saw: requests, their number by call, how many ran at once."""
+
+    def __init__(self, provider: SandboxProvider) -> None:
+        self.provider = provider
+        self.endpoints = build_endpoints(provider)
+        self.misbehaviours = Misbehaviours()
+        self.requests: deque[ReceivedRequest] = deque(maxlen=REQUESTS_KEPT)
+        self.counts: Counter[str] = Counter()
+        self.in_flight = 0
+        self.peak_in_flight = 0
+        self.connections_opened = 0
+        # The server's connections by the client's address.
+        self.transports: dict[Any, asyncio.Transport] = {}
+        self._waits = Waits()
+        self._epoch = 0
+        self._keys_at_work: dict[str, asyncio.Event] = {}
+
+    def forget(self) -> None:
+        """Forget what was seen and every rule; connections that are kept waiting are cut, delayed charges dropped."""
+        self._epoch += 1
+        self.misbehaviours.clear()
+        self.requests.clear()
+        self.counts.clear()
+        # What is still on its way belongs to what is forgotten: it is not counted among what comes now.
+        self.in_flight = self.peak_in_flight = 0
+        self._waits.end()
+
+    def behave(self) -> None:
+        """Drop all rules and end every wait: silent connections are cut, delayed calls go on at once."""
+        self.misbehaviours.clear()
+        self._waits.end()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await Request(scope, receive).body()
+        request, call = self._arrival(scope, body)
+        self.in_flight += 1
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+        epoch, left = self._epoch, False
+
+        def leave() -> None:
+            nonlocal left
+            if not left and epoch == self._epoch:
+                self.in_flight -= 1
+            left = True
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                request.status = message["status"]
+            # Out of flight before the client can know it: its next request may be here before this one has ended.
+            elif not message.get("more_body"):
+                leave()
+            await send(message)
+
+        exchange = Exchange(scope, receive, answer, self.transports.get(scope["client"]), self._waits)
+        try:
+            await self._respond(exchange, request, call)
+        finally:
+            leave()
+
+    def _arrival(self, scope: Scope, body: bytes) -> tuple[ReceivedRequest, Call]:
+        name, payment_id = "other", None
+        for route in self.endpoints.routes:
+            match, found = route.matches(scope)
+            if match is Match.FULL:
+                name, payment_id = getattr(route, "name", name), found["path_params"].get("payment_id")
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        path = scope["path"].removeprefix(scope["root_path"])
+        request = ReceivedRequest(name, scope["method"], path, query, headers, body, self.provider.clock())
+        self.requests.append(request)
+        self.counts[name] += 1
+        page = _page(query) if name == "list" else None
+        return request, Call(name, page, payment_id, request.idempotence_key, body)
+
+    async def _respond(self, exchange: Exchange, request: ReceivedRequest, call: Call) -> None:
+        rule = self.misbehaviours.pick(call)
+        if rule is None:
+            await exchange.answer(await self._execute(exchange.scope, call))
+            return
+        request.effect = rule.effect
+        if not rule.executes:
+            await self._waits.delay(rule.delay_s)
+            await exchange.strike(rule)
+            return
+        answer = await self._execute(exchange.scope, call, rule.delay_s)
+        if rule.effect == "duplicate":
+            answer = await self._execute(exchange.scope, call)
+        await exchange.strike(rule, answer)
+
+    async def _execute(self, scope: Scope, call: Call, delay_s: float = 0.0) -> Response:
+        """Let the provider do it. A delay is spent before; a test that ends meanwhile takes the call with it."""
+        epoch, switches = self._epoch, self.provider.switches
+        key = call.idempotence_key if call.name == "create" else None
+        if key in self._keys_at_work:
+            if switches.concurrent_same_key == "conflict":
+                return response(
+                    Refused(409, "conflict", "A request with this idempotence key is being processed").answer()
+                )
+            if switches.concurrent_same_key == "processing":
+                return response(processing())
+            await self._keys_at_work[key].wait()
+            return await self._call_endpoint(scope, call.body)
+        delay_s += switches.processing_s if call.name == "create" else 0.0
+        if not delay_s:
+            return await self._call_endpoint(scope, call.body)
+        done = asyncio.Event()
+        if key is not None:
+            self._keys_at_work[key] = done
+        try:
+            await self._waits.delay(delay_s)
+            if epoch != self._epoch:
+                return response(internal_error())
+            return await self._call_endpoint(scope, call.body)
+        finally:
+            done.set()
+            if key is not None:
+                self._keys_at_work.pop(key, None)
+
+    async def _call_endpoint(self, scope: Scope, body: bytes) -> Response:
+        """Its whole answer, before a byte of it is sent."""
+        answer = Response()
+        answer.body = b""
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer.status_code, answer.raw_headers = message["status"], list(message["headers"])
+            else:
+                answer.body += message.get("body", b"")
+
+        await self.endpoints(dict(scope), receive, send)
+        return answer
+
+
+def _page(query: list[tuple[str, str]]) -> int | None:
+    """Which page of a scan is asked for; None for a cursor that the list never gave."""
+    cursor = dict(query).get("cursor")
+    try:
+        return 1 if cursor is None else decode_cursor(cursor).page
+    except Refused:
+        return None

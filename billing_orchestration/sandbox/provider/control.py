@@ -1,0 +1,178 @@
+"""The sandbox's controls under /sandbox, for a driver in another process. Loopback only, no credentials."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from datetime import timedelta
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from billing_orchestration.sandbox.provider.api import ProviderApi
+from billing_orchestration.sandbox.provider.clock import SandboxClock, iso
+from billing_orchestration.sandbox.provider.misbehaviour import Misbehaviour
+
+_OPERATIONS = ("pay", "cancel", "capture", "refund")
+
+
+def build_control(api: ProviderApi) -> Starlette:
+    """The application. An order that makes no sense is answered 400, with the reason."""
+    control = _Control(api)
+    return Starlette(
+        routes=[
+            _get("/health", control.health),
+            _get("/methods", control.methods),
+            _post("/methods", control.add_methods),
+            _get("/payments", control.payments),
+            _post("/payments", control.add_payments),
+            _get("/payments/{payment_id}", control.payment),
+            _post("/payments/{payment_id}/{operation}", control.operate),
+            _post("/purchases", control.purchase),
+            _get("/ledger", control.ledger),
+            _get("/misbehaviours", control.misbehaviours),
+            _post("/misbehaviours", control.misbehave),
+            _route("DELETE", "/misbehaviours", control.behave),
+            _get("/clock", control.clock),
+            _post("/clock", control.set_clock),
+            _get("/switches", control.switches),
+            _post("/switches", control.set_switches),
+            _get("/requests", control.requests),
+            _route("DELETE", "/requests", control.forget_requests),
+            _post("/reset", control.reset),
+        ],
+        exception_handlers=dict.fromkeys((ValueError, TypeError, KeyError), _refuse),
+    )
+
+
+def _route(method: str, path: str, action: Callable[..., Any]) -> Route:
+    """`action` takes what the path names and, after it, the body of a POST."""
+
+    async def endpoint(request: Request) -> Response:
+        if request.client is None or request.client.host not in {"127.0.0.1", "::1"}:
+            return JSONResponse({"error": "the sandbox is driven from its own machine only"}, status_code=403)
+        given = list(request.path_params.values())
+        if method == "POST":
+            given.append(json.loads(await request.body() or b"{}"))
+        return JSONResponse(action(*given))
+
+    return Route(path, endpoint, methods=[method])
+
+
+def _get(path: str, action: Callable[..., Any]) -> Route:
+    return _route("GET", path, action)
+
+
+def _post(path: str, action: Callable[..., Any]) -> Route:
+    return _route("POST", path, action)
+
+
+async def _refuse(_request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error.args[0] if error.args else error)}, status_code=400)
+
+
+class _Control:
+    """What each route does. Bodies are decoded JSON, and so is what is returned."""
+
+    def __init__(self, api: ProviderApi) -> None:
+        self.api = api
+        self.provider = api.provider
+
+    def health(self) -> Any:
+        return {"status": "ok", "shop_id": self.provider.shop_id, **self.clock()}
+
+    def methods(self) -> Any:
+        return [
+            {"id": method.id, "type": method.type, "saved": method.saved, "next": method.script[0].kind}
+            for method in self.provider.methods()
+        ]
+
+    def add_methods(self, body: Any) -> Any:
+        for item in _many(body):
+            given = dict(item)
+            self.provider.add_method(given.pop("id", None), given.pop("script", "succeeded"), **given)
+        return self.methods()
+
+    def payments(self) -> Any:
+        return [payment.document() for payment in self.provider.payments()]
+
+    def add_payments(self, body: Any) -> Any:
+        return [payment.id for payment in self.provider.add_payments(_many(body))]
+
+    def payment(self, payment_id: str) -> Any:
+        return self.provider.payment(payment_id).document()
+
+    def operate(self, payment_id: str, operation: str, body: Any) -> Any:
+        if operation not in _OPERATIONS:
+            raise ValueError(f"unknown operation {operation!r}")
+        return getattr(self.provider, operation)(payment_id, **body).document()
+
+    def purchase(self, body: Any) -> Any:
+        given = dict(body)
+        start = self.provider.hold if given.pop("hold", False) else self.provider.purchase
+        return start(given.pop("amount"), **given).document()
+
+    def ledger(self) -> Any:
+        return [entry.document() for entry in self.provider.ledger()]
+
+    def misbehaviours(self) -> Any:
+        return [rule.document() for rule in self.api.misbehaviours.rules()]
+
+    def misbehave(self, body: Any) -> Any:
+        for item in _many(body):
+            self.api.misbehaviours.add(Misbehaviour(**item))
+        return self.misbehaviours()
+
+    def behave(self) -> Any:
+        self.api.behave()
+        return self.misbehaviours()
+
+    def clock(self) -> Any:
+        return {"now": iso(self.provider.clock())}
+
+    def set_clock(self, body: Any) -> Any:
+        clock = self.provider.clock
+        if not isinstance(clock, SandboxClock):
+            raise ValueError("this sandbox's clock cannot be moved")
+        if body.get("at") is not None:
+            clock.set(body["at"])
+        if "offset_s" in body:
+            clock.run(timedelta(seconds=body["offset_s"]))
+        if "advance_s" in body:
+            clock.advance(body["advance_s"])
+        return self.clock()
+
+    def switches(self) -> Any:
+        return asdict(self.provider.switches)
+
+    def set_switches(self, body: Any) -> Any:
+        self.provider.switches = replace(self.provider.switches, **body)
+        return self.switches()
+
+    def requests(self) -> Any:
+        keys = Counter(item.idempotence_key for item in self.api.requests if item.idempotence_key is not None)
+        return {
+            "counts": dict(self.api.counts),
+            "keys": dict(keys),
+            "peak_in_flight": self.api.peak_in_flight,
+            "connections_opened": self.api.connections_opened,
+        }
+
+    def forget_requests(self) -> Any:
+        self.api.requests.clear()
+        self.api.counts.clear()
+        return self.requests()
+
+    def reset(self, _body: Any) -> Any:
+        self.api.forget()
+        self.provider.reset()
+        return {"status": "ok"}
+
+
+def _many(body: Any) -> list[Mapping[str, Any]]:
+    return body if isinstance(body, list) else [body]

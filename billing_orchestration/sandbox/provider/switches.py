@@ -1,0 +1,36 @@
+"""How the sandbox behaves where the provider's documentation is silent, and what differs between shops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Switches:
+    """One sandbox's choices. They may be changed while it runs."""
+
+    # A payment enters (or re-enters, changed) the list this many seconds after its creation or last change of status.
+    list_lag_s: float = 0.0
+    # What a second request with a key whose first one is still being worked on gets: wait | conflict | processing.
+    concurrent_same_key: str = "wait"
+    # How long the provider works on a charge before it is executed.
+    processing_s: float = 0.0
+    # What a repeated key gets when the payment moved on meanwhile: its original answer, or the payment as it is now.
+    replay: str = "original"
+    # Whether an answer 400 or 403 uses its key up.
+    remember_errors: bool = True
+    # Order of a list that is filtered by captured_at.
+    captured_order: str = "created_at"
+    # A shop under 54-FZ: a charge without a receipt is refused.
+    requires_receipt: bool = False
+    # Whether a query parameter or body field that the API does not know is refused or ignored.
+    refuse_unknown_fields: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("concurrent_same_key", {"wait", "conflict", "processing"}),
+            ("replay", {"original", "current"}),
+            ("captured_order", {"created_at", "captured_at"}),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {', '.join(sorted(allowed))}")
