@@ -1,13 +1,13 @@
-"""The books of both sides laid beside each other, and the verdict. It reads; it knows no job and no decision of theirs.
+"""The books of both sides, laid side by side, and the verdict. It only reads, and knows no job and no decision of one.
 
-The provider's side is the sandbox's ledger, in which every movement of money stands whoever caused it; ours is the
+The provider's side is the sandbox's ledger, which holds every movement of money, whoever caused it. Ours is the
 service's payments and subscriptions, with the settlements and the quarantine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 import pandas as pd
 import sqlalchemy as sa
 
-from billing_orchestration.sandbox.example_data import Case, Item, Subscription
+from billing_orchestration.sandbox.example_data.records import Case, Item, Subscription
 
-GRANTED = "paid, and granted once"
-REFUNDED = "paid, refunded in full, nothing granted"
+GRANTED = "paid and granted once"
+REFUNDED = "paid and refunded in full, nothing granted"
 QUARANTINED = "paid, in quarantine: a person decides"
 LOST = "PAID AND NOT GRANTED"
 FREE = "GRANTED WITHOUT A SUCCESS"
@@ -149,7 +149,7 @@ def verdict(books: Books, before: Sequence[Subscription]) -> list[Check]:
             "nothing is granted without a success",
             f"{len(grants)} grants, {len(books.subscriptions)} subscriptions",
             (
-                *(f"payment {payment} counts as paid here only" for payment in bad[FREE]),
+                *(f"payment {payment} is paid here only" for payment in bad[FREE]),
                 *(
                     f"settlement of {row.external_payment_id}: the provider took no money"
                     for row in grants
@@ -208,11 +208,23 @@ def fingerprint(engine: sa.Engine) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CaseResult:
     """What became of one case: whether it is what was expected, and in words."""
 
     as_expected: bool
     told: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """The rows about one instance, None where there is none. `now`: the subscription after the runs."""
+
+    grant: Any
+    trouble: Any
+    row: Any
+    now: Any
+    attempt: Any
+    charges: int
 
 
 class CaseReader:
@@ -222,18 +234,19 @@ class CaseReader:
         self._books = books
         self._reported = reported
         self._rows = {row.id: row for row in books.payments}
-        self._by_external: dict[str, list[Any]] = {}
+        self._by_external: dict[str | None, list[Any]] = {}
         for row in books.payments:
             if row.external_payment_id is not None:
                 self._by_external.setdefault(row.external_payment_id, []).append(row)
         self._settled = {row.external_payment_id: row for row in books.settlements}
-        self._renewed = {
+        self._renewed: dict[Any, Any] = {
             (row.subscription_id, row.period_start): row for row in books.settlements if row.attempt_id is not None
         }
-        self._attempts = {(row.subscription_id, row.period_start): row for row in books.attempts}  # the newest wins
+        # The newest wins.
+        self._attempts: dict[Any, Any] = {(row.subscription_id, row.period_start): row for row in books.attempts}
         self._quarantined = {row.external_payment_id: row for row in books.quarantine}
 
-    def read(self, case: Case) -> Outcome:
+    def read(self, case: Case) -> CaseResult:
         """All instances of a case; those that differ from the expectation are named."""
         told: dict[str, int] = {}
         wrong = 0
@@ -245,52 +258,73 @@ class CaseReader:
         parts = [text if count == len(case.items) else f"{count}: {text}" for text, count in told.items()]
         if len(parts) > 3:
             parts = [*parts[:2], f"and {len(parts) - 2} more alike"]
-        return Outcome(not wrong, "; ".join(parts))
+        return CaseResult(not wrong, "; ".join(parts))
 
     def _item(self, case: Case, item: Item) -> tuple[list[str], str]:
-        want, faults, words = case.want, [], []
-        subscription = item.subscription
+        """What differs from the expectation, and what happened, in words."""
+        facts = self._facts(item)
+        found: dict[str, Any] = {
+            "grant": facts.grant.kind if facts.grant else "",
+            "quarantine": facts.trouble.kind if facts.trouble else "",
+            "row": facts.row.status if facts.row else None,
+        }
+        if facts.now is not None:
+            found |= {
+                "status": facts.now.status,
+                "until": f"{facts.now.ended_at:%Y-%m-%d}",
+                "attempt": facts.attempt.state if facts.attempt else "",
+                "charges": facts.charges,
+            }
+        faults = [
+            f"{name} {wanted or 'none'}, found {found.get(name) or 'none'}"
+            for name, wanted in asdict(case.want).items()
+            if wanted is not None and found.get(name) != wanted
+        ]
+        return faults, ", ".join(self._words(item, facts)) or "untouched"
+
+    def _facts(self, item: Item) -> _Facts:
+        """Everything in the books that is about this instance."""
+        subscription, external_id = item.subscription, item.external_id
         period = None if subscription is None else (subscription.id, subscription.ended_at.replace(tzinfo=None))
-        grant = self._settled.get(item.external_id) if item.external_id else self._renewed.get(period)  # type: ignore[arg-type]
+        grant = self._settled.get(external_id) if external_id else self._renewed.get(period)
         if grant is not None and item.row is not None and grant.payment_id != item.row.id:
             grant = None  # it settled another row with the same provider id
-        attempt = self._attempts.get(period) if period else None
-        trouble = self._quarantined.get(item.external_id) if item.external_id else None
-        found: dict[str, Any] = {"grant": grant.kind if grant else "", "quarantine": trouble.kind if trouble else ""}
+        return _Facts(
+            grant=grant,
+            trouble=self._quarantined.get(external_id) if external_id else None,
+            row=self._rows.get(item.row.id) if item.row else self._by_external.get(external_id, [None])[0],
+            now=subscription and self._books.subscriptions[subscription.id],
+            attempt=self._attempts.get(period),
+            charges=self._charges(*period) if period else 0,
+        )
+
+    def _words(self, item: Item, facts: _Facts) -> list[str]:
+        """What happened, in words for a reader."""
+        words, grant, attempt = [], facts.grant, facts.attempt
         if grant is not None and grant.period_end is not None:
             words.append(
                 f"{'subscription ' if grant.kind == 'created' else ''}{grant.kind}, until {grant.period_end:%Y-%m-%d}"
             )
         if item.row is not None or item.external_id is not None:
-            row = self._rows.get(item.row.id) if item.row else self._by_external.get(item.external_id or "", [None])[0]
-            found["row"] = row.status if row else None
-            words.append(f"payment {row.status}" if row else "no payment here")
-        if subscription is not None and period is not None:
-            now = self._books.subscriptions[subscription.id]
-            found |= {"status": now.status, "until": f"{now.ended_at:%Y-%m-%d}", "charges": self._charges(period)}
-            found["attempt"] = attempt.state if attempt else ""
-            if now.status != subscription.status:
-                words.append(str(now.status))
+            words.append(f"payment {facts.row.status}" if facts.row else "no payment here")
+        if item.subscription is not None:
+            if facts.now.status != item.subscription.status:
+                words.append(str(facts.now.status))
             if attempt is not None and attempt.state != "SUCCEEDED":
-                words.append(
-                    f"{attempt.state.lower()}: {attempt.decline_reason or attempt.last_error or 'sent, no answer'}"
-                )
+                reason = attempt.decline_reason or attempt.last_error or "sent, no answer"
+                words.append(f"{attempt.state.lower()}: {reason}")
             elif attempt is not None and attempt.sends > 1:
-                words.append(f"sent {attempt.sends} times, charged {found['charges']} time")
-            if not words and (reason := self._reported.get(f"subscription {subscription.id}")):
+                words.append(f"sent {attempt.sends} times, charged {'once' if facts.charges == 1 else facts.charges}")
+            if not words and (reason := self._reported.get(f"subscription {item.subscription.id}")):
                 words.append(f"not charged: {reason}")
-        if trouble is not None:
-            words.append(f"quarantine: {trouble.reason}")
+        if facts.trouble is not None:
+            words.append(f"quarantine: {facts.trouble.reason}")
         elif not grant and item.row and (reason := self._reported.get(f"payment {item.row.id}")):
             words.append(reason)
-        for name in ("status", "until", "attempt", "charges", "row", "grant", "quarantine"):
-            wanted = getattr(want, name)
-            if wanted is not None and found.get(name) != wanted:
-                faults.append(f"{name} {wanted or 'none'}, found {found.get(name) or 'none'}")
-        return faults, ", ".join(words) or "untouched"
+        return words
 
-    def _charges(self, period: tuple[int, datetime]) -> int:
-        identity, start = str(period[0]), period[1].isoformat()
+    def _charges(self, subscription_id: int, period_start: datetime) -> int:
+        identity, start = str(subscription_id), period_start.isoformat()
         return sum(
             entry["kind"] == "charge"
             and entry["metadata"].get("subscription_id") == identity

@@ -37,5 +37,5 @@ def test_the_demo_ends_with_every_case_as_expected_and_a_good_verdict(tmp_path: 
     assert demo.returncode == 0, demo.stdout[-6000:] + demo.stderr[-3000:]
     assert "✗" not in demo.stdout
     assert "VERDICT: both sides agree" in demo.stdout
-    assert "all five jobs run once more change nothing" in demo.stdout
+    assert "all five jobs, run again, change nothing on either side" in demo.stdout
     assert (folder / ".demo" / "complete").is_file()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from billing_orchestration.sandbox.books import Books, verdict
-from billing_orchestration.sandbox.example_data import Plan, Subscription
+from billing_orchestration.sandbox.example_data.records import Plan, Subscription
 
 START, END = datetime(2026, 3, 1), datetime(2026, 4, 1)  # noqa: DTZ001 - as the service's columns hold them
 NEXT = datetime(2026, 5, 1)  # noqa: DTZ001
@@ -79,7 +79,7 @@ def test_a_full_refund_needs_no_grant_and_a_partial_one_does() -> None:
 
 
 def test_a_row_without_a_success_is_found() -> None:
-    assert faults(ledger=[], payments=[row("a")]) == ["payment a counts as paid here only"]
+    assert faults(ledger=[], payments=[row("a")]) == ["payment a is paid here only"]
 
 
 def test_a_settlement_without_a_success_is_found() -> None:

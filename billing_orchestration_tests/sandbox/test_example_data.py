@@ -7,7 +7,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from billing_orchestration.domain.billing_calendar import BillingCalendar, Period
-from billing_orchestration.sandbox.example_data import _day_31_before, _month_ends, _months, _next_short_month_end
+from billing_orchestration.sandbox.example_data.dates import day_31_before, month_ends, months, next_short_month_end
 
 CALENDAR = BillingCalendar(timezone.utc)
 EVERY_DAY = [
@@ -19,15 +19,15 @@ EVERY_DAY = [
 
 def test_the_month_end_example_is_due_and_never_too_old_to_charge() -> None:
     for now in EVERY_DAY:
-        last, _ = _month_ends(now)
+        last, _ = month_ends(now)
         assert 0 <= (now.date() - last.date()).days <= 30, now
 
 
-@pytest.mark.parametrize("ends", [_month_ends, _next_short_month_end])
+@pytest.mark.parametrize("ends", [month_ends, next_short_month_end])
 def test_the_month_end_examples_return_to_the_31st_as_the_rule_says(ends: object) -> None:
     for now in EVERY_DAY:
         last, after = ends(now)  # type: ignore[operator]
-        started = _day_31_before(last)
+        started = day_31_before(last)
         assert started.day == 31
         assert CALENDAR.next_end(started, last, Period(1, "month")) == after, now
 
@@ -35,5 +35,5 @@ def test_the_month_end_examples_return_to_the_31st_as_the_rule_says(ends: object
 def test_periods_bought_backwards_from_their_end_lead_forwards_to_the_same_day() -> None:
     for now in EVERY_DAY:
         for count in (1, 3, 12):
-            started = _months(now, -count)
-            assert CALENDAR.next_end(started, now, Period(count, "month")) == _months(now, count), now
+            started = months(now, -count)
+            assert CALENDAR.next_end(started, now, Period(count, "month")) == months(now, count), now
