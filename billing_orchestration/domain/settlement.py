@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Literal
 
-from billing_orchestration.domain.attempts import Attempt, State
-from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
+from billing_orchestration.domain.attempts import LIVE, Attempt, State
+from billing_orchestration.domain.billing_calendar import BillingCalendar, Period, UnusablePeriod, parse_period
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.problem_kinds import ProblemKind
@@ -19,8 +20,8 @@ from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPay
 
 # Row statuses from which a success is settled (SPEC 4): a late success revives an expired payment.
 SETTLEABLE_ROWS = ("PENDING", "CREATED", "EXPIRED")
-# States of an attempt that say "no money moved", which a success at the provider contradicts.
-_CLOSED_UNPAID = frozenset({State.DECLINED, State.STOPPED, State.REJECTED, State.VOID})
+# Row statuses that say the payment is settled.
+FINAL_ROWS = ("SUCCEEDED", "REFUNDED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ class Settle:
     """
 
     payment: ProviderPayment
-    kind: str  # renewed | extended | created
+    kind: Literal["renewed", "extended", "created"]
     row: PaymentRow | None
     row_is_final: bool
     subscription: SubscriptionRow | None
@@ -188,6 +189,36 @@ def choose_row(rows: Sequence[PaymentRow], money: Money) -> PaymentRow | None:
     return min(candidates, key=lambda row: (row.money != money, order[row.status or ""], row.id), default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """One payment with everything that decides about it. `row`: the row to settle, None where there is none."""
+
+    payment: ProviderPayment
+    facts: Facts
+    row: PaymentRow | None
+    now: datetime
+    calendar: BillingCalendar
+    ruling: Ruling | None
+
+    @property
+    def final_row(self) -> PaymentRow | None:
+        """The row that the service holds as settled."""
+        return next((row for row in self.facts.rows if row.status in FINAL_ROWS), None)
+
+    @property
+    def has_other_money(self) -> bool:
+        """Whether the row to settle is of another amount or currency than the payment."""
+        return self.row is not None and self.row.money != self.payment.money
+
+    def quarantine(self, kind: ProblemKind, reason: str, subscription_id: int | None = None) -> Quarantine:
+        """Leave it to a person."""
+        return Quarantine(self.payment, kind, reason, self.row, subscription_id)
+
+    def leave(self, code: str, reason: str, row: PaymentRow | None) -> Leave:
+        """Change nothing."""
+        return Leave(self.payment, code, reason, row)
+
+
 def decide_settlement(
     payment: ProviderPayment,
     facts: Facts,
@@ -204,94 +235,111 @@ def decide_settlement(
     """
     if payment.status != SUCCEEDED:
         raise ValueError(f"payment {payment.id} is {payment.status}, only a success is settled")
+    case = _Case(payment, facts, _row_to_settle(payment, facts, ruling), now, calendar, ruling)
     attempt = facts.attempt
     if facts.settled_as is not None:
-        return Leave(payment, Code.SETTLED_BEFORE, f"settled before ({facts.settled_as})", _holder(facts.rows))
+        return case.leave(Code.SETTLED_BEFORE, f"settled before ({facts.settled_as})", _holder(facts.rows))
     if facts.set_aside:
-        return Leave(payment, Code.SET_ASIDE, "ignored by a person's decision (quarantine)", _holder(facts.rows))
-    is_attached = ruling is not None and ruling.attach_to is not None
-    if payment.claims.renewal_attempt_id is not None and attempt is None and not is_attached:
+        return case.leave(Code.SET_ASIDE, "ignored by a person's decision (quarantine)", _holder(facts.rows))
+    if attempt is None and payment.claims.renewal_attempt_id is not None and not _is_attached(ruling):
         return Quarantine(
             payment,
             "unknown_attempt",
             "it names a renewal attempt that this database does not know: another installation's charge, or a database"
             " restored from before it",
         )
-    row = choose_row(facts.rows, payment.money)
-    if row is None and ruling is not None:
-        row = next((row for row in facts.rows if row.status not in ("SUCCEEDED", "REFUNDED")), None)
-    if attempt is None:
-        settled_row = _settled_row(facts)
-        if settled_row is not None:
-            return Leave(
-                payment,
-                Code.BOTH_AGREE,
-                f"{settled_row.subject} is {settled_row.status}: both sides agree",
-                settled_row,
-            )
-        if row is None and facts.rows:
-            return _no_row_to_settle(payment, facts)
-    elif attempt.state in (State.SUCCEEDED, State.REFUNDED) and attempt.external_payment_id in (None, payment.id):
-        return Leave(payment, Code.BOTH_AGREE, f"attempt {attempt.number} is {attempt.state}", _settled_row(facts))
+    if (agreed := _agreed(case)) is not None:
+        return agreed
+    if attempt is None and case.row is None and facts.rows:
+        return _no_row_to_settle(case)
     if payment.refunded_in_full:
-        return _decide_refund(payment, row, facts)
+        return _decide_refund(case)
     if ruling is not None and ruling.attach_to is not None:
-        return _decide_attachment(payment, row, ruling.attach_to, facts, now=now, calendar=calendar)
+        return _decide_attachment(case, ruling.attach_to)
     if payment.is_test and is_live and ruling is None:
-        decision = Quarantine(payment, "test_payment", "a test payment in a live shop", row)
+        decision = case.quarantine("test_payment", "a test payment in a live shop")
         return decision if attempt is None else _review(decision, attempt, facts)
     if attempt is not None:
-        return _decide_renewal(payment, row, attempt, facts, now=now, calendar=calendar, ruling=ruling)
-    if row is not None and row.money != payment.money and ruling is None:
-        return Quarantine(
-            payment, "amount_differs", f"{row.money or 'no currency'} here, {payment.money} at the provider", row
+        return _decide_renewal(case, attempt)
+    if case.row is not None and case.has_other_money and ruling is None:
+        return case.quarantine(
+            "amount_differs", f"{case.row.money or 'no currency'} here, {payment.money} at the provider"
         )
-    return _decide_purchase(payment, row, facts, now=now, calendar=calendar)
+    return _decide_purchase(case)
+
+
+def _is_attached(ruling: Ruling | None) -> bool:
+    return ruling is not None and ruling.attach_to is not None
+
+
+def _row_to_settle(payment: ProviderPayment, facts: Facts, ruling: Ruling | None) -> PaymentRow | None:
+    """The row that fits; by a person's word also one with a status that is not settled otherwise."""
+    row = choose_row(facts.rows, payment.money)
+    if row is None and ruling is not None:
+        return next((row for row in facts.rows if row.status not in FINAL_ROWS), None)
+    return row
 
 
 def _holder(rows: Sequence[PaymentRow]) -> PaymentRow | None:
     """The row that holds a payment which was settled: real data may have older ones with the same provider id."""
-    final = (row for row in rows if row.status in ("SUCCEEDED", "REFUNDED"))
+    final = (row for row in rows if row.status in FINAL_ROWS)
     return next(final, rows[0] if rows else None)
 
 
-def _decide_purchase(
-    payment: ProviderPayment, row: PaymentRow | None, facts: Facts, *, now: datetime, calendar: BillingCalendar
-) -> SettlementDecision:
-    claims = payment.claims
+def _agreed(case: _Case) -> Leave | None:
+    """Both sides agree already: nothing is left to settle."""
+    attempt, final = case.facts.attempt, case.final_row
+    if attempt is None:
+        if final is None:
+            return None
+        return case.leave(Code.BOTH_AGREE, f"{final.subject} is {final.status}: both sides agree", final)
+    if attempt.state in (State.SUCCEEDED, State.REFUNDED) and attempt.external_payment_id in (None, case.payment.id):
+        return case.leave(Code.BOTH_AGREE, f"attempt {attempt.number} is {attempt.state}", final)
+    return None
+
+
+def _no_row_to_settle(case: _Case) -> Quarantine:
+    canceled = next((row for row in case.facts.rows if row.status == "CANCELED"), None)
+    if canceled is not None:
+        return Quarantine(case.payment, "canceled_here", "canceled here, paid at the provider", canceled)
+    reason = "its row has no status that can be settled"
+    return Quarantine(case.payment, "status_unknown", reason, case.facts.rows[0])
+
+
+# --- a purchase: the metadata names whom and what it is for ---
+
+
+def _decide_purchase(case: _Case) -> SettlementDecision:
+    facts, row, claims = case.facts, case.row, case.payment.claims
     user_id, plan_id, provider_id = claims.user_id, claims.plan_id, claims.payment_provider_id
     if user_id is None or plan_id is None or provider_id is None:
         gaps = ", ".join(claims.describe_gaps("user_id", "plan_id", "payment_provider_id"))
-        return Quarantine(payment, "metadata", f"metadata without a usable {gaps}", row)
+        return case.quarantine("metadata", f"metadata without a usable {gaps}")
     if plan_id not in facts.plans:
-        return Quarantine(payment, "metadata", f"metadata names plan {plan_id}, which does not exist", row)
+        return case.quarantine("metadata", f"metadata names plan {plan_id}, which does not exist")
     if provider_id not in facts.provider_ids:
-        return Quarantine(
-            payment, "metadata", f"metadata names payment provider {provider_id}, which does not exist", row
-        )
+        return case.quarantine("metadata", f"metadata names payment provider {provider_id}, which does not exist")
     linked = facts.subscriptions.get(row.subscription_id) if row and row.subscription_id is not None else None
     if linked is not None and linked.user_id != user_id:
-        return Quarantine(
-            payment, "foreign_metadata", f"metadata names user {user_id}, the row belongs to user {linked.user_id}", row
-        )
-    plan = facts.plans[plan_id]
+        reason = f"metadata names user {user_id}, the row belongs to user {linked.user_id}"
+        return case.quarantine("foreign_metadata", reason)
     subscription = _active_subscription(facts, user_id, plan_id, linked)
     try:
-        period = parse_period(plan.duration, plan.duration_unit)
-        if subscription is not None:
-            if subscription.ended_at is None:
-                return Quarantine(
-                    payment, "no_end", "the user's active subscription has no end to extend from", row, subscription.id
-                )
-            start = subscription.ended_at
-            end = calendar.next_end(subscription.started_at, start, period)
+        period = _period_of(facts.plans[plan_id], plan_id)
+        if subscription is None:
+            start, end = case.now, case.calendar.add_period(case.now, period)
+        elif subscription.ended_at is None:
+            reason = "the user's active subscription has no end to extend from"
+            return case.quarantine("no_end", reason, subscription.id)
         else:
-            start = now
-            end = calendar.add_period(now, period)
+            start = subscription.ended_at
+            end = case.calendar.next_end(subscription.started_at, start, period)
     except UnusablePeriod as error:
-        return Quarantine(payment, "period", str(error), row)
+        return case.quarantine("period", str(error))
+    found = f"{row.status} here, paid at the provider" if row else "paid at the provider, unknown here"
+    grant = "its subscription is extended by a period" if subscription else "a subscription is created"
     return Settle(
-        payment=payment,
+        payment=case.payment,
         kind="extended" if subscription else "created",
         row=row,
         row_is_final=False,
@@ -304,126 +352,11 @@ def _decide_purchase(
         period_end=end,
         attempt=None,
         void_first=None,
-        reason=_told(row, "its subscription is extended by a period" if subscription else "a subscription is created"),
-        notice=_spent_before_it_was_paid(payment, subscription, end),
+        reason=f"{found}: {grant}",
+        notice=_spent_before_it_was_paid(case.payment, subscription, end),
         notice_kind="spent_period",
-        # Without a ruling they are equal, or it did not come here.
-        correct_money=row is not None and row.money != payment.money,
+        correct_money=case.has_other_money,  # only by a person's word
     )
-
-
-def _spent_before_it_was_paid(
-    payment: ProviderPayment, subscription: SubscriptionRow | None, end: datetime
-) -> str | None:
-    """A customer who pays for a subscription that is long stale buys, by the rule, a period that is over already."""
-    if subscription is None or end > (payment.captured_at or payment.created_at):
-        return None
-    return (
-        f"paid, and by the rule subscription {subscription.id} was extended from its old end: to {end:%Y-%m-%d}, which"
-        " was over when the customer paid. They have nothing to use: move its end in the service, or refund"
-    )
-
-
-def _decide_attachment(
-    payment: ProviderPayment,
-    row: PaymentRow | None,
-    subscription_id: int,
-    facts: Facts,
-    *,
-    now: datetime,
-    calendar: BillingCalendar,
-) -> SettlementDecision:
-    """A person names the subscription that the payment is for: it gets one period of its own plan."""
-    subscription = facts.subscriptions.get(subscription_id)
-    attempt = facts.attempt
-    if attempt is not None and _other_success(payment, attempt, facts) is not None:
-        attempt = None  # the period is another payment's, and so is its attempt
-    provider_id = row.payment_provider_id if row else payment.claims.payment_provider_id
-    if provider_id not in facts.provider_ids and attempt is not None:
-        provider_id = attempt.payment_provider_id
-    if provider_id not in facts.provider_ids and len(facts.provider_ids) == 1:
-        provider_id = min(facts.provider_ids)
-    if subscription is None or subscription.plan_id is None:
-        missing = "does not exist" if subscription is None else "has no plan"
-        return Quarantine(payment, "subscription_gone", f"subscription {subscription_id} {missing}", row)
-    if provider_id is None or provider_id not in facts.provider_ids:
-        return Quarantine(payment, "metadata", "nothing names its payment provider, and there are several", row)
-    named = payment.claims.user_id
-    others = f" (the metadata names user {named})" if named not in (None, subscription.user_id) else ""
-    return _grant_period(
-        payment,
-        row,
-        subscription,
-        subscription.plan_id,
-        provider_id,
-        facts,
-        now=now,
-        calendar=calendar,
-        attempt=attempt,
-        reason=f"a person attached it to subscription {subscription.id} of user {subscription.user_id}{others}",
-    )
-
-
-def _grant_period(
-    payment: ProviderPayment,
-    row: PaymentRow | None,
-    subscription: SubscriptionRow,
-    plan_id: int,
-    payment_provider_id: int,
-    facts: Facts,
-    *,
-    now: datetime,
-    calendar: BillingCalendar,
-    attempt: Attempt | None,
-    reason: str,
-) -> SettlementDecision:
-    """One period by a person's word: from the subscription's end, or from now if it would be over by then."""
-    if subscription.status not in ("ACTIVE", "EXPIRED"):
-        return Quarantine(
-            payment,
-            "subscription_gone",
-            f"subscription {subscription.id} is {subscription.status}: a period would be of no use to the customer",
-            row,
-            subscription.id,
-        )
-    if subscription.ended_at is None:
-        return Quarantine(
-            payment, "no_end", f"subscription {subscription.id} has no end to extend from", row, subscription.id
-        )
-    plan = facts.plans.get(plan_id)
-    start = subscription.ended_at
-    try:
-        if plan is None:
-            raise UnusablePeriod(f"plan {plan_id} does not exist any more")
-        period = parse_period(plan.duration, plan.duration_unit)
-        end = calendar.next_end(subscription.started_at, start, period)
-        # What the customer could not use any more is no grant.
-        if (subscription.status == "EXPIRED" and start < now) or end <= now:
-            start, end = now, calendar.add_period(now, period)
-    except UnusablePeriod as error:
-        return Quarantine(payment, "period", str(error), row, subscription.id)
-    return Settle(
-        payment=payment,
-        kind="extended",
-        row=row,
-        row_is_final=False,
-        subscription=subscription,
-        reactivate=subscription.status == "EXPIRED",
-        user_id=subscription.user_id,
-        plan_id=plan_id,
-        payment_provider_id=payment_provider_id,
-        period_start=start,
-        period_end=end,
-        attempt=attempt,
-        void_first=None if attempt is None else _live_rival(attempt, facts),
-        reason=reason,
-        correct_money=row is not None and row.money != payment.money,
-    )
-
-
-def _told(row: PaymentRow | None, grant: str) -> str:
-    found = f"{row.status} here, paid at the provider" if row else "paid at the provider, unknown here"
-    return f"{found}: {grant}"
 
 
 def _active_subscription(
@@ -443,63 +376,39 @@ def _active_subscription(
     return max(candidates, key=lambda subscription: subscription.id, default=None)
 
 
-def _settled_row(facts: Facts) -> PaymentRow | None:
-    return next((row for row in facts.rows if row.status in ("SUCCEEDED", "REFUNDED")), None)
+def _period_of(plan: PlanRow | None, plan_id: int) -> Period:
+    """The plan's period. Raises UnusablePeriod, also for a plan that is gone."""
+    if plan is None:
+        raise UnusablePeriod(f"plan {plan_id} does not exist any more")
+    return parse_period(plan.duration, plan.duration_unit)
 
 
-def _no_row_to_settle(payment: ProviderPayment, facts: Facts) -> Quarantine:
-    canceled = next((row for row in facts.rows if row.status == "CANCELED"), None)
-    if canceled is not None:
-        return Quarantine(payment, "canceled_here", "canceled here, paid at the provider", canceled)
-    return Quarantine(payment, "status_unknown", "its row has no status that can be settled", facts.rows[0])
-
-
-def _other_success(payment: ProviderPayment, attempt: Attempt, facts: Facts) -> str | None:
-    """Why the period of this renewal belongs to another payment, paid or still possible; None when it does not."""
-    if attempt.external_payment_id not in (None, payment.id) and attempt.state not in _CLOSED_UNPAID:
-        return (
-            f"attempt {attempt.number} of subscription {attempt.subscription_id} has the payment"
-            f" {attempt.external_payment_id} already"
-        )
-    rival = _live_rival(attempt, facts)
-    if rival is None or (rival.state == State.PLANNED and not rival.may_have_been_sent):
-        return None  # by one that was never sent no money can move: it gives way (void_first)
+def _spent_before_it_was_paid(
+    payment: ProviderPayment, subscription: SubscriptionRow | None, end: datetime
+) -> str | None:
+    """A customer who pays for a subscription that is long stale buys, by the rule, a period that is over already."""
+    if subscription is None or end > (payment.captured_at or payment.created_at):
+        return None
     return (
-        f"a late success of attempt {attempt.number} ({attempt.state}), while attempt {rival.number} of the"
-        f" same period is {rival.state}"
+        f"paid, and by the rule subscription {subscription.id} was extended from its old end: to {end:%Y-%m-%d}, which"
+        " was over when the customer paid. They have nothing to use: move its end in the service, or refund"
     )
 
 
-def _live_rival(attempt: Attempt, facts: Facts) -> Attempt | None:
-    """The live attempt of the same period that stands in the way of one which was closed as unpaid."""
-    if attempt.state not in _CLOSED_UNPAID:
-        return None
-    return next((rival for rival in facts.rivals if rival.state not in _CLOSED_UNPAID), None)
+# --- a refund ---
 
 
-def _review(decision: Quarantine, attempt: Attempt, facts: Facts) -> Quarantine:
-    """The same, with the attempt in review, unless its period is another payment's: that one is not touched."""
-    if _other_success(decision.payment, attempt, facts) is not None:
-        return replace(decision, subscription_id=attempt.subscription_id)
-    rival = _live_rival(attempt, facts)
-    return replace(decision, subscription_id=attempt.subscription_id, review=attempt, void_first=rival)
-
-
-def _decide_refund(payment: ProviderPayment, row: PaymentRow | None, facts: Facts) -> SettlementDecision:
+def _decide_refund(case: _Case) -> SettlementDecision:
     """All of the money went back: written down, nothing granted."""
-    attempt = facts.attempt
+    payment, row, facts, attempt = case.payment, case.row, case.facts, case.facts.attempt
     if attempt is None:
         provider_id = row.payment_provider_id if row else payment.claims.payment_provider_id
         if provider_id is None or (row is None and provider_id not in facts.provider_ids):
-            return Quarantine(
-                payment,
-                "metadata",
-                "refunded in full, and its payment provider is missing or unknown in the metadata",
-                row,
-            )
+            reason = "refunded in full, and its payment provider is missing or unknown in the metadata"
+            return case.quarantine("metadata", reason)
         reason = "refunded in full: nothing is granted"
         return RecordRefund(payment, row, False, row.subscription_id if row else None, provider_id, None, reason)
-    final = _settled_row(facts)
+    final = case.final_row
     other = _other_success(payment, attempt, facts)
     return RecordRefund(
         payment,
@@ -515,52 +424,125 @@ def _decide_refund(payment: ProviderPayment, row: PaymentRow | None, facts: Fact
     )
 
 
-def _decide_renewal(
-    payment: ProviderPayment,
-    row: PaymentRow | None,
-    attempt: Attempt,
-    facts: Facts,
-    *,
-    now: datetime,
-    calendar: BillingCalendar,
-    ruling: Ruling | None,
+# --- a person's word ---
+
+
+def _decide_attachment(case: _Case, subscription_id: int) -> SettlementDecision:
+    """A person names the subscription that the payment is for: it gets one period of its own plan."""
+    facts, claims, attempt = case.facts, case.payment.claims, case.facts.attempt
+    subscription = facts.subscriptions.get(subscription_id)
+    if attempt is not None and _other_success(case.payment, attempt, facts) is not None:
+        attempt = None  # the period is another payment's, and so is its attempt
+    provider_id = case.row.payment_provider_id if case.row else claims.payment_provider_id
+    if provider_id not in facts.provider_ids and attempt is not None:
+        provider_id = attempt.payment_provider_id
+    if provider_id not in facts.provider_ids and len(facts.provider_ids) == 1:
+        provider_id = min(facts.provider_ids)
+    if subscription is None or subscription.plan_id is None:
+        missing = "does not exist" if subscription is None else "has no plan"
+        return case.quarantine("subscription_gone", f"subscription {subscription_id} {missing}")
+    if provider_id is None or provider_id not in facts.provider_ids:
+        return case.quarantine("metadata", "nothing names its payment provider, and there are several")
+    is_other_user = claims.user_id not in (None, subscription.user_id)
+    others = f" (the metadata names user {claims.user_id})" if is_other_user else ""
+    reason = f"a person attached it to subscription {subscription.id} of user {subscription.user_id}{others}"
+    return _grant_period(case, subscription, subscription.plan_id, provider_id, attempt, reason)
+
+
+def _grant_period(
+    case: _Case,
+    subscription: SubscriptionRow,
+    plan_id: int,
+    payment_provider_id: int,
+    attempt: Attempt | None,
+    reason: str,
 ) -> SettlementDecision:
-    """A success that carries one of our attempts closes that attempt: its subscription is extended, never created."""
-
-    def review(kind: ProblemKind, reason: str, about: PaymentRow | None = row) -> Quarantine:
-        return _review(Quarantine(payment, kind, reason, about), attempt, facts)
-
-    final = _settled_row(facts)
-    subscription = facts.subscriptions.get(attempt.subscription_id)
-    other = _other_success(payment, attempt, facts)
-    if other is not None and ruling is not None and final is None and subscription is not None:
-        return _grant_period(
-            payment,
-            row,
-            subscription,
-            attempt.plan_id,
-            attempt.payment_provider_id,
-            facts,
-            now=now,
-            calendar=calendar,
-            attempt=None,  # it is closed, and its period is the other payment's
-            reason=f"a person accepted it as one more period: {other}",
+    """One period by a person's word: from the subscription's end, or from now if it would be over by then."""
+    if subscription.status not in ("ACTIVE", "EXPIRED"):
+        problem = (
+            f"subscription {subscription.id} is {subscription.status}: a period would be of no use to the customer"
         )
+        return case.quarantine("subscription_gone", problem, subscription.id)
+    if subscription.ended_at is None:
+        problem = f"subscription {subscription.id} has no end to extend from"
+        return case.quarantine("no_end", problem, subscription.id)
+    start = subscription.ended_at
+    try:
+        period = _period_of(case.facts.plans.get(plan_id), plan_id)
+        end = case.calendar.next_end(subscription.started_at, start, period)
+        # A period that has already passed grants nothing.
+        if (subscription.status == "EXPIRED" and start < case.now) or end <= case.now:
+            start, end = case.now, case.calendar.add_period(case.now, period)
+    except UnusablePeriod as error:
+        return case.quarantine("period", str(error), subscription.id)
+    return Settle(
+        payment=case.payment,
+        kind="extended",
+        row=case.row,
+        row_is_final=False,
+        subscription=subscription,
+        reactivate=subscription.status == "EXPIRED",
+        user_id=subscription.user_id,
+        plan_id=plan_id,
+        payment_provider_id=payment_provider_id,
+        period_start=start,
+        period_end=end,
+        attempt=attempt,
+        void_first=None if attempt is None else _live_rival(attempt, case.facts),
+        reason=reason,
+        correct_money=case.has_other_money,
+    )
+
+
+# --- a renewal: the metadata names one of our attempts ---
+
+
+def _decide_renewal(case: _Case, attempt: Attempt) -> SettlementDecision:
+    """A success that carries one of our attempts closes that attempt: its subscription is extended, never created."""
+    payment, facts, final = case.payment, case.facts, case.final_row
+    other = _other_success(payment, attempt, facts)
     if other is not None:
-        reason = f"{other}: the customer may have paid twice, refund one"
-        return Quarantine(payment, "second_success", reason, row, attempt.subscription_id)
-    void_first = _live_rival(attempt, facts)
-    if row is None and final is None and facts.rows:  # with a ruling, such a row is the one to settle
-        odd = _no_row_to_settle(payment, facts)
-        return review(odd.kind, odd.reason, odd.row)
-    if payment.money != attempt.money and ruling is None:
-        return review("amount_differs", f"{attempt.money} was asked, {payment.money} was charged")
+        return _decide_second_success(case, attempt, other)
+    if case.row is None and final is None and facts.rows:
+        return _review(_no_row_to_settle(case), attempt, facts)
+    if payment.money != attempt.money and case.ruling is None:
+        reason = f"{attempt.money} was asked, {payment.money} was charged"
+        return _review(case.quarantine("amount_differs", reason), attempt, facts)
+    subscription = facts.subscriptions.get(attempt.subscription_id)
     if subscription is None or subscription.ended_at is None:
         missing = "does not exist any more" if subscription is None else "has no end to extend from"
-        return review("subscription_gone", f"a renewal was paid, and subscription {attempt.subscription_id} {missing}")
-    if final is not None and final.status == "REFUNDED":
+        reason = f"a renewal was paid, and subscription {attempt.subscription_id} {missing}"
+        return _review(case.quarantine("subscription_gone", reason), attempt, facts)
+    if final is not None:
+        is_moved = subscription.ended_at > attempt.period_start
+        written = _decide_renewal_written_by_service(case, attempt, final, is_moved=is_moved)
+        if written is not None:
+            return written
+    return _renew(case, attempt, subscription, subscription.ended_at)
+
+
+def _decide_second_success(case: _Case, attempt: Attempt, other: str) -> SettlementDecision:
+    """The period is another payment's. `other` says why."""
+    subscription = case.facts.subscriptions.get(attempt.subscription_id)
+    if case.ruling is not None and case.final_row is None and subscription is not None:
+        # The attempt is closed, and its period is the other payment's.
+        reason = f"a person accepted it as one more period: {other}"
+        return _grant_period(case, subscription, attempt.plan_id, attempt.payment_provider_id, None, reason)
+    reason = f"{other}: the customer may have paid twice, refund one"
+    return case.quarantine("second_success", reason, attempt.subscription_id)
+
+
+def _decide_renewal_written_by_service(
+    case: _Case, attempt: Attempt, final: PaymentRow, *, is_moved: bool
+) -> SettlementDecision | None:
+    """The service's webhook has written the row of a renewal. None: it did not grant it, so that is still to be done.
+
+    `is_moved`: the subscription's end is no longer the one that the attempt was to extend.
+    """
+    facts, void_first = case.facts, _live_rival(attempt, case.facts)
+    if final.status == "REFUNDED":
         return RecordRefund(
-            payment,
+            case.payment,
             final,
             True,
             attempt.subscription_id,
@@ -569,46 +551,75 @@ def _decide_renewal(
             "the service holds it as REFUNDED",
             void_first,
         )
-    moved = final is not None and subscription.ended_at > attempt.period_start
-    if moved and facts.paid_meanwhile and ruling is None:
+    if is_moved and facts.paid_meanwhile and case.ruling is None:
         # Who moved the end is not written anywhere: a guess would lose a paid period, or grant one twice.
-        return review(
-            "unclear_grant",
+        reason = (
             "the service holds this renewal as paid, and another payment was granted to the subscription meanwhile:"
-            " nobody can tell whether the renewal was, too",
-            final,
+            " nobody can tell whether the renewal was, too"
         )
-    if final is not None and moved and not facts.paid_meanwhile:
+        return _review(Quarantine(case.payment, "unclear_grant", reason, final), attempt, facts)
+    if is_moved and not facts.paid_meanwhile:
         reason = f"the service has settled it already ({final.subject})"
-        return CloseAsGranted(payment, final, attempt, subscription.id, reason, void_first)
-    plan = facts.plans.get(attempt.plan_id)
+        return CloseAsGranted(case.payment, final, attempt, attempt.subscription_id, reason, void_first)
+    return None
+
+
+def _renew(case: _Case, attempt: Attempt, subscription: SubscriptionRow, old_end: datetime) -> SettlementDecision:
+    """Extend the subscription by a period from its old end, whatever became of the subscription meanwhile."""
+    final = case.final_row
     try:
-        if plan is None:
-            raise UnusablePeriod(f"plan {attempt.plan_id} does not exist any more")
-        end = calendar.next_end(
-            subscription.started_at, subscription.ended_at, parse_period(plan.duration, plan.duration_unit)
-        )
+        period = _period_of(case.facts.plans.get(attempt.plan_id), attempt.plan_id)
+        end = case.calendar.next_end(subscription.started_at, old_end, period)
     except UnusablePeriod as error:
-        return review("period", str(error))
-    ended = subscription.status not in ("ACTIVE", "EXPIRED")
+        return _review(case.quarantine("period", str(error)), attempt, case.facts)
+    # The customer said no while the charge was under way: the grant matches the money, a person may refund both.
+    notice = f"the renewal was paid while the subscription was {subscription.status}: refund or reactivate"
     return Settle(
-        payment=payment,
+        payment=case.payment,
         kind="renewed",
-        row=final or row,
+        row=final or case.row,
         row_is_final=final is not None,
         subscription=subscription,
         reactivate=subscription.status == "EXPIRED",
         user_id=subscription.user_id,
         plan_id=attempt.plan_id,
         payment_provider_id=attempt.payment_provider_id,
-        period_start=subscription.ended_at,
+        period_start=old_end,
         period_end=end,
         attempt=attempt,
-        void_first=void_first,
+        void_first=_live_rival(attempt, case.facts),
         reason="renewal paid: the subscription is extended by a period from its old end",
-        correct_money=ruling is not None and row is not None and row.money != payment.money,
-        # The customer said no while the charge was under way: the grant matches the money, a person may refund both.
-        notice=f"the renewal was paid while the subscription was {subscription.status}: refund or reactivate"
-        if ended
-        else None,
+        correct_money=case.ruling is not None and case.has_other_money,
+        notice=None if subscription.status in ("ACTIVE", "EXPIRED") else notice,
     )
+
+
+def _other_success(payment: ProviderPayment, attempt: Attempt, facts: Facts) -> str | None:
+    """Why the period of this renewal belongs to another payment, paid or still possible; None when it does not."""
+    if attempt.external_payment_id not in (None, payment.id) and attempt.state in LIVE:
+        return (
+            f"attempt {attempt.number} of subscription {attempt.subscription_id} has the payment"
+            f" {attempt.external_payment_id} already"
+        )
+    rival = _live_rival(attempt, facts)
+    if rival is None or (rival.state == State.PLANNED and not rival.may_have_been_sent):
+        return None  # one that was never sent moves no money: it gives way (void_first)
+    return (
+        f"a late success of attempt {attempt.number} ({attempt.state}), while attempt {rival.number} of the"
+        f" same period is {rival.state}"
+    )
+
+
+def _live_rival(attempt: Attempt, facts: Facts) -> Attempt | None:
+    """The live attempt of the same period that stands in the way of one which was closed as unpaid."""
+    if attempt.state in LIVE:
+        return None
+    return next((rival for rival in facts.rivals if rival.state in LIVE), None)
+
+
+def _review(decision: Quarantine, attempt: Attempt, facts: Facts) -> Quarantine:
+    """The same, with the attempt in review, unless its period is another payment's: that one is not touched."""
+    if _other_success(decision.payment, attempt, facts) is not None:
+        return replace(decision, subscription_id=attempt.subscription_id)
+    rival = _live_rival(attempt, facts)
+    return replace(decision, subscription_id=attempt.subscription_id, review=attempt, void_first=rival)

@@ -160,13 +160,8 @@ PROMISED = (
         (
             Edit(
                 _SETTLEMENT,
-                "        end = calendar.next_end(\n"
-                "            subscription.started_at, subscription.ended_at, parse_period("
-                "plan.duration, plan.duration_unit)\n"
-                "        )",
-                "        end = calendar.next_end(\n"
-                "            subscription.started_at, now, parse_period(plan.duration, plan.duration_unit)\n"
-                "        )",
+                "end = case.calendar.next_end(subscription.started_at, old_end, period)",
+                "end = case.calendar.next_end(subscription.started_at, case.now, period)",
             ),
         ),
         (_AUTOPAYMENT + "test_an_overdue_subscription_is_extended_from_its_old_end_not_from_today",),
@@ -592,8 +587,8 @@ FURTHER = (
         (
             Edit(
                 _SETTLEMENT,
-                "    if row is not None and row.money != payment.money and ruling is None:",
-                "    if row is not None and row.money and row.money.amount != payment.money.amount and ruling is None:",
+                "    if case.row is not None and case.has_other_money and ruling is None:",
+                "    if case.row and case.row.money and case.row.money.amount != payment.money.amount and not ruling:",
             ),
         ),
         (_PENDING + "test_an_amount_or_a_currency_that_differs_goes_to_a_person",),
@@ -604,8 +599,8 @@ FURTHER = (
         (
             Edit(
                 _SETTLEMENT,
-                "if payment.money != attempt.money and ruling is None:",
-                "if payment.money.amount != attempt.money.amount and ruling is None:",
+                "if payment.money != attempt.money and case.ruling is None:",
+                "if payment.money.amount != attempt.money.amount and case.ruling is None:",
             ),
         ),
         (_FAULTS + "test_an_answer_with_another_amount_or_currency_goes_to_a_person_and_grants_nothing",),
@@ -613,7 +608,7 @@ FURTHER = (
     Mutant(
         "amount ignored",
         "a renewal of another amount goes to a person",
-        (Edit(_SETTLEMENT, "if payment.money != attempt.money and ruling is None:", "if False:"),),
+        (Edit(_SETTLEMENT, "if payment.money != attempt.money and case.ruling is None:", "if False:"),),
         (_FAULTS + "test_an_answer_with_another_amount_or_currency_goes_to_a_person_and_grants_nothing",),
     ),
     Mutant(
@@ -631,7 +626,7 @@ FURTHER = (
     Mutant(
         "a second success granted",
         "one attempt, one grant",
-        (Edit(_SETTLEMENT, "    if other is not None:\n        reason = f", "    if False:\n        reason = f"),),
+        (Edit(_SETTLEMENT, "    if other is not None:\n        return", "    if False:\n        return"),),
         (_FAULTS + "test_two_successes_for_one_attempt_are_one_grant_and_a_case_for_a_person",),
     ),
     Mutant(
@@ -1004,18 +999,18 @@ FURTHER = (
     Mutant(
         "an unclear grant granted again",
         "what the webhook may have granted already is a person's to decide",
-        (Edit(_SETTLEMENT, "if moved and facts.paid_meanwhile and ruling is None:", "if False:"),),
+        (Edit(_SETTLEMENT, "if is_moved and facts.paid_meanwhile and case.ruling is None:", "if False:"),),
         (_UNCLEAR,),
     ),
     Mutant(
         "an unclear grant taken for granted",
         "a paid renewal is not lost behind another grant",
         (
-            Edit(_SETTLEMENT, "if moved and facts.paid_meanwhile and ruling is None:", "if False:"),
+            Edit(_SETTLEMENT, "if is_moved and facts.paid_meanwhile and case.ruling is None:", "if False:"),
             Edit(
                 _SETTLEMENT,
-                "if final is not None and moved and not facts.paid_meanwhile:",
-                "if final is not None and moved:",
+                "if is_moved and not facts.paid_meanwhile:",
+                "if is_moved:",
             ),
         ),
         (_UNCLEAR,),
@@ -1032,7 +1027,7 @@ FURTHER = (
     Mutant(
         "a spent period not told",
         "a customer who paid for a period that was over is told to a person",
-        (Edit(_SETTLEMENT, "notice=_spent_before_it_was_paid(payment, subscription, end),", "notice=None,"),),
+        (Edit(_SETTLEMENT, "notice=_spent_before_it_was_paid(case.payment, subscription, end),", "notice=None,"),),
         ("domain/test_settlement.py::test_a_customer_who_paid_for_a_period_that_was_over_already_is_told_to_a_person",),
     ),
     Mutant(
