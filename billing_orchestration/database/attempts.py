@@ -1,4 +1,4 @@
-"""Renewal attempts in the database: reading them, opening, claiming and closing them (SPEC 5).
+"""Renewal attempts in the database: reading them, opening, claiming and closing them.
 
 Every change of state repeats its precondition in WHERE; what comes back from a statement is what was really changed.
 """
@@ -94,7 +94,7 @@ def select_attempts(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
     )
 
 
-# As words of the statement, not as its values: so every plan of it can use the index on open attempts.
+# Literals, not parameters, so that every plan can use the index on open attempts.
 _IS_OPEN = renewal_attempts.c.state.in_([sa.literal_column(f"'{state}'") for state in OPEN])
 
 
@@ -146,7 +146,7 @@ _OPEN_AND_CLAIM = sa.text("""
 
 
 def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[Attempt]) -> set[uuid.UUID]:
-    """Write new attempts ahead of their first send, with `first_sent_at`; give back those that may be sent.
+    """Write new attempts ahead of their first send, with `first_sent_at`; return those that may be sent.
 
     The subscription is looked at again here, under lock: one that was renewed, canceled or paused since it was read
     gets no attempt, nor does a period that has a live attempt already (a partial unique index says so, not Python),
@@ -203,11 +203,12 @@ _CLAIM = sa.text("""
 def claim(
     connection: sa.Connection, stamp: Stamp, attempt_ids: Sequence[uuid.UUID], oldest_key: datetime
 ) -> dict[uuid.UUID, bool]:
-    """Note that open attempts are about to be sent (again), after another look at each; give back those that may be,
-    each with whether it may have been sent before.
+    """Claim open attempts for another send, after a second look at each.
 
-    The attempt and its subscription are looked at under lock, as in `open_and_claim`. What may have been sent is told
-    by the row as it is now: another run may have sent an attempt since it was read, and an answer that says "not this
+    Returns those that may be sent, each with whether it may have been sent before.
+
+    The attempt and its subscription are looked at under lock, as in `open_and_claim`. Whether an attempt may have been
+    sent is read from the row as it is now: another run may have sent it meanwhile, and an answer that says "not this
     time" must not be taken for "never". An attempt whose first send was at `oldest_key` or before is never sent again:
     the provider may have forgotten its key. Commit before sending.
     """
@@ -247,11 +248,11 @@ _CLOSE = sa.text("""
 
 
 def close(connection: sa.Connection, stamp: Stamp, closings: Sequence[Closing]) -> set[uuid.UUID]:
-    """Write down what became of attempts that are still open, with the audit trail; give back those it changed.
+    """Record what became of attempts that are still open, with the audit trail; return those that changed.
 
     An attempt that somebody closed meanwhile (a matching job that saw its success) is not touched, nor is one with
-    `as_read` that another run has claimed since: it may be on its way to the provider at this moment. A change of
-    nothing but the last error's words is written, but is no entry in the audit trail.
+    `as_read` that another run has claimed since: it may be on its way to the provider at this moment. A change of the
+    last error's text alone is written without an audit entry.
     """
     if not closings:
         return set()
@@ -299,7 +300,7 @@ _LOCK_CLASS = 0x42_4F_01
 
 
 def try_lock(lock_connection: sa.Connection, attempt_ids: Iterable[uuid.UUID]) -> set[uuid.UUID]:
-    """Take the session-level lock of each attempt; give back those that were free.
+    """Take the session-level lock of each attempt; return those that were free.
 
     Two processes must not send one key at the same time: what the provider does then is not documented. The lock
     spans the POST, during which no transaction is open, so it belongs to a session (its own, autocommit) and ends
@@ -316,7 +317,7 @@ def try_lock(lock_connection: sa.Connection, attempt_ids: Iterable[uuid.UUID]) -
 
 
 def unlock(lock_connection: sa.Connection, attempt_ids: Iterable[uuid.UUID]) -> None:
-    """Give the locks of these attempts back."""
+    """Release the locks of these attempts."""
     lock_connection.execute(
         sa.text("""
             SELECT count(pg_advisory_unlock(:class, hashtext(CAST(id AS text))))

@@ -1,4 +1,4 @@
-"""Settling provider payments into the service's books: the one function behind all five jobs (SPEC 4).
+"""Settling provider payments into the service's books: the one function behind all five jobs.
 
 `settle_batch` reads the facts under lock, lets `domain.settlement` decide each payment, and writes every decision with
 its audit trail. It is set-based: a batch of one and a batch of two hundred take the same handful of statements.
@@ -154,7 +154,7 @@ def _refuse_collisions(decisions: Sequence[SettlementDecision]) -> None:
 def _create_subscriptions(
     connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision]
 ) -> dict[str, int]:
-    """Create the subscriptions of new customers; give back their ids by provider payment id."""
+    """Create the subscriptions of new customers; return their ids by provider payment id."""
     grants = [decision for decision in decisions if isinstance(decision, Settle) and decision.subscription is None]
     if not grants:
         return {}
@@ -232,9 +232,9 @@ def _save_methods(connection: sa.Connection, rows: Rows) -> None:
         connection.execute(_SAVE_METHODS, {"rows": to_json(rows.methods)})
 
 
-# Everything that a batch changes, in one statement: on the way to the server and back, a batch waits longer than for
-# the work itself. What it updates was locked and read before; each part repeats its precondition and tells how many
-# rows it changed. The provider's ids of a batch are distinct, so a new payment row is found by its own.
+# Everything that a batch changes, in one statement: a batch spends more time on round trips than on the work itself.
+# What it updates was locked and read before; each part repeats its precondition and returns how many rows it changed.
+# The provider's ids of a batch are distinct, so a new payment row is found by its own.
 _WRITE = f"""
     WITH paid AS (
         INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,
@@ -290,7 +290,7 @@ _WRITE = f"""
 
 
 def _write(connection: sa.Connection, stamp: Stamp, rows: Rows) -> dict[str, int]:
-    """Write the rest of it; give back the ids of all settled payment rows by provider payment id.
+    """Write the rest of it; return the ids of all settled payment rows by provider payment id.
 
     Raises ChangedMeanwhile when a row is not what it was: the caller's transaction must be rolled back then.
     """

@@ -34,7 +34,7 @@ from billing_orchestration.domain.settlement import (
 class ChangedMeanwhile(DatabaseBusy):
     """A row is not what it was when it was read under lock, or two payments of a batch want the same row.
 
-    Nothing of the batch was written. Settling its payments one at a time decides each of them anew.
+    Nothing of the batch was written. Settling its payments one at a time decides each of them again.
     """
 
 

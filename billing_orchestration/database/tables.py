@@ -1,4 +1,4 @@
-"""The tables, as SQLAlchemy sees them: the service's own (SPEC 1, names and types are facts) and ours.
+"""The tables, as SQLAlchemy sees them: the service's own (names and types are facts) and ours.
 
 The service's tables live in `public` and belong to the service: it goes on writing to them, and nothing here but
 `migrate` on an empty database ever creates them. Their timestamps are `timestamp without time zone` holding UTC;
@@ -31,7 +31,7 @@ class UtcNaive(sa.types.TypeDecorator[datetime]):
         return None if value is None else naive_utc(value)
 
     def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:  # noqa: ARG002  # SQLAlchemy's signature
-        """Give back an aware UTC instant."""
+        """Return an aware UTC instant."""
         return None if value is None else value.replace(tzinfo=timezone.utc)
 
 

@@ -1,4 +1,4 @@
-"""An attempt to charge one period: its identity, its states, and how long its key may be used (SPEC 5).
+"""An attempt to charge one period: its identity, its states, and how long its key may be used.
 
 An attempt is (subscription, period start = the old `ended_at`, number). Its id and its idempotence key are derived from
 that identity. Two processes that plan the same attempt therefore send the same key, and so does a database that was
@@ -28,7 +28,7 @@ SCAN_MARGIN = timedelta(minutes=30)
 
 
 class State:
-    """The states of an attempt, as in SPEC 5's table. REFUNDED: paid, and refunded in full before we knew."""
+    """The states of an attempt. REFUNDED: paid, and refunded in full before we knew."""
 
     PLANNED = "PLANNED"
     UNKNOWN = "UNKNOWN"

@@ -1,4 +1,4 @@
-"""Renewal: which subscriptions and open attempts a run charges, and why it leaves the others (SPEC 4)."""
+"""Renewal: which subscriptions and open attempts a run charges, and why it leaves the others."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Resend:
 
 @dataclass(frozen=True, slots=True)
 class Conclude:
-    """The provider told what became of an open attempt: apply its answer as if it had come to the POST."""
+    """The provider said what became of an open attempt: apply it like an answer to the POST."""
 
     attempt: Attempt
     payment: ProviderPayment
@@ -184,7 +184,7 @@ def decide_open_attempt(
         )
     if not attempt.may_have_been_sent:
         if due is None or due.ended_at != attempt.period_start:
-            return Void(attempt, "never sent, and the period is not due any more: no money moved")
+            return Void(attempt, "never sent, and the period is no longer due: no money moved")
         return Resend(attempt, "planned earlier and certainly never sent")
     if is_past_key_lifetime(attempt, now):
         if attempt.id not in view.scanned:
@@ -212,7 +212,7 @@ def decide_open_attempt(
         return NotCharged(
             attempt.subject,
             Code.OUTCOME_UNKNOWN,
-            "outcome not known, and the period is not due any more: not sent again, searched after"
+            "outcome not known, and the period is no longer due: not sent again, searched after"
             f" {KEY_LIFETIME_HOURS} h",
             attempt.money,
         )
@@ -227,7 +227,7 @@ def decide_renewal(
     rules: RenewalRules,
     voided: frozenset[uuid.UUID] = frozenset(),
 ) -> Charge | NotCharged:
-    """Whether a new attempt charges a due subscription; if not, the reason (SPEC 4).
+    """Whether a new attempt charges a due subscription; if not, the reason.
 
     This very run closes the attempts in `voided`, so they count as closed. An open attempt is decided by
     `decide_open_attempt`; a subscription that has one is not charged here.
@@ -386,7 +386,7 @@ def _still_wanted(
         return decision
     fresh = decide_renewal(due, as_of=as_of, now=now, rules=rules, voided=frozenset({attempt.id}))
     if isinstance(fresh, NotCharged):
-        return Void(attempt, f"never sent, and not to be charged any more: {fresh.reason}")
+        return Void(attempt, f"never sent, and no longer to be charged: {fresh.reason}")
     wanted = fresh.attempt
     if (wanted.money, wanted.payment_method_id, wanted.plan_id) != (
         attempt.money,

@@ -48,7 +48,7 @@ TABLES = (
         CONSTRAINT renewal_attempts_identity UNIQUE (subscription_id, period_start, number)
     )
     """,
-    # The promise of SPEC 5: at most one attempt of a period is open, paid, or waiting for a person.
+    # The promise: at most one attempt of a period is open, paid, or waiting for a person.
     """
     CREATE UNIQUE INDEX renewal_attempts_one_live_per_period
         ON billing_orchestration.renewal_attempts (subscription_id, period_start)
