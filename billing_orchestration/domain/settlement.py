@@ -1,4 +1,4 @@
-"""Settling: what a success at the provider means for the service's books (SPEC 4, "Settling a provider payment").
+"""Settling: what a success at the provider means for the service's books.
 
 `decide_settlement` is the one rule, used by all five jobs. It sees the facts that were read under lock and returns
 what to write; it writes nothing itself. One provider payment yields at most one grant, ever.
@@ -18,7 +18,7 @@ from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.problem_kinds import ProblemKind
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
 
-# Row statuses from which a success is settled (SPEC 4): a late success revives an expired payment.
+# Row statuses from which a success is settled: a late success revives an expired payment.
 SETTLEABLE_ROWS = ("PENDING", "CREATED", "EXPIRED")
 # Row statuses that say the payment is settled.
 FINAL_ROWS = ("SUCCEEDED", "REFUNDED")
@@ -85,11 +85,11 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    """A person's word on one payment of the quarantine.
+    """A person's decision on one quarantined payment.
 
-    Without `attach_to`: accept it as it is. That it differs in amount, is a test, is CANCELED here or is a period's
-    second success is then no objection any more; what makes a grant impossible still is one. With `attach_to`: one
-    period of that subscription's plan for that subscription, whatever the metadata says.
+    Without `attach_to`: accept it as it is. A different amount, a test, CANCELED here or a period's second success no
+    longer blocks it; what makes a grant impossible still does. With `attach_to`: one period of that subscription's plan
+    for that subscription, whatever the metadata says.
     """
 
     attach_to: int | None = None
@@ -126,7 +126,7 @@ class Settle:
 
 @dataclass(frozen=True, slots=True)
 class RecordRefund:
-    """Write it down as REFUNDED and grant nothing: all of the money went back.
+    """Record it as REFUNDED and grant nothing: all of the money went back.
 
     `attempt`: the one to close by it, None for a payment whose period is another one's. `void_first` as in Settle.
     """
@@ -228,7 +228,8 @@ def decide_settlement(
     is_live: bool,
     ruling: Ruling | None = None,
 ) -> SettlementDecision:
-    """What a provider payment means for the books. Steps and order are those of SPEC 4.
+    """What a provider payment means for the books: refund, test payment, renewal, amount, metadata, extend or create,
+    in this order.
 
     `now` is the moment of settling; `ruling` is what a person said about it. Only a payment that succeeded may come
     here (ValueError otherwise).
@@ -379,19 +380,19 @@ def _active_subscription(
 def _period_of(plan: PlanRow | None, plan_id: int) -> Period:
     """The plan's period. Raises UnusablePeriod, also for a plan that is gone."""
     if plan is None:
-        raise UnusablePeriod(f"plan {plan_id} does not exist any more")
+        raise UnusablePeriod(f"plan {plan_id} no longer exists")
     return parse_period(plan.duration, plan.duration_unit)
 
 
 def _spent_before_it_was_paid(
     payment: ProviderPayment, subscription: SubscriptionRow | None, end: datetime
 ) -> str | None:
-    """A customer who pays for a subscription that is long stale buys, by the rule, a period that is over already."""
+    """By the rule, a customer who pays for a long stale subscription buys a period that is already over."""
     if subscription is None or end > (payment.captured_at or payment.created_at):
         return None
     return (
         f"paid, and by the rule subscription {subscription.id} was extended from its old end: to {end:%Y-%m-%d}, which"
-        " was over when the customer paid. They have nothing to use: move its end in the service, or refund"
+        " was over when the customer paid. They got nothing: move its end in the service, or refund"
     )
 
 
@@ -399,7 +400,7 @@ def _spent_before_it_was_paid(
 
 
 def _decide_refund(case: _Case) -> SettlementDecision:
-    """All of the money went back: written down, nothing granted."""
+    """All of the money went back: recorded, nothing granted."""
     payment, row, facts, attempt = case.payment, case.row, case.facts, case.facts.attempt
     if attempt is None:
         provider_id = row.payment_provider_id if row else payment.claims.payment_provider_id
@@ -510,7 +511,7 @@ def _decide_renewal(case: _Case, attempt: Attempt) -> SettlementDecision:
         return _review(case.quarantine("amount_differs", reason), attempt, facts)
     subscription = facts.subscriptions.get(attempt.subscription_id)
     if subscription is None or subscription.ended_at is None:
-        missing = "does not exist any more" if subscription is None else "has no end to extend from"
+        missing = "no longer exists" if subscription is None else "has no end to extend from"
         reason = f"a renewal was paid, and subscription {attempt.subscription_id} {missing}"
         return _review(case.quarantine("subscription_gone", reason), attempt, facts)
     if final is not None:
@@ -552,10 +553,10 @@ def _decide_renewal_written_by_service(
             void_first,
         )
     if is_moved and facts.paid_meanwhile and case.ruling is None:
-        # Who moved the end is not written anywhere: a guess would lose a paid period, or grant one twice.
+        # Nothing records who moved the end: a guess would lose a paid period, or grant one twice.
         reason = (
             "the service holds this renewal as paid, and another payment was granted to the subscription meanwhile:"
-            " nobody can tell whether the renewal was, too"
+            " it is unknown whether the renewal was granted too"
         )
         return _review(Quarantine(case.payment, "unclear_grant", reason, final), attempt, facts)
     if is_moved and not facts.paid_meanwhile:
@@ -572,7 +573,8 @@ def _renew(case: _Case, attempt: Attempt, subscription: SubscriptionRow, old_end
         end = case.calendar.next_end(subscription.started_at, old_end, period)
     except UnusablePeriod as error:
         return _review(case.quarantine("period", str(error)), attempt, case.facts)
-    # The customer said no while the charge was under way: the grant matches the money, a person may refund both.
+    # The customer canceled or paused while the charge was under way: the grant matches the money, a person may refund
+    # both.
     notice = f"the renewal was paid while the subscription was {subscription.status}: refund or reactivate"
     return Settle(
         payment=case.payment,

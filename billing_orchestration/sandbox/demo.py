@@ -1,4 +1,4 @@
-"""`make demo`: the five jobs on example data, and the books of both sides, in about a minute.
+"""`make demo`: the five jobs on example data, and the books of both sides, in half a minute.
 
 It ends with 0 only if every case came out as expected and every promise holds in the provider's ledger.
 """
@@ -198,7 +198,7 @@ class _Play:
             self.report.run(self.history, run, JOBS[run.job])
 
     def _second_round(self) -> bool:
-        """All five again, two at a time: nothing may change, on neither side."""
+        """All five again, two at once: nothing may change on either side."""
         from billing_orchestration.sandbox.books import fingerprint
 
         before, ledger = fingerprint(self.engine), self.stage.control.ledger()

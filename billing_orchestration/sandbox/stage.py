@@ -1,4 +1,4 @@
-"""The stage that demo and dev play on: an embedded PostgreSQL, the sandbox provider, and a Dagster home, in `.demo/`.
+"""The stage for demo and dev: an embedded PostgreSQL, the sandbox provider, and a Dagster home, in `.demo/`.
 
 Everything is on this machine, on Unix sockets and loopback ports that nobody else uses; nothing of the caller's own
 settings (environment or `.env`) reaches it. What is started here is ended here.
@@ -80,7 +80,7 @@ class Stage:
 
 @dataclass(slots=True)
 class StartedJob:
-    """A run of a job that goes on."""
+    """A run of a job that is still running."""
 
     job: str
     process: subprocess.Popen[bytes]

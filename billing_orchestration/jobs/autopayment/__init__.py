@@ -66,10 +66,10 @@ class DueConfig(dg.Config):
         ge=1,
         le=MOST_SHARDS,
         description=(
-            "Divide the due into so many parts: in one process they follow each other, so that memory stays flat; with"
-            " the executor `multiprocess` they run side by side. Left out: not divided (with `multiprocess`: one a"
-            " process). How the provider is driven is then set at renew_shard instead of charge_renewals, for the whole"
-            " run."
+            "Divide the due subscriptions into this many parts. They follow each other in one process, which keeps"
+            " memory flat, or run side by side with the executor `multiprocess`. Left out: not divided, or one part per"
+            " process with `multiprocess`. A divided run takes its request limits from renew_shard, not from"
+            " charge_renewals."
         ),
     )
 
@@ -168,7 +168,7 @@ def diff_renewals(context: dg.OpExecutionContext, asked: AskedRenewals, clock: d
 
 
 @dg.op(
-    description="Conclude what the provider told, then charge: write ahead, send, settle, attempt by attempt.",
+    description="Conclude what the provider reported, then charge: write ahead, send, settle, attempt by attempt.",
     out=dg.Out(dg.Nothing, io_manager_key=HAND_OVER),
 )
 def charge_renewals(

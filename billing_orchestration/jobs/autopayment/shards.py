@@ -44,11 +44,11 @@ from billing_orchestration.resources import BillingDatabase, Clock, ProviderConn
 
 # On the run's record in the run history, which every process of a run can read: nothing else needs to be shared.
 DIVISION_TAG = "billing/division"
-# What a shard tells the last op, in its own metadata, for the same reason.
+# What a shard reports to the last op, in its own metadata, for the same reason.
 _REPORT = "read by conclude_shards"
-# Names of those that need another try, of each shard; the rest is counted.
+# Names of what must be retried, per shard; the rest is counted.
 _NAMED = 5
-# Not the io_manager of the other jobs: Dagster refuses several processes for whatever could use that one.
+# Not the io_manager of the other jobs: Dagster refuses several processes for any job that could use that one.
 HAND_OVER = "renewals_hand_over"
 _EXECUTOR = "in_process_or_multiprocess"
 
@@ -94,7 +94,7 @@ in_process_or_multiprocess: dg.ExecutorDefinition = dg.configured(
                         "max_concurrent": dg.Field(
                             dg.Noneable(dg.Int),
                             default_value=None,
-                            description="How many shards run at a time. Left out: one a core.",
+                            description="At most this many shards at once. Left out: one per core.",
                         )
                     },
                     description="Each shard in a process of its own.",
@@ -127,14 +127,14 @@ def _refuse_lone_step() -> NoReturn:
     )
 
 
-@dg.io_manager(description="What the ops of one renewal run hand to each other, in memory.")
+@dg.io_manager(description="What the ops of a renewal run hand over, in memory.")
 def renewals_hand_over() -> RenewalsHandOver:
     """The resource `renewals_hand_over`."""
     return RenewalsHandOver()  # type: ignore[no-untyped-call]
 
 
 def shards_wanted(context: dg.OpExecutionContext, configured: int | None) -> tuple[int | None, int]:
-    """How many shards the run has (None: it is not divided), and how many of them may run at a time."""
+    """How many shards the run has (None: it is not divided), and how many of them may run at once."""
     run_config: Mapping[str, Any] = context.run.run_config
     execution = (run_config.get("execution") or {}).get("config") or {}
     shards: int | None
@@ -145,7 +145,7 @@ def shards_wanted(context: dg.OpExecutionContext, configured: int | None) -> tup
         at_once = 1
         shards = configured
     else:
-        # An executor of the deployment's own (Kubernetes, Celery): so many at a time as it says, else all.
+        # An executor of the deployment's own (Kubernetes, Celery): at most as many at once as it says, else all.
         at_once = int(execution.get("max_concurrent") or configured or 1)
         shards = configured
     return shards, min(at_once, shards or 1)
@@ -183,7 +183,7 @@ def divide_due(
         _stop_if_over(scope, scope.max_changes, max_overdue_days, shards, database, provider, clock)
     division = Division(scope.as_of, scope.source, at_once, max_overdue_days)
     context.instance.add_run_tags(context.run_id, {DIVISION_TAG: division.to_text()})
-    context.log.info(f"{counts.due} due subscriptions in {shards} shards, {at_once} at a time")
+    context.log.info(f"{counts.due} due subscriptions in {shards} shards, {at_once} at once")
     metadata = {
         **describe_scope(scope),
         "due": dg.MetadataValue.int(counts.due),
@@ -192,7 +192,7 @@ def divide_due(
         "not charged: the plan is not recurring": dg.MetadataValue.int(counts.not_recurring),
         "ACTIVE without an end": dg.MetadataValue.int(counts.without_end),
         "shards": dg.MetadataValue.int(shards),
-        "shards at a time": dg.MetadataValue.int(at_once),
+        "shards at once": dg.MetadataValue.int(at_once),
     }
     for shard in divide(shards):
         yield dg.DynamicOutput(
@@ -234,7 +234,7 @@ def renew_shard(
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
 ) -> None:
-    """All steps of one shard. What needs another try is told to the last op, which ends the run red."""
+    """All steps of one shard. What must be retried is reported to the last op, which ends the run red."""
     report = RunReport()
     with told_plainly():
         shard = shard_of_key(context.get_mapping_key())
@@ -285,7 +285,7 @@ def _agreed(context: dg.OpExecutionContext, run: RunSettings, clock: Clock) -> t
 
 
 def limits_of_a_shard(config: ChargingConfig, at_once: int) -> ChargingConfig:
-    """The limits of the run, divided among the shards that run at a time."""
+    """The limits of the run, divided among the shards that run at once."""
     rate = config.max_requests_per_second
     return ChargingConfig(
         max_concurrency=share(config.max_concurrency, at_once),
@@ -341,7 +341,7 @@ def conclude_shards(
 
 
 def _reports(context: dg.OpExecutionContext) -> dict[str, dict[str, Any]]:
-    """What the shards of this run have told, by the step's name."""
+    """What the shards of this run have reported, by the step's name."""
     found: dict[str, dict[str, Any]] = {}
     for entry in context.instance.all_logs(context.run_id, of_type=dg.DagsterEventType.STEP_OUTPUT):
         event = entry.dagster_event

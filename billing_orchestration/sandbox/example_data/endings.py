@@ -62,5 +62,5 @@ def over(book: Book) -> None:
             book.attempt(item, "DECLINED", book.on_day(day), reason="insufficient_funds", decline_class="soft")
         return item
 
-    case("declined (soft) on every day of the grace", "not charged any more: EXPIRED", EXPIRED,
+    case("declined (soft) on every day of the grace", "no longer charged: EXPIRED", EXPIRED,
          [declined_daily() for _ in range(2)])  # fmt: skip

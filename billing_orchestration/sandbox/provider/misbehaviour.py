@@ -1,7 +1,7 @@
 """How the sandbox provider misbehaves on request: rules that say which call, which occurrence, and what happens.
 
 A rule is looked for before each call of the API, in the order in which the rules were given; the first that fires is
-the only one that acts. "Before" and "after" tell on which side of the execution it strikes: after means that the
+the only one that acts. "Before" and "after" say on which side of the execution it strikes: after means that the
 money has moved and the client does not learn it.
 """
 
@@ -55,7 +55,7 @@ class Misbehaviour:
     """One rule. The occurrences are counted over the calls that match it.
 
     call: create | list | get | any. effect: see EFFECTS. delay_s: waited before anything is executed, whether or not
-    the client is still there. times: fires so often at most (None: always). skip: lets so many pass first. every:
+    the client is still there. times: fires so often at most (None: always). skip: lets this many pass first. every:
     then fires at each k-th. page: only at the n-th page of a list. payment_method_id, idempotence_key, payment_id,
     metadata: only for that method, key, payment (get), or a charge whose metadata holds all of these.
     """
@@ -174,7 +174,7 @@ class Misbehaviours:
         self._rules: list[Misbehaviour] = []
 
     def add(self, rule: Misbehaviour) -> Misbehaviour:
-        """Append a rule; the object tells afterwards how often it fired."""
+        """Append a rule; the object says afterwards how often it fired."""
         with self._lock:
             self._rules.append(rule)
         return rule

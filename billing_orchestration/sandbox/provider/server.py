@@ -35,7 +35,7 @@ START_TIMEOUT_S = 30.0
 
 
 def _protocol_that_shows_its_transport(api: ProviderApi) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP protocol, which also tells the API which transport belongs to which client address."""
+    """uvicorn's HTTP protocol, which also lets the API find the transport of a client address."""
     base: Any
     try:
         from uvicorn.protocols.http import httptools_impl
@@ -161,7 +161,7 @@ class Sandbox:
         return self.api.counts[call] if call is not None else sum(self.api.counts.values())
 
     def misbehave(self, call: str, effect: str, **how: Any) -> Misbehaviour:
-        """Add a rule; see Misbehaviour. It tells by `fired` how often it acted."""
+        """Add a rule; see Misbehaviour. Its `fired` says how often it acted."""
         return self.api.misbehaviours.add(Misbehaviour(call, effect, **how))
 
     def behave(self) -> None:
@@ -169,7 +169,7 @@ class Sandbox:
         self.api.behave()
 
     def reset(self, *, shop_id: str = SHOP_ID, secret_key: str = SECRET_KEY) -> None:
-        """As new: no payments, no rules, no requests, default switches and credentials, the clock on real time."""
+        """Reset: no payments, no rules, no requests, default switches and credentials, the clock on real time."""
         self.api.forget()
         self.provider.reset()
         self.provider.switches = Switches()
