@@ -1,19 +1,16 @@
 """The command `billing-orchestration`: migrate, doctor, quarantine, explain, sandbox, demo.
 
-An expected failure is one line on stderr and an exit code other than 0 (1: it failed, 2: wrong usage). Each command
-imports only what it needs.
+An expected failure is one line on stderr. Exit codes: 0 done, 1 failed, 2 wrong usage. Each command imports only what
+it needs, so that `--help` and a typing error answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from billing_orchestration.desk.resolving import Desk
+from collections.abc import Iterable, Sequence
 
 FAILED = 1
 INTERRUPTED = 130
@@ -22,12 +19,32 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
-    commands = {"migrate": _migrate, "doctor": _doctor, "sandbox": _sandbox, "demo": _demo}
-    commands |= {"quarantine": _quarantine, "explain": _explain}
     try:
-        return commands[arguments.command](arguments)
+        return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        print(f"billing-orchestration: {reason}", file=sys.stderr)
+        return FAILED
+
+
+def _reason(error: Exception) -> str | None:
+    """What an expected failure says; None for any other, which is a defect of ours."""
+    from billing_orchestration.database.errors import BillingDatabaseError
+    from billing_orchestration.desk.resolving import NotResolved
+    from billing_orchestration.provider.errors import ProviderError
+    from billing_orchestration.settings import SettingsError
+
+    if isinstance(error, ProviderError):
+        return f"the provider gave no usable answer, so nothing was changed: {error}"
+    if isinstance(error, (NotResolved, SettingsError, BillingDatabaseError, argparse.ArgumentTypeError)):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("billing_orchestration"):
+        return f"{error.name} is not installed: this command needs pip install 'billing-orchestration[sandbox]'"
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,25 +57,28 @@ def _parser() -> argparse.ArgumentParser:
         help="create or upgrade the schema that this version needs; safe to repeat at any time",
         description="Creates our schema and adds indexes to the service's tables; never rewrites their rows.",
     )
+    migrate.set_defaults(run=_migrate)
     migrate.add_argument(
         "--downgrade",
         action="store_true",
         help="remove our schema with ALL ITS RECORDS, and our indexes; the service's tables stay",
     )
-    commands.add_parser(
-        "doctor", help="check settings, database, schema and provider, and say how to fix what is wrong"
-    )
+    doctor = commands.add_parser("doctor", help="check settings, database, schema and provider; say how to fix each")
+    doctor.set_defaults(run=_doctor)
     _add_casework(commands)
     sandbox = commands.add_parser("sandbox", help="start the provider's sandbox on this machine")
+    sandbox.set_defaults(run=_sandbox)
     sandbox.add_argument("--port", type=_port, help="the port to listen on, 0 for any free one (default: 8071)")
     sandbox.add_argument("--shop-id", help="the shop id it accepts (default: 100500)")
     sandbox.add_argument("--secret-key", help="the secret key it accepts (default: test_sandbox)")
-    commands.add_parser("demo", help="run the five jobs on example data, and show what changed")
+    demo = commands.add_parser("demo", help="run the five jobs on example data, and show what changed")
+    demo.set_defaults(run=_demo)
     return parser
 
 
 def _add_casework(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     quarantine = commands.add_parser("quarantine", help="list, show and resolve what waits for a person")
+    quarantine.set_defaults(run=_quarantine)
     actions = quarantine.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="list the open entries, one line each")
     listing.add_argument("--all", action="store_true", help="include resolved entries")
@@ -79,6 +99,7 @@ def _add_casework(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     resolving.add_argument("--reason", required=True, help="why, for whoever reads it next")
     resolving.add_argument("--by", help="who decided (default: the user of this shell)")
     explain = commands.add_parser("explain", help="show the whole history of one customer's case")
+    explain.set_defaults(run=_explain)
     explain.add_argument("what", choices=("payment", "subscription"))
     explain.add_argument("id", metavar="ID", help="the provider's payment id or the row's; the subscription's id")
 
@@ -103,27 +124,18 @@ def _port(text: str) -> int:
     return port
 
 
-def _migrate(arguments: argparse.Namespace) -> int:
-    from billing_orchestration.settings import SettingsError, load_database_url
-
-    try:
-        url = load_database_url()
-    except SettingsError as error:
-        return _fail(error)
+def _migrate(arguments: argparse.Namespace) -> None:
     from billing_orchestration.database.engine import create_engine
-    from billing_orchestration.database.errors import BillingDatabaseError
     from billing_orchestration.database.migrating import downgrade, migrate
+    from billing_orchestration.settings import load_database_url
 
-    engine = create_engine(url, application_name="billing-orchestration migrate")
+    engine = create_engine(load_database_url(), application_name="billing-orchestration migrate")
     try:
         report = downgrade(engine, _say) if arguments.downgrade else migrate(engine, _say)
-    except BillingDatabaseError as error:
-        return _fail(error)
     finally:
         engine.dispose()
     if not report.done:
         _say("nothing to do" if not report.not_done else "nothing else to do")
-    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
@@ -136,88 +148,57 @@ def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
     return FAILED if faults else 0
 
 
-def _quarantine(arguments: argparse.Namespace) -> int:
+def _quarantine(arguments: argparse.Namespace) -> None:
     from billing_orchestration.desk.quarantine_report import listed, shown
+    from billing_orchestration.desk.resolving import Resolution, open_desk, resolve
 
-    def work(desk: Desk) -> list[str]:
+    with open_desk() as desk:
         if arguments.action == "list":
-            return listed(desk.engine, with_resolved=arguments.all)
-        if arguments.action == "show":
-            return shown(desk.engine, arguments.id)
-        from billing_orchestration.desk.resolving import Resolution, resolve
-
-        word = "accepted" if arguments.accept else "ignored" if arguments.ignore else "attached"
-        by = arguments.by or _user()
-        ruling = Resolution(word, arguments.reason, by, arguments.attach)
-        return resolve(desk.engine, desk.connect, desk.calendar, arguments.id, ruling, desk.now)
-
-    return _at_desk(work)
+            _say_all(listed(desk.engine, with_resolved=arguments.all))
+        elif arguments.action == "show":
+            _say_all(shown(desk.engine, arguments.id))
+        else:
+            word = "accepted" if arguments.accept else "ignored" if arguments.ignore else "attached"
+            ruling = Resolution(word, arguments.reason, arguments.by or _user(), arguments.attach)
+            _say_all(resolve(desk.engine, desk.connect, desk.calendar, arguments.id, ruling, desk.now))
 
 
-def _explain(arguments: argparse.Namespace) -> int:
+def _explain(arguments: argparse.Namespace) -> None:
     from billing_orchestration.desk.explaining import explain_payment, explain_subscription
+    from billing_orchestration.desk.resolving import open_desk
 
-    def work(desk: Desk) -> list[str]:
+    with open_desk() as desk:
         if not arguments.id.strip():
             raise argparse.ArgumentTypeError("give the id of a payment or a subscription")
         if arguments.what == "payment":
-            return explain_payment(desk.engine, desk.connect, arguments.id)
-        return explain_subscription(desk.engine, desk.connect, _row_id(arguments.id))
-
-    return _at_desk(work)
+            _say_all(explain_payment(desk.engine, desk.connect, arguments.id))
+        else:
+            _say_all(explain_subscription(desk.engine, desk.connect, _row_id(arguments.id)))
 
 
 def _user() -> str:
-    import getpass
-
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a container's user without a name
         return f"uid {os.getuid()}"
 
 
-def _at_desk(work: Callable[[Desk], list[str]]) -> int:
-    """Do one piece of work on the settings' database and provider, and print the result."""
-    from billing_orchestration.database.errors import BillingDatabaseError
-    from billing_orchestration.desk.resolving import NotResolved, open_desk
-    from billing_orchestration.provider.errors import ProviderError
-    from billing_orchestration.settings import SettingsError
+def _sandbox(arguments: argparse.Namespace) -> None:
+    from billing_orchestration.sandbox.provider.server import serve
 
-    try:
-        with open_desk() as desk:
-            for line in work(desk):
-                _say(line)
-    except argparse.ArgumentTypeError as error:
-        return _fail(error)
-    except (NotResolved, SettingsError, BillingDatabaseError) as error:
-        return _fail(error)
-    except ProviderError as error:
-        return _fail(f"the provider gave no usable answer, so nothing was changed: {error}")
-    return 0
-
-
-def _sandbox(arguments: argparse.Namespace) -> int:
-    try:
-        from billing_orchestration.sandbox.provider.server import serve
-    except ModuleNotFoundError as error:
-        return _needs_extra(error)
     given = {name: getattr(arguments, name) for name in ("port", "shop_id", "secret_key")}
     serve(**{name: value for name, value in given.items() if value is not None})
-    return 0
 
 
-def _demo(arguments: argparse.Namespace) -> int:  # noqa: ARG001
-    try:
-        from billing_orchestration.sandbox.demo import main as demo
-    except ModuleNotFoundError as error:
-        return _needs_extra(error)
-    return int(demo() or 0)
+def _demo(arguments: argparse.Namespace) -> int | None:  # noqa: ARG001
+    from billing_orchestration.sandbox.demo import main as demo
+
+    return demo()
 
 
-def _needs_extra(error: ModuleNotFoundError) -> int:
-    if (error.name or "").startswith("billing_orchestration"):
-        raise error
-    return _fail(f"{error.name} is not installed: this command needs pip install 'billing-orchestration[sandbox]'")
+def _say_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        _say(line)
 
 
 def _say(line: str) -> None:
@@ -226,11 +207,6 @@ def _say(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(reason: object) -> int:
-    print(f"billing-orchestration: {reason}", file=sys.stderr)
-    return FAILED
 
 
 if __name__ == "__main__":

@@ -93,12 +93,17 @@ def server_facts(connection: sa.Connection) -> ServerFacts:
     return ServerFacts(row[0], row[1], row[2].astimezone(timezone.utc), row[3], row[4], row[5])
 
 
+NO_TABLE, NO_ENUM, NO_COLUMN = "no_table", "no_enum", "no_column"
+LABELS, TYPE, NO_DEFAULT, MANDATORY = "labels", "type", "no_default", "mandatory"
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How the service's tables differ from SPEC 1. Not `harmful`: the jobs work all the same."""
+    """A difference between the service's tables and SPEC 1, as a code and in words. The jobs bear a harmless one."""
 
+    code: str
     text: str
-    harmful: bool
+    harmful: bool = True
 
 
 _COLUMNS = sa.text(
@@ -132,21 +137,21 @@ def differences(connection: sa.Connection) -> list[Difference]:
     result: list[Difference] = []
     for name in SERVICE_TABLES:
         if name not in found:
-            result.append(Difference(f"there is no table {name}", harmful=True))
+            result.append(Difference(NO_TABLE, f"there is no table {name}"))
         else:
             result += _column_differences(service.tables[name], found[name])
     enums = {column.type.name: column.type.enums for column in _enum_columns()}
     labels = {row[0]: row[1] for row in connection.execute(_LABELS, {"names": sorted(enums)})}
     for name, expected in sorted(enums.items()):
         if name not in labels:
-            result.append(Difference(f"there is no enum type {name}", harmful=True))
+            result.append(Difference(NO_ENUM, f"there is no enum type {name}"))
             continue
         missing = [label for label in expected if label not in labels[name]]
         unknown = [label for label in labels[name] if label not in expected]
         if missing:
-            result.append(Difference(f"the enum {name} lacks {', '.join(missing)}", harmful=True))
+            result.append(Difference(LABELS, f"the enum {name} lacks {', '.join(missing)}"))
         if unknown:
-            result.append(Difference(f"the enum {name} also has {', '.join(unknown)}", harmful=False))
+            result.append(Difference(LABELS, f"the enum {name} also has {', '.join(unknown)}", harmful=False))
     return result
 
 
@@ -163,22 +168,20 @@ def _column_differences(table: sa.Table, found: dict[str, tuple[str, bool, bool]
     for column in table.columns:
         name = f"{table.name}.{column.name}"
         if column.name not in found:
-            yield Difference(f"there is no column {name}", harmful=True)
+            yield Difference(NO_COLUMN, f"there is no column {name}")
             continue
         kind, _, has_default = found[column.name]
         expected = _expected_type(column)
         if kind != expected:
-            yield Difference(
-                f"{name} is {kind}, not {expected}", harmful=not any(re.match(p, kind) for p in _ALSO_FINE[expected])
-            )
+            harmful = not any(re.match(p, kind) for p in _ALSO_FINE[expected])
+            yield Difference(TYPE, f"{name} is {kind}, not {expected}", harmful)
         if column.primary_key and table.name in _INSERTED_INTO and not has_default:
-            yield Difference(f"{name} has no default: no row can be added", harmful=True)
+            yield Difference(NO_DEFAULT, f"{name} has no default: no row can be added")
     if table.name in _INSERTED_INTO:
         for column_name, (_, mandatory, has_default) in found.items():
             if mandatory and not has_default and column_name not in table.columns:
-                yield Difference(
-                    f"{table.name}.{column_name} is mandatory and unknown here: no row can be added", harmful=True
-                )
+                text = f"{table.name}.{column_name} is mandatory and unknown here: no row can be added"
+                yield Difference(MANDATORY, text)
 
 
 def _expected_type(column: sa.Column[Any]) -> str:

@@ -1,7 +1,7 @@
-"""`doctor`: one line a check, what is wrong and how to mend it. It changes nothing anywhere.
+"""`doctor`: what is wrong with this installation, and how to mend it. It changes nothing anywhere.
 
-A check that cannot be made because of an earlier fault is left out. Secrets are never shown: neither the database's
-password nor the shop's secret key. Expected faults never end in a traceback.
+Each check below yields findings: a code, a level, a sentence, and the way out. A check whose settings are wrong is left
+out. No finding shows a secret, and an expected fault never ends in a traceback.
 """
 
 from __future__ import annotations
@@ -13,24 +13,33 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import sqlalchemy as sa
+
+from billing_orchestration.alerting import read_urls
+from billing_orchestration.database import health
+from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES
+from billing_orchestration.database.engine import create_engine, read
+from billing_orchestration.database.errors import BillingDatabaseError, SchemaProblem
+from billing_orchestration.database.indexes import SERVICE_INDEXES, describe_duplicates, index_states
+from billing_orchestration.provider.client import PaymentProvider
+from billing_orchestration.provider.errors import Forbidden, NeverSent, ProviderError, WrongCredentials
 from billing_orchestration.settings import PRODUCTION_API_URL, Settings, load_what_is_right
 
-if TYPE_CHECKING:
-    import sqlalchemy as sa
-
-# Half a minute decides which payments a matching run sees, and `created_at` is compared with the provider's clock.
+# `created_at` is compared with the provider's clock: half a minute decides which payments a matching run sees.
 TOLERABLE_SKEW = timedelta(seconds=2)
 HARMFUL_SKEW = timedelta(seconds=30)
-# What this is tested on; older ones get no corrections from PostgreSQL any more.
+# PostgreSQL corrects nothing older any more.
 OLDEST_TESTED_SERVER = 140000
-# Generated identities with indexes built concurrently work from here on.
+# Identity columns together with concurrent indexes need this one.
 OLDEST_POSSIBLE_SERVER = 120000
+
+_APPLICATION = "billing-orchestration doctor"
+_MIGRATE = "run: billing-orchestration migrate"
 
 
 class Level(Enum):
-    """How a check ended. The value is what the line begins with."""
+    """How bad a finding is. Its value begins the line."""
 
     OK = "ok"
     WARNING = "warning"
@@ -39,243 +48,243 @@ class Level(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line: what was looked at, how it is, and the way out where it is not well."""
+    """One line of the report. `code` is `subject.problem`, and `subject.ok` where nothing is wrong."""
 
+    code: str
     level: Level
-    subject: str
     text: str
+    way_out: str = ""
 
     def __str__(self) -> str:
-        return f"{self.level.value:<8} {self.subject:<10} {self.text}"
+        return f"{self.level.value:<8} {self.code:<24} {self.text}{': ' if self.way_out else ''}{self.way_out}"
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """What the checks look at. A setting in `faults` must not be used."""
+
+    settings: Settings
+    faults: Mapping[str, str]
+    now: Callable[[], datetime]
+    environment: Mapping[str, str]
 
 
 def diagnose(
     now: Callable[[], datetime] = lambda: datetime.now(timezone.utc), environment: Mapping[str, str] = os.environ
 ) -> Iterator[Finding]:
-    """Check settings, database, schema, indexes, provider and run history, and yield each finding as it is known."""
+    """Make every check whose settings are right, and yield each finding as it is known."""
     settings, faults = load_what_is_right()
-    for fault in faults.values():
-        yield Finding(Level.FAULT, "settings", fault)
-    if not faults:
-        yield Finding(Level.OK, "settings", "all there and well formed")
-    if "BILLING_TIMEZONE" not in faults:
-        yield from _time_zone(settings, now())
-    unreadable = ".env" in faults
-    if "ALERT_URLS" not in faults and not unreadable:
-        yield from _alerts(settings)
-    if "BILLING_DATABASE_URL" not in faults and not unreadable:
-        yield from _database(settings, now)
-    if not faults.keys() & {"YOOKASSA_SHOP_ID", "YOOKASSA_SECRET_KEY", "YOOKASSA_API_URL"} and not unreadable:
-        yield from _provider(settings)
-    if "DAGSTER_POSTGRES_URL" not in faults and not unreadable:
-        yield from _run_history(settings, environment)
-    yield from _dagster_home(environment)
+    here = Installation(settings, faults, now, environment)
+    for check, needed in CHECKS:
+        if not faults.keys() & set(needed):
+            yield from check(here)
 
 
-def _time_zone(settings: Settings, now: datetime) -> Iterator[Finding]:
-    local = now.astimezone(settings.billing_timezone)
-    yield Finding(Level.OK, "time zone", f"{settings.billing_timezone.key}: there it is {local:%Y-%m-%d %H:%M} now")
-    if settings.first_partition_day > local.date():
-        yield Finding(
-            Level.WARNING,
-            "time zone",
-            f"BILLING_FIRST_DAY {settings.first_partition_day} is still to come: no partition exists until then",
-        )
+def ok(subject: str, text: str) -> Finding:
+    """Nothing is wrong."""
+    return Finding(f"{subject}.ok", Level.OK, text)
 
 
-def _database(settings: Settings, now: Callable[[], datetime]) -> Iterator[Finding]:
-    from billing_orchestration.database.engine import create_engine, read
-    from billing_orchestration.database.errors import BillingDatabaseError
+def warning(code: str, text: str, way_out: str = "") -> Finding:
+    """The jobs work; somebody should look at it."""
+    return Finding(code, Level.WARNING, text, way_out)
 
-    engine = create_engine(settings.billing_database_url, application_name="billing-orchestration doctor")
+
+def fault(code: str, text: str, way_out: str = "") -> Finding:
+    """Jobs fail until it is mended."""
+    return Finding(code, Level.FAULT, text, way_out)
+
+
+def _settings(here: Installation) -> Iterator[Finding]:
+    for text in here.faults.values():
+        yield fault("settings.wrong", text)
+    if not here.faults:
+        yield ok("settings", "complete and well formed")
+
+
+def _time_zone(here: Installation) -> Iterator[Finding]:
+    zone, first_day = here.settings.billing_timezone, here.settings.first_partition_day
+    local = here.now().astimezone(zone)
+    yield ok("time_zone", f"{zone.key}, where it is {local:%Y-%m-%d %H:%M} now")
+    if first_day > local.date():
+        yield warning("time_zone.first_day", f"BILLING_FIRST_DAY is {first_day}", "no partition exists until then")
+
+
+def _alerts(here: Installation) -> Iterator[Finding]:
+    urls = here.settings.alert_urls
+    if urls is None:
+        yield ok("alerts", "ALERT_URLS is not set: nobody is alerted")
+        return
+    receivers, unreadable = read_urls(urls.get_secret_value())
+    if unreadable:
+        yield fault("alerts.unreadable", f"{unreadable} of ALERT_URLS cannot be read", "see apprise's documentation")
+    else:
+        yield ok("alerts", f"failed runs and money checks alert {len(receivers)} receivers")
+
+
+# The billing database: each check has a transaction of its own.
+
+
+def _billing_database(here: Installation) -> Iterator[Finding]:
+    engine = create_engine(here.settings.billing_database_url, application_name=_APPLICATION)
     try:
-        for check in (_server, _service_tables, _schema, _privileges, _indexes):
+        for check in DATABASE_CHECKS:
             with read(engine) as connection:
-                findings = list(check(connection, now))
+                findings = list(check(connection, here.now))
             yield from findings
-            if check in (_server, _service_tables) and any(finding.level is Level.FAULT for finding in findings):
-                # Without a usable server, or with another database than meant, the rest is noise.
+            if check in BARRIERS and any(finding.level is Level.FAULT for finding in findings):
                 return
     except BillingDatabaseError as error:
-        yield Finding(Level.FAULT, "database", str(error))
+        yield fault("database.unusable", str(error))
     finally:
         engine.dispose()
 
 
 def _server(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:
-    from billing_orchestration.database.health import server_facts
-
     before = now()
-    facts = server_facts(connection)
+    facts = health.server_facts(connection)
     after = now()
     version = f"PostgreSQL {facts.version}, database {facts.database}, as {facts.role}"
     if facts.version_number < OLDEST_POSSIBLE_SERVER:
-        yield Finding(Level.FAULT, "database", f"{version}: too old, these jobs need PostgreSQL 14 or newer")
+        yield fault("database.too_old", version, "these jobs need PostgreSQL 14 or newer")
     elif facts.version_number < OLDEST_TESTED_SERVER:
-        yield Finding(Level.WARNING, "database", f"{version}: older than what this is tested on (14 and newer)")
+        yield warning("database.untested", version, "older than what these jobs are tested on (14 and newer)")
     else:
-        yield Finding(Level.OK, "database", f"reached: {version}")
+        yield ok("database", f"reached: {version}")
     if facts.read_only:
-        yield Finding(
-            Level.FAULT,
-            "database",
-            "it only reads (a standby, or default_transaction_read_only): name the primary server",
+        yield fault(
+            "database.read_only",
+            "it accepts no writes (a standby, or default_transaction_read_only)",
+            "name the primary server",
         )
-    # The server's clock stands somewhere between the two looks at ours.
+    # The server's clock was read between the two looks at ours.
     skew = max(before - facts.clock, facts.clock - after, timedelta(0))
-    text = f"the server's clock and this machine's are {skew.total_seconds():.1f} s apart"
+    apart = f"the server's clock and this machine's are {skew.total_seconds():.1f} s apart"
     if skew > HARMFUL_SKEW:
-        yield Finding(Level.FAULT, "clock", f"{text}: set both by NTP, a run's window depends on them")
+        yield fault("clock.apart", apart, "set both by NTP; a run's window depends on them")
     elif skew > TOLERABLE_SKEW:
-        yield Finding(Level.WARNING, "clock", f"{text}: set both by NTP")
+        yield warning("clock.apart", apart, "set both by NTP")
     else:
-        yield Finding(Level.OK, "clock", "the server's clock and this machine's agree")
+        yield ok("clock", "the server's clock and this machine's agree")
 
 
 def _service_tables(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
-    from billing_orchestration.database.conventions import SERVICE_TABLES
-    from billing_orchestration.database.health import differences
-
-    found = differences(connection)
-    missing = [name for name in SERVICE_TABLES if any(d.text == f"there is no table {name}" for d in found)]
-    if len(missing) == len(SERVICE_TABLES):
-        yield Finding(
-            Level.FAULT,
-            "tables",
-            "the service's tables are not in this database: correct BILLING_DATABASE_URL, or for a new one run:"
-            " billing-orchestration migrate",
+    found = health.differences(connection)
+    if sum(difference.code == health.NO_TABLE for difference in found) == len(SERVICE_TABLES):
+        yield fault(
+            "tables.none",
+            "the service's tables are not in this database",
+            f"correct BILLING_DATABASE_URL, or for a new database {_MIGRATE}",
         )
         return
     for difference in found:
+        code = f"tables.{difference.code}"
         if difference.harmful:
-            yield Finding(Level.FAULT, "tables", f"{difference.text}: ask the service's team, or correct the URL")
+            yield fault(code, difference.text, "ask the service's team, or correct BILLING_DATABASE_URL")
         else:
-            yield Finding(Level.WARNING, "tables", f"{difference.text}; the jobs work with it")
+            yield warning(code, f"{difference.text}; the jobs work with it")
     if not found:
-        yield Finding(Level.OK, "tables", "the service's tables, columns, types and enum labels are as expected")
+        yield ok("tables", "the service's tables, columns, types and enum labels are as expected")
 
 
 def _schema(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
-    from billing_orchestration.database.errors import SchemaProblem
-    from billing_orchestration.database.health import HEAD_REVISION, check_schema
-    from billing_orchestration.database.tables import SCHEMA
-
     try:
-        check_schema(connection)
+        health.check_schema(connection)
     except SchemaProblem as error:
-        yield Finding(Level.FAULT, "schema", str(error))
+        yield fault("schema.wrong", str(error))
     else:
-        yield Finding(Level.OK, "schema", f"{SCHEMA} is at revision {HEAD_REVISION}, as this version needs")
+        yield ok("schema", f"{SCHEMA} is at revision {health.HEAD_REVISION}, as this version needs")
 
 
 def _privileges(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
-    from billing_orchestration.database.health import missing_privileges
-
-    missing = missing_privileges(connection)
+    missing = health.missing_privileges(connection)
     if missing:
-        yield Finding(
-            Level.FAULT, "privileges", f"the role of BILLING_DATABASE_URL lacks: {', '.join(missing)}; grant them"
-        )
+        text = f"the role of BILLING_DATABASE_URL lacks {', '.join(missing)}"
+        yield fault("privileges.missing", text, "grant them")
     else:
-        yield Finding(Level.OK, "privileges", "the role may read and write what the jobs need")
+        yield ok("privileges", "the role may read and write what the jobs need")
 
 
 def _indexes(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
-    from billing_orchestration.database.indexes import SERVICE_INDEXES, describe_duplicates, index_states
-
     states = index_states(connection)
     duplicates = describe_duplicates(connection)
     if duplicates:
-        yield Finding(
-            Level.WARNING,
-            "indexes",
-            f"{duplicates}: the jobs put such payments aside where they matter; mend the rows with the service's team,"
-            " then migrate adds the unique index",
+        yield warning(
+            "indexes.duplicates",
+            f"{duplicates}; the jobs quarantine such payments where they matter",
+            "mend the rows with the service's team, then migrate adds the unique index",
         )
     missing = [
         index.name for index in SERVICE_INDEXES if index.served_by(states) is None and not (index.unique and duplicates)
     ]
-    invalid = [name for name in missing if name in states]
-    if invalid:
-        yield Finding(
-            Level.WARNING,
-            "indexes",
-            f"{', '.join(invalid)}: left unfinished (or being built); run: billing-orchestration migrate",
-        )
-    absent = [name for name in missing if name not in states]
-    if absent:
-        yield Finding(
-            Level.WARNING,
-            "indexes",
-            f"{', '.join(absent)} missing, the jobs are slower; run: billing-orchestration migrate",
-        )
+    if invalid := [name for name in missing if name in states]:
+        yield warning("indexes.unfinished", f"{', '.join(invalid)}: unfinished, or being built", _MIGRATE)
+    if absent := [name for name in missing if name not in states]:
+        yield warning("indexes.missing", f"{', '.join(absent)} missing, so the jobs are slower", _MIGRATE)
     if not missing:
-        yield Finding(Level.OK, "indexes", "there and valid")
+        yield ok("indexes", "present and valid")
 
 
-def _alerts(settings: Settings) -> Iterator[Finding]:
-    from billing_orchestration.alerting import read_urls
-
-    if settings.alert_urls is None:
-        yield Finding(Level.OK, "alerts", "ALERT_URLS is not set: nobody is told of failed runs")
-        return
-    receivers, faults = read_urls(settings.alert_urls.get_secret_value())
-    if faults:
-        yield Finding(
-            Level.FAULT, "alerts", f"{faults} of ALERT_URLS cannot be read: correct them after apprise's documentation"
-        )
-    else:
-        yield Finding(Level.OK, "alerts", f"{len(receivers)} receivers are told of failed runs and money checks")
+# In this order. After a fault of a barrier (no usable server, another database than meant) the rest is noise.
+DATABASE_CHECKS = (_server, _service_tables, _schema, _privileges, _indexes)
+BARRIERS = (_server, _service_tables)
 
 
-def _provider(settings: Settings) -> Iterator[Finding]:
-    from billing_orchestration.provider.client import PaymentProvider
-    from billing_orchestration.provider.errors import Forbidden, NeverSent, ProviderError, WrongCredentials
+# The provider
 
-    key = settings.yookassa_secret_key.get_secret_value()
-    production = settings.yookassa_api_url == PRODUCTION_API_URL
+
+def _provider(here: Installation) -> Iterator[Finding]:
+    settings = here.settings
     try:
         with closing(
-            PaymentProvider(shop_id=settings.yookassa_shop_id, secret_key=key, api_url=settings.yookassa_api_url)
+            PaymentProvider(
+                shop_id=settings.yookassa_shop_id,
+                secret_key=settings.yookassa_secret_key.get_secret_value(),
+                api_url=settings.yookassa_api_url,
+            )
         ) as provider:
             provider.check()
     except WrongCredentials:
-        yield Finding(
-            Level.FAULT, "provider", "it refuses the credentials: correct YOOKASSA_SHOP_ID and YOOKASSA_SECRET_KEY"
+        yield fault(
+            "provider.credentials",
+            "it refuses the credentials",
+            "correct YOOKASSA_SHOP_ID and YOOKASSA_SECRET_KEY",
         )
     except Forbidden as error:
-        yield Finding(
-            Level.FAULT, "provider", f"this shop may not use the API ({_stop_less(error)}): ask the provider's manager"
+        yield fault(
+            "provider.forbidden", f"this shop may not use the API ({_stop_less(error)})", "ask the provider's manager"
         )
     except NeverSent as error:
-        yield Finding(
-            Level.FAULT,
-            "provider",
-            f"it cannot be reached: {_stop_less(error)}; correct YOOKASSA_API_URL, or look at the network",
+        yield fault(
+            "provider.unreachable",
+            f"it cannot be reached ({_stop_less(error)})",
+            "correct YOOKASSA_API_URL, or look at the network",
         )
     except ProviderError as error:
-        yield Finding(
-            Level.FAULT,
-            "provider",
-            f"it does not answer as it should: {_stop_less(error)}; correct YOOKASSA_API_URL, or try later",
+        yield fault(
+            "provider.answer",
+            f"it does not answer as it should ({_stop_less(error)})",
+            "correct YOOKASSA_API_URL, or try later",
         )
     else:
-        yield Finding(Level.OK, "provider", f"reached, and it accepts the credentials: {settings.yookassa_api_url}")
-    if settings.is_live_shop and not production:
-        yield Finding(
-            Level.WARNING,
-            "provider",
-            "a live key is sent elsewhere than to the production URL: is YOOKASSA_API_URL meant?",
+        yield ok("provider", f"reached, and it accepts the credentials: {settings.yookassa_api_url}")
+
+
+def _shop(here: Installation) -> Iterator[Finding]:
+    settings = here.settings
+    if settings.is_live_shop and settings.yookassa_api_url != PRODUCTION_API_URL:
+        yield warning(
+            "shop.live_elsewhere", "YOOKASSA_API_URL is not the production URL, and gets a live key", "is it meant?"
         )
     elif settings.is_live_shop:
-        yield Finding(Level.OK, "provider", "a live shop: autopayment_job takes real money")
-    elif key.startswith("test_"):
-        yield Finding(Level.OK, "provider", "a test shop: no real money moves")
+        yield ok("shop", "a live shop: autopayment_job takes real money")
+    elif settings.yookassa_secret_key.get_secret_value().startswith("test_"):
+        yield ok("shop", "a test shop: no real money moves")
     else:
-        yield Finding(
-            Level.WARNING,
-            "provider",
-            "the key begins with neither live_ nor test_: it is taken for a test shop's, so test payments are granted",
+        yield warning(
+            "shop.unknown",
+            "the secret key begins with neither live_ nor test_",
+            "it counts as a test shop's, so test payments are granted",
         )
 
 
@@ -283,80 +292,66 @@ def _stop_less(error: Exception) -> str:
     return str(error).rstrip(". ")
 
 
-def _needs_run_history(dagster_yaml: Path) -> bool:
-    """Whether the dagster.yaml that Dagster would read here (it looks into the working folder too) names ours."""
-    try:
-        text = dagster_yaml.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return "RunHistoryStorage" in text or "DAGSTER_POSTGRES_URL" in text
+# Dagster
 
 
-def _run_history(settings: Settings, environment: Mapping[str, str]) -> Iterator[Finding]:
-    import sqlalchemy as sa
+def _dagster_home(here: Installation) -> Iterator[Finding]:
+    home = here.environment.get("DAGSTER_HOME", "").strip()
+    way_out = "set it to a folder with a copy of deploy/dagster.yaml"
+    if not home:
+        yield warning("home.missing", "DAGSTER_HOME is not set, so runs started from here keep no history", way_out)
+    elif not Path(home).is_absolute():
+        yield fault("home.relative", "DAGSTER_HOME is a relative path, which Dagster refuses", "make it absolute")
+    elif not Path(home).is_dir():
+        yield fault("home.no_folder", "DAGSTER_HOME names no folder", way_out)
+    elif not (Path(home) / "dagster.yaml").is_file():
+        yield warning("home.no_file", "DAGSTER_HOME has no dagster.yaml, so the run history goes to files", way_out)
+    else:
+        yield ok("home", f"DAGSTER_HOME is {home}")
 
-    from billing_orchestration.database.engine import translate
 
-    if settings.dagster_postgres_url is None:
-        home = Path(environment.get("DAGSTER_HOME", "").strip() or ".")
-        if _needs_run_history(home / "dagster.yaml"):
-            yield Finding(
-                Level.FAULT,
-                "history",
-                f"DAGSTER_POSTGRES_URL is not set, and no job runs without it: {home / 'dagster.yaml'} keeps the run"
-                " history there. Put the address of a database of its own into the environment or .env",
-            )
-        else:
-            yield Finding(
-                Level.WARNING,
-                "history",
-                "DAGSTER_POSTGRES_URL is not set: this project's dagster.yaml needs it for the run history",
-            )
+def _run_history(here: Installation) -> Iterator[Finding]:
+    address = here.settings.dagster_postgres_url
+    if address is None:
+        yield _no_run_history(here.environment)
         return
-    engine = sa.create_engine(
-        settings.dagster_postgres_url, connect_args={"connect_timeout": 10}, poolclass=sa.NullPool, hide_parameters=True
-    )
+    engine = create_engine(address, application_name=_APPLICATION)
     try:
-        with engine.connect() as connection:
+        with read(engine) as connection:
             there = connection.scalar(sa.text("SELECT to_regclass('runs') IS NOT NULL"))
             shared = connection.scalar(sa.text("SELECT to_regclass('public.subscriptions') IS NOT NULL"))
-    except sa.exc.SQLAlchemyError as error:
-        text = str(translate(error)).replace("BILLING_DATABASE_URL", "DAGSTER_POSTGRES_URL")
-        yield Finding(Level.FAULT, "history", text)
+    except BillingDatabaseError as error:
+        yield fault("history.unusable", str(error).replace("BILLING_DATABASE_URL", "DAGSTER_POSTGRES_URL"))
         return
     finally:
         engine.dispose()
     if shared:
-        yield Finding(
-            Level.WARNING,
-            "history",
-            "DAGSTER_POSTGRES_URL names the billing service's database: give it one of its own",
+        yield warning(
+            "history.shared", "DAGSTER_POSTGRES_URL names the billing service's database", "give it one of its own"
         )
     state = "has its tables" if there else "is empty; Dagster creates its tables when it starts"
-    yield Finding(Level.OK, "history", f"the database of DAGSTER_POSTGRES_URL is reached and {state}")
+    yield ok("history", f"the database of DAGSTER_POSTGRES_URL is reached and {state}")
 
 
-def _dagster_home(environment: Mapping[str, str]) -> Iterator[Finding]:
-    home = environment.get("DAGSTER_HOME", "").strip()
-    if not home:
-        yield Finding(
-            Level.WARNING,
-            "history",
-            "DAGSTER_HOME is not set: runs started from here keep no history; set it to the folder of dagster.yaml",
+def _no_run_history(environment: Mapping[str, str]) -> Finding:
+    way_out = "put the address of a database of its own into the environment or .env"
+    # Dagster reads the working directory's where DAGSTER_HOME is not set.
+    file = Path(environment.get("DAGSTER_HOME", "").strip() or ".") / "dagster.yaml"
+    if file.is_file() and b"DAGSTER_POSTGRES_URL" in file.read_bytes():
+        return fault(
+            "history.missing", "DAGSTER_POSTGRES_URL is not set, and dagster.yaml needs it: no job runs", way_out
         )
-    elif not Path(home).is_absolute():
-        yield Finding(
-            Level.FAULT, "history", "DAGSTER_HOME is a relative path, which Dagster refuses: make it absolute"
-        )
-    elif not Path(home).is_dir():
-        yield Finding(
-            Level.FAULT, "history", f"DAGSTER_HOME names no folder: {home}; create it, with dagster.yaml in it"
-        )
-    elif not (Path(home) / "dagster.yaml").is_file():
-        yield Finding(
-            Level.WARNING,
-            "history",
-            f"there is no dagster.yaml in {home}: the run history goes into files there, not into PostgreSQL",
-        )
-    else:
-        yield Finding(Level.OK, "history", f"DAGSTER_HOME is {home}")
+    return warning("history.missing", "DAGSTER_POSTGRES_URL is not set; deploy/dagster.yaml needs it", way_out)
+
+
+# Every check, and the settings without which it cannot be made.
+CHECKS: tuple[tuple[Callable[[Installation], Iterator[Finding]], tuple[str, ...]], ...] = (
+    (_settings, ()),
+    (_time_zone, (".env", "BILLING_TIMEZONE", "BILLING_FIRST_DAY")),
+    (_alerts, (".env", "ALERT_URLS")),
+    (_billing_database, (".env", "BILLING_DATABASE_URL")),
+    (_provider, (".env", "YOOKASSA_SHOP_ID", "YOOKASSA_SECRET_KEY", "YOOKASSA_API_URL")),
+    (_shop, (".env", "YOOKASSA_SECRET_KEY", "YOOKASSA_API_URL")),
+    (_dagster_home, ()),
+    (_run_history, (".env", "DAGSTER_POSTGRES_URL")),
+)
