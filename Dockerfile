@@ -25,7 +25,7 @@ RUN pip install --no-deps . && rm -rf billing_orchestration build ./*.egg-info
 
 COPY workspace.yaml workspace.grpc.yaml ./
 COPY run_configs ./run_configs
-COPY dagster.yaml /opt/dagster/home/dagster.yaml
+COPY deploy/dagster.yaml /opt/dagster/home/dagster.yaml
 
 USER dagster
 EXPOSE 3000 4000

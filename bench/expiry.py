@@ -184,7 +184,7 @@ def measure(server: Database, folder: Path, rounds: int, count: int) -> tuple[li
 def _whole_job(server: Database, what: str, due: int) -> float:
     """Wall seconds of `dagster job execute`: with the run history, the reports, and a provider that answers at once."""
     home = Path(tempfile.mkdtemp(prefix="billing-bench-home-"))
-    shutil.copy(ROOT / "dagster.yaml", home)
+    shutil.copy(ROOT / "deploy" / "dagster.yaml", home)
     (home / "run.json").write_text(
         json.dumps({"resources": {"run": {"config": {"as_of": NOW.isoformat(), "max_changes": due}}}}), encoding="utf-8"
     )
@@ -195,7 +195,7 @@ def _whole_job(server: Database, what: str, due: int) -> float:
                 **os.environ,
                 "PYTHONDONTWRITEBYTECODE": "",
                 "DAGSTER_HOME": str(home),
-                "DAGSTER_POSTGRES_URL": server.create("dagster").replace("postgresql://", "postgresql+psycopg2://", 1),
+                "DAGSTER_POSTGRES_URL": server.create("dagster"),
                 "BILLING_DATABASE_URL": url,
                 "YOOKASSA_SHOP_ID": "100500",
                 "YOOKASSA_SECRET_KEY": "live_bench",

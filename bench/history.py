@@ -52,14 +52,14 @@ def _side(server: Database, name: str, module: str, job: str) -> dict[str, float
     if name == "defaults":
         (home / "dagster.yaml").write_text(_DEFAULTS, encoding="utf-8")
     else:
-        shutil.copy(ROOT / "dagster.yaml", home)
+        shutil.copy(ROOT / "deploy" / "dagster.yaml", home)
     url = server.create("dagster")
     try:
         with provider(0.0) as api_url, psycopg.connect(url, autocommit=True) as connection:
             env = {
                 **os.environ,
                 "DAGSTER_HOME": str(home),
-                "DAGSTER_POSTGRES_URL": url.replace("postgresql://", "postgresql+psycopg2://", 1),
+                "DAGSTER_POSTGRES_URL": url,
                 "BILLING_DATABASE_URL": server.url("billing"),
                 "YOOKASSA_SHOP_ID": "100500",
                 "YOOKASSA_SECRET_KEY": "live_bench",

@@ -43,8 +43,8 @@ CONFIGS = {
 def measure(server: Database, rounds: int, count: int, concurrency: int) -> tuple[list[Round], list[Row]]:
     """The rounds and the table's lines."""
     home = Path(tempfile.mkdtemp(prefix="billing-bench-home-"))
-    shutil.copy(ROOT / "dagster.yaml", home)
-    history = server.create("dagster").replace("postgresql://", "postgresql+psycopg2://", 1)
+    shutil.copy(ROOT / "deploy" / "dagster.yaml", home)
+    history = server.create("dagster")
     url = server.url("billing")
     try:
         with provider(LATENCY_S) as api_url:

@@ -25,8 +25,8 @@ JOBS = ("matching_pending_payments_job", "matching_successful_payments_job")
 def measure(server: Database, rounds: int) -> tuple[list[Round], list[Row]]:
     """The rounds and the table's lines."""
     home = Path(tempfile.mkdtemp(prefix="billing-bench-home-"))
-    shutil.copy(ROOT / "dagster.yaml", home)
-    history = server.create("dagster").replace("postgresql://", "postgresql+psycopg2://", 1)
+    shutil.copy(ROOT / "deploy" / "dagster.yaml", home)
+    history = server.create("dagster")
     try:
         with provider(0.02) as api_url:
             env = {

@@ -1,9 +1,10 @@
-"""The environment, read once and checked: a missing or wrong setting is named in one line before anything else happens.
+"""The environment, read and checked once: one line names each missing or wrong setting before anything else happens.
 
-Values come from the environment, then from a `.env` in the working directory; an empty one counts as missing.
-`load_settings` tells every fault at once, each with its variable and the way out, and never the value of a secret.
-Loading the definitions needs only `partition_timezone` and `partition_first_day`, which do not fail: with a wrong
-setting the code location still loads, and the run names the fault.
+A value comes from the environment, else from `.env` in the working directory. An empty one counts as missing.
+`load_settings` reports all faults together, each with its variable and the way out, and never quotes a value: a secret
+may have been put into the wrong variable.
+Definitions load without any setting: `partition_timezone` and `partition_first_day` never fail, and the run names the
+fault.
 """
 
 from __future__ import annotations
@@ -23,39 +24,29 @@ PRODUCTION_API_URL = "https://api.yookassa.ru/v3"
 DEFAULT_TIMEZONE = "UTC"
 DEFAULT_UI_URL = "http://localhost:3000"
 DEFAULT_FIRST_DAY = date(2026, 1, 1)
-# Ten years: more is a slip of the finger, and date arithmetic on absurd spans overflows.
+# Ten years. More is a typing error, and dates overflow.
 LONGEST_SPAN_DAYS = 3650
 
 
 class SettingsError(ValueError):
-    """One or several settings are missing or wrong. Its text is one line: each fault names its variable.
-
-    `faults` has the same, by variable.
-    """
+    """Settings are missing or wrong. The text is one line; `faults` holds the same by variable."""
 
     def __init__(self, faults: dict[str, str]) -> None:
         super().__init__("; ".join(faults.values()))
         self.faults = faults
 
 
-def _database_url(accepted: tuple[str, ...], driver: str, form: str) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        from sqlalchemy.engine import make_url
-        from sqlalchemy.exc import ArgumentError
+def _billing_address(text: str) -> str:
+    # Not before a setting is read: loading the definitions does without a driver.
+    from billing_orchestration.database_address import read_address
 
-        # No part of the text may reach a message: it may hold a password, wherever the slip is.
-        scheme, separator, rest = text.partition("://")
-        if not separator or scheme not in accepted:
-            raise ValueError(f"must begin with {' or '.join(f'{name}://' for name in accepted)}, as in {form}")
-        try:
-            url = make_url(f"{driver}://{rest}")
-        except (ArgumentError, ValueError):
-            raise ValueError(f"cannot be read; it must look like {form}") from None
-        if not url.database:
-            raise ValueError(f"names no database; it must look like {form}")
-        return url.render_as_string(hide_password=False)
+    return read_address(text).render_as_string(hide_password=False)
 
-    return check
+
+def _run_history_address(text: str) -> str:
+    from billing_orchestration.database_address import read_run_history_address
+
+    return read_run_history_address(text).render_as_string(hide_password=False)
 
 
 def _api_url(text: str) -> str:
@@ -67,11 +58,11 @@ def _api_url(text: str) -> str:
     if parts.scheme not in {"http", "https"} or not host or any(sign.isspace() for sign in text):
         raise ValueError("is not an http(s) URL; it must look like " + PRODUCTION_API_URL)
     if parts.username is not None or parts.password is not None:
-        raise ValueError("must hold no user and password; they belong into YOOKASSA_SHOP_ID and YOOKASSA_SECRET_KEY")
+        raise ValueError("must hold no user and password; put them into YOOKASSA_SHOP_ID and YOOKASSA_SECRET_KEY")
     if parts.query or parts.fragment:
         raise ValueError("must end with the path, without ? and #, as in " + PRODUCTION_API_URL)
     if parts.scheme == "http" and not _is_loopback(host):
-        raise ValueError(f"is plain http to {host}: the secret key would travel in clear; use https")
+        raise ValueError("is plain http to another machine: the secret key would travel in clear; use https")
     return text.rstrip("/")
 
 
@@ -85,7 +76,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _credential(text: str) -> str:
-    # Both travel in an HTTP Basic header: other characters than these would break it, or come from a bad copy.
+    # Both travel in an HTTP Basic header, which other characters would break.
     if not all("!" <= sign <= "~" for sign in text):
         raise ValueError("holds a space or a character outside ASCII; copy it again from the shop's settings")
     return text
@@ -103,7 +94,7 @@ def _timezone(value: str | ZoneInfo) -> ZoneInfo:
     try:
         return ZoneInfo(value)
     except (KeyError, ValueError, OSError):  # unknown, malformed, or the name of a whole folder of zones
-        raise ValueError(f"{value[:60]!r} is not a time zone; use an IANA name such as Europe/Moscow or UTC") from None
+        raise ValueError("is not a time zone; use an IANA name such as Europe/Moscow or UTC") from None
 
 
 def _day(value: str | date) -> date:
@@ -112,7 +103,7 @@ def _day(value: str | date) -> date:
     try:
         return date.fromisoformat(value)
     except ValueError:
-        raise ValueError(f"{value[:60]!r} is not a day; write it as 2026-01-31") from None
+        raise ValueError("is not a day; write it as 2026-01-31") from None
 
 
 def _days(at_least: int) -> Callable[[str | int], int]:
@@ -122,16 +113,17 @@ def _days(at_least: int) -> Callable[[str | int], int]:
         except ValueError:
             days = -1
         if not at_least <= days <= LONGEST_SPAN_DAYS:
-            raise ValueError(
-                f"{str(value)[:60]!r} is not a whole number of days from {at_least} to {LONGEST_SPAN_DAYS}"
-            )
+            raise ValueError(f"is not a whole number of days from {at_least} to {LONGEST_SPAN_DAYS}")
         return days
 
     return check
 
 
 def _ui_url(text: str) -> str:
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        raise ValueError("is not a URL; it must look like " + DEFAULT_UI_URL) from None
     if parts.scheme not in {"http", "https"} or not parts.netloc or any(sign.isspace() for sign in text):
         raise ValueError("is not an http(s) URL; it must look like " + DEFAULT_UI_URL)
     return text.rstrip("/")
@@ -139,7 +131,7 @@ def _ui_url(text: str) -> str:
 
 def _alert_urls(value: str | SecretStr) -> SecretStr:
     text = value.get_secret_value() if isinstance(value, SecretStr) else value
-    # Only their form, without a word of them: they hold tokens. `doctor` asks the library about each.
+    # Only their form: `doctor` has the library read each.
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://\S", text.strip()):
         raise ValueError(
             "must hold URLs of the apprise library, separated by commas, as in mailto://... or tgram://..."
@@ -147,31 +139,15 @@ def _alert_urls(value: str | SecretStr) -> SecretStr:
     return SecretStr(text)
 
 
-_BILLING_URL_FORM = "postgresql://USER:PASSWORD@HOST:5432/DATABASE"
-# psycopg2 takes the same options from a URL as psycopg 3 (both are libpq); other drivers do not.
-_BillingUrl = BeforeValidator(
-    _database_url(
-        ("postgresql", "postgres", "postgresql+psycopg", "postgresql+psycopg2"), "postgresql+psycopg", _BILLING_URL_FORM
-    )
-)
-# dagster-postgres works on psycopg2 only: with psycopg 3 each write of an event fails.
-_RunHistoryUrl = BeforeValidator(
-    _database_url(
-        ("postgresql", "postgresql+psycopg2"),
-        "postgresql+psycopg2",
-        "postgresql+psycopg2://USER:PASSWORD@HOST:5432/DATABASE",
-    )
-)
-
 # Where no value can be guessed, what to put there.
 _WAYS_OUT = {
-    "BILLING_DATABASE_URL": f"the billing service's database, as {_BILLING_URL_FORM}",
+    "BILLING_DATABASE_URL": "the billing service's database, as postgresql://USER:PASSWORD@HOST:5432/DATABASE",
     "YOOKASSA_SHOP_ID": "the shop's id from its settings at the provider",
     "YOOKASSA_SECRET_KEY": "the shop's secret key from its settings at the provider (test_... or live_...)",
 }
 
 
-# Valid, and of no use to anybody.
+# Valid, and of no use.
 _STAND_INS = {
     "billing_database_url": "postgresql://not-set.invalid/not_set",
     "yookassa_shop_id": "not-set",
@@ -180,7 +156,7 @@ _STAND_INS = {
 
 
 class Settings(BaseSettings):
-    """All settings, checked. Build it with `load_settings`, which words the faults."""
+    """All settings, checked. `load_settings` builds it and words the faults."""
 
     model_config = SettingsConfigDict(
         env_file=".env",
@@ -193,7 +169,7 @@ class Settings(BaseSettings):
         validate_default=False,
     )
 
-    billing_database_url: Annotated[str, _BillingUrl] = Field(repr=False)
+    billing_database_url: Annotated[str, BeforeValidator(_billing_address)] = Field(repr=False)
     yookassa_shop_id: Annotated[str, BeforeValidator(_shop_id)]
     yookassa_secret_key: SecretStr
     yookassa_api_url: Annotated[str, BeforeValidator(_api_url)] = PRODUCTION_API_URL
@@ -202,7 +178,7 @@ class Settings(BaseSettings):
     subscription_grace_days: Annotated[int, BeforeValidator(_days(0))] = 3
     run_history_days: Annotated[int, BeforeValidator(_days(1))] = 30
     run_history_changed_days: Annotated[int, BeforeValidator(_days(1))] = 365
-    dagster_postgres_url: Annotated[str | None, _RunHistoryUrl] = Field(default=None, repr=False)
+    dagster_postgres_url: Annotated[str | None, BeforeValidator(_run_history_address)] = Field(default=None, repr=False)
     alert_urls: Annotated[SecretStr | None, BeforeValidator(_alert_urls)] = None
     dagster_ui_url: Annotated[str, BeforeValidator(_ui_url)] = DEFAULT_UI_URL
     first_partition_day: Annotated[date, BeforeValidator(_day)] = Field(
@@ -222,7 +198,7 @@ class Settings(BaseSettings):
 
     @property
     def is_live_shop(self) -> bool:
-        """Whether the secret key is one of a live shop: there, a test payment must never grant anything."""
+        """Whether the secret key is a live shop's, where a test payment must never grant anything."""
         return self.yookassa_secret_key.get_secret_value().startswith("live_")
 
 
@@ -246,7 +222,7 @@ def load_database_url() -> str:
 def load_what_is_right() -> tuple[Settings, dict[str, str]]:
     """Read the environment for `doctor`: the settings, and the faults by variable.
 
-    A setting with a fault holds its default or, where it has none, a stand-in: it must not be used.
+    A setting with a fault holds its default or a stand-in. Do not use it.
     """
     try:
         return _read(".env")
@@ -263,7 +239,7 @@ def _read(env_file: str | None) -> tuple[Settings, dict[str, str]]:
     except ValidationError as error:
         faults = {_variable(fault): _in_words(fault) for fault in error.errors()}
     fields = {str(field.validation_alias or name): field for name, field in Settings.model_fields.items()}
-    # What is given as an argument goes before the environment.
+    # Arguments win over the environment.
     stand_ins: dict[str, Any] = {
         name: _STAND_INS[name] if field.is_required() else field.default
         for name, field in fields.items()
@@ -284,7 +260,7 @@ def _in_words(fault: Any) -> str:
 
 
 class _PartitionGrid(BaseSettings):
-    """The raw texts that the partition grid depends on, unchecked."""
+    """The two texts behind the partition grid, unchecked."""
 
     model_config = Settings.model_config
 
@@ -293,7 +269,7 @@ class _PartitionGrid(BaseSettings):
 
 
 def partition_timezone() -> str:
-    """Name the billing time zone for the partition grid: `BILLING_TIMEZONE` where it is valid, else UTC."""
+    """The partition grid's time zone: `BILLING_TIMEZONE` if valid, else UTC."""
     try:
         return _timezone(_PartitionGrid().billing_timezone.strip() or DEFAULT_TIMEZONE).key
     except (ValueError, OSError):
@@ -301,7 +277,7 @@ def partition_timezone() -> str:
 
 
 def partition_first_day() -> date:
-    """Tell the day on which the partition grid begins: `BILLING_FIRST_DAY` where it is valid, else the default."""
+    """The partition grid's first day: `BILLING_FIRST_DAY` if valid, else the default."""
     try:
         return _day(_PartitionGrid().billing_first_day.strip() or DEFAULT_FIRST_DAY)
     except (ValueError, OSError):

@@ -99,11 +99,7 @@ def test_an_empty_setting_that_has_a_default_is_the_default(environment: pytest.
         ("BILLING_DATABASE_URL", "mysql://u:secret@h/db", "must begin with postgresql://"),
         ("ALERT_URLS", "secret-token", "must hold URLs of the apprise library"),
         ("DAGSTER_UI_URL", "localhost:3000", "is not an http(s) URL"),
-        ("BILLING_DATABASE_URL", "postgresql+asyncpg://u:secret@h/db", "must begin with postgresql://"),
-        ("BILLING_DATABASE_URL", "u:secret@h/db", "must begin with postgresql://"),
-        ("BILLING_DATABASE_URL", "postgresql://u:secret@h:port/db", "cannot be read"),
-        ("BILLING_DATABASE_URL", "postgresql://u:secret@h", "names no database"),
-        ("BILLING_DATABASE_URL", "postgresql://u:secret@h/", "names no database"),
+        ("DAGSTER_UI_URL", "http://[secret/", "is not a URL"),
         ("YOOKASSA_SHOP_ID", "100500:test_secret", "holds a colon"),
         ("YOOKASSA_SHOP_ID", "100 500", "holds a space"),
         ("YOOKASSA_SECRET_KEY", "test_secret key", "holds a space"),
@@ -116,10 +112,10 @@ def test_an_empty_setting_that_has_a_default_is_the_default(environment: pytest.
         ("YOOKASSA_API_URL", "https://h:port/v3", "not a URL"),
         ("YOOKASSA_API_URL", "https://shop:secret@h/v3", "no user and password"),
         ("YOOKASSA_API_URL", "https://h/v3?x=secret", "without ? and #"),
-        ("YOOKASSA_API_URL", "http://api.yookassa.ru/v3", "would travel in clear"),
+        ("YOOKASSA_API_URL", "http://secret.yookassa.ru/v3", "would travel in clear"),
         ("YOOKASSA_API_URL", "http://127.0.0.1.example.com/v3", "would travel in clear"),
         ("YOOKASSA_API_URL", "http://10.0.0.1/v3", "would travel in clear"),
-        ("BILLING_TIMEZONE", "Moscow", "not a time zone"),
+        ("BILLING_TIMEZONE", "live_secret", "not a time zone"),
         ("BILLING_TIMEZONE", "Europe", "not a time zone"),
         ("BILLING_TIMEZONE", "../../etc/passwd", "not a time zone"),
         ("BILLING_TIMEZONE", "/etc/localtime", "not a time zone"),
@@ -130,12 +126,10 @@ def test_an_empty_setting_that_has_a_default_is_the_default(environment: pytest.
         ("PENDING_PAYMENT_TTL_DAYS", "999999999999", "from 1 to 3650"),
         ("SUBSCRIPTION_GRACE_DAYS", "-1", "from 0 to 3650"),
         ("RUN_HISTORY_DAYS", "0", "from 1 to 3650"),
-        ("RUN_HISTORY_CHANGED_DAYS", "for ever", "from 1 to 3650"),
-        ("BILLING_FIRST_DAY", "01.02.2026", "write it as 2026-01-31"),
+        ("RUN_HISTORY_CHANGED_DAYS", "live_secret", "from 1 to 3650"),
+        ("BILLING_FIRST_DAY", "live_secret", "write it as 2026-01-31"),
         ("BILLING_FIRST_DAY", "2026-02-30", "write it as 2026-01-31"),
-        ("DAGSTER_POSTGRES_URL", "postgres://u:secret@h/db", "must begin with postgresql:// or postgresql+psycopg2://"),
-        ("DAGSTER_POSTGRES_URL", "postgresql+psycopg://u:secret@h/db", "must begin with postgresql:// or"),
-        ("DAGSTER_POSTGRES_URL", "postgresql://u:secret@h", "names no database"),
+        ("DAGSTER_POSTGRES_URL", "postgresql+psycopg://u:secret@h/db", "names psycopg 3"),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_line_without_a_secret(
@@ -156,21 +150,6 @@ def test_all_faults_are_told_at_once(environment: pytest.MonkeyPatch) -> None:
         "BILLING_TIMEZONE",
         "SUBSCRIPTION_GRACE_DAYS",
     ]
-
-
-@pytest.mark.parametrize(
-    ("given", "read"),
-    [
-        ("postgres://u:p@h/db", "postgresql+psycopg://u:p@h/db"),
-        ("postgresql+psycopg://u:p@h/db", "postgresql+psycopg://u:p@h/db"),
-        ("postgresql+psycopg2://u:p@h/db", "postgresql+psycopg://u:p@h/db"),
-        ("postgresql://u:p%40%2Fw@h:6543/db?sslmode=require", "postgresql+psycopg://u:p%40%2Fw@h:6543/db?sslmode=require"),
-        ("postgresql://postgres:@/db?host=/var/run/pg", "postgresql+psycopg://postgres:@/db?host=%2Fvar%2Frun%2Fpg"),
-    ],
-)  # fmt: skip
-def test_every_usual_form_of_a_database_url_is_read(environment: pytest.MonkeyPatch, given: str, read: str) -> None:
-    environment.setenv("BILLING_DATABASE_URL", given)
-    assert load_settings().billing_database_url == read
 
 
 @pytest.mark.parametrize(

@@ -99,11 +99,11 @@ class StartedJob:
 
 
 def project_root() -> Path:
-    """The folder with dagster.yaml: the working directory, or the one this package was installed from."""
+    """The folder with deploy/dagster.yaml: the working directory, or the one this package was installed from."""
     for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
-        if (folder / "dagster.yaml").is_file():
+        if (folder / "deploy" / "dagster.yaml").is_file():
             return folder
-    raise StageError("dagster.yaml was not found: start this from the project's root")
+    raise StageError("deploy/dagster.yaml was not found: start this from the project's root")
 
 
 def has_data(root: Path) -> bool:
@@ -122,7 +122,7 @@ def open_stage(root: Path, *, fresh: bool) -> Iterator[Stage]:
         (folder / "logs").mkdir(exist_ok=True)
         home = folder / "dagster_home"
         home.mkdir(exist_ok=True)
-        shutil.copy(root / "dagster.yaml", home / "dagster.yaml")
+        shutil.copy(root / "deploy" / "dagster.yaml", home)
         server = _postgres(folder)
         stack.callback(server.cleanup)
         if fresh:

@@ -1,6 +1,6 @@
 """The deployment as operators run it: code server, webserver and daemon as processes, on a Dagster home of their own.
 
-They get this project's dagster.yaml, an environment with the settings of SPEC 2 and nothing else of ours, and the
+They get deploy/dagster.yaml, an environment with the settings of SPEC 2 and nothing else of ours, and the
 commands that the Dockerfile and the compose example use. All of them listen on free ports of this machine and end with
 the test, with every run that they have started.
 """
@@ -165,7 +165,7 @@ def deployed(folder: Path, settings: Mapping[str, str]) -> Iterator[Deployment]:
     """Prepare a deployment in a folder: home, environment, ports. Start its parts with its methods; all end here."""
     home = folder / "home"
     home.mkdir()
-    shutil.copy(ROOT / "dagster.yaml", home / "dagster.yaml")
+    shutil.copy(ROOT / "deploy" / "dagster.yaml", home / "dagster.yaml")
     env = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
     # Without compiled files each run costs 2.5 times the CPU.
     env.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_demo_ends_with_every_case_as_expected_and_a_good_verdict(tmp_path: Path) -> None:
     # A blank in the path, as in many a home folder.
     folder = tmp_path / "a place"
-    folder.mkdir()
-    shutil.copy(ROOT / "dagster.yaml", folder)
+    (folder / "deploy").mkdir(parents=True)
+    shutil.copy(ROOT / "deploy" / "dagster.yaml", folder / "deploy")
     # The embedded server cannot live under such a path: then its data is in the system's temporary folder.
     with tempfile.TemporaryDirectory(prefix="demo-", ignore_cleanup_errors=True) as elsewhere:
         demo = subprocess.run(

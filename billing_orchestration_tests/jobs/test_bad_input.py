@@ -204,7 +204,7 @@ def reader(service: Service, postgres_server: Server) -> Iterator[str]:
     service.execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader")
     service.execute("GRANT ALL ON ALL TABLES IN SCHEMA billing_orchestration TO reader")
     try:
-        yield service.settings.billing_database_url.replace("postgres:", "reader:", 1)
+        yield service.settings.billing_database_url.replace("postgres@", "reader@", 1)
     finally:
         service.execute("DROP OWNED BY reader")
         service.execute("DROP ROLE reader")
