@@ -22,7 +22,7 @@ from billing_orchestration.settings import Settings
 from billing_orchestration.threads import threads_made_by
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.jobs.service import Run, Service
-from billing_orchestration_tests.torture.simulation_threads import OrderedThreads
+from billing_orchestration_tests.torture.simulation.threads import OrderedThreads
 
 JOB = "autopayment_job"
 MATCHING = "matching_successful_payments_job"

@@ -71,62 +71,76 @@ def _run_for_new_ones(service: Service, subscriptions: list[int], **run: Any) ->
     service.sandbox.behave()
 
 
-def _every_kind_of_renewal(service: Service) -> Story:
-    ends: dict[int, tuple[str, Any]] = {}
-    attempts: dict[int, list[str]] = {}
+@dataclass
+class _Renewals:
+    """Subscriptions, each with what must come of it in the end."""
 
-    def expect(subscription: int, end: Any, *states: str, status: str = "ACTIVE") -> None:
-        ends[subscription], attempts[subscription] = (status, end), list(states)
+    service: Service
+    ends: dict[int, tuple[str, Any]] = field(default_factory=dict)
+    attempts: dict[int, list[str]] = field(default_factory=dict)
 
-    # Yesterday: what is too old to be sent again today, and what was left pending.
-    yesterday, a_month_on = NOON - 25 * HOUR, A_MONTH_LATER - 25 * HOUR
-    service.set_time(yesterday)
-    found = _lost(service, "cut_after")
-    found_declined = _lost(service, "cut_after", script="canceled:card_expired")
-    found_unwanted = _lost(service, "cut_after")
-    absent_twice, absent_once = _lost(service, "cut_before"), _lost(service, "cut_before")
-    paid_since = service.subscriber(script="pending:succeeded:90000")
-    still_pending = service.subscriber(script="pending")
-    declined_since = service.subscriber(script=["pending:canceled:insufficient_funds:90000", "succeeded"])
-    old = [found, found_declined, found_unwanted, absent_twice, absent_once, paid_since, still_pending, declined_since]
+    def expect(self, subscription: int, end: Any, *states: str, status: str = "ACTIVE") -> int:
+        """The end of the period, and the states of the attempts."""
+        self.ends[subscription], self.attempts[subscription] = (status, end), list(states)
+        return subscription
+
+
+def _left_yesterday(renewals: _Renewals) -> tuple[int, int]:
+    """Too old to be sent again today, or left pending. Returns one to be missed twice, one to be unwanted."""
+    service, expect = renewals.service, renewals.expect
+    before, after = NOON - 25 * HOUR, A_MONTH_LATER - 25 * HOUR
+    service.set_time(before)
+    unwanted = expect(_lost(service, "cut_after"), after, "SUCCEEDED", status="CANCELED")
+    absent_twice = expect(_lost(service, "cut_before"), after, "VOID", "SUCCEEDED")
+    old = [
+        expect(_lost(service, "cut_after"), after, "SUCCEEDED"),
+        expect(_lost(service, "cut_after", script="canceled:card_expired"), before, "STOPPED"),
+        unwanted,
+        absent_twice,
+        expect(_lost(service, "cut_before"), after, "VOID", "SUCCEEDED"),
+        expect(service.subscriber(script="pending:succeeded:90000"), after, "SUCCEEDED"),
+        expect(service.subscriber(script="pending"), before, "PENDING"),
+        expect(
+            service.subscriber(script=["pending:canceled:insufficient_funds:90000", "succeeded"]),
+            after, "DECLINED", "SUCCEEDED",
+        ),
+    ]  # fmt: skip
     _run_for_new_ones(service, old)
-    # This morning: an answer that was lost, and two that nobody was there to take, one of which has a new price since.
+    return absent_twice, unwanted
+
+
+def _left_this_morning(renewals: _Renewals) -> None:
+    """An answer that was lost, and two charges that nobody was there to take, one with a new price since."""
+    service, expect = renewals.service, renewals.expect
     service.set_time(NOON - 3 * HOUR)
-    young = _lost(service, "reset_after")
-    _run_for_new_ones(service, [young])
+    _run_for_new_ones(service, [expect(_lost(service, "reset_after"), A_MONTH_LATER - 3 * HOUR, "SUCCEEDED")])
     service.set_time(NOON - HOUR)
     dearer_plan = service.plan("199.00")
-    planned, dearer = service.subscriber(), service.subscriber(dearer_plan)
+    planned = expect(service.subscriber(), A_MONTH_LATER - HOUR, "SUCCEEDED")
+    dearer = expect(service.subscriber(dearer_plan), A_MONTH_LATER - HOUR, "VOID", "SUCCEEDED")
     down = service.settings.model_copy(update={"yookassa_api_url": NOBODY_LISTENS})
     _run_for_new_ones(service, [planned, dearer], load=lambda: down)
     service.execute("UPDATE prices SET amount = 249 WHERE plan_id = :id", id=dearer_plan)
+
+
+def _every_kind_of_renewal(service: Service) -> Story:
+    renewals = _Renewals(service)
+    expect = renewals.expect
+    absent_twice, unwanted = _left_yesterday(renewals)
+    _left_this_morning(renewals)
     service.execute(
         "UPDATE billing_orchestration.renewal_attempts SET first_absent_at = :at WHERE subscription_id = :id",
         at=NOON - 2 * HOUR,
         id=absent_twice,
     )
-    service.execute("UPDATE subscriptions SET status = 'CANCELED' WHERE id = :id", id=found_unwanted)
+    service.execute("UPDATE subscriptions SET status = 'CANCELED' WHERE id = :id", id=unwanted)
     service.set_time(NOON)
-    new, lost = [service.subscriber(), service.subscriber()], service.subscriber()
-    hard, soft = service.subscriber(script="canceled:card_expired"), service.subscriber(script="canceled:call_issuer")
-    review = service.subscriber()
-
-    expect(found, a_month_on, "SUCCEEDED")
-    expect(found_declined, yesterday, "STOPPED")
-    expect(found_unwanted, a_month_on, "SUCCEEDED", status="CANCELED")
-    expect(absent_twice, a_month_on, "VOID", "SUCCEEDED")
-    expect(absent_once, a_month_on, "VOID", "SUCCEEDED")
-    expect(paid_since, a_month_on, "SUCCEEDED")
-    expect(still_pending, yesterday, "PENDING")
-    expect(declined_since, a_month_on, "DECLINED", "SUCCEEDED")
-    expect(young, A_MONTH_LATER - 3 * HOUR, "SUCCEEDED")
-    expect(planned, A_MONTH_LATER - HOUR, "SUCCEEDED")
-    expect(dearer, A_MONTH_LATER - HOUR, "VOID", "SUCCEEDED")
-    for subscription in [*new, lost]:
-        expect(subscription, A_MONTH_LATER, "SUCCEEDED")
-    expect(hard, NOON, "STOPPED")
-    expect(soft, NOON, "DECLINED")
-    expect(review, NOON, "REVIEW")
+    for _ in range(2):
+        expect(service.subscriber(), A_MONTH_LATER, "SUCCEEDED")
+    lost = expect(service.subscriber(), A_MONTH_LATER, "SUCCEEDED")
+    expect(service.subscriber(script="canceled:card_expired"), NOON, "STOPPED")
+    expect(service.subscriber(script="canceled:call_issuer"), NOON, "DECLINED")
+    review = expect(service.subscriber(), NOON, "REVIEW")
 
     def misbehave(sandbox: Sandbox) -> None:
         sandbox.misbehave("create", "error_after", payment_method_id=f"method-{lost}")
@@ -134,9 +148,8 @@ def _every_kind_of_renewal(service: Service) -> Story:
             "create", "change", payment_method_id=f"method-{review}", set={"amount.value": "1.00"}, times=None
         )
 
-    return Story(
-        Expected(ends=ends, attempts=attempts, quarantine={"amount_differs": 1, "unwanted_renewal": 1}), misbehave
-    )
+    quarantine = {"amount_differs": 1, "unwanted_renewal": 1}
+    return Story(Expected(ends=renewals.ends, attempts=renewals.attempts, quarantine=quarantine), misbehave)
 
 
 def _ends_of_subscriptions(service: Service) -> Story:

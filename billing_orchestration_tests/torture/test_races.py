@@ -30,8 +30,9 @@ from billing_orchestration_tests.torture.kill_oracle import complaints
 from billing_orchestration_tests.torture.kill_points import BEFORE
 from billing_orchestration_tests.torture.kill_runner import Case, Runner
 from billing_orchestration_tests.torture.kill_scenarios import ALL, AUTOPAYMENT
-from billing_orchestration_tests.torture.simulation_oracle import Journal, Oracle, Rules
-from billing_orchestration_tests.torture.simulation_service import BillingService, Busy
+from billing_orchestration_tests.torture.simulation.judge import Journal, Rules
+from billing_orchestration_tests.torture.simulation.oracle import Oracle
+from billing_orchestration_tests.torture.simulation.service import BillingService, Busy
 
 UTC = timezone.utc
 THOROUGH = "TORTURE_ROUNDS" in os.environ

@@ -10,15 +10,16 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from billing_orchestration.sandbox.provider.records import Outcome as Scripted
 from billing_orchestration_tests.fixtures.postgres import Server
-from billing_orchestration_tests.torture.simulation import DAYS, REGRESSIONS, Simulation, play_seed, simulated_server
-from billing_orchestration_tests.torture.simulation_oracle import DAY
-from billing_orchestration_tests.torture.simulation_world import Traits
+from billing_orchestration_tests.torture.simulation.judge import DAY
+from billing_orchestration_tests.torture.simulation.playing import play_seed, simulated_server
+from billing_orchestration_tests.torture.simulation.results import REGRESSIONS
+from billing_orchestration_tests.torture.simulation.story import DAYS, Simulation
+from billing_orchestration_tests.torture.simulation.traits import Traits
 
 THOROUGH = "TORTURE_ROUNDS" in os.environ
 
@@ -59,25 +60,20 @@ def test_a_seed_tells_one_story(server: tuple[str, str], seed: int) -> None:
     assert first.numbers == second.numbers
 
 
-class _Pending(Simulation):
-    """Every card's charge is pending for most of a day."""
-
-    def _script(self) -> list[Any]:
-        return [Scripted("pending", then="succeeded", after_s=80_000)] * 5
-
-
 def test_a_tick_comes_for_what_a_run_within_a_run_left_pending(postgres_server: Server, migrated_template: str) -> None:
     with postgres_server.database(migrated_template) as url:
-        played = _Pending(url, 7, traits=Traits())
+        # Every card's charge is pending for most of a day.
+        pending = [Scripted("pending", then="succeeded", after_s=80_000)] * 5
+        played = Simulation(url, 7, traits=Traits(), script=lambda _dice: list(pending))
         try:
             world = played.world
-            played._found_the_service()
+            played.found_the_service()
             world.now += 40 * DAY
             for _ in range(40):
-                played._another_run()
+                played.runs.another_run()
             ends = [due for due, _, result in world.provider.agenda() if result.kind == "succeeded"]
             assert ends
-            agenda = {when for when, _, what, _ in played._agenda if what.endswith("succeeds")}
+            agenda = {when for when, what in played.agenda.planned() if what.endswith("succeeds")}
             assert agenda == {end + timedelta(seconds=1) for end in ends}
         finally:
             played.world.close()
@@ -87,7 +83,7 @@ _TWO_WORKERS = """
 import os, signal, time
 # A shell's background job is born with it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from billing_orchestration_tests.torture.simulation import workers_of
+from billing_orchestration_tests.torture.simulation.playing import workers_of
 
 with workers_of(2) as workers:
     playing = [workers.submit(os.write, 1, b"plays\\n") for _ in range(2)]

@@ -22,9 +22,11 @@ import pytest
 
 from billing_orchestration.provider.wire import Answer
 from billing_orchestration_tests.fixtures.postgres import Server
-from billing_orchestration_tests.torture.simulation import Simulation, draw_traits
-from billing_orchestration_tests.torture.simulation_oracle import DAY, Journal, Oracle, Rules
-from billing_orchestration_tests.torture.simulation_world import Traits, World
+from billing_orchestration_tests.torture.simulation.judge import DAY, Journal, Rules
+from billing_orchestration_tests.torture.simulation.oracle import Oracle
+from billing_orchestration_tests.torture.simulation.story import Simulation
+from billing_orchestration_tests.torture.simulation.traits import Traits, draw_traits
+from billing_orchestration_tests.torture.simulation.world import World
 
 SEED, DAYS = 7, 14
 RENEWED = "SELECT external_payment_id FROM one_renewal"
@@ -449,14 +451,14 @@ def post(world: World, key: str, subscription: int = 1, method: str = "card", am
         "metadata": {"subscription_id": str(subscription), "period_start": "2026-03-11", "user_id": "user"},
     }  # fmt: skip
     before = len(world.faults)
-    world.look_at_charge(key, json.dumps(body).encode(), world.now, world.now, reaches=True)
+    world.charges.look_at(key, json.dumps(body).encode(), world.now, world.now, reaches=True)
     return [words for words in world.faults[before:] if "SENT WITHOUT A RECORD" not in words]
 
 
 def declined(world: World, method: str) -> None:
     """The card said no."""
     told = {"status": "canceled", "payment_method": {"id": method}}
-    world.note_answer("some key", Answer(200, HTTPMessage(), json.dumps(told).encode()))
+    world.charges.note_answer("some key", Answer(200, HTTPMessage(), json.dumps(told).encode()))
 
 
 def test_it_sees_a_card_that_is_tried_again_on_the_day_it_was_declined(world: World) -> None:
@@ -502,7 +504,8 @@ def test_it_sees_a_run_that_changes_what_it_must_not(
                 return outcome
 
             world.run = meddling  # type: ignore[method-assign]
-            {"a dry run": played._dry_run, "a second run": played._same_again}[how]("matching_pending_payments_job")
+            operator = played.operator
+            {"a dry run": operator.dry_run, "a second run": operator.same_again}[how]("matching_pending_payments_job")
             assert [how in words for words in world.faults] == [True] * meddles
         finally:
             played.world.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import billing_orchestration
-from billing_orchestration_tests.torture.simulation_threads import OrderedThreads, Stuck
+from billing_orchestration_tests.torture.simulation.threads import OrderedThreads, Stuck
 
 
 class _Clock:

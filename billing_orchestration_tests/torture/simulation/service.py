@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from psycopg.rows import namedtuple_row
 
-from billing_orchestration_tests.torture.simulation_oracle import Journal, end_of_next_period, naive
+from billing_orchestration_tests.torture.simulation.judge import Journal, end_of_next_period, naive
 
 
 class Busy(Exception):

@@ -2,14 +2,14 @@
 
 Which ops a job consists of, in which order, and whose output is whose input, is read from the job itself. An op gets
 what Dagster would give it (its config, its upstream's output, the resources it names) and a context that collects what
-it reports. A share of the simulation's runs goes through whole Dagster all the same (`simulation_world`).
+it reports. A share of the simulation's runs goes through whole Dagster all the same (`world`).
 """
 
 from __future__ import annotations
 
 import inspect
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -90,7 +90,7 @@ class Context:
 
 
 @dataclass
-class Outcome:
+class RunEnd:
     """How a run ended. `failure` is the text of a red run, `crash` an exception that no run may end with."""
 
     run_id: str
@@ -121,57 +121,65 @@ def run_ops(
     op_config: Mapping[str, Mapping[str, Any]] | None = None,
     tags: Mapping[str, str] | None = None,
     partition: dg.TimeWindow | None = None,
-) -> Outcome:
+) -> RunEnd:
     """Run every op of the job. Ends as Dagster would: red on dg.Failure; whatever else is raised is a crash.
 
     A BaseException that is no Exception (the simulation's kill) passes through.
     """
-    outcome = Outcome(str(uuid.uuid4()))
+    end = RunEnd(str(uuid.uuid4()))
     results: dict[tuple[str, str], Any] = {}
-    run_config = {"ops": {name: {"config": config} for name, config in (op_config or {}).items()}}
+    op_config = op_config or {}
+    run_config = {"ops": {name: {"config": config} for name, config in op_config.items()}}
     tags = dict(tags or {})
     if partition is not None and isinstance(job.partitions_def, dg.TimeWindowPartitionsDefinition):
         tags["dagster/partition"] = partition.start.strftime(job.partitions_def.fmt)
     upstream = job.graph.dependency_structure
     for node in job.nodes_in_topological_order:
-        compute: Any = node.definition.compute_fn.decorated_fn  # type: ignore[union-attr]
         inputs = {
             wanted.input_name: (sources[0].node_name, sources[0].output_def.name)
             for wanted, sources in upstream.input_to_upstream_outputs_for_node(node.name).items()
         }
         if not set(inputs.values()) <= set(results):
             continue  # what it waits for was not yielded: Dagster skips it as well
-        context = Context(outcome.run_id, job, tags, partition, run_config=run_config)
-        given: dict[str, Any] = {}
-        for name in inspect.signature(compute).parameters:
-            if name == "context":
-                given[name] = context
-            elif name == "config":
-                given[name] = get_type_hints(compute)["config"](**(op_config or {}).get(node.name, {}))
-            elif name in inputs:
-                given[name] = results[inputs[name]]
-            else:
-                given[name] = resources[name]
+        context = Context(end.run_id, job, tags, partition, run_config=run_config)
+        given = {**resources, **{name: results[output] for name, output in inputs.items()}}
         try:
-            returned = compute(**given)
-            if inspect.isgenerator(returned):
-                for yielded in returned:
-                    if isinstance(yielded, dg.DynamicOutput):
-                        raise NotImplementedError("a run in shards is not simulated")
-                    if isinstance(yielded, dg.Output):
-                        results[node.name, yielded.output_name] = yielded.value
-                        context.metadata.update(yielded.metadata)
-                    else:
-                        context.events.append(yielded)
-            else:
-                results[node.name, "result"] = returned
+            for output, value in _run_op(node, context, op_config.get(node.name, {}), given):
+                results[node.name, output] = value
         except dg.Failure as failure:
-            outcome.failure = failure.description or "without a word"
-            outcome.metadata.append(failure.metadata)
-            return outcome
+            end.failure = failure.description or "without a word"
+            end.metadata.append(failure.metadata)
+            return end
         except Exception as error:  # noqa: BLE001 - told as a fault of the code under test
-            outcome.crash = error
-            return outcome
+            end.crash = error
+            return end
         finally:
-            outcome.metadata.append(context.metadata)
-    return outcome
+            end.metadata.append(context.metadata)
+    return end
+
+
+def _run_op(
+    node: Any, context: Context, config: Mapping[str, Any], given: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Call the op's function with what its parameters name; its outputs by name."""
+    compute: Any = node.definition.compute_fn.decorated_fn
+    arguments = {
+        name: context
+        if name == "context"
+        else get_type_hints(compute)["config"](**config)
+        if name == "config"
+        else given[name]
+        for name in inspect.signature(compute).parameters
+    }
+    returned = compute(**arguments)
+    if not inspect.isgenerator(returned):
+        yield "result", returned
+        return
+    for yielded in returned:
+        if isinstance(yielded, dg.DynamicOutput):
+            raise NotImplementedError("a run in shards is not simulated")
+        if isinstance(yielded, dg.Output):
+            yield yielded.output_name, yielded.value
+            context.metadata.update(yielded.metadata)
+        else:
+            context.events.append(yielded)

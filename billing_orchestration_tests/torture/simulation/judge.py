@@ -1,0 +1,102 @@
+"""What every part of the judge sees: the tables, the journal of the outside world, and the rules' numbers.
+
+Nothing in here or in the judge's parts (`oracle_*`) comes from `billing_orchestration.domain`, `.database` or
+`.provider`: they must not share their mistakes. The `Journal` holds facts of the world outside the code under test:
+which subscriptions were there before, what the service's own webhook granted, when a customer was refunded.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta, timezone, tzinfo
+from typing import Any
+
+import psycopg
+from psycopg.rows import namedtuple_row
+
+UTC = timezone.utc
+DAY = timedelta(days=1)
+
+
+def naive(instant: datetime) -> datetime:
+    """As the service's tables hold it."""
+    return instant.astimezone(UTC).replace(tzinfo=None)
+
+
+def last_day_of_month(day: date) -> int:
+    """28 to 31."""
+    return ((day.replace(day=28) + timedelta(days=4)).replace(day=1) - DAY).day
+
+
+def end_of_next_period(zone: tzinfo, started_at: datetime, ended_at: datetime, duration: int, unit: str) -> datetime:
+    """One period after `ended_at` (both naive UTC), the wall clock's time and the anchor day kept (SPEC 4)."""
+    end = ended_at.replace(tzinfo=UTC).astimezone(zone)
+    if unit == "days":
+        day = end.date() + duration * DAY
+    else:
+        start = started_at.replace(tzinfo=UTC).astimezone(zone)
+        anchor = end.day
+        if start.day > end.day and end.day == last_day_of_month(end.date()):
+            anchor = start.day
+        month_number = end.month - 1 + duration * (12 if unit == "year" else 1)
+        first = date(end.year + month_number // 12, month_number % 12 + 1, 1)
+        day = first.replace(day=min(anchor, last_day_of_month(first)))
+    wall = datetime(day.year, day.month, day.day, end.hour, end.minute, end.second, end.microsecond, tzinfo=zone)
+    return naive(wall)
+
+
+@dataclass
+class Journal:
+    """Facts of the world that neither the tables nor the ledger hold."""
+
+    # Payments and subscriptions that were there before the first run: (started_at, ended_at), naive UTC.
+    history: set[str] = field(default_factory=set)
+    before: dict[int, tuple[datetime, datetime]] = field(default_factory=dict)
+    # The service's own webhook: provider payment -> subscription it extended or created.
+    service_grants: dict[str, int] = field(default_factory=dict)
+    # Renewals whose row the service's webhook wrote as SUCCEEDED without granting anything: the grant is our work.
+    service_rows: set[str] = field(default_factory=set)
+    # Whose card a saved method is: method -> user.
+    methods: dict[str, str] = field(default_factory=dict)
+    # From here on nothing happens but what closes by its rule.
+    calm: bool = False
+    # Refunded in full: provider payment -> whether anybody had granted it by then.
+    refunded: dict[str, bool] = field(default_factory=dict)
+    # Successes that must not be granted but shown to a person, with the kind of problem.
+    poisoned: dict[str, str] = field(default_factory=dict)
+    # Stretches (aware UTC, the provider's clock) that no matching run covers until an operator backfills them.
+    gaps: list[tuple[datetime, datetime]] = field(default_factory=list)
+    # When the service, or a customer there, last changed a subscription (aware UTC, our clock).
+    touched: dict[int, datetime] = field(default_factory=dict)
+    # Instants (aware UTC, our clock) of undisturbed, green runs, by job.
+    undisturbed: dict[str, list[datetime]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The numbers behind the rules, and how the two clocks differ: the provider's minus ours."""
+
+    zone: tzinfo
+    grace_days: int
+    ttl_days: int
+    provider_skew: timedelta
+    list_lag: timedelta
+
+
+class Judge:
+    """One installation, seen by its judge."""
+
+    def __init__(self, connection: psycopg.Connection[Any], journal: Journal, rules: Rules) -> None:
+        self._connection = connection
+        self._journal = journal
+        self._rules = rules
+
+    def rows(self, statement: str, *values: Any) -> list[Any]:
+        """Whatever a statement of the oracle's own finds."""
+        with self._connection.cursor(row_factory=namedtuple_row) as cursor:
+            return cursor.execute(statement, values).fetchall()
+
+    def billing_day(self, instant: datetime) -> date:
+        """The billing day of an aware instant."""
+        return instant.astimezone(self._rules.zone).date()

@@ -1,0 +1,193 @@
+"""One run of a job as the operating system sees it: its points, and what befalls it there.
+
+At every SQL statement, commit and request of a run the simulation has a *point*: there a run may be killed, its
+connection cut, a commit's answer lost, and there the rest of the world goes on (a webhook arrives, a customer cancels,
+another scheduler's run begins).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import sqlalchemy as sa
+from psycopg.pq import TransactionStatus
+from sqlalchemy import event
+
+from billing_orchestration.resources import BillingDatabase
+from billing_orchestration_tests.torture.simulation.threads import OrderedThreads
+from billing_orchestration_tests.torture.simulation.wire import (
+    CHARGE_FAULTS,
+    READ_FAULTS,
+    SimulatedProvider,
+    SimulatedWire,
+    pick_fault,
+)
+
+if TYPE_CHECKING:
+    from billing_orchestration_tests.torture.simulation.world import World
+
+
+class Killed(BaseException):
+    """The run's process is dead from here on. No Exception: nothing in the code under test may catch it."""
+
+
+class DeadProcess(Exception):
+    """The same, in a thread that talks to the provider: the database sees nothing of it either."""
+
+
+@dataclass
+class Accidents:
+    """What may happen to one run. All of it is drawn before the run begins, or by its own generator."""
+
+    generator: random.Random
+    kill_at: int | None = None
+    cut_at: int | None = None
+    lose_commit: int | None = None
+    charge_faults: float = 0.0
+    read_faults: float = 0.0
+    meanwhile: float = 0.0
+    points: int = 0
+    commits: int = 0
+    dead: bool = False
+    happened: list[str] = field(default_factory=list)
+
+    @property
+    def undisturbed(self) -> bool:
+        """Nothing happened that a run may be late for."""
+        return not self.happened
+
+
+class Process:
+    """One run of a job as the operating system sees it: its points, what befalls it, what it sends."""
+
+    def __init__(self, world: World, accidents: Accidents, as_of: datetime) -> None:
+        self.world = world
+        self.accidents = accidents
+        self.as_of = as_of
+        self.began = world.now
+        # One at a time goes on, in an order that is drawn.
+        self.threads = OrderedThreads(
+            random.Random(accidents.generator.getrandbits(64)), world.seconds, world.pass_time
+        )
+        self.sessions: set[int] = set()
+
+    def _point(self, place: str, *, connection: Any = None) -> None:
+        accidents, world = self.accidents, self.world
+        if accidents.dead:
+            raise Killed if connection is not None else DeadProcess
+        accidents.points += 1
+        if accidents.points == accidents.kill_at:
+            accidents.dead = True
+            accidents.happened.append(f"killed at {place}")
+            raise Killed if connection is not None else DeadProcess
+        if connection is not None and accidents.points == accidents.cut_at:
+            accidents.happened.append(f"connection cut at {place}")
+            world.oracle.rows("SELECT pg_terminate_backend(%s, 1000)", connection.info.backend_pid)
+            return
+        if accidents.meanwhile and accidents.generator.random() < accidents.meanwhile:
+            world.go_on(place)
+
+    def at_statement(self, connection: Any, statement: str) -> None:
+        self.sessions.add(connection.info.backend_pid)
+        if connection.info.transaction_status == TransactionStatus.IDLE:
+            self.threads.give_way()
+        self._point("statement " + " ".join(statement.split())[:60], connection=connection)
+
+    def at_commit(self, connection: Any, commit: Callable[[Any], None]) -> None:
+        self._point("commit", connection=connection.dbapi_connection)
+        self.accidents.commits += 1
+        if self.accidents.commits == self.accidents.lose_commit:
+            self.accidents.happened.append("the answer to a COMMIT was lost")
+            commit(connection)
+            connection.dbapi_connection.close()
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+        commit(connection)
+        self.threads.give_way()
+        if self.accidents.kill_at is not None:
+            # Where a process dies between its commit and its next step.
+            self._point("after commit", connection=connection.dbapi_connection)
+
+    def before_request(self, method: str, body: bytes | None, key: str | None, fault: str | None) -> None:
+        self.threads.give_way()
+        if method == "POST" and key is not None and not self.accidents.dead:
+            self.world.charges.look_at(key, body or b"", self.as_of, self.began, reaches=fault != "not connected")
+        self._point(f"before {method}")
+        self.world.pass_time(self.accidents.generator.choice((0.05, 0.1, 0.3, 1.0)))
+
+    def after_request(self, method: str, key: str | None, answer: Any) -> None:
+        if method == "POST" and key is not None and not self.accidents.dead:
+            self.world.charges.note_answer(key, answer)
+        self._point(f"after {method}")
+        self.threads.give_way()
+
+    def pick_fault(self, method: str) -> str | None:
+        """The fault of one call: the provider's outage, or one that is drawn."""
+        accidents = self.accidents
+        if self.world.outage is not None:
+            accidents.happened.append("provider outage")
+            return self.world.outage
+        rate = accidents.charge_faults if method == "POST" else accidents.read_faults
+        if not rate or accidents.generator.random() >= rate:
+            return None
+        fault = pick_fault(CHARGE_FAULTS if method == "POST" else READ_FAULTS, accidents.generator)
+        accidents.happened.append(f"{method}: {fault}")
+        self.world.tell(f"  {method} {fault}")
+        return fault
+
+    def end(self) -> None:
+        """What the operating system does for a process that has died: its sessions end, and with them their locks."""
+        for session in sorted(self.sessions):
+            self.world.oracle.rows("SELECT pg_terminate_backend(%s, 10000)", session)
+
+    def connect(self, settings: Any) -> SimulatedProvider:
+        """The provider's client of this process."""
+        world = self.world
+
+        def wire(real: Any) -> SimulatedWire:
+            return SimulatedWire(
+                world.provider,
+                fault=self.pick_fault,
+                before=self.before_request,
+                after=self.after_request,
+                pass_time=world.pass_time,
+                page_size=world.traits.page_size,
+                inner=real if world.over_http else None,
+            )
+
+        return SimulatedProvider(
+            settings, wire, lambda seconds: world.pass_time(min(seconds, 5.0)), self.accidents.generator
+        )
+
+
+class SimulatedDatabase(BillingDatabase):
+    """The jobs' database, with a point at every statement and commit. `process` is whoever uses it at the moment."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(lambda: world.settings)
+        self.process: Process | None = None
+
+    @cached_property
+    def engine(self) -> sa.Engine:
+        engine: sa.Engine = BillingDatabase.engine.func(self)  # type: ignore[attr-defined]
+
+        @event.listens_for(engine, "before_cursor_execute")
+        def _before(_connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+            if self.process is not None:
+                self.process.at_statement(cursor.connection, statement)
+
+        commit = engine.dialect.do_commit
+
+        def do_commit(connection: Any) -> None:
+            if self.process is not None:
+                self.process.at_commit(connection, commit)
+            else:
+                commit(connection)
+
+        engine.dialect.do_commit = do_commit  # type: ignore[method-assign]
+        return engine

@@ -1,0 +1,182 @@
+"""One seed's story, day after day."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date, datetime, timedelta
+
+from billing_orchestration.sandbox.provider.server import Sandbox
+from billing_orchestration_tests.torture.simulation.agenda import Agenda, Dice
+from billing_orchestration_tests.torture.simulation.customers import Customers, Script
+from billing_orchestration_tests.torture.simulation.founding import draw_script, found_the_service
+from billing_orchestration_tests.torture.simulation.judge import DAY, UTC
+from billing_orchestration_tests.torture.simulation.operators import Operator
+from billing_orchestration_tests.torture.simulation.outages import Outages
+from billing_orchestration_tests.torture.simulation.runs import DAILY, MATCHING, Runs
+from billing_orchestration_tests.torture.simulation.successes import Successes
+from billing_orchestration_tests.torture.simulation.ticks import Ticks
+from billing_orchestration_tests.torture.simulation.traits import MINUTE, Traits, draw_traits
+from billing_orchestration_tests.torture.simulation.world import World
+
+DAYS = 60
+# After them: what was left open closes by its rule, which takes an unknown attempt three days.
+CALM_DAYS = 5
+
+
+class Simulation:
+    """`play` is the whole of it."""
+
+    def __init__(
+        self,
+        url: str,
+        seed: int,
+        *,
+        served: Sandbox | None = None,
+        traits: Traits | None = None,
+        script: Script = draw_script,
+    ) -> None:
+        self.dice = dice = Dice(f"story {seed}")
+        traits = traits or draw_traits(seed)
+        traits = replace(traits, switches=replace(traits.switches, list_lag_s=traits.list_lag.total_seconds()))
+        # Many starts near a month's end, some near a change of clocks; 60 days see two ends of months at least.
+        first = date(2026, 1, 1) + dice.choice((20, 29, 30, 31, 45, 57, 80, 150, 240, 290)) * DAY
+        start = datetime(first.year, first.month, first.day, 1, tzinfo=UTC) + dice.randint(0, 1380) * MINUTE
+        self.world = world = World(url, seed, start, traits, served=served)
+        self.agenda = agenda = Agenda(world)
+        self.successes = Successes(world, dice, agenda)
+        self.customers = Customers(world, dice, agenda, self.successes, script)
+        self.runs = Runs(world, dice, agenda, self.successes)
+        self.ticks = Ticks(world, dice, agenda, self.runs)
+        self.operator = Operator(world, dice, self.runs)
+        self.outages = Outages(world, dice, agenda, self.runs, self.ticks)
+
+    def found_the_service(self) -> None:
+        """Before the first day."""
+        found_the_service(self.world, self.dice, self.customers)
+
+    def play(self, days: int = DAYS) -> None:
+        """Everything, day after day; the judge looks after every day and at the end."""
+        world = self.world
+        self.found_the_service()
+        end = world.now + days * DAY
+        self.agenda.tick_at(world.now)
+        today = world.day()
+        for number in range(days + CALM_DAYS + 1):
+            day = today + number * DAY
+            for job, hour in DAILY:
+                # Through UTC: an hour that a change of clocks skips lands on a real instant.
+                when = datetime(day.year, day.month, day.day, hour, tzinfo=world.zone).astimezone(UTC)
+                if when > world.now:
+                    self.agenda.at(when, job, self.runs.daily(job, when))
+            if number < days:
+                self._plan_day(datetime(day.year, day.month, day.day, tzinfo=world.zone).astimezone(UTC))
+        world.meanwhile = self._meanwhile
+        self._go_until(end)
+        self._calm_down()
+        self._go_until(end + CALM_DAYS * DAY)
+        if not world.faults:
+            # One last tick, late enough for everything that was paid: after it nothing may be missing.
+            world.now += 30 * MINUTE
+            for job in MATCHING:
+                ended = self.runs.run(job, self.runs.calm())
+                if not ended.ok:
+                    world.fault(f"{job} is red at the end of the calm days: {ended.failure}")
+            ledger, payments = world.provider.ledger(), world.payments()
+            for words in world.oracle.unsettled(ledger, payments, world.now, world.now):
+                world.fault(words)
+            world.judge()
+            self._nothing_is_left_open()
+
+    def _go_until(self, end: datetime) -> None:
+        world, before = self.world, self.world.day()
+        while not world.faults and (event := self.agenda.due(end)):
+            what, do = event
+            if world.day() != before:
+                world.judge()
+            if what != "tick":
+                world.tell(what)
+            do()
+            before = world.day()
+
+    def _plan_day(self, midnight: datetime) -> None:
+        """What else will happen on a billing day."""
+        world = self.world
+
+        def some(what: str, expected: float, do: Callable[[], None]) -> None:
+            count = int(expected) + self.dice.chance(expected % 1)
+            for _ in range(count):
+                when = midnight + timedelta(seconds=self.dice.randint(0, 86_399))
+                if when > world.now:
+                    self.agenda.at(when, what, do)
+
+        some("purchase", 1.6, self.customers.purchase)
+        some("refund", 0.12, self.customers.refund)
+        some("pause or cancel", 0.25, self.customers.pause_or_cancel)
+        some("resume", 0.2, self.customers.resume)
+        some("price", 0.05, self.customers.change_price)
+        some("operator", 0.35, self.operator.act)
+        some("idle tick", 2, lambda: self.agenda.tick_at(world.now))
+        if world.traits.accidents:
+            some("provider outage", 0.06 * world.traits.accidents, lambda: self.outages.begin("provider"))
+            some("our outage", 0.05 * world.traits.accidents, lambda: self.outages.begin("ours"))
+            some("service outage", 0.04 * world.traits.accidents, lambda: self.outages.begin("service"))
+
+    def _meanwhile(self, place: str) -> None:
+        """While a run is at some point: the world goes on."""
+        world = self.world
+        choices: list[Callable[[], None]] = [
+            self.customers.pause_or_cancel,
+            self.customers.resume,
+            self.successes.webhook_now,
+            self.customers.pay_now,
+        ]
+        if ("POST" in place or "GET" in place) and world.traits.max_concurrency == 1 and not world.over_http:
+            # No transaction is open here, so another scheduler's run can do all of its work.
+            choices.append(self.runs.another_run)
+        world.tell(f"  meanwhile, at {place}:")
+        world.happened[f"meanwhile, at: {place.split(maxsplit=1)[0]}"] += 1
+        self.dice.choice(choices)()
+
+    def _calm_down(self) -> None:
+        """From here on no accidents: what is open must close by its rule."""
+        world = self.world
+        world.tell("calm days")
+        world.meanwhile = world.outage = None
+        world.journal.calm = True
+        world.out.clear()
+        self.runs.accident_rate = 0.0
+        self.agenda.tick_at(world.now)
+
+    def _nothing_is_left_open(self) -> None:
+        world = self.world
+        left = world.oracle.rows(
+            "SELECT id, state FROM billing_orchestration.renewal_attempts"
+            " WHERE state IN ('PLANNED', 'UNKNOWN') AND planned_at < %s",
+            world.now - 4 * DAY,
+        )
+        for row in left:
+            world.fault(f"OPEN TOO LONG: attempt {row.id} is {row.state} after the calm days")
+
+    def numbers(self) -> dict[str, int]:
+        """What the story was made of, for the summary."""
+        world = self.world
+        states = {
+            row.state: row.count
+            for row in world.oracle.rows(
+                "SELECT state, count(*) AS count FROM billing_orchestration.renewal_attempts GROUP BY state"
+            )
+        }
+        kinds = {
+            row.kind: row.count
+            for row in world.oracle.rows(
+                "SELECT kind, count(*) AS count FROM billing_orchestration.settlements GROUP BY kind"
+            )
+        }
+        return {
+            **{f"attempts {state}": count for state, count in sorted(states.items())},
+            **{f"settled {kind}": count for kind, count in sorted(kinds.items())},
+            **{f"played: {name}": count for name, count in sorted(world.happened.items())},
+            "granted by webhook": len(world.journal.service_grants),
+            "in quarantine": world.oracle.rows("SELECT count(*) AS n FROM billing_orchestration.quarantine")[0].n,
+        }

@@ -1,0 +1,98 @@
+"""What follows a success at the provider: webhooks, and the ticks that can see it."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from functools import partial
+
+from billing_orchestration_tests.torture.simulation.agenda import Agenda, Dice
+from billing_orchestration_tests.torture.simulation.service import Busy
+from billing_orchestration_tests.torture.simulation.traits import MINUTE
+from billing_orchestration_tests.torture.simulation.world import World
+
+
+class Successes:
+    """Of customers' payments and of our own charges."""
+
+    def __init__(self, world: World, dice: Dice, agenda: Agenda) -> None:
+        self._world, self._dice, self._agenda = world, dice, agenda
+        self._charges_seen_until = world.now
+        self._watched: set[tuple[str, datetime]] = set()
+
+    def succeeded(self, payment_id: str, poison: str | None) -> None:
+        """A success that is not ours: webhooks, and ticks when it can be seen."""
+        if poison is not None:
+            self._world.journal.poisoned[payment_id] = poison
+        self.ticks()
+        self.webhooks(payment_id)
+
+    def ticks(self) -> None:
+        """The next tick, which may be too early, and the first one that sees it: in its window, in the lagging list,
+        and no longer left to the webhook."""
+        traits, now = self._world.traits, self._world.now
+        self._agenda.tick_at(now)
+        self._agenda.tick_at(now + max(MINUTE, traits.list_lag, traits.provider_skew + MINUTE))
+
+    def webhooks(self, payment_id: str) -> None:
+        """Delivered once, twice, late, or never."""
+        minutes = self._dice.minutes
+        for _ in range(self._dice.choices((0, 1, 2), (0.3, 0.6, 0.1))[0]):
+            delay = self._dice.choice((minutes(0.02, 0.2), minutes(0.2, 8), minutes(1, 1400)))
+            self._agenda.after(delay, f"webhook {payment_id}", lambda: self._webhook(payment_id, 6))
+
+    def _webhook(self, payment_id: str, deliveries: int) -> None:
+        world, traits = self._world, self._world.traits
+        did = None
+        if "service" not in world.out:
+            payment = world.provider.payment(payment_id)
+            if payment.status != "succeeded":
+                return
+            try:
+                did = world.service.on_success(
+                    payment, world.service_now(), writes_unknown=traits.writes_unknown,
+                    settles_renewals=traits.settles_renewals,
+                )  # fmt: skip
+            except Busy:
+                did = None
+            if did == "granted":
+                world.journal.touched[world.journal.service_grants[payment_id]] = world.now
+            world.tell(f"  webhook {payment_id}: {did or 'again later'}")
+            world.happened[f"webhook: {did or 'again later'}"] += 1
+        if did is None and deliveries > 1:
+            self._agenda.after(
+                self._dice.minutes(1, 240),
+                f"webhook {payment_id} again",
+                lambda: self._webhook(payment_id, deliveries - 1),
+            )
+
+    def webhook_now(self) -> None:
+        """One of some recent payment, delivered again or for the first time."""
+        paid = [
+            payment for payment in self._world.provider.payments()
+            if payment.status == "succeeded" and payment.id not in self._world.journal.history
+        ]  # fmt: skip
+        if paid:
+            self._webhook(self._dice.choice(paid[-4:]).id, 1)
+
+    def watch_new_charges(self) -> None:
+        """Webhooks of our own charges, and ticks when a pending one settles."""
+        for payment in self._world.provider.payments():
+            if payment.idempotence_key is None or payment.created_at <= self._charges_seen_until:
+                continue
+            if payment.status == "succeeded":
+                self.webhooks(payment.id)
+        self._charges_seen_until = max(self._charges_seen_until, self._world.provider_now())
+        for due, payment_id, result in self._world.provider.agenda():
+            when = due - self._world.traits.provider_skew
+            if result.kind == "succeeded" and (payment_id, due) not in self._watched:
+                self._watched.add((payment_id, due))
+                self._agenda.at(
+                    when + timedelta(seconds=1),
+                    f"pending {payment_id} succeeds",
+                    partial(self._settles_later, payment_id),
+                )
+
+    def _settles_later(self, payment_id: str) -> None:
+        if self._world.provider.payment(payment_id).status == "succeeded":
+            self.ticks()
+            self.webhooks(payment_id)

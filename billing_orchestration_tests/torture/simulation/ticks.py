@@ -1,0 +1,83 @@
+"""The matching jobs' ticks. They are run when they could see something; those in between leave their watermark only."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+import dagster as dg
+
+from billing_orchestration_tests.torture.simulation.agenda import TICK, Agenda, Dice
+from billing_orchestration_tests.torture.simulation.judge import UTC
+from billing_orchestration_tests.torture.simulation.runs import MATCHING, Runs
+from billing_orchestration_tests.torture.simulation.world import World
+
+
+class Ticks:
+    """Both matching jobs, every two minutes."""
+
+    def __init__(self, world: World, dice: Dice, agenda: Agenda, runs: Runs) -> None:
+        self._world, self._dice, self._agenda, self._runs = world, dice, agenda, runs
+        agenda.on_tick = self.tick
+        # Whether the last tick of a job was green.
+        self._green: dict[str, bool] = {}
+        self._again_at = world.now
+
+    def forget(self) -> None:
+        """No tick came for a while: the next one has to catch up by itself."""
+        self._green.clear()
+
+    def again_from_now(self) -> None:
+        """What made ticks red is over."""
+        self._again_at = self._world.now
+
+    def tick(self, mark: datetime) -> None:
+        """A tick of both matching jobs, and what must hold after a green one."""
+        world = self._world
+        if "ours" in world.out:
+            return
+        greens = []
+        for job in MATCHING:
+            if self._green.get(job):
+                # The ticks in between found nothing: this is all that they left behind.
+                world.service.execute(
+                    "UPDATE billing_orchestration.watermarks SET covered_until = %s WHERE job = %s"
+                    " AND covered_until < %s",
+                    mark - TICK, job, mark - TICK,
+                )  # fmt: skip
+            before = world.now
+            accidents = self._runs.accidents(job)
+            end = self._runs.run(job, accidents, tick=mark)
+            self._green[job] = end.ok
+            greens.append(end.ok and (before, accidents.undisturbed and not accidents.meanwhile))
+        if not all(greens) and self._again_at <= world.now:
+            # One more at a time: each red tick asking for two would fill an outage of eight days with nothing else.
+            self._again_at = world.now + (TICK if world.outage is None else self._dice.minutes(30, 400))
+            self._agenda.tick_at(self._again_at)
+        self._backfill_gaps()
+        if greens[1]:
+            before, _ = greens[1]
+            for words in world.oracle.unsettled(world.provider.ledger(), world.payments(), mark, before):
+                world.fault(words)
+
+    def _backfill_gaps(self) -> None:
+        """What an operator does about a gap that the quarantine names: backfill its hours."""
+        world = self._world
+        rows = world.oracle.rows(
+            "SELECT q.id, q.job, q.kind, q.reason, q.opened_at FROM billing_orchestration.quarantine q"
+            " WHERE q.kind LIKE 'gap from%%' AND q.resolved_at IS NULL"
+        )
+        for row in rows:
+            start, _, end = row.reason.partition("not covered: ")[2].partition(",")[0].partition(" to ")
+            first, last = (datetime.fromisoformat(text[:19]).replace(tzinfo=UTC) for text in (start, end))
+            hour = first.replace(minute=0, second=0, microsecond=0) - timedelta(hours=1)
+            while hour <= last:
+                window = dg.TimeWindow(hour, hour + timedelta(hours=1))
+                run = self._runs.launch(row.job, self._runs.calm(), partition=window)
+                if not run.ok and world.outage is None:
+                    world.fault(f"a backfill of {hour} is red: {run.failure}")
+                hour += timedelta(hours=1)
+            world.service.execute(
+                "UPDATE billing_orchestration.quarantine SET resolved_at = %s, resolution = 'accepted',"
+                " resolution_reason = 'backfilled', resolved_by = 'operator' WHERE id = %s",
+                world.now, row.id,
+            )  # fmt: skip
