@@ -95,10 +95,13 @@ def ours(url: str, api_url: str, concurrency: int) -> dict[str, float]:
     """One run of the protocol."""
     import billing_orchestration.provider.sdk  # noqa: F401 - imports are not counted, here as elsewhere
     from billing_orchestration.database.audit import Stamp
-    from billing_orchestration.jobs.autopayment.charging import Charging, ChargingLimits
+    from billing_orchestration.jobs.autopayment.charging import Charging
+    from billing_orchestration.jobs.autopayment.pace import ChargingLimits
+    from billing_orchestration.jobs.autopayment.pipeline import Pipeline
     from billing_orchestration.provider.client import PaymentProvider
     from billing_orchestration.resources import BillingDatabase
     from billing_orchestration.settings import Settings
+    from billing_orchestration.threads import threads
 
     settings = Settings(
         _env_file=None,  # type: ignore[call-arg]
@@ -125,25 +128,24 @@ def ours(url: str, api_url: str, concurrency: int) -> dict[str, float]:
             answered[payment.id] = time.monotonic()
             return payment
 
+    class Timed(Charging):
+        def conclude(self, connection: Any, answers: Any) -> Any:
+            for answer, result in super().conclude(connection, answers):
+                # Right after the commit of its transaction.
+                committed[answer.id] = time.monotonic()
+                yield answer, result
+
     answered: dict[str, float] = {}
-    charging = Charging(
+    committed: dict[str, float] = {}
+    charging = Timed(
         database=database,
         provider=Watched(),
-        limits=ChargingLimits(concurrency, 3, 2.0),
         make_stamp=lambda: Stamp("autopayment_job", "bench", datetime.now(UTC)),
         log=lambda _: None,
     )
-    committed: dict[str, float] = {}
-    finish = charging._finish_success
-
-    def finished(work: Any, result: Any) -> None:
-        # Right after the commit of its transaction.
-        committed[result.payment.id] = time.monotonic()
-        finish(work, result)
-
-    charging._finish_success = finished  # type: ignore[method-assign]
+    pipeline = Pipeline(charging, ChargingLimits(concurrency, 3, 2.0), threads())
     cpu, began = time.process_time(), time.monotonic()
-    results = charging.run(decisions)
+    results = pipeline.run(decisions)
     wall_s, cpu_s = time.monotonic() - began, time.process_time() - cpu
     charged = sum(result.outcome == "charged" for result in results)
     assert charged == len(decisions), [result for result in results if result.outcome != "charged"][:3]

@@ -33,7 +33,8 @@ class Closing:
     """What became of an attempt: its next state and why. Successes are settled instead.
 
     `never_sent` withdraws the claim of a first send that certainly did not leave this machine. `as_read`: apply it only
-    while the attempt is still as it was read; for whoever decides without holding the attempt's lock.
+    while the attempt is still as it was read; for whoever decides without holding the attempt's lock. `resend`: this
+    run may send the same key and body again.
     """
 
     attempt: Attempt
@@ -46,6 +47,11 @@ class Closing:
     never_sent: bool = False
     as_read: bool = False
     absent_since: datetime | None = None
+    resend: bool = False
+
+    def given_up(self) -> Closing:
+        """The same when this run will not send it again: the claim of a send that certainly never left is withdrawn."""
+        return replace(self, never_sent=self.state == State.PLANNED, resend=False)
 
     @property
     def word(self) -> str:
@@ -102,19 +108,17 @@ def judge_refusal(attempt: Attempt, reason: str, *, status_code: int, code: str,
     return Closing(attempt, State.REJECTED, reason, decline_reason=code or None, decline_class=str(status_code))
 
 
-def judge_unsent(attempt: Attempt, reason: str, *, sent_before: bool, is_last: bool) -> Closing:
-    """This request certainly did not leave, so the same key may be sent again.
+def judge_unsent(attempt: Attempt, reason: str, *, sent_before: bool) -> Closing:
+    """This request certainly did not leave. It may be sent again: nothing can come of the same key but one charge."""
+    return Closing(attempt, State.UNKNOWN if sent_before else State.PLANNED, reason, resend=True)
 
-    `is_last`: this run will not. Then the claim of a first send is withdrawn.
+
+def judge_silence(attempt: Attempt, reason: str, *, is_recognised: bool) -> Closing:
+    """No usable answer: the request may have been executed.
+
+    The same key asks for the same charge, so it may be sent again; not after an error that nobody knows.
     """
-    if sent_before:
-        return Closing(attempt, State.UNKNOWN, reason)
-    return Closing(attempt, State.PLANNED, reason, never_sent=is_last)
-
-
-def judge_silence(attempt: Attempt, reason: str) -> Closing:
-    """No usable answer, or one that nobody recognises: the request may have been executed."""
-    return Closing(attempt, State.UNKNOWN, reason)
+    return Closing(attempt, State.UNKNOWN, reason, resend=is_recognised)
 
 
 def names_another_attempt(attempt: Attempt, payment: ProviderPayment) -> bool:

@@ -49,6 +49,8 @@ from billing_orchestration.jobs.run_report import (
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.jobs.settling import Failed, open_all, report_settled, report_unusable, settle_all
 from billing_orchestration.jobs.spool import Spool
+from billing_orchestration.provider.errors import Forbidden, PaymentNotFound, ProviderError, RequestRejected
+from billing_orchestration.provider.pacing import Breaker, map_concurrently
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
 from billing_orchestration.threads import threads
 
@@ -168,14 +170,14 @@ class _Inquiry:
         self._context = context
         self._provider = provider
         self._max_concurrency = max_concurrency
-        self._silences = 0
+        self._breaker = Breaker(BREAKER_SILENCES)
         self.asked = self.not_found = self.unanswered = 0
 
     def ask(self, payment_ids: Iterable[str]) -> dict[str, ProviderAnswer]:
         """One answer for each id."""
         ids = list(dict.fromkeys(payment_ids))
         answers: dict[str, ProviderAnswer] = {}
-        if ids and self._silences < BREAKER_SILENCES:
+        if ids and not self._breaker.is_open:
             self._ask(ids, answers)
         for payment_id in ids:
             answers.setdefault(payment_id, NoAnswer("not asked: the provider does not answer for anyone"))
@@ -185,9 +187,6 @@ class _Inquiry:
         return answers
 
     def _ask(self, ids: Sequence[str], answers: dict[str, ProviderAnswer]) -> None:
-        from billing_orchestration.provider.errors import Forbidden, PaymentNotFound, ProviderError, RequestRejected
-        from billing_orchestration.provider.pacing import map_concurrently
-
         results = map_concurrently(
             self._provider.client.get_payment, ids, self._max_concurrency, first_alone=not self.asked
         )
@@ -202,10 +201,13 @@ class _Inquiry:
                 raise result
             else:
                 answers[payment_id] = result
-            self._silences = self._silences + 1 if isinstance(answers[payment_id], NoAnswer) else 0
-            if self._silences >= BREAKER_SILENCES:
+            if not isinstance(answers[payment_id], NoAnswer):
+                self._breaker.heard()
+                continue
+            self._breaker.failed()
+            if self._breaker.is_open:
                 self._context.log.warning(
-                    f"the provider did not answer {self._silences} times in a row: the rest is left for tomorrow"
+                    f"the provider did not answer {BREAKER_SILENCES} times in a row: the rest is left for tomorrow"
                 )
                 break
 

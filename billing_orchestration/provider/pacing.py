@@ -100,6 +100,27 @@ class Pace:
                     self._spacing_s = 0.0
 
 
+class Breaker:
+    """Open after `limit` failures in a row: the provider fails for everyone, so whoever asks it stops."""
+
+    def __init__(self, limit: int) -> None:
+        self.failures = 0
+        self._limit = limit
+
+    @property
+    def is_open(self) -> bool:
+        """Whether to stop."""
+        return self.failures >= self._limit
+
+    def heard(self) -> None:
+        """The provider has understood a request: the row of failures is over."""
+        self.failures = 0
+
+    def failed(self, weight: int = 1) -> None:
+        """A request has failed in a way that may concern everyone."""
+        self.failures += weight
+
+
 def map_concurrently(
     function: Callable[[Item], Result],
     items: Iterable[Item],

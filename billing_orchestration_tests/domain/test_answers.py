@@ -115,20 +115,24 @@ def test_a_refusal_of_a_second_send_leaves_the_first_ones_outcome_unknown() -> N
     assert (closing.state, closing.decline_class, closing.needs_retry) == (State.UNKNOWN, None, True)
 
 
-@pytest.mark.parametrize("is_last", [True, False])
-def test_what_never_left_this_machine_stays_planned_and_gives_its_claim_back_at_the_runs_end(is_last: bool) -> None:
-    closing = judge_unsent(an_attempt(), "refused connection", sent_before=False, is_last=is_last)
-    assert (closing.state, closing.word, closing.never_sent) == (State.PLANNED, "never sent", is_last)
-    # An earlier send of this key may have arrived.
-    again = judge_unsent(an_attempt(), "refused connection", sent_before=True, is_last=is_last)
-    assert (again.state, again.word, again.never_sent) == (State.UNKNOWN, "unknown", False)
-    assert closing.needs_retry
-    assert again.needs_retry
+def test_what_never_left_stays_planned_may_be_sent_again_and_gives_its_claim_back_at_the_runs_end() -> None:
+    closing = judge_unsent(an_attempt(), "refused connection", sent_before=False)
+    assert (closing.state, closing.word, closing.resend, closing.needs_retry) == ("PLANNED", "never sent", True, True)
+    assert (closing.never_sent, closing.given_up().never_sent) == (False, True)
 
 
-def test_what_is_not_recognised_is_unknown_and_never_failed() -> None:
-    closing = judge_silence(an_attempt(), "HTTP 502")
+def test_a_send_that_never_left_says_nothing_about_an_earlier_one() -> None:
+    closing = judge_unsent(an_attempt(), "refused connection", sent_before=True)
+    assert (closing.state, closing.word, closing.resend, closing.needs_retry) == ("UNKNOWN", "unknown", True, True)
+    assert not closing.given_up().never_sent
+
+
+@pytest.mark.parametrize("is_recognised", [True, False])
+def test_silence_and_what_is_not_recognised_is_unknown_and_never_failed(is_recognised: bool) -> None:
+    closing = judge_silence(an_attempt(), "HTTP 502", is_recognised=is_recognised)
     assert (closing.state, closing.reason, closing.needs_retry) == (State.UNKNOWN, "HTTP 502", True)
+    # Another send asks for the same charge; but not after an error that nobody knows.
+    assert closing.resend is is_recognised
 
 
 def test_only_attempts_that_may_have_been_sent_and_are_too_old_to_send_again_are_searched() -> None:

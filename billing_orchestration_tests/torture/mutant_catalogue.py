@@ -31,6 +31,8 @@ class Mutant:
 _ANSWERS = "domain/answers.py"
 _ATTEMPT = "domain/attempts.py"
 _CHARGING = "jobs/autopayment/charging.py"
+_PACE = "jobs/autopayment/pace.py"
+_PIPELINE = "jobs/autopayment/pipeline.py"
 _CLIENT = "provider/client.py"
 _OUTCOMES = "provider/outcomes.py"
 _RENEWALS = "domain/renewals.py"
@@ -103,16 +105,16 @@ PROMISED = (
         (
             Edit(
                 _CHARGING,
-                "dict.fromkeys(open_and_claim(alone, stamp, [work.attempt for work in group]), False)",
+                "dict.fromkeys(open_and_claim(locks, stamp, [work.attempt for work in group]), False)",
                 "dict.fromkeys([work.attempt.id for work in group], False)",
             ),
             Edit(
                 _CHARGING,
-                "        self._events.put(_Answered(work, answer))\n",
+                "        if names_another_attempt(attempt, answer):\n",
                 "        if work.is_new and work.sends == 1:\n"
-                "            with self.database.engine.begin() as late:\n"
-                "                open_and_claim(late, self.make_stamp(), [work.attempt])\n"
-                "        self._events.put(_Answered(work, answer))\n",
+                "            with self.database.begin() as late:\n"
+                "                open_and_claim(late, self.make_stamp(), [attempt])\n"
+                "        if names_another_attempt(attempt, answer):\n",
             ),
         ),
         (_FAULTS + "test_an_attempt_is_committed_with_its_key_and_first_instant_before_its_request_arrives",),
@@ -128,10 +130,9 @@ PROMISED = (
         "only a success is granted",
         (
             Edit(
-                _CHARGING,
-                "            if answer.status == SUCCEEDED:\n                return _Judged(work, success=answer)",
-                '            if answer.status in (SUCCEEDED, "canceled"):\n'
-                "                return _Judged(work, success=answer)",
+                _PIPELINE,
+                "if isinstance(answer, ProviderPayment) and answer.status == SUCCEEDED:",
+                'if isinstance(answer, ProviderPayment) and answer.status in (SUCCEEDED, "canceled"):',
             ),
             Edit(_SETTLEMENT, "if payment.status != SUCCEEDED:", 'if payment.status not in (SUCCEEDED, "canceled"):'),
         ),
@@ -266,7 +267,7 @@ FURTHER = (
     Mutant(
         "another key for each send",
         "a lost answer is asked for with the same key",
-        (Edit(_CHARGING, "str(work.attempt.idempotence_key), before_send", "str(uuid.uuid4()), before_send"),),
+        (Edit(_CHARGING, "str(attempt.idempotence_key), before_send", "str(uuid.uuid4()), before_send"),),
         (_LOST_ANSWER,),
     ),
     Mutant(
@@ -406,7 +407,7 @@ FURTHER = (
     Mutant(
         "the breaker removed",
         "a provider that fails for everyone gets few requests",
-        (Edit(_CHARGING, "BREAKER_LIMIT = 6", "BREAKER_LIMIT = 10**9"),),
+        (Edit(_PACE, "BREAKER_LIMIT = 6", "BREAKER_LIMIT = 10**9"),),
         (
             _FAULTS + "test_a_provider_that_fails_for_everyone_gets_few_requests_and_the_rest_is_named_and_untouched"
             "[500 before the charge]",
@@ -418,10 +419,10 @@ FURTHER = (
         (
             Edit(
                 _CHARGING,
-                "        if isinstance(answer, RateLimited):\n            self._width",
-                "        if isinstance(answer, RateLimited):\n"
-                "            return Closing(attempt, State.DECLINED, str(answer)), None\n"
-                "            self._width",
+                "    work.uncounted += isinstance",
+                "    if isinstance(answer, RateLimited):\n"
+                "        return Closing(attempt, 'DECLINED', str(answer))\n"
+                "    work.uncounted += isinstance",
             ),
         ),
         (_FAULTS + "test_a_storm_of_429_ends_in_charges_not_in_failures",),
@@ -451,14 +452,7 @@ FURTHER = (
     Mutant(
         "never sent taken for unknown",
         "an attempt that never left stays planned and unsent",
-        (
-            Edit(
-                _CHARGING,
-                "        if isinstance(answer, NeverSent):\n",
-                "        if isinstance(answer, NeverSent):\n            answer = OutcomeUnknown(str(answer))\n"
-                "        if isinstance(answer, NeverSent):\n",
-            ),
-        ),
+        (Edit(_CHARGING, "if isinstance(answer, (Withheld, NeverSent)):", "if isinstance(answer, Withheld):"),),
         (_FAULTS + "test_a_provider_that_nobody_reaches_leaves_attempts_planned_and_sends_the_same_key_later",),
     ),
     Mutant(
@@ -486,15 +480,15 @@ FURTHER = (
         "a wrong shop key does not stop the run",
         "a wrong shop key costs one request",
         (
-            Edit(_CHARGING, "            self._stop(str(answer))\n", "            self._heard()\n"),
-            Edit(_CHARGING, "if isinstance(error, WrongCredentials):", "if False:"),
+            Edit(_PACE, "            self.stop(str(answer))\n", "            self._breaker.heard()\n"),
+            Edit(_PIPELINE, "if isinstance(answer, WrongCredentials):", "if False:"),
         ),
         (_FAULTS + "test_a_wrong_shop_key_costs_one_request_and_the_right_one_charges_on_the_same_day",),
     ),
     Mutant(
         "a sender goes on after a wrong shop key",
         "a shop key that is withdrawn costs no more requests than are under way",
-        (Edit(_CHARGING, "if isinstance(error, WrongCredentials):", "if False:"),),
+        (Edit(_PIPELINE, "if isinstance(answer, WrongCredentials):", "if False:"),),
         (_FAULTS + "test_a_sender_that_hears_of_a_wrong_shop_key_sends_nothing_more",),
     ),
     Mutant(
@@ -969,13 +963,7 @@ FURTHER = (
     Mutant(
         "a card tried twice in one run",
         "a card that was declined a moment ago is not tried again",
-        (
-            Edit(
-                _CHARGING,
-                "            if method in self._declined and not work.sent_before:\n",
-                "            if False:\n",
-            ),
-        ),
+        (Edit("jobs/autopayment/waiting.py", "if method in self._declined and not work.sent_before:", "if False:"),),
         (_AUTOPAYMENT + "test_a_card_of_two_subscriptions_that_is_declined_for_one_is_not_tried_for_the_other",),
     ),
     Mutant(

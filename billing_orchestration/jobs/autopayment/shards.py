@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import dagster as dg
 
+from billing_orchestration.database.renewals import count_due
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.renewals import NotCharged
 from billing_orchestration.domain.run_scope import RunRefused, RunScope, over_limit
@@ -57,7 +58,7 @@ _EXECUTOR = "in_process_or_multiprocess"
 # the start of a process costs. None of these opens a connection or starts a thread.
 _PRELOADED = [
     "billing_orchestration.definitions",
-    "billing_orchestration.jobs.autopayment.charging",
+    "billing_orchestration.jobs.autopayment.pipeline",
     "billing_orchestration.database.renewals",
     "billing_orchestration.database.settling",
     "billing_orchestration.provider.sdk",
@@ -162,16 +163,13 @@ def divide_due(
     clock: Clock,
 ) -> Iterator[dg.DynamicOutput[None]]:
     """Count what is due, and yield the shards. Raises before any of them begins what would stop each of them."""
-    from billing_orchestration.database.engine import translated
-    from billing_orchestration.database.renewals import count_due
-
     if scope.approved_plan is not None:
         raise RunRefused(
             "a plan is approved as a whole: give either approved_plan or shards. Nothing was read or written"
         )
     calendar = database.calendar
     due_day = calendar.day_of(scope.as_of)
-    with translated(), database.engine.connect() as connection:
+    with database.read() as connection:
         counts = count_due(
             connection,
             over_before=calendar.end_of(due_day),

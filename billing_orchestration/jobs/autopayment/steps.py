@@ -7,12 +7,14 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import dagster as dg
 from pydantic import Field
 
+from billing_orchestration.database.attempts import close
 from billing_orchestration.database.audit import Problem, Stamp
+from billing_orchestration.database.one_by_one import NotWritten, one_by_one
+from billing_orchestration.database.renewals import DueSlice, fetch_due
 from billing_orchestration.domain.answers import (
     SHOP_REFUSALS,
     Closing,
@@ -41,12 +43,15 @@ from billing_orchestration.domain.renewals import (
 )
 from billing_orchestration.domain.run_scope import RunScope
 from billing_orchestration.domain.shards import Shard
+from billing_orchestration.jobs.autopayment.charging import Charging
+from billing_orchestration.jobs.autopayment.pace import ChargingLimits
+from billing_orchestration.jobs.autopayment.pipeline import Pipeline
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
+from billing_orchestration.provider.errors import ProviderError, WrongCredentials
+from billing_orchestration.provider.pacing import map_concurrently
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection
-
-if TYPE_CHECKING:
-    from billing_orchestration.database.renewals import DueSlice
+from billing_orchestration.threads import threads
 
 JOB = "autopayment_job"
 RETRY_HINT = (
@@ -81,7 +86,7 @@ class Renewals:
 
     scope: RunScope
     rules: RenewalRules
-    slice: "DueSlice"
+    slice: DueSlice
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,9 @@ def read_renewals(
     database: BillingDatabase, clock: Clock, scope: RunScope, max_overdue_days: int, shard: Shard | None = None
 ) -> Renewals:
     """The database's slice: what is due, with saved method, price and attempts, and all open attempts."""
-    from billing_orchestration.database.engine import translated
-    from billing_orchestration.database.renewals import fetch_due
-
     settings, calendar = database.settings, database.calendar
     due_day = calendar.day_of(scope.as_of)
-    with translated(), database.engine.connect() as connection:
+    with database.read() as connection:
         found = fetch_due(
             connection,
             over_before=calendar.end_of(due_day),
@@ -144,9 +146,6 @@ def ask_about_open(renewals: Renewals, provider: ProviderConnection, clock: Cloc
 
 
 def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection) -> ProviderView:
-    from billing_orchestration.provider.errors import ProviderError
-    from billing_orchestration.provider.pacing import map_concurrently
-
     answers, silent = {}, {}
     by_payment = {attempt.external_payment_id: attempt for attempt in pending if attempt.external_payment_id}
     for payment_id, result in map_concurrently(provider.client.get_payment, list(by_payment), 8):
@@ -165,8 +164,6 @@ def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection) -> Prov
 
 
 def _search(lost: Sequence[Attempt], provider: ProviderConnection) -> tuple[ProviderView, list[UnusablePayment]]:
-    from billing_orchestration.provider.errors import ProviderError, WrongCredentials
-
     views: list[ProviderView] = []
     unusable: list[UnusablePayment] = []
     for start, end, attempts in scan_windows(lost):
@@ -264,45 +261,33 @@ def _conclude_open(
     plan: RenewalPlan, report: RunReport, database: BillingDatabase, provider: ProviderConnection, stamp: Stamp
 ) -> None:
     """Apply what the provider told about open attempts, and close those by which no money moved."""
-    from billing_orchestration.database.attempts import close
-    from billing_orchestration.database.engine import translated
-    from billing_orchestration.database.errors import BillingDatabaseError, DatabaseUnavailable
+    successes: list[ProviderPayment] = []
+    closings: list[Closing] = []
+    for decision in plan.decisions:
+        if isinstance(decision, Conclude):
+            if decision.payment.status == SUCCEEDED:
+                successes.append(decision.payment)
+            else:
+                closings.append(replace(judge_payment(decision.attempt, decision.payment), as_read=True))
+        elif isinstance(decision, Void):
+            closings.append(Closing(decision.attempt, State.VOID, decision.reason, as_read=True))
+        elif isinstance(decision, NoteAbsence):
+            attempt = decision.attempt
+            closings.append(Closing(attempt, attempt.state, decision.reason, as_read=True, absent_since=stamp.at))
 
-    told = [decision for decision in plan.decisions if isinstance(decision, Conclude)]
-    successes = [decision.payment for decision in told if decision.payment.status == SUCCEEDED]
-    closings: list[tuple[Closing, str]] = []
-    for decision in told:
-        if decision.payment.status != SUCCEEDED:
-            closing = replace(judge_payment(decision.attempt, decision.payment), as_read=True)
-            closings.append((closing, closing.word))
-    for other in plan.decisions:
-        if isinstance(other, Void):
-            closing = Closing(other.attempt, State.VOID, other.reason, as_read=True)
-            closings.append((closing, closing.word))
-        elif isinstance(other, NoteAbsence):
-            closing = Closing(other.attempt, other.attempt.state, other.reason, as_read=True, absent_since=stamp.at)
-            closings.append((closing, "first absence"))
-    closed: set[uuid.UUID] = set()
-    try:
-        with translated(), database.engine.begin() as connection:
-            closed = close(connection, stamp, [closing for closing, _ in closings])
-    except DatabaseUnavailable:
-        raise
-    except BillingDatabaseError:
-        # One row that somebody keeps locked does not hold up the others.
-        for closing, _ in closings:
-            try:
-                with translated(), database.engine.begin() as connection:
-                    closed |= close(connection, stamp, [closing])
-            except DatabaseUnavailable:
-                raise
-            except BillingDatabaseError as error:
-                report.again.append(f"{closing.attempt.subject}: {error}")
-    for closing, word in closings:
-        if closing.attempt.id in closed:
-            changed = closing.state != closing.attempt.state
-            report.applied += changed
-            report.decisions.append(Decision(word, closing.attempt.subject, closing.reason, closing.attempt.money))
+    def write(part: Sequence[Closing]) -> set[uuid.UUID]:
+        with database.begin() as connection:
+            return close(connection, stamp, part)
+
+    for part, closed in one_by_one(closings, write):
+        if isinstance(closed, NotWritten):
+            report.again.append(f"{part[0].attempt.subject}: {closed.reason}")
+            continue
+        for closing in part:
+            if closing.attempt.id in closed:
+                report.applied += closing.state != closing.attempt.state
+                word = "first absence" if closing.absent_since is not None else closing.word
+                report.decisions.append(Decision(word, closing.attempt.subject, closing.reason, closing.attempt.money))
     results = settle_all(
         database, [*successes, *plan.extra], make_stamp=lambda: stamp, is_live=provider.client.is_live, dry_run=False
     ) if successes or plan.extra else iter(())  # fmt: skip
@@ -318,8 +303,6 @@ def _charge(
     provider: ProviderConnection,
     clock: Clock,
 ) -> None:
-    from billing_orchestration.jobs.autopayment.charging import Charging, ChargingLimits
-
     to_send = [decision for decision in plan.decisions if isinstance(decision, (Charge, Resend))]
     report.numbers = dict.fromkeys(
         ("charged", "pending", "declined", "stopped", "rejected", "in review", "unknown", "never sent"), 0
@@ -329,15 +312,11 @@ def _charge(
     client = provider.client
     if config.max_requests_per_second is not None:
         client.limit_rate(config.max_requests_per_second)
-    charging = Charging(
-        database=database,
-        provider=client,
-        limits=ChargingLimits(config.max_concurrency, config.max_sends, config.resend_wait_s),
-        make_stamp=lambda: Stamp(JOB, plan.scope.run_id, clock.now()),
-        log=context.log.info,
-    )
+    charging = Charging(database, client, lambda: Stamp(JOB, plan.scope.run_id, clock.now()), context.log.info)
+    limits = ChargingLimits(config.max_concurrency, config.max_sends, config.resend_wait_s)
+    pipeline = Pipeline(charging, limits, threads())
     refused: list[Problem] = []
-    for result in charging.run(to_send):
+    for result in pipeline.run(to_send):
         attempt = result.attempt
         word = "in review" if result.outcome == "review" else result.outcome
         report.decisions.append(Decision(word, f"subscription {attempt.subscription_id}", result.reason, attempt.money))
@@ -356,7 +335,7 @@ def _charge(
         report.opened += result.newly_quarantined
         if result.needs_retry:
             report.again.append(f"subscription {attempt.subscription_id} ({result.outcome}): {result.reason}")
-    report.stopped_by = charging.stop_reason
+    report.stopped_by = pipeline.pace.stop_reason
     report.quarantined += len(refused)
     report.opened += open_all(database, charging.make_stamp(), refused)
 

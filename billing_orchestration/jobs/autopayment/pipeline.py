@@ -1,0 +1,384 @@
+"""Many charges at once: the threads and queues between the five steps of `charging`.
+
+One thread decides (`Pipeline.run`), one locks, claims and unlocks, two conclude, up to `max_concurrency` send. While a
+batch of answers is written, the next attempts are claimed and sent; only the attempt that is being written waits for
+the database. No more answers wait to be written than charges may be under way.
+"""
+
+import queue
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from billing_orchestration.database.attempts import close
+from billing_orchestration.database.engine import keep_to_indexes, translated
+from billing_orchestration.database.one_by_one import NotWritten
+from billing_orchestration.database.settling import Settled
+from billing_orchestration.domain.answers import Closing, judge_silence, judge_unsent
+from billing_orchestration.domain.attempts import KEY_LIFETIME_HOURS
+from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
+from billing_orchestration.domain.renewals import Charge, Resend
+from billing_orchestration.jobs.autopayment.charging import Charging, Claims, Work, judge
+from billing_orchestration.jobs.autopayment.pace import ChargingLimits, Pace
+from billing_orchestration.jobs.autopayment.results import ChargeResult, Results, result_of
+from billing_orchestration.jobs.autopayment.waiting import Waiting
+from billing_orchestration.provider.errors import WrongCredentials
+from billing_orchestration.threads import Queue, Thread, Threads
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+# Results of one transaction: enough to share its statements, few enough that the first of them does not wait.
+_MOST_RESULTS_AT_ONCE = 64
+# An answer waits this long for others to share a transaction with, while there are others under way.
+_LINGER_S = 0.008
+_ENOUGH_RESULTS = 24
+# Two, so that one batch is decided while the other waits for its commit. More would only make smaller batches.
+_WRITERS = 2
+_PROGRESS_EVERY_S = 10.0
+
+
+@dataclass(slots=True)
+class _Answered:
+    """A send is over."""
+
+    work: Work
+    answer: ProviderPayment | Exception
+
+
+@dataclass(slots=True)
+class _Claimed:
+    """A group was locked and claimed. `free`: those whose lock we have."""
+
+    group: list[Work]
+    free: set[uuid.UUID]
+    claims: Claims
+
+
+@dataclass(slots=True)
+class _Judged:
+    """An answer that is to be written: a success, or the attempt's next state and when it is sent again, if it is."""
+
+    work: Work
+    answer: ProviderPayment | Closing
+    wait_s: float | None = None
+
+
+@dataclass(slots=True)
+class _Written:
+    """A batch was written, each answer with what came of it."""
+
+    results: list[tuple[_Judged, Settled | NotWritten | None]]
+
+
+@dataclass(slots=True)
+class _Broken:
+    """A thread has given up."""
+
+    error: BaseException
+
+
+class Pipeline:
+    """One run of the protocol over many attempts. Use `run` once."""
+
+    def __init__(self, charging: Charging, limits: ChargingLimits, threads: Threads) -> None:
+        self._charging = charging
+        self._limits = limits
+        self._threads = threads
+        self._now_s = threads.monotonic
+        self.pace = Pace(limits, threads.make_event())
+        self._waiting = Waiting(())
+        self._events: Queue[_Answered | _Claimed | _Written | _Broken] = threads.make_queue()
+        self._to_claim: Queue[tuple[list[Work], list[uuid.UUID]] | None] = threads.make_queue()
+        self._to_send: Queue[Work | None] = threads.make_queue()
+        self._to_write: Queue[list[_Judged] | None] = threads.make_queue()
+        self._senders: list[Thread] = []
+        self._judged: deque[_Judged] = deque()
+        self._oldest_judged_at = 0.0
+        self._to_unlock: list[uuid.UUID] = []
+        # How many are where: with the claiming thread, under way, with a writer; and how many writers are busy.
+        self._claiming = self._in_flight = self._writing = self._batches = 0
+        self._results = Results()
+
+    def run(self, decisions: Sequence[Charge | Resend]) -> list[ChargeResult]:
+        """Charge every decision; one result each.
+
+        Raises BillingDatabaseError when the database is gone: sends that are under way are waited for, and their
+        attempts stay open for the next run.
+        """
+        if not decisions:
+            return []
+        works: list[Work] = []
+        # Attempts of earlier runs first: they may have moved money already.
+        for decision in sorted(decisions, key=lambda decision: isinstance(decision, Charge)):
+            is_new = isinstance(decision, Charge)
+            sent_before = not is_new and decision.attempt.may_have_been_sent
+            works.append(Work(decision.attempt, is_new, sent_before, order=len(works)))
+        self._waiting = Waiting(works)
+        started = told = self._now_s()
+        try:
+            with self._lock_session() as locks:
+                with self._database_threads(locks):
+                    while self._go_on():
+                        if self._now_s() - told >= _PROGRESS_EVERY_S:
+                            told = self._now_s()
+                            self._charging.log(self._results.progress(len(works), told - started))
+                self._give_up_the_rest(locks)
+        finally:
+            # Whatever happens here, nothing new is sent, and what was sent is waited for before the run ends.
+            self.pace.stop()
+            for _ in self._senders:
+                self._to_send.put(None)
+            for sender in self._senders:
+                sender.join()
+        self._charging.log(self._results.progress(len(works), self._now_s() - started))
+        return self._results.all
+
+    def _go_on(self) -> bool:
+        """Hand out what can be handed out and take what comes; False when nothing is left to do."""
+        self._claim_more()
+        self._write_more()
+        if self._in_flight or self._claiming or self._writing:
+            self._take_events()
+        elif not self._judged:
+            return self._wait_for_resend()
+        return True
+
+    # --- the threads
+
+    def _lock_session(self) -> "sa.Connection":
+        connection = self._charging.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        # Not the pool's any more: closing it ends the session, and with it every lock, whatever went wrong.
+        connection.detach()
+        keep_to_indexes(connection)
+        return connection
+
+    @contextmanager
+    def _database_threads(self, locks: "sa.Connection") -> Iterator[None]:
+        """The threads of all steps but the sends, until they are told to end."""
+        start = self._threads.start
+        started = [
+            start(self._guarded, self._keep_claiming, locks, name="claim"),
+            *(start(self._guarded, self._keep_concluding, name=f"conclude {number}") for number in range(_WRITERS)),
+        ]
+        try:
+            yield
+        finally:
+            self._to_claim.put(None)
+            for _ in range(_WRITERS):
+                self._to_write.put(None)
+            for thread in started:
+                thread.join()
+
+    def _guarded(self, body: Callable[..., None], *given: "sa.Connection") -> None:
+        try:
+            with translated():
+                body(*given)
+        except BaseException as error:  # noqa: BLE001 - raised again by the deciding thread
+            self._events.put(_Broken(error))
+
+    def _keep_claiming(self, locks: "sa.Connection") -> None:
+        """Steps 5, 1 and 2: the only thread that uses the connection of the locks."""
+        while (order := self._to_claim.get()) is not None:
+            group, done = order
+            self._charging.unlock(locks, done)
+            free = self._charging.lock(locks, group)
+            claims = self._charging.claim(locks, [work for work in group if work.attempt.id in free])
+            self._events.put(_Claimed(group, free, claims))
+
+    def _keep_sending(self) -> None:
+        """Step 3."""
+        while (work := self._to_send.get()) is not None:
+            answer = self._charging.send(work, lambda: self.pace.is_stopped)
+            if isinstance(answer, WrongCredentials):
+                # At once: until the deciding thread hears of it, this one would send the next.
+                self.pace.stop(str(answer))
+            self._events.put(_Answered(work, answer))
+
+    def _keep_concluding(self) -> None:
+        """Step 4, on a connection of its own."""
+        with self._charging.database.engine.connect() as connection:
+            connection.detach()
+            keep_to_indexes(connection)
+            while (batch := self._to_write.get()) is not None:
+                by_answer = {id(judged.answer): judged for judged in batch}
+                written = self._charging.conclude(connection, [judged.answer for judged in batch])
+                self._events.put(_Written([(by_answer[id(answer)], result) for answer, result in written]))
+
+    # --- what the deciding thread waits for
+
+    def _take_events(self) -> None:
+        """Wait for the next event, and take all that have come."""
+        try:
+            event = self._events.get(timeout=self._patience_s())
+            while True:
+                self._take(event)
+                event = self._events.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _take(self, event: "_Answered | _Claimed | _Written | _Broken") -> None:
+        if isinstance(event, _Answered):
+            self._in_flight -= 1
+            if not self._judged:
+                self._oldest_judged_at = self._now_s()
+            self._judged.append(self._judge(event.work, event.answer))
+        elif isinstance(event, _Claimed):
+            self._claiming = 0
+            self._send_claimed(event)
+        elif isinstance(event, _Written):
+            self._writing -= len(event.results)
+            self._batches -= 1
+            for judged, result in event.results:
+                self._finish_written(judged, result)
+        else:
+            raise event.error
+
+    def _patience_s(self) -> float:
+        """How long to wait for an event: until something else is due."""
+        waits = [_PROGRESS_EVERY_S]
+        if self._judged and self._batches < _WRITERS:
+            waits.append(self._oldest_judged_at + _LINGER_S - self._now_s())
+        if self._waiting.next_at is not None and not self._claiming and not self.pace.is_stopped:
+            waits.append(self._waiting.next_at - self._now_s())
+        return max(0.001, min(waits))
+
+    def _wait_for_resend(self) -> bool:
+        """With nothing under way: wait for the next re-send. False when there is nothing to wait for."""
+        if self.pace.is_stopped:
+            return False
+        if self._waiting.next_at is not None and not self._waiting.ready:
+            self.pace.sleep(self._waiting.next_at - self._now_s())
+        return bool(self._waiting)
+
+    # --- between the steps
+
+    def _claim_more(self) -> None:
+        """Hand the next group to the claiming thread, with the locks to give back."""
+        if self._claiming:
+            return
+        room = self.pace.room(self._in_flight, self._writing + len(self._judged))
+        group, skipped = self._waiting.take(room, self._now_s())
+        for work in skipped:
+            reason = "this payment method was declined a moment ago, tried on another day"
+            self._finish(work, ChargeResult(work.attempt, "skipped", reason))
+        if group or (self._to_unlock and not self._waiting.ready):
+            self._to_claim.put((group, self._to_unlock))
+            self._claiming = len(group) or 1
+            self._to_unlock = []
+
+    def _send_claimed(self, event: _Claimed) -> None:
+        claims = event.claims
+        for work in event.group:
+            attempt_id = work.attempt.id
+            if attempt_id in claims.claimed:
+                # What this run has sent itself it knows better than the row: it may be certain that it never left.
+                if not work.sends:
+                    work.sent_before = claims.claimed[attempt_id]
+                self._hand_to_sender(work)
+                continue
+            if attempt_id not in event.free:
+                reason = "another run is charging it at this moment"
+                self._finish(work, ChargeResult(work.attempt, "skipped", reason))
+                continue
+            self._to_unlock.append(attempt_id)
+            if attempt_id in claims.refused:
+                self._leave(work, f"not sent: {claims.refused[attempt_id]}")
+            else:
+                reason = "looked at again right before sending: renewed, canceled, paused or charged meanwhile, " + (
+                    f"its outcome stays open and is searched after {KEY_LIFETIME_HOURS} h"
+                    if work.sent_before
+                    else "not charged"
+                )
+                self._finish(work, ChargeResult(work.attempt, "skipped", reason))
+
+    def _hand_to_sender(self, work: Work) -> None:
+        work.sends += 1
+        self._in_flight += 1
+        self._to_send.put(work)
+        # One for each that may be under way at a time, as they are needed.
+        if len(self._senders) < min(self._in_flight, self._limits.max_concurrency):
+            self._senders.append(self._threads.start(self._keep_sending, name=f"charge {len(self._senders)}"))
+
+    def _judge(self, work: Work, answer: ProviderPayment | Exception) -> _Judged:
+        """What an answer means, as soon as it is there: pace and breaker follow it at once."""
+        self.pace.note(answer)
+        if isinstance(answer, ProviderPayment) and answer.status == SUCCEEDED:
+            return _Judged(work, answer)
+        closing = judge(work, answer)
+        wait_s = None
+        if closing.resend:
+            retry_after_s = getattr(answer, "retry_after_s", None)
+            wait_s = self.pace.wait_before_resend(work.sends, work.uncounted, retry_after_s)
+        return _Judged(work, closing if wait_s is not None else closing.given_up(), wait_s)
+
+    def _write_more(self) -> None:
+        """Hand answers to a writer that is free: enough of them, or those that have waited long enough."""
+        while self._judged and self._batches < _WRITERS:
+            is_alone = not self._in_flight and not self._claiming
+            lingers = self._now_s() - self._oldest_judged_at < _LINGER_S
+            if len(self._judged) < _ENOUGH_RESULTS and lingers and not is_alone:
+                return
+            batch = _batch_of([self._judged.popleft() for _ in range(min(len(self._judged), _MOST_RESULTS_AT_ONCE))])
+            self._oldest_judged_at = self._now_s()
+            self._writing += len(batch)
+            self._batches += 1
+            self._to_write.put(batch)
+
+    # --- the end of an attempt, and of the run
+
+    def _finish_written(self, judged: _Judged, result: Settled | NotWritten | None) -> None:
+        work, answer = judged.work, judged.answer
+        if isinstance(answer, Closing):
+            if isinstance(result, NotWritten):
+                state = f"{answer.state}: {answer.reason}"
+                self._charging.log(f"{work.attempt.subject} ({state}) could not be written: {result.reason}")
+            if judged.wait_s is not None:
+                self._waiting.send_again(work, self._now_s() + judged.wait_s)
+                return
+        self._to_unlock.append(work.attempt.id)
+        self._finish(work, result_of(work.attempt, answer, result))
+
+    def _leave(self, work: Work, reason: str) -> None:
+        """Not sent, or not again, in this run."""
+        outcome = "unknown" if work.sent_before else "never sent"
+        self._finish(work, ChargeResult(work.attempt, outcome, reason, needs_retry=True))
+
+    def _finish(self, work: Work, result: ChargeResult) -> None:
+        self._results.add(result)
+        self._waiting.release(work, declined=result.outcome in ("declined", "stopped"))
+
+    def _give_up_the_rest(self, locks: "sa.Connection") -> None:
+        """After a stop: attempts that wait for another send keep their state, charges that were not begun stay so."""
+        again, not_begun = self._waiting.give_up()
+        stopped = "not sent: charging had stopped"
+        closings = [judge_unsent(work.attempt, stopped, sent_before=work.sent_before).given_up() for work in again]
+        withdrawn = [closing for closing in closings if closing.never_sent]
+        if withdrawn:
+            with self._charging.database.begin() as connection:
+                close(connection, self._charging.make_stamp(), withdrawn)
+        self._charging.unlock(locks, [*self._to_unlock, *(work.attempt.id for work in again)])
+        for work in again:
+            self._leave(work, f"charging stopped: {self.pace.stop_reason}")
+        for work in not_begun:
+            reason = f"not begun, charging stopped: {self.pace.stop_reason}"
+            self._finish(work, ChargeResult(work.attempt, "never sent", reason, needs_retry=True))
+
+
+def _batch_of(judged: Sequence[_Judged]) -> list[_Judged]:
+    """What one transaction writes. A payment that answered another attempt too leaves this one's outcome unknown."""
+    seen: set[str] = set()
+    batch = []
+    for one in judged:
+        payment = one.answer
+        if isinstance(payment, ProviderPayment) and payment.id in seen:
+            reason = f"payment {payment.id} answered two attempts"
+            batch.append(_Judged(one.work, judge_silence(one.work.attempt, reason, is_recognised=False)))
+            continue
+        if isinstance(payment, ProviderPayment):
+            seen.add(payment.id)
+        batch.append(one)
+    return batch

@@ -1,0 +1,69 @@
+"""What became of each charge, in the words of the run's report."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from billing_orchestration.database.one_by_one import NotWritten
+from billing_orchestration.database.settling import Settled
+from billing_orchestration.domain.answers import Closing
+from billing_orchestration.domain.attempts import Attempt
+from billing_orchestration.domain.provider_payment import ProviderPayment
+from billing_orchestration.domain.settlement import Leave, Quarantine, RecordRefund, Settle
+
+
+@dataclass(slots=True)
+class ChargeResult:
+    """What became of one attempt in this run.
+
+    `outcome`: charged | pending | declined | stopped | rejected | review | refunded | unknown | never sent | skipped.
+    `needs_retry`: the run ends red because of it.
+    """
+
+    attempt: Attempt
+    outcome: str
+    reason: str
+    decline_class: str | None = None
+    needs_retry: bool = False
+    newly_quarantined: bool = False
+
+
+def result_of(attempt: Attempt, answer: ProviderPayment | Closing, result: Settled | NotWritten | None) -> ChargeResult:
+    """What became of an attempt whose answer was written, or could not be."""
+    if isinstance(answer, Closing):
+        needs_retry = answer.needs_retry or isinstance(result, NotWritten)
+        return ChargeResult(attempt, answer.word, answer.reason, answer.decline_class, needs_retry)
+    if not isinstance(result, Settled):
+        why = result.reason if result is not None else "no reason is known"
+        reason = (
+            f"paid at the provider ({answer.id}), not granted yet: {why}; the matching jobs or the next run settle it"
+        )
+        return ChargeResult(attempt, "unknown", reason, needs_retry=True)
+    decision = result.decision
+    if isinstance(decision, Quarantine):
+        return ChargeResult(attempt, "review", decision.reason, newly_quarantined=result.newly_opened)
+    if isinstance(decision, RecordRefund):
+        return ChargeResult(attempt, "refunded", decision.reason)
+    if isinstance(decision, Leave):
+        return ChargeResult(attempt, "charged", f"{decision.reason}, by another run")
+    until = f", paid until {decision.period_end:%Y-%m-%d}" if isinstance(decision, Settle) else ""
+    return ChargeResult(attempt, "charged", f"payment {answer.id}{until}")
+
+
+class Results:
+    """What became of each attempt, and how far the run is."""
+
+    def __init__(self) -> None:
+        self.all: list[ChargeResult] = []
+        self._outcomes: Counter[str] = Counter()
+
+    def add(self, result: ChargeResult) -> None:
+        self.all.append(result)
+        self._outcomes[result.outcome] += 1
+
+    def progress(self, total: int, elapsed_s: float) -> str:
+        """One line for the run's log."""
+        done = len(self.all)
+        rate = done / elapsed_s if elapsed_s > 0 else 0.0
+        remaining = f", about {(total - done) / rate:.0f} s to go" if rate and done < total else ""
+        told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self._outcomes.items()))
+        return f"{done} of {total} done ({told or 'no answer yet'}), {rate:.1f} a second{remaining}"
