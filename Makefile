@@ -34,13 +34,14 @@ dev: $(STAMP) ## Open the Dagster UI on the same data: http://localhost:3000, sc
 test: $(STAMP) ## Run all tests, on a real PostgreSQL and the sandbox provider over HTTP
 	@$(PYTHON) -m pytest $(TESTS) --ignore $(TESTS)/browser -n 2 $(ARGS)
 
-check: $(STAMP) ## Check lint, format, types, layers, definitions, tracked files
+check: $(STAMP) ## Check lint, format, types, layers, shape, definitions, tracked files
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
 	@$(VENV)/bin/lint-imports
 	@$(PYTHON) .ci/check_definitions
 	@$(PYTHON) .ci/check_tracked_files
+	@$(PYTHON) .ci/check_shape --report
 
 bench: $(VENV)/.bench ## Measure speed against the physical limit, in a quarter of an hour (docs/performance.md)
 	@$(PYTHON) -m bench $(ARGS)

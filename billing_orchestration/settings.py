@@ -20,6 +20,8 @@ from zoneinfo import ZoneInfo
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from billing_orchestration.database_address import read_address, read_run_history_address
+
 PRODUCTION_API_URL = "https://api.yookassa.ru/v3"
 DEFAULT_TIMEZONE = "UTC"
 DEFAULT_UI_URL = "http://localhost:3000"
@@ -37,15 +39,10 @@ class SettingsError(ValueError):
 
 
 def _billing_address(text: str) -> str:
-    # Not before a setting is read: loading the definitions does without a driver.
-    from billing_orchestration.database_address import read_address
-
     return read_address(text).render_as_string(hide_password=False)
 
 
 def _run_history_address(text: str) -> str:
-    from billing_orchestration.database_address import read_run_history_address
-
     return read_run_history_address(text).render_as_string(hide_password=False)
 
 

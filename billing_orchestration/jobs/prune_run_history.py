@@ -1,8 +1,8 @@
-"""run_history_job: old runs and their events leave the run history; those that changed something stay longer.
+"""run_history_job: deletes old runs and their events from the run history; keeps longer those that changed something.
 
-Daily at 06:00. The matching jobs alone make 1,440 runs a day, and this version of Dagster keeps each of them until
-somebody deletes it. It touches Dagster's own database only, through Dagster's API; of the billing database it reads
-the audit trail, which shows what a run has changed even if the run was killed. Harmless to repeat.
+Daily at 06:00, and harmless to repeat. The matching jobs alone make 1,440 runs a day, and Dagster keeps every run until
+somebody deletes it. The job writes to Dagster's own database only, through Dagster's API. From the billing database it
+reads the audit trail, which shows what a run changed even if the run was killed.
 """
 
 from collections import Counter
@@ -13,6 +13,7 @@ from datetime import datetime, timedelta, timezone
 import dagster as dg
 from pydantic import Field
 
+from billing_orchestration.database.audit import runs_that_changed
 from billing_orchestration.domain.run_retention import CHANGED, GOES, MARKS_ITS_PARTITION, PastRun, retention
 from billing_orchestration.domain.run_scope import RunScope, over_limit
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE
@@ -22,7 +23,7 @@ from billing_orchestration.resources import PARTITION_TAG, BillingDatabase, Cloc
 
 JOB = "run_history_job"
 MAX_RUNTIME_S = 2 * 3600
-# Records of one query: they hold each run's whole config and tags.
+# Records per query. Each holds a run's whole config and tags.
 _BATCH = 500
 _PROGRESS_EVERY = 1000
 # Events are stamped by the worker, runs by the database.
@@ -42,13 +43,13 @@ class RunHistoryConfig(dg.Config):
 
 @dataclass(frozen=True)
 class OldRuns:
-    """The runs that go, newest first."""
+    """The runs to delete, newest first."""
 
     scope: RunScope
     going: tuple[PastRun, ...]
 
 
-@dg.op(description="Read the finished runs older than RUN_HISTORY_DAYS, and decide which of them go.")
+@dg.op(description="Read the finished runs older than RUN_HISTORY_DAYS, and decide which to delete.")
 def find_old_runs(
     context: dg.OpExecutionContext,
     run: RunSettings,
@@ -62,7 +63,7 @@ def find_old_runs(
         keep_days, keep_changed_days = settings.run_history_days, settings.run_history_changed_days
         found = _past_runs(context.instance, scope.as_of - timedelta(days=keep_days))
         verdicts = list(retention(found, scope.as_of, keep_days, keep_changed_days))
-        # Only of these: what stays anyhow would be asked about night after night, for a year of the audit trail.
+        # Only these: a run that stays anyway would be looked up every night for a year.
         doubtful = [
             past
             for past, verdict in verdicts
@@ -94,9 +95,9 @@ def find_old_runs(
 
 
 def _past_runs(instance: dg.DagsterInstance, before: datetime) -> Iterator[PastRun]:
-    """The finished runs of this project's jobs created before an instant, newest first, by what the run history says.
+    """This project's finished runs created before an instant, newest first.
 
-    A run whose process died after its last commit has no tag about it: `_changed_something` knows.
+    A run killed after its last commit lacks the tag that it changed something; `_changed_something` finds it.
     """
     cursor = None
     while records := instance.get_run_records(
@@ -124,9 +125,7 @@ def _ended(record: dg.RunRecord) -> datetime:
 
 
 def _changed_something(runs: Sequence[PastRun], database: BillingDatabase) -> set[str]:
-    """Which of these runs (newest first) the audit trail knows, by their ids."""
-    from billing_orchestration.database.audit import runs_that_changed
-
+    """The ids of those runs (given newest first) that the audit trail knows."""
     changed: set[str] = set()
     for start in range(0, len(runs), _BATCH):
         batch = runs[start : start + _BATCH]
@@ -140,9 +139,9 @@ def _changed_something(runs: Sequence[PastRun], database: BillingDatabase) -> se
     return changed
 
 
-@dg.op(description="Delete them with their events, the oldest first.")
+@dg.op(description="Delete these runs with their events, oldest first.")
 def delete_old_runs(context: dg.OpExecutionContext, config: RunHistoryConfig, old: OldRuns) -> None:
-    """Delete run by run, the oldest first; killed in between, the next run goes on."""
+    """Delete one run after another, oldest first. If killed in between, the next run continues."""
     going = old.going[::-1][: config.max_runs]
     deleted = 0
     if not old.scope.dry_run:
