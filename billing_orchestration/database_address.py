@@ -37,9 +37,9 @@ def read_address(text: str) -> sa.URL:
         ports = ""
     database = str(parts.pop("dbname", ""))
     if any(not _is_host(host) for host in hosts.split(",")):
-        raise ValueError(f"holds a host that is none; it must look like {FORM}: {_ESCAPES}")
+        raise ValueError(f"holds an invalid host; it must look like {FORM}: {_ESCAPES}")
     if any(not _is_port(port) for port in ports.split(",")):
-        raise ValueError(f"holds a port that is none; it must look like {FORM}: {_ESCAPES}")
+        raise ValueError(f"holds an invalid port; it must look like {FORM}: {_ESCAPES}")
     if ports.count(",") not in (0, hosts.count(",")):
         raise ValueError(f"must hold one port, or as many as hosts, as in {FORM_WITH_HOSTS}")
     if not database:

@@ -226,7 +226,7 @@ def load_what_is_right() -> tuple[Settings, dict[str, str]]:
     except (OSError, UnicodeDecodeError):
         settings, _ = _read(None)
         return settings, {
-            ".env": ".env cannot be read as UTF-8 text: mend it, or remove it and set the variables themselves"
+            ".env": ".env cannot be read as UTF-8 text: fix it, or remove it and set the variables themselves"
         }
 
 

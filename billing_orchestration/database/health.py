@@ -99,7 +99,9 @@ LABELS, TYPE, NO_DEFAULT, MANDATORY = "labels", "type", "no_default", "mandatory
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A difference between the service's tables and SPEC 1, as a code and in words. The jobs bear a harmless one."""
+    """A difference between the service's tables and those expected, as a code and in words. A harmless one stops no
+    job.
+    """
 
     code: str
     text: str
@@ -127,7 +129,7 @@ _INSERTED_INTO = ("payments", "subscriptions")
 
 
 def differences(connection: sa.Connection) -> list[Difference]:
-    """Compare the service's tables, columns, types and enum labels with SPEC 1, and name what differs."""
+    """Compare the service's tables, columns, types and enum labels with those expected, and name what differs."""
     # Not before somebody asks: a run does without the tables' definitions.
     from billing_orchestration.database.tables import service
 

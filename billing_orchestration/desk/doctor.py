@@ -1,4 +1,4 @@
-"""`doctor`: what is wrong with this installation, and how to mend it. It changes nothing anywhere.
+"""`doctor`: what is wrong with this installation, and how to fix it. It changes nothing anywhere.
 
 Each check below yields findings: a code, a level, a sentence, and the way out. A check whose settings are wrong is left
 out. No finding shows a secret, and an expected fault never ends in a traceback.
@@ -29,7 +29,7 @@ from billing_orchestration.settings import PRODUCTION_API_URL, Settings, load_wh
 # `created_at` is compared with the provider's clock: half a minute decides which payments a matching run sees.
 TOLERABLE_SKEW = timedelta(seconds=2)
 HARMFUL_SKEW = timedelta(seconds=30)
-# PostgreSQL corrects nothing older any more.
+# PostgreSQL no longer maintains older ones.
 OLDEST_TESTED_SERVER = 140000
 # Identity columns together with concurrent indexes need this one.
 OLDEST_POSSIBLE_SERVER = 120000
@@ -91,7 +91,7 @@ def warning(code: str, text: str, way_out: str = "") -> Finding:
 
 
 def fault(code: str, text: str, way_out: str = "") -> Finding:
-    """Jobs fail until it is mended."""
+    """Jobs fail until it is fixed."""
     return Finding(code, Level.FAULT, text, way_out)
 
 
@@ -212,7 +212,7 @@ def _indexes(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator
         yield warning(
             "indexes.duplicates",
             f"{duplicates}; the jobs quarantine such payments where they matter",
-            "mend the rows with the service's team, then migrate adds the unique index",
+            "fix the rows with the service's team, then migrate adds the unique index",
         )
     missing = [
         index.name for index in SERVICE_INDEXES if index.served_by(states) is None and not (index.unique and duplicates)
@@ -274,7 +274,9 @@ def _shop(here: Installation) -> Iterator[Finding]:
     settings = here.settings
     if settings.is_live_shop and settings.yookassa_api_url != PRODUCTION_API_URL:
         yield warning(
-            "shop.live_elsewhere", "YOOKASSA_API_URL is not the production URL, and gets a live key", "is it meant?"
+            "shop.live_elsewhere",
+            "YOOKASSA_API_URL is not the production URL, and gets a live key",
+            "is that intended?",
         )
     elif settings.is_live_shop:
         yield ok("shop", "a live shop: autopayment_job takes real money")
