@@ -13,9 +13,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes, to_json
-from billing_orchestration.database.tables import naive_utc, renewal_attempts
+from billing_orchestration.database.conventions import naive_utc, sql_list
+from billing_orchestration.database.tables import renewal_attempts
 from billing_orchestration.domain.answers import Closing
-from billing_orchestration.domain.attempts import OPEN, Attempt
+from billing_orchestration.domain.attempts import OPEN, Attempt, State
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.shards import Shard
 
@@ -114,7 +115,7 @@ def count_open_attempts(connection: sa.Connection) -> int:
     return int(connection.execute(sa.select(sa.func.count()).where(_IS_OPEN)).scalar_one())
 
 
-_OPEN_AND_CLAIM = sa.text("""
+_OPEN_AND_CLAIM = sa.text(f"""
     WITH wanted AS (
         SELECT x.* FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
             id uuid, subscription_id int, period_start timestamp, number int, idempotence_key uuid, body text,
@@ -129,15 +130,15 @@ _OPEN_AND_CLAIM = sa.text("""
           AND NOT EXISTS (
               SELECT FROM billing_orchestration.renewal_attempts a
               WHERE a.subscription_id = w.subscription_id AND a.period_start <> w.period_start
-                AND a.state IN ('PLANNED', 'UNKNOWN', 'PENDING'))
+                AND a.state IN {sql_list(*OPEN)})
         -- By id, as settling and expiry lock them: so two transactions wait for each other instead of deadlocking.
         ORDER BY s.id FOR SHARE OF s
     )
     INSERT INTO billing_orchestration.renewal_attempts
         (id, subscription_id, period_start, number, state, idempotence_key, body, amount, currency, user_id, plan_id,
          payment_provider_id, payment_method_id, planned_at, first_sent_at, last_sent_at, sends, run_id)
-    SELECT id, subscription_id, period_start, number, 'PLANNED', idempotence_key, body, amount, currency, user_id,
-           plan_id, payment_provider_id, payment_method_id, :at, :at, :at, 1, :run_id
+    SELECT id, subscription_id, period_start, number, '{State.PLANNED}', idempotence_key, body, amount, currency,
+           user_id, plan_id, payment_provider_id, payment_method_id, :at, :at, :at, 1, :run_id
     -- By period: two runs may meet with different numbers of it, and the second waits for the first.
     FROM still_due ORDER BY subscription_id, period_start, number
     ON CONFLICT DO NOTHING
@@ -183,11 +184,11 @@ _LOCK = sa.text("""
 """)
 # A statement of its own: it sees what was committed while the attempts were waited for. The subscriptions are locked
 # after the attempts and by id, as settling does.
-_CLAIM = sa.text("""
+_CLAIM = sa.text(f"""
     WITH still_due AS (
         SELECT a.id, a.first_sent_at FROM billing_orchestration.renewal_attempts a
         JOIN subscriptions s ON s.id = a.subscription_id
-        WHERE a.id = ANY(:ids) AND a.state IN ('PLANNED', 'UNKNOWN')
+        WHERE a.id = ANY(:ids) AND a.state IN {sql_list(State.PLANNED, State.UNKNOWN)}
           AND (a.first_sent_at IS NULL OR a.first_sent_at > :oldest_key)
           AND s.status = 'ACTIVE' AND s.ended_at = a.period_start
           AND s.plan_id = a.plan_id AND s.user_id = a.user_id
@@ -220,7 +221,7 @@ def claim(
     return {row.id: row.sent_before for row in claimed}
 
 
-_CLOSE = sa.text("""
+_CLOSE = sa.text(f"""
     WITH x AS (
         SELECT * FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
             id uuid, state text, reason text, external_payment_id text, decline_party text, decline_reason text,
@@ -228,7 +229,7 @@ _CLOSE = sa.text("""
             read_sends int)
     ), before AS (
         SELECT a.id, a.state FROM billing_orchestration.renewal_attempts a JOIN x ON x.id = a.id
-        WHERE a.state IN ('PLANNED', 'UNKNOWN', 'PENDING')
+        WHERE a.state IN {sql_list(*OPEN)}
           -- A send counts up, so the same state with the same number of sends is the attempt as it was read.
           AND (NOT x.as_read OR (a.state = x.read_state AND a.sends = x.read_sends))
         ORDER BY a.subscription_id, a.period_start, a.number FOR UPDATE OF a
@@ -240,7 +241,7 @@ _CLOSE = sa.text("""
         first_sent_at = CASE WHEN x.never_sent THEN NULL ELSE a.first_sent_at END,
         last_sent_at = CASE WHEN x.never_sent THEN NULL ELSE a.last_sent_at END,
         first_absent_at = coalesce(x.absent_since, a.first_absent_at),
-        closed_at = CASE WHEN x.state IN ('PLANNED', 'UNKNOWN', 'PENDING') THEN NULL ELSE CAST(:at AS timestamptz) END
+        closed_at = CASE WHEN x.state IN {sql_list(*OPEN)} THEN NULL ELSE CAST(:at AS timestamptz) END
     FROM x JOIN before b ON b.id = x.id
     WHERE a.id = x.id
     RETURNING a.id, b.state AS old_state, a.state AS new_state

@@ -18,6 +18,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from billing_orchestration.database.conventions import sql_list
+from billing_orchestration.domain.problem_kinds import LAST_WORDS, ProblemKind
+
 # Evidence is for a person. A hostile or broken answer must not fill the table.
 _LONGEST_TEXT = 2000
 # A provider's record is six levels deep. Python's own recursion ends at some hundred, and would take the page with it.
@@ -56,7 +59,7 @@ class Problem:
     """Something that needs a person. `subject` and `kind` together name the problem: it is opened once."""
 
     subject: str
-    kind: str
+    kind: ProblemKind
     reason: str
     external_payment_id: str | None = None
     payment_id: int | None = None
@@ -175,7 +178,7 @@ def record_changes(connection: sa.Connection, stamp: Stamp, changes: Sequence[Ch
     connection.exec_driver_sql(_INSERT_AUDIT, {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": rows})
 
 
-_OPEN_PROBLEMS = sa.text("""
+_OPEN_PROBLEMS = sa.text(f"""
     INSERT INTO billing_orchestration.quarantine
         (problem_key, kind, reason, external_payment_id, payment_id, subscription_id, attempt_id, evidence,
          job, run_id, opened_at)
@@ -186,7 +189,7 @@ _OPEN_PROBLEMS = sa.text("""
         attempt_id uuid, evidence jsonb)
     WHERE NOT EXISTS (
         SELECT FROM billing_orchestration.quarantine q
-        WHERE q.problem_key = x.problem_key AND q.resolution IN ('ignored', 'accepted', 'attached'))
+        WHERE q.problem_key = x.problem_key AND q.resolution IN {sql_list(*LAST_WORDS)})
     ON CONFLICT (problem_key) WHERE resolved_at IS NULL DO NOTHING
     RETURNING id, problem_key
 """)

@@ -16,6 +16,11 @@ def naive_utc(instant: datetime) -> datetime:
     return instant.astimezone(timezone.utc).replace(tzinfo=None)
 
 
+def sql_list(*labels: str) -> str:
+    """Words of ours as a list in SQL, such as `IN ('PLANNED', 'UNKNOWN')`: indexes serve words, not parameters."""
+    return f"({', '.join(repr(label) for label in labels)})"
+
+
 def readable(column: str) -> str:
     """SQL for a timestamp that Python can compute with in any zone, else NULL: real data has 'infinity' and worse."""
     return f"CASE WHEN {column} >= '0002-01-01' AND {column} < '9999-01-01' THEN {column} END"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from billing_orchestration.database.conventions import SERVICE_TABLES
+from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES
 from billing_orchestration.database.engine import translate, translated
 from billing_orchestration.database.errors import (
     BillingDatabaseError,
@@ -38,7 +38,7 @@ from billing_orchestration.database.health import (
     differences,
 )
 from billing_orchestration.database.indexes import SERVICE_INDEXES, ServiceIndex, describe_duplicates, index_states
-from billing_orchestration.database.tables import SCHEMA, service
+from billing_orchestration.database.tables import service
 from billing_orchestration.domain.attempts import OPEN, State
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from decimal import Decimal
 
 import sqlalchemy as sa
 
-from billing_orchestration.database.tables import naive_utc
-from billing_orchestration.domain.attempts import KEY_LIFETIME
+from billing_orchestration.database.conventions import naive_utc, sql_list
+from billing_orchestration.domain.attempts import KEY_LIFETIME, State
+from billing_orchestration.domain.problem_kinds import SECOND_SUCCESS
 
 # How far back a check looks: long enough for a weekend and a holiday. Settlements are found by their time.
 LOOKS_BACK = timedelta(days=7)
@@ -30,7 +31,7 @@ class Verdict:
     count: int = 0
 
 
-_NOT_GRANTED = sa.text("""
+_NOT_GRANTED = sa.text(f"""
     SELECT 'settled payment ' || s.external_payment_id || ': its row ' || s.payment_id || ' is '
            || coalesce(p.status::text, 'gone') AS what
     FROM billing_orchestration.settlements s LEFT JOIN payments p ON p.id = s.payment_id
@@ -39,12 +40,12 @@ _NOT_GRANTED = sa.text("""
     SELECT 'attempt ' || a.id || ' of subscription ' || a.subscription_id || ' is ' || a.state
            || ' without a settlement'
     FROM billing_orchestration.renewal_attempts a
-    WHERE a.state IN ('SUCCEEDED', 'REFUNDED') AND a.closed_at > :since AND NOT EXISTS (
+    WHERE a.state IN {sql_list(State.SUCCEEDED, State.REFUNDED)} AND a.closed_at > :since AND NOT EXISTS (
         SELECT FROM billing_orchestration.settlements s WHERE s.external_payment_id = a.external_payment_id)
     UNION ALL
     SELECT 'settled renewal ' || s.external_payment_id || ': its attempt is ' || a.state
     FROM billing_orchestration.settlements s JOIN billing_orchestration.renewal_attempts a ON a.id = s.attempt_id
-    WHERE s.settled_at > :since AND a.state NOT IN ('SUCCEEDED', 'REFUNDED')
+    WHERE s.settled_at > :since AND a.state NOT IN {sql_list(State.SUCCEEDED, State.REFUNDED)}
     UNION ALL
     -- Without a unique index on the provider's id, a webhook that takes no lock can grant a payment beside a run.
     SELECT 'settled payment ' || s.external_payment_id || ' of subscription ' || s.subscription_id
@@ -55,21 +56,21 @@ _NOT_GRANTED = sa.text("""
       AND p.subscription_id <> s.subscription_id
 """)
 
-_OLD_UNKNOWN = sa.text("""
+_OLD_UNKNOWN = sa.text(f"""
     SELECT 'attempt ' || number || ' of subscription ' || subscription_id || ', first sent '
            || to_char(first_sent_at, 'YYYY-MM-DD HH24:MI') || ' UTC' AS what
     FROM billing_orchestration.renewal_attempts
-    WHERE state IN ('PLANNED', 'UNKNOWN') AND first_sent_at < :since ORDER BY first_sent_at
+    WHERE state IN {sql_list(State.PLANNED, State.UNKNOWN)} AND first_sent_at < :since ORDER BY first_sent_at
 """)
 
-_PAID_TWICE = sa.text("""
+_PAID_TWICE = sa.text(f"""
     SELECT 'subscription ' || subscription_id || ', period from ' || period_start || ': ' || count(*) || ' renewals'
     FROM billing_orchestration.settlements
     WHERE kind = 'renewed' AND period_start IS NOT NULL AND settled_at > :since
     GROUP BY subscription_id, period_start HAVING count(*) > 1
     UNION ALL
     SELECT 'quarantine entry ' || id || ': ' || reason FROM billing_orchestration.quarantine
-    WHERE resolved_at IS NULL AND kind = 'second_success'
+    WHERE resolved_at IS NULL AND kind = '{SECOND_SUCCESS}'
 """)
 
 _NOT_COVERED = sa.text("""
@@ -103,14 +104,16 @@ def matching_keeps_up(connection: sa.Connection, now: datetime) -> Verdict:
     return _ask(connection, _NOT_COVERED, now - MATCHING_MAY_LAG)
 
 
-_NUMBERS = sa.text("""
+_NUMBERS = sa.text(f"""
     SELECT 'quarantine: open' AS name, count(*)::numeric AS value
     FROM billing_orchestration.quarantine WHERE resolved_at IS NULL
     UNION ALL
     SELECT 'unknown outcomes', count(*) FROM billing_orchestration.renewal_attempts
-    WHERE state IN ('UNKNOWN', 'PLANNED') AND (state = 'UNKNOWN' OR first_sent_at IS NOT NULL)
+    WHERE state IN {sql_list(State.UNKNOWN, State.PLANNED)}
+      AND (state = '{State.UNKNOWN}' OR first_sent_at IS NOT NULL)
     UNION ALL
-    SELECT 'pending renewals', count(*) FROM billing_orchestration.renewal_attempts WHERE state = 'PENDING'
+    SELECT 'pending renewals', count(*) FROM billing_orchestration.renewal_attempts
+    WHERE state = '{State.PENDING}'
     UNION ALL
     SELECT 'oldest unfinished payment, hours',
            coalesce(round(extract(epoch FROM CAST(:naive_now AS timestamp) - min(created_at))::numeric / 3600, 1), 0)
@@ -123,7 +126,9 @@ _NUMBERS = sa.text("""
     WHERE settled_at > :day AND kind <> 'refunded' GROUP BY currency
     UNION ALL
     SELECT 'declines in 24 h: ' || decline_class, count(*) FROM billing_orchestration.renewal_attempts
-    WHERE last_sent_at > :day AND state IN ('DECLINED', 'STOPPED') AND decline_class IS NOT NULL GROUP BY decline_class
+    WHERE last_sent_at > :day AND state IN {sql_list(State.DECLINED, State.STOPPED)}
+      AND decline_class IS NOT NULL
+    GROUP BY decline_class
 """)
 
 

@@ -11,9 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes
-
-# Resolutions. After `mended` the problem may open a new entry; the others are a person's last word.
-ACCEPTED, ATTACHED, IGNORED, MENDED = "accepted", "attached", "ignored", "mended"
+from billing_orchestration.domain.problem_kinds import NOT_WRITABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ class Entry:
     @property
     def about_provider_payment(self) -> bool:
         """Whether it is about a payment at the provider, rather than a row that could not be written."""
-        about_a_row = self.kind == "not_writable" and self.payment_id is not None
+        about_a_row = self.kind == NOT_WRITABLE and self.payment_id is not None
         return self.external_payment_id is not None and not about_a_row
 
 

@@ -16,8 +16,10 @@ from billing_orchestration.database.attempts import (
     open_attempts,
     select_attempts,
 )
-from billing_orchestration.database.tables import UtcNaive, naive_utc, readable, renewal_attempts, subscriptions
-from billing_orchestration.domain.attempts import Attempt
+from billing_orchestration.database.conventions import naive_utc, readable, sql_list
+from billing_orchestration.database.tables import UtcNaive, renewal_attempts, subscriptions
+from billing_orchestration.domain.answers import SHOP_REFUSALS
+from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.renewals import DueSubscription
 from billing_orchestration.domain.shards import Shard
 
@@ -104,19 +106,19 @@ _TOO_OLD_EXAMPLES = """
 # As many as a report shows.
 _EXAMPLES = 100
 
-_TRIED_TODAY = """
+_TRIED_TODAY = f"""
     SELECT subscription_id, max(last_sent_at) AS at
     FROM billing_orchestration.renewal_attempts
-    WHERE last_sent_at >= :today {of_shard}
+    WHERE last_sent_at >= :today {{of_shard}}
       -- Refused because of the shop's own key or rights: nobody's card was tried.
-      AND NOT (state = 'REJECTED' AND coalesce(decline_class, '') IN ('401', '403'))
+      AND NOT (state = '{State.REJECTED}' AND coalesce(decline_class, '') IN {sql_list(*SHOP_REFUSALS)})
     GROUP BY subscription_id
 """
 
-_DECLINED_TODAY = sa.text("""
+_DECLINED_TODAY = sa.text(f"""
     SELECT payment_method_id, max(last_sent_at) AS at
     FROM billing_orchestration.renewal_attempts
-    WHERE last_sent_at >= :today AND state IN ('DECLINED', 'STOPPED')
+    WHERE last_sent_at >= :today AND state IN {sql_list(State.DECLINED, State.STOPPED)}
     GROUP BY payment_method_id
 """)
 

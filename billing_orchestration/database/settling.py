@@ -20,11 +20,12 @@ from billing_orchestration.database.audit import (
     record_healed,
     to_json,
 )
+from billing_orchestration.database.conventions import naive_utc
 from billing_orchestration.database.settlement_rows import Rows, new_subscription, problem_of, subscription_of
 from billing_orchestration.database.settling_facts import ChangedMeanwhile, read_facts
-from billing_orchestration.database.tables import naive_utc
 from billing_orchestration.database.tables import subscriptions as subscriptions_table
 from billing_orchestration.domain.billing_calendar import BillingCalendar
+from billing_orchestration.domain.problem_kinds import FOR_A_PERSON, KINDS
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.settlement import (
     CloseAsGranted,
@@ -35,11 +36,8 @@ from billing_orchestration.domain.settlement import (
     decide_settlement,
 )
 
-# Problems that a later, successful settling proves to be gone. The others (a second success) stay for a person.
-HEALING_KINDS = (
-    "amount_differs", "canceled_here", "foreign_metadata", "metadata", "no_end", "period", "status_unknown",
-    "subscription_gone", "test_payment", "unclear_grant", "unknown_attempt", "unreadable", "not_writable",
-)  # fmt: skip
+# What a successful settling proves to be gone.
+_HEALED = [kind for kind in KINDS if kind not in FOR_A_PERSON]
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +303,7 @@ def _write(connection: sa.Connection, stamp: Stamp, rows: Rows) -> dict[str, int
             "closings": to_json(rows.closings),
             "extensions": to_json(rows.extensions),
             "ids": [row["external_payment_id"] for row in rows.settlements],
-            "kinds": list(HEALING_KINDS),
+            "kinds": _HEALED,
             "at": stamp.at,
             "naive_at": naive_utc(stamp.at),
             "job": stamp.job,

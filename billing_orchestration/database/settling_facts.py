@@ -21,6 +21,7 @@ from billing_orchestration.database.conventions import naive_utc, readable
 from billing_orchestration.database.errors import DatabaseBusy
 from billing_orchestration.domain.attempts import SCAN_MARGIN, Attempt
 from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.problem_kinds import IGNORED, NOT_WRITABLE
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.settlement import (
     Facts,
@@ -115,7 +116,7 @@ def lock_user_names(connection: sa.Connection, names: Sequence[str]) -> None:
 
 # --- payment rows, and what our own books say about the same ids ---
 
-_LOCK_PAYMENT_ROWS = """
+_LOCK_PAYMENT_ROWS = f"""
     WITH held AS (
         SELECT id, subscription_id, payment_provider_id, status::text AS status, amount,
                currency::text AS currency, external_payment_id
@@ -132,8 +133,8 @@ _LOCK_PAYMENT_ROWS = """
            CAST(NULL AS numeric), NULL
     FROM billing_orchestration.quarantine
     -- An entry about a row of the service's (its expiry was refused) says nothing about the provider's payment.
-    WHERE external_payment_id = ANY(%(ids)s) AND resolution = 'ignored'
-      AND NOT (kind = 'not_writable' AND payment_id IS NOT NULL)
+    WHERE external_payment_id = ANY(%(ids)s) AND resolution = '{IGNORED}'
+      AND NOT (kind = '{NOT_WRITABLE}' AND payment_id IS NOT NULL)
 """
 
 

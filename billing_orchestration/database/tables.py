@@ -14,9 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
-from billing_orchestration.database.conventions import SCHEMA as SCHEMA  # noqa: PLC0414 - found here as well
-from billing_orchestration.database.conventions import naive_utc as naive_utc  # noqa: PLC0414 - found here as well
-from billing_orchestration.database.conventions import readable as readable  # noqa: PLC0414 - found here as well
+from billing_orchestration.database.conventions import SCHEMA, naive_utc, sql_list
 from billing_orchestration.domain.attempts import ALL_STATES, LIVE, OPEN, State
 
 
@@ -114,10 +112,6 @@ ours = sa.MetaData(schema=SCHEMA)
 Instant = sa.DateTime(timezone=True)
 
 
-def _in(column: str, labels: tuple[str, ...]) -> str:
-    return f"{column} IN ({', '.join(repr(label) for label in labels)})"
-
-
 renewal_attempts = sa.Table(
     "renewal_attempts",
     ours,
@@ -147,15 +141,15 @@ renewal_attempts = sa.Table(
     sa.Column("first_absent_at", Instant, comment="the first complete scan that did not find the attempt"),
     sa.Column("closed_at", Instant),
     sa.Column("run_id", sa.Text, nullable=False, comment="the Dagster run that planned it"),
-    sa.CheckConstraint(_in("state", ALL_STATES), name="renewal_attempts_state_check"),
+    sa.CheckConstraint(f"state IN {sql_list(*ALL_STATES)}", name="renewal_attempts_state_check"),
     sa.UniqueConstraint("subscription_id", "period_start", "number", name="renewal_attempts_identity"),
     sa.Index(
         "renewal_attempts_one_live_per_period", "subscription_id", "period_start",
-        unique=True, postgresql_where=sa.text(_in("state", LIVE)),
+        unique=True, postgresql_where=sa.text(f"state IN {sql_list(*LIVE)}"),
     ),
     sa.Index(
         "renewal_attempts_open", "state", "subscription_id",
-        postgresql_where=sa.text(_in("state", (*OPEN, State.REVIEW))),
+        postgresql_where=sa.text(f"state IN {sql_list(*OPEN, State.REVIEW)}"),
     ),
     sa.Index("renewal_attempts_external_payment_id", "external_payment_id"),
     sa.Index("renewal_attempts_last_sent_at", "last_sent_at"),

@@ -17,10 +17,6 @@ from typing import TYPE_CHECKING
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.one_by_one import NotWritten, write_alone
 from billing_orchestration.database.quarantine import (
-    ACCEPTED,
-    ATTACHED,
-    IGNORED,
-    MENDED,
     Entry,
     close_entry,
     read_entry,
@@ -28,6 +24,7 @@ from billing_orchestration.database.quarantine import (
 from billing_orchestration.domain.answers import as_answer_to
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.decisions import Code
+from billing_orchestration.domain.problem_kinds import ACCEPTED, ATTACHED, GRANTED_ALREADY, IGNORED, MENDED
 from billing_orchestration.domain.provider_payment import SUCCEEDED, Claims, ProviderPayment, UnusablePayment
 from billing_orchestration.domain.settlement import (
     CloseAsGranted,
@@ -47,8 +44,6 @@ if TYPE_CHECKING:
     from billing_orchestration.provider.client import PaymentProvider
 
 JOB = "quarantine"
-# Entries whose payment was granted when they were opened, or which no grant can answer.
-_GRANTED_ALREADY = ("unwanted_renewal", "spent_period")
 
 
 class NotResolved(Exception):
@@ -109,14 +104,14 @@ def resolve(
     with read(engine) as connection:
         entry = _open_entry(read_entry(connection, entry_id), entry_id)
     stamp = Stamp(JOB, f"cli-{uuid.uuid4()}", now())
-    if resolution.word == IGNORED or not entry.about_provider_payment or entry.kind in _GRANTED_ALREADY:
+    if resolution.word == IGNORED or not entry.about_provider_payment or entry.kind in GRANTED_ALREADY:
         if resolution.word == ATTACHED:
             raise NotResolved(
                 f"entry {entry.id} ({entry.kind}) is about nothing that could be granted to a subscription: accept or"
                 " ignore it"
             )
         with begin(engine) as connection:
-            if entry.about_provider_payment and entry.kind not in _GRANTED_ALREADY:
+            if entry.about_provider_payment and entry.kind not in GRANTED_ALREADY:
                 _refuse_granted(connection, entry)
             _close(connection, stamp, entry, _closing_word(entry, resolution), resolution)
         return [_closed_in_words(entry, resolution)]
@@ -177,7 +172,7 @@ def _closed_in_words(entry: Entry, resolution: Resolution) -> str:
     if not entry.about_provider_payment:
         after = "if it happens again, it is told again" if resolution.word == ACCEPTED else "it is never told of again"
         return f"entry {entry.id} ({entry.kind}) is closed, nothing else was changed; {after}"
-    if entry.kind in _GRANTED_ALREADY:
+    if entry.kind in GRANTED_ALREADY:
         return f"entry {entry.id} is closed: the renewal was granted when it was opened, and that stands"
     return (
         f"entry {entry.id} is closed: nothing is granted for payment {entry.external_payment_id}, now or later. Refund"

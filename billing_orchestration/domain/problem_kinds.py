@@ -1,4 +1,4 @@
-"""The kinds of quarantine entries: what each means for the money, and what each resolution does."""
+"""The kinds of quarantine entries and their resolutions: what each means for the money."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ ProblemKind = Literal[
     "rejected",
     "gap",
 ]
+NOT_WRITABLE: ProblemKind = "not_writable"
+SECOND_SUCCESS: ProblemKind = "second_success"
+# Opened for a payment that is granted: no resolution grants it once more.
+GRANTED_ALREADY: tuple[ProblemKind, ...] = ("unwanted_renewal", "spent_period")
+# The others are proved to be gone by a later, successful settling of the payment.
+FOR_A_PERSON: tuple[ProblemKind, ...] = (*GRANTED_ALREADY, SECOND_SUCCESS, "rejected", "gap")
+
+# What a person makes of a problem. After MENDED it may open a new entry; the others are the last word.
+ACCEPTED, ATTACHED, IGNORED, MENDED = "accepted", "attached", "ignored", "mended"
+LAST_WORDS = (ACCEPTED, ATTACHED, IGNORED)
 
 KINDS: Mapping[ProblemKind, Kind] = {
     "amount_differs": Kind(
@@ -130,7 +140,7 @@ KINDS: Mapping[ProblemKind, Kind] = {
 
 
 def kind_of(name: str) -> Kind:
-    """The kind by its name; what comes after its first word ("gap from 2026-03-01") is detail."""
+    """The kind by its name. Older versions wrote detail after its first word ("gap from 2026-03-01")."""
     word = name.split(" ", 1)[0]
     return next((kind for known, kind in KINDS.items() if known == word), None) or Kind(
         "not described", "closes it", "", "closes it"

@@ -226,4 +226,6 @@ def _report_gap(
     report.quarantined += 1
     report.decisions.append(Decision(Action.QUARANTINE, job, reason, code="gap"))
     if not dry_run:
-        report.opened += open_all(database, stamp, [Problem(f"job {job}", f"gap from {instant(start)}", reason)])
+        hours = {"from": start.isoformat(), "until": end.isoformat()}
+        problem = Problem(f"job {job}, from {instant(start)}", "gap", reason, evidence=hours)
+        report.opened += open_all(database, stamp, [problem])

@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -102,15 +103,11 @@ def test_a_purchase_and_a_renewal_of_one_subscription_both_extend_it(books: Book
     # The payer of the renewal is told differently: no common lock on the customer, only the rows' own.
     foreign = {**renewal.metadata, "user_id": "somebody else"}
     works: list[Callable[[], object]] = [
-        partial(persistently, books, ProviderPayment(**{**_fields(renewal), "metadata": foreign})),
+        partial(persistently, books, replace(renewal, metadata=foreign)),
         partial(persistently, books, books.paid("purchase", user="anna")),
     ]
     at_once(works)
     assert books.ended_at(subscription_id) == TWO_MONTHS_LATER
-
-
-def _fields(payment: ProviderPayment) -> dict[str, object]:
-    return {name: getattr(payment, name) for name in ProviderPayment.__dataclass_fields__}
 
 
 def test_a_database_that_defaults_to_repeatable_read_changes_nothing_about_it(books: Books, database_url: str) -> None:

@@ -372,7 +372,7 @@ def test_what_was_settled_meanwhile_cannot_be_ignored_any_more(service: Service)
 def test_a_gap_is_only_closed_and_told_again_when_it_comes_back(service: Service) -> None:
     service.execute("""
         INSERT INTO billing_orchestration.quarantine (problem_key, kind, reason, evidence, job, run_id, opened_at)
-        VALUES ('job m:gap from 2026-03-01', 'gap from 2026-03-01', 'not covered', '{}', 'm', 'r', now())
+        VALUES ('job m, from 2026-03-01:gap', 'gap', 'not covered', '{}', 'm', 'r', now())
     """)
     entry = the_entry(service).id
     with pytest.raises(NotResolved, match="accept or ignore"):

@@ -332,7 +332,7 @@ FURTHER = (
         (
             Edit(
                 _ATTEMPTS,
-                "AND a.state IN ('PLANNED', 'UNKNOWN', 'PENDING'))\n        -- By id",
+                "AND a.state IN {sql_list(*OPEN)})\n        -- By id",
                 "AND false)\n        -- By id",
             ),
         ),
@@ -386,7 +386,7 @@ FURTHER = (
         (
             Edit(
                 _ATTEMPTS,
-                "WHERE a.state IN ('PLANNED', 'UNKNOWN', 'PENDING')\n          -- A send counts up",
+                "WHERE a.state IN {sql_list(*OPEN)}\n          -- A send counts up",
                 "WHERE true\n          -- A send counts up",
             ),
         ),
@@ -518,8 +518,8 @@ FURTHER = (
             ),
             Edit(
                 _ATTEMPTS,
-                "AND a.state IN ('PLANNED', 'UNKNOWN')\n",
-                "AND a.state IN ('PLANNED', 'UNKNOWN', 'PENDING')\n",
+                "AND a.state IN {sql_list(State.PLANNED, State.UNKNOWN)}\n",
+                "AND a.state IN {sql_list(*OPEN)}\n",
             ),
         ),
         ("domain/test_renewals.py::test_a_pending_attempt_is_only_asked_about_and_never_sent_again",),
@@ -809,7 +809,7 @@ FURTHER = (
     Mutant(
         "expired while its charge is unknown",
         "no expiry while a charge is open",
-        (Edit("database/expiry.py", "a.state IN ('UNKNOWN', 'PENDING') OR", "a.state IN ('PENDING') OR"),),
+        (Edit("database/expiry.py", "sql_list(State.UNKNOWN, State.PENDING)", "sql_list(State.PENDING)"),),
         (_OVER + "test_one_whose_charge_is_unknown_pending_or_in_review_is_held_back_and_reported",),
     ),
     Mutant(

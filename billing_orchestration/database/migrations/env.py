@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from alembic import context
 
+from billing_orchestration.database.conventions import SCHEMA
 from billing_orchestration.database.health import VERSION_TABLE
-from billing_orchestration.database.tables import SCHEMA, ours
+from billing_orchestration.database.tables import ours
 
 context.configure(
     connection=context.config.attributes["connection"],

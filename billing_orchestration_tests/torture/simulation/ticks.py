@@ -7,7 +7,6 @@ from datetime import datetime, timedelta
 import dagster as dg
 
 from billing_orchestration_tests.torture.simulation.agenda import TICK, Agenda, Dice
-from billing_orchestration_tests.torture.simulation.judge import UTC
 from billing_orchestration_tests.torture.simulation.runs import MATCHING, Runs
 from billing_orchestration_tests.torture.simulation.world import World
 
@@ -63,12 +62,11 @@ class Ticks:
         """What an operator does about a gap that the quarantine names: backfill its hours."""
         world = self._world
         rows = world.oracle.rows(
-            "SELECT q.id, q.job, q.kind, q.reason, q.opened_at FROM billing_orchestration.quarantine q"
-            " WHERE q.kind LIKE 'gap from%%' AND q.resolved_at IS NULL"
+            "SELECT q.id, q.job, q.evidence, q.opened_at FROM billing_orchestration.quarantine q"
+            " WHERE q.kind = 'gap' AND q.resolved_at IS NULL"
         )
         for row in rows:
-            start, _, end = row.reason.partition("not covered: ")[2].partition(",")[0].partition(" to ")
-            first, last = (datetime.fromisoformat(text[:19]).replace(tzinfo=UTC) for text in (start, end))
+            first, last = (datetime.fromisoformat(row.evidence[name]) for name in ("from", "until"))
             hour = first.replace(minute=0, second=0, microsecond=0) - timedelta(hours=1)
             while hour <= last:
                 window = dg.TimeWindow(hour, hour + timedelta(hours=1))
