@@ -187,26 +187,7 @@ def decide_open_attempt(
             return Void(attempt, "never sent, and the period is no longer due: no money moved")
         return Resend(attempt, "planned earlier and certainly never sent")
     if is_past_key_lifetime(attempt, now):
-        if attempt.id not in view.scanned:
-            return NotCharged(
-                attempt.subject,
-                Code.OUTCOME_UNKNOWN,
-                f"outcome not known, older than the key's {KEY_LIFETIME_HOURS} h, and not searched",
-                attempt.money,
-                needs_retry=True,
-            )
-        if attempt.first_absent_at is None:
-            return NoteAbsence(
-                attempt, "outcome not known: a first complete scan did not find it, a second one decides"
-            )
-        if now - attempt.first_absent_at < SCAN_DISTANCE:
-            return NotCharged(
-                attempt.subject,
-                Code.OUTCOME_UNKNOWN,
-                "outcome not known: the second scan must come an hour after the first",
-                attempt.money,
-            )
-        return Void(attempt, "two complete scans an hour apart did not find it: it never reached the provider")
+        return _decide_past_key_lifetime(attempt, view, now)
     if due is None or due.ended_at != attempt.period_start:
         # The subscription was renewed, canceled or paused since: sending again could charge for what nobody wants.
         return NotCharged(
@@ -217,6 +198,28 @@ def decide_open_attempt(
             attempt.money,
         )
     return Resend(attempt, "outcome not known: the same key and body again, so it cannot charge twice")
+
+
+def _decide_past_key_lifetime(attempt: Attempt, view: ProviderView, now: datetime) -> RenewalDecision:
+    """Its key no longer protects it, so it is never sent again. Absent from two scans an hour apart, it is void."""
+    if attempt.id not in view.scanned:
+        return NotCharged(
+            attempt.subject,
+            Code.OUTCOME_UNKNOWN,
+            f"outcome not known, older than the key's {KEY_LIFETIME_HOURS} h, and not searched",
+            attempt.money,
+            needs_retry=True,
+        )
+    if attempt.first_absent_at is None:
+        return NoteAbsence(attempt, "outcome not known: a first complete scan did not find it, a second one decides")
+    if now - attempt.first_absent_at < SCAN_DISTANCE:
+        return NotCharged(
+            attempt.subject,
+            Code.OUTCOME_UNKNOWN,
+            "outcome not known: the second scan must come an hour after the first",
+            attempt.money,
+        )
+    return Void(attempt, "two complete scans an hour apart did not find it: it never reached the provider")
 
 
 def decide_renewal(

@@ -528,7 +528,7 @@ FURTHER = (
         "one search is enough",
         "absence takes two complete scans",
         (
-            Edit(_RENEWALS, "        if attempt.first_absent_at is None:\n", "        if False:\n"),
+            Edit(_RENEWALS, "    if attempt.first_absent_at is None:\n", "    if False:\n"),
             Edit(_RENEWALS, "if now - attempt.first_absent_at < SCAN_DISTANCE:", "if False:"),
         ),
         (_FAULTS + "test_a_list_that_lags_is_why_absence_takes_two_searches",),
