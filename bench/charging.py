@@ -101,7 +101,7 @@ def ours(url: str, api_url: str, concurrency: int) -> dict[str, float]:
     from billing_orchestration.provider.client import PaymentProvider
     from billing_orchestration.resources import BillingDatabase
     from billing_orchestration.settings import Settings
-    from billing_orchestration.threads import threads
+    from billing_orchestration.threads import OF_THE_SYSTEM
 
     settings = Settings(
         _env_file=None,  # type: ignore[call-arg]
@@ -143,7 +143,7 @@ def ours(url: str, api_url: str, concurrency: int) -> dict[str, float]:
         make_stamp=lambda: Stamp("autopayment_job", "bench", datetime.now(UTC)),
         log=lambda _: None,
     )
-    pipeline = Pipeline(charging, ChargingLimits(concurrency, 3, 2.0), threads())
+    pipeline = Pipeline(charging, ChargingLimits(concurrency, 3, 2.0), OF_THE_SYSTEM)
     cpu, began = time.process_time(), time.monotonic()
     results = pipeline.run(decisions)
     wall_s, cpu_s = time.monotonic() - began, time.process_time() - cpu

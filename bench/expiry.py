@@ -84,6 +84,7 @@ def subscriptions(url: str) -> int:
     from billing_orchestration.jobs.expire_subscriptions import SubscriptionsOver, expire_all
     from billing_orchestration.jobs.run_report import RunReport
     from billing_orchestration.resources import BillingDatabase, Clock
+    from billing_orchestration.threads import OF_THE_SYSTEM
 
     over_before = datetime(2026, 3, 10, tzinfo=timezone.utc)
     settings = _settings(url)
@@ -94,7 +95,9 @@ def subscriptions(url: str) -> int:
     with database.engine.connect() as connection:
         found = fetch_over(connection, over_before, 100)
     over = SubscriptionsOver(scope, over_before, found)
-    done = expire_all(over, found.over - found.held, database, Clock(lambda: NOW), RunReport(), lambda _: None)
+    done = expire_all(
+        over, found.over - found.held, database, Clock(lambda: NOW), OF_THE_SYSTEM, RunReport(), lambda _: None
+    )
     database.close()
     return done
 
@@ -109,6 +112,7 @@ def payments(url: str) -> int:
     from billing_orchestration.jobs.run_report import RunReport
     from billing_orchestration.jobs.spool import Spool
     from billing_orchestration.resources import BillingDatabase
+    from billing_orchestration.threads import OF_THE_SYSTEM
 
     settings = _settings(url)
     database = BillingDatabase(lambda: settings)
@@ -117,7 +121,8 @@ def payments(url: str) -> int:
         for page in stream_stale_payments(connection, datetime(2026, 3, 5, 12, tzinfo=timezone.utc), PAGE):
             expiries.add([ExpirePayment(row, "the provider says canceled", Code.UNPAID_AT_PROVIDER) for row in page])
     report = RunReport(decisions=Tally(100))
-    expire_all(report, expiries.pages(), database, lambda: Stamp("expire_payments_job", "bench", NOW), dry_run=False)
+    stamp = Stamp("expire_payments_job", "bench", NOW)
+    expire_all(report, expiries.pages(), database, lambda: stamp, OF_THE_SYSTEM, dry_run=False)
     database.close()
     return report.applied
 

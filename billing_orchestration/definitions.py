@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 import dagster as dg
@@ -26,11 +27,13 @@ from billing_orchestration.resources import (
     RunSettings,
     alerts_resource,
     billing_database_resource,
+    connect_provider,
     hand_over_resource,
     payment_provider_resource,
     utc_now,
 )
 from billing_orchestration.settings import load_settings
+from billing_orchestration.threads import OF_THE_SYSTEM, Threads
 
 if TYPE_CHECKING:
     from billing_orchestration.provider.client import PaymentProvider
@@ -42,9 +45,10 @@ def build_definitions(
     load: "Callable[[], Settings]" = load_settings,
     now: Callable[[], datetime] = utc_now,
     connect: "Callable[[Settings], PaymentProvider] | None" = None,
+    threads: Threads = OF_THE_SYSTEM,
     executor: dg.ExecutorDefinition = in_process_or_multiprocess,
 ) -> dg.Definitions:
-    """The definitions for given settings, clock and provider: the environment's, the real ones, by default.
+    """The definitions for given settings, clock, provider and threads: the environment's, the real ones, by default.
 
     `executor` is what the shards of autopayment_job run on (dagster_k8s.k8s_job_executor, say), and what
     Dagster runs the money checks on from the UI; no other job uses it.
@@ -112,8 +116,9 @@ def build_definitions(
             "alerts": alerts_resource(load),
             "run": RunSettings(),
             "billing_database": billing_database_resource(load),
-            "payment_provider": payment_provider_resource(load, connect),
+            "payment_provider": payment_provider_resource(load, connect or partial(connect_provider, threads=threads)),
             "clock": dg.ResourceDefinition.hardcoded_resource(Clock(now), "The time of the run."),
+            "threads": dg.ResourceDefinition.hardcoded_resource(threads, "What makes the run's threads."),
             "hand_over": hand_over_resource,
             "renewals_hand_over": renewals_hand_over,
             # Slices are handed over in memory: no data of a run stays on a disk (docs/decisions/0002).

@@ -18,6 +18,7 @@ from billing_orchestration.database.engine import begin, create_engine, read
 from billing_orchestration.database.health import check_schema
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.run_scope import RunRefused, RunScope, as_of_partition, check_max_changes, parse_as_of
+from billing_orchestration.threads import OF_THE_SYSTEM, Threads
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -203,7 +204,7 @@ class ProviderConnection:
             client.close()
 
 
-def connect_provider(settings: "Settings") -> "PaymentProvider":
+def connect_provider(settings: "Settings", threads: Threads = OF_THE_SYSTEM) -> "PaymentProvider":
     """The client for the shop of these settings."""
     from billing_orchestration.provider.client import PaymentProvider
 
@@ -211,6 +212,7 @@ def connect_provider(settings: "Settings") -> "PaymentProvider":
         shop_id=settings.yookassa_shop_id,
         secret_key=settings.yookassa_secret_key.get_secret_value(),
         api_url=settings.yookassa_api_url,
+        threads=threads,
     )
 
 

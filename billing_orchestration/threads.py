@@ -1,8 +1,8 @@
 """The threads of a run, and what they wait for each other with.
 
-A run's own threads, and whatever one of them waits for another with, are made here and nowhere else (a lock that is
-held for some arithmetic may be made where it is used). A simulation puts `Threads` of its own in their place and so
-decides, from a seed, which thread goes on at each step.
+A run's own threads, and whatever one of them waits for another with, are made by the `Threads` it is handed: the
+resource `threads`, beside the clock. (A lock that is held for some arithmetic may be made where it is used.) A
+simulation hands in `Threads` of its own and decides from a seed which thread goes on at each step.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Thread(Protocol):
 
 
 class Threads:
-    """Those of the operating system."""
+    """Makes the operating system's threads."""
 
     def start(self, target: Callable[..., None], *given: Any, name: str) -> Thread:
         """A thread that calls `target(*given)`."""
@@ -85,20 +85,4 @@ class Threads:
         return time.monotonic()
 
 
-# The last one counts. No ContextVar: a run's threads shall find the same as the one that has started them.
-_makers = [Threads()]
-
-
-def threads() -> Threads:
-    """What makes this process's threads."""
-    return _makers[-1]
-
-
-@contextmanager
-def threads_made_by(other: Threads) -> Iterator[None]:
-    """Let another make them, for a while."""
-    _makers.append(other)
-    try:
-        yield
-    finally:
-        _makers.pop()
+OF_THE_SYSTEM = Threads()

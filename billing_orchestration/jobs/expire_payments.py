@@ -52,7 +52,7 @@ from billing_orchestration.jobs.spool import Spool
 from billing_orchestration.provider.errors import Forbidden, PaymentNotFound, ProviderError, RequestRejected
 from billing_orchestration.provider.pacing import Breaker, map_concurrently
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
-from billing_orchestration.threads import threads
+from billing_orchestration.threads import Threads
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -139,9 +139,10 @@ def fetch_stale_at_provider(
     config: ExpirePaymentsConfig,
     stale: StalePayments,
     payment_provider: dg.ResourceParam[ProviderConnection],
+    threads: dg.ResourceParam[Threads],
 ) -> AskedPayments:
     """The provider's slice, page by page: one answer an id. A wrong shop key fails the run after one request."""
-    inquiry = _Inquiry(context, payment_provider, config.max_concurrency)
+    inquiry = _Inquiry(context, payment_provider, config.max_concurrency, threads)
     asked: Spool[AskedPayment] = Spool()
     with told_plainly():
         for page in stale.rows.pages():
@@ -166,10 +167,13 @@ def fetch_stale_at_provider(
 class _Inquiry:
     """Asks the provider about pages of ids, a few at a time, until it answers for nobody."""
 
-    def __init__(self, context: dg.OpExecutionContext, provider: ProviderConnection, max_concurrency: int) -> None:
+    def __init__(
+        self, context: dg.OpExecutionContext, provider: ProviderConnection, max_concurrency: int, threads: Threads
+    ) -> None:
         self._context = context
         self._provider = provider
         self._max_concurrency = max_concurrency
+        self._threads = threads
         self._breaker = Breaker(BREAKER_SILENCES)
         self.asked = self.not_found = self.unanswered = 0
 
@@ -188,7 +192,11 @@ class _Inquiry:
 
     def _ask(self, ids: Sequence[str], answers: dict[str, ProviderAnswer]) -> None:
         results = map_concurrently(
-            self._provider.client.get_payment, ids, self._max_concurrency, first_alone=not self.asked
+            self._provider.client.get_payment,
+            ids,
+            self._max_concurrency,
+            threads=self._threads,
+            first_alone=not self.asked,
         )
         for payment_id, result in results:
             if isinstance(result, PaymentNotFound):
@@ -280,6 +288,7 @@ def apply_payment_expiry(
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
+    threads: dg.ResourceParam[Threads],
 ) -> Told:
     """Apply the plan, row by row; red at the end if something needs another try."""
     with told_plainly():
@@ -305,7 +314,7 @@ def apply_payment_expiry(
             if (holder := holders[decision.payment.id]) is not None and holder != decision.row.id
         ]
         pages = chain(plan.expiries.pages(), [duplicates] if duplicates else [])
-        expire_all(report, pages, billing_database, stamp, dry_run=scope.dry_run)
+        expire_all(report, pages, billing_database, stamp, threads, dry_run=scope.dry_run)
         plan.expiries.close()
         for decision in kept:
             if decision.needs_retry:
@@ -361,6 +370,7 @@ def expire_all(
     pages: Iterable[Sequence[ExpirePayment]],
     database: BillingDatabase,
     make_stamp: Callable[[], Stamp],
+    threads: Threads,
     *,
     dry_run: bool,
 ) -> None:
@@ -416,7 +426,7 @@ def expire_all(
 
     # Each page locks its own rows, in the order of their ids: two of them never wait for each other. Leaving the pool
     # waits for what is under way.
-    with threads().make_pool(SIDE_BY_SIDE, "expire") as pool:
+    with threads.make_pool(SIDE_BY_SIDE, "expire") as pool:
         under_way: deque[Future[list[tuple[Sequence[ExpirePayment], set[int] | NotWritten]]]] = deque()
         for page in pages:
             under_way.append(pool.submit(write_page, page))

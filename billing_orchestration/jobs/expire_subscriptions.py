@@ -33,7 +33,7 @@ from billing_orchestration.jobs.run_report import (
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.jobs.settling import open_all
 from billing_orchestration.resources import BillingDatabase, Clock, RunSettings
-from billing_orchestration.threads import threads
+from billing_orchestration.threads import Threads
 
 if TYPE_CHECKING:
     from billing_orchestration.database.expiry import OverSlice
@@ -125,6 +125,7 @@ def apply_subscription_expiry(
     over: SubscriptionsOver,
     billing_database: dg.ResourceParam[BillingDatabase],
     clock: dg.ResourceParam[Clock],
+    threads: dg.ResourceParam[Threads],
 ) -> Told:
     """ACTIVE -> EXPIRED, oldest first."""
     report = RunReport(decisions=_decisions(over))
@@ -133,7 +134,7 @@ def apply_subscription_expiry(
         if over.scope.dry_run:
             report.applied = wanted
         elif wanted:
-            report.applied = expire_all(over, wanted, billing_database, clock, report, context.log.info)
+            report.applied = expire_all(over, wanted, billing_database, clock, threads, report, context.log.info)
     changed_meanwhile = 0 if report.again else wanted - report.applied - report.quarantined
     report.skipped = over.slice.held + changed_meanwhile
     report.numbers = {"held back": over.slice.held, "changed meanwhile": changed_meanwhile}
@@ -171,6 +172,7 @@ def expire_all(
     wanted: int,
     database: BillingDatabase,
     clock: Clock,
+    threads: Threads,
     report: RunReport,
     log: Callable[[str], None],
 ) -> int:
@@ -197,7 +199,9 @@ def expire_all(
                 passed_over=list(refused),
             )
 
-    done = _expire_side_by_side(over, wanted, database, clock, reason, log) if wanted >= SIDE_BY_SIDE * CHUNK else 0
+    done = 0
+    if wanted >= SIDE_BY_SIDE * CHUNK:
+        done = _expire_side_by_side(over, wanted, database, clock, threads, reason, log)
     size = CHUNK
     for wait_for_locks in (False, True):
         while done + len(refused) < wanted:
@@ -232,6 +236,7 @@ def _expire_side_by_side(
     wanted: int,
     database: BillingDatabase,
     clock: Clock,
+    threads: Threads,
     reason: str,
     log: Callable[[str], None],
 ) -> int:
@@ -244,7 +249,7 @@ def _expire_side_by_side(
     from billing_orchestration.database.errors import DatabaseBusy, RowRefused
     from billing_orchestration.database.expiry import expire_locked, lock_over
 
-    turn = threads().make_lock()
+    turn = threads.make_lock()
     done = claimed = 0
     after: tuple[str, int] | None = None
 
@@ -276,7 +281,7 @@ def _expire_side_by_side(
                 return
 
     # Leaving the pool waits for what is under way: nothing is committed behind the caller's back.
-    with threads().make_pool(SIDE_BY_SIDE, "expire") as pool:
+    with threads.make_pool(SIDE_BY_SIDE, "expire") as pool:
         working = [pool.submit(work) for _ in range(SIDE_BY_SIDE)]
     for worker in working:
         worker.result()

@@ -33,7 +33,7 @@ from billing_orchestration.provider.pacing import Pace, map_concurrently
 from billing_orchestration.provider.records import parse_payment, provider_instant, read_json
 from billing_orchestration.provider.slices import Collector, Slice
 from billing_orchestration.provider.wire import Answer, Wire
-from billing_orchestration.threads import threads
+from billing_orchestration.threads import OF_THE_SYSTEM, Threads
 
 if TYPE_CHECKING:
     from billing_orchestration.provider.sdk import Charges
@@ -129,6 +129,7 @@ class PaymentProvider:
         max_requests_per_second: float | None = None,
         read_attempts: int = 4,
         read_backoff_s: float = 0.5,
+        threads: Threads = OF_THE_SYSTEM,
         sleep: Callable[[float], None] = time.sleep,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
@@ -142,9 +143,10 @@ class PaymentProvider:
         self.is_live = secret_key.startswith("live_")
         self._read_attempts = read_attempts
         self._read_backoff_s = read_backoff_s
+        self._threads = threads
         self._sleep = sleep
         self._uniform = uniform
-        self._pace = Pace(max_requests_per_second, clock=threads().monotonic, sleep=sleep)
+        self._pace = Pace(max_requests_per_second, clock=threads.monotonic, sleep=sleep)
         self._wire = Wire(self.api_url, max_connections=max_connections, connect_s=timeouts.connect_s)
         token = b64encode(f"{shop_id}:{secret_key}".encode()).decode("ascii")
         self._outcomes = Outcomes(self.api_url, (secret_key, token))
@@ -252,7 +254,7 @@ class PaymentProvider:
         def read(number: int) -> Collector:
             return self._collect(lists[number], Collector(SUCCEEDED))
 
-        for number, part in map_concurrently(read, range(len(lists)), parallel_windows):
+        for number, part in map_concurrently(read, range(len(lists)), parallel_windows, threads=self._threads):
             if isinstance(part, Exception):
                 raise part
             parts[number] = part

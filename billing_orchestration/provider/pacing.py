@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar, cast
 
 from billing_orchestration.provider.errors import WrongCredentials
-from billing_orchestration.threads import Queue, threads
+from billing_orchestration.threads import Queue, Threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -126,6 +126,7 @@ def map_concurrently(
     items: Iterable[Item],
     max_concurrency: int,
     *,
+    threads: Threads,
     first_alone: bool = True,
 ) -> Iterator[tuple[Item, Result | Exception]]:
     """Call the function for each item in up to `max_concurrency` threads; yield (item, result or exception).
@@ -136,14 +137,14 @@ def map_concurrently(
     """
     if max_concurrency < 1:
         raise ValueError(f"max_concurrency is {max_concurrency}; it must be at least 1")
-    return _map(function, items, max_concurrency, 1 if first_alone else max_concurrency)
+    return _map(function, items, max_concurrency, threads, 1 if first_alone else max_concurrency)
 
 
 def _map(
-    function: Callable[[Item], Result], items: Iterable[Item], max_concurrency: int, allowed: int
+    function: Callable[[Item], Result], items: Iterable[Item], max_concurrency: int, threads: Threads, allowed: int
 ) -> Iterator[tuple[Item, Result | Exception]]:
     # A queue instead of concurrent.futures.wait: that looks at every future in flight for each one that ends.
-    answers: Queue[tuple[Item, Result | None, BaseException | None]] = threads().make_queue()
+    answers: Queue[tuple[Item, Result | None, BaseException | None]] = threads.make_queue()
 
     def call(item: Item) -> None:
         try:
@@ -155,7 +156,7 @@ def _map(
     in_flight = 0
     exhausted = False
     refused: WrongCredentials | None = None
-    with threads().make_pool(max_concurrency, "provider") as pool:
+    with threads.make_pool(max_concurrency, "provider") as pool:
 
         def hand_out() -> None:
             nonlocal in_flight, exhausted

@@ -21,6 +21,7 @@ from billing_orchestration.jobs.matching_successful_payments import WEBHOOK_GRAC
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.settings import Settings
+from billing_orchestration.threads import OF_THE_SYSTEM, Threads
 from billing_orchestration_tests.books import NOON, Books
 
 
@@ -145,6 +146,7 @@ class Service(Books):
         tags: dict[str, str] | None = None,
         partition: str | None = None,
         load: Callable[[], Settings] | None = None,
+        threads: Threads = OF_THE_SYSTEM,
         instance: dg.DagsterInstance | None = None,
     ) -> Run:
         """Run a whole job through Dagster, in this process."""
@@ -167,7 +169,10 @@ class Service(Books):
         if op_config:
             run_config["ops"] = op_config
         definitions = build_definitions(
-            load=load or (lambda: self.settings), now=lambda: self.now, connect=self.connect_provider
+            load=load or (lambda: self.settings),
+            now=lambda: self.now,
+            connect=self.connect_provider,
+            threads=threads,
         )
         if instance is None:
             instance = self.instance

@@ -19,7 +19,6 @@ from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.sandbox.provider.api import ReceivedRequest
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.settings import Settings
-from billing_orchestration.threads import threads_made_by
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.jobs.service import Run, Service
 from billing_orchestration_tests.torture.simulation.threads import OrderedThreads
@@ -421,8 +420,8 @@ def test_a_sender_that_hears_of_a_wrong_shop_key_sends_nothing_more(service: Ser
     def pass_time(more: float) -> None:
         seconds[0] += more
 
-    with threads_made_by(OrderedThreads(random.Random(1), lambda: seconds[0], pass_time)):
-        run = service.run(JOB, ops={"charge_renewals": {"max_concurrency": 4}})
+    one_at_a_time = OrderedThreads(random.Random(1), lambda: seconds[0], pass_time)
+    run = service.run(JOB, ops={"charge_renewals": {"max_concurrency": 4}}, threads=one_at_a_time)
 
     assert not run.ok
     assert service.sandbox.count() == good + 1

@@ -14,6 +14,7 @@ from billing_orchestration.domain.run_scope import RunScope
 from billing_orchestration.jobs.expire_subscriptions import CHUNK, SubscriptionsOver, expire_all
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.resources import BillingDatabase, Clock
+from billing_orchestration.threads import OF_THE_SYSTEM
 from billing_orchestration_tests.books import NOON, stored
 from billing_orchestration_tests.jobs.service import Service
 from billing_orchestration_tests.waiting import wait_for_a_blocked_session
@@ -373,7 +374,13 @@ def test_side_by_side_no_more_expire_than_were_shown_and_guarded(service: Servic
     database = BillingDatabase(lambda: service.settings)
 
     done = expire_all(
-        SubscriptionsOver(scope, over_before, found), 2 * CHUNK + 7, database, Clock(lambda: NOON), RunReport(), print
+        SubscriptionsOver(scope, over_before, found),
+        2 * CHUNK + 7,
+        database,
+        Clock(lambda: NOON),
+        OF_THE_SYSTEM,
+        RunReport(),
+        print,
     )
 
     database.close()

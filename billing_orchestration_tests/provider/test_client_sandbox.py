@@ -28,6 +28,7 @@ from billing_orchestration.provider.errors import (
 )
 from billing_orchestration.provider.pacing import map_concurrently
 from billing_orchestration.sandbox.provider.server import Sandbox
+from billing_orchestration.threads import OF_THE_SYSTEM
 
 METADATA = {"attempt_id": "a-1", "subscription_id": "7", "user_id": "u-1", "plan_id": "3", "payment_provider_id": "1"}
 NOW = datetime(2026, 3, 1, 10, 0, tzinfo=timezone.utc)
@@ -153,7 +154,7 @@ def test_a_used_key_with_other_bytes_is_unknown_for_the_first_may_have_charged(
 def test_wrong_credentials_stop_after_one_request(sandbox: Sandbox) -> None:
     stranger = PaymentProvider(shop_id=sandbox.shop_id, secret_key="test_not-the-key", api_url=sandbox.url)
     with pytest.raises(WrongCredentials):
-        list(map_concurrently(stranger.get_payment, [f"id-{n}" for n in range(50)], 8))
+        list(map_concurrently(stranger.get_payment, [f"id-{n}" for n in range(50)], 8, threads=OF_THE_SYSTEM))
     assert sandbox.count() == 1
     with pytest.raises(WrongCredentials):
         stranger.fetch_slice(NOW, NOW)

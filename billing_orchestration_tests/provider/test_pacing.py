@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
+from billing_orchestration.provider import pacing
 from billing_orchestration.provider.errors import OutcomeUnknown, WrongCredentials
-from billing_orchestration.provider.pacing import LONGEST_PAUSE_S, Pace, map_concurrently
+from billing_orchestration.provider.pacing import LONGEST_PAUSE_S, Pace
+from billing_orchestration.threads import OF_THE_SYSTEM
+
+map_concurrently = partial(pacing.map_concurrently, threads=OF_THE_SYSTEM)
 
 
 class Clock:

@@ -122,23 +122,46 @@ def test_a_deadlock_and_a_thread_left_behind_are_told() -> None:
         threads.make_queue().get()
 
 
-def test_all_threads_of_a_run_are_made_where_the_simulation_can_replace_them() -> None:
+PACKAGE = Path(billing_orchestration.__file__).parent
+# The provider of a demonstration is no part of a run.
+PARTS_OF_A_RUN = sorted(
+    set(PACKAGE.rglob("*.py")) - {PACKAGE / "threads.py"} - set((PACKAGE / "sandbox").rglob("*.py"))
+)
+
+
+def test_all_threads_of_a_run_are_made_by_what_the_simulation_hands_in() -> None:
     """Whatever is made elsewhere would go on beside the order that is drawn, and a seed would tell two stories."""
-    package = Path(billing_orchestration.__file__).parent
-    # The provider of a demonstration is no part of a run.
-    elsewhere = {package / "threads.py"} | set((package / "sandbox").rglob("*.py"))
     made = {"Thread", "SimpleQueue", "Queue", "Event", "Condition", "ThreadPoolExecutor", "Timer", "Barrier",
             "Lock", "RLock", "Semaphore", "BoundedSemaphore"}  # fmt: skip
     # Held for some arithmetic and for one request: nobody gives way while holding one of these.
     brief = {("provider/pacing.py", "Lock"), ("provider/wire.py", "Lock"), ("provider/wire.py", "BoundedSemaphore")}
     found = []
-    for path in sorted(set(package.rglob("*.py")) - elsewhere):
+    for path in PARTS_OF_A_RUN:
+        where = str(path.relative_to(PACKAGE))
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                where, name = str(path.relative_to(package)), node.attr
+                name = node.attr
                 if node.value.id in ("threading", "queue", "futures") and name in made and (where, name) not in brief:
                     found.append(f"{where}:{node.lineno}: {node.value.id}.{name}")
             elif isinstance(node, ast.ImportFrom) and node.module in ("threading", "queue", "concurrent.futures"):
-                names = [name.name for name in node.names if name.name in made]
-                found.extend(f"{path.relative_to(package)}:{node.lineno}: {name}" for name in names)
+                found.extend(f"{where}:{node.lineno}: {name.name}" for name in node.names if name.name in made)
+    assert found == []
+
+
+def test_the_systems_own_threads_are_only_ever_a_default() -> None:
+    """A call that names them would pass by what the simulation hands in."""
+    found = []
+    for path in PARTS_OF_A_RUN:
+        tree = ast.parse(path.read_text())
+        defaults = {
+            id(default)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            for default in (*node.args.defaults, *node.args.kw_defaults)
+        }
+        for node in ast.walk(tree):
+            named = isinstance(node, ast.Name) and node.id == "OF_THE_SYSTEM" and id(node) not in defaults
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Threads"
+            if named or called:
+                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
     assert found == []

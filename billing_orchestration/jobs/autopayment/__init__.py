@@ -48,6 +48,7 @@ from billing_orchestration.jobs.run_report import (
 )
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+from billing_orchestration.threads import Threads
 
 # A long list at a slow provider takes hours; beyond this it hangs, and tomorrow's run must not wait for it.
 MAX_RUNTIME_S = 12 * 3600
@@ -89,6 +90,7 @@ def fetch_due_subscriptions(
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
+    threads: dg.ResourceParam[Threads],
 ) -> Iterator[dg.Output[Renewals] | dg.DynamicOutput[None]]:
     """The database's slice, or the shards that each read their own."""
     with told_plainly():
@@ -106,6 +108,7 @@ def fetch_due_subscriptions(
                 billing_database,
                 payment_provider,
                 clock,
+                threads,
             )
             return
         renewals = read_renewals(billing_database, clock, scope, config.max_overdue_days)
@@ -133,10 +136,11 @@ def fetch_open_renewals(
     renewals: Renewals,
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
+    threads: dg.ResourceParam[Threads],
 ) -> AskedRenewals:
     """The provider's slice. It reads only; a wrong shop key fails the run after one request."""
     with told_plainly():
-        asked = ask_about_open(renewals, payment_provider, clock)
+        asked = ask_about_open(renewals, payment_provider, clock, threads)
     context.add_output_metadata(
         {
             "asked about": dg.MetadataValue.int(asked.asked_about),
@@ -178,11 +182,12 @@ def charge_renewals(
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
+    threads: dg.ResourceParam[Threads],
 ) -> Told:
     """Apply the plan; red at the end if something needs another try. A dry run shows the plan and sends nothing."""
     report = RunReport()
     with told_plainly():
-        apply_plan(context, config, plan, report, billing_database, payment_provider, clock)
+        apply_plan(context, config, plan, report, billing_database, payment_provider, clock, threads)
         if not plan.scope.dry_run:
             day = str(billing_database.calendar.day_of(plan.scope.as_of))
             yield plotted(context, ("billing", JOB), report.numbers, day=day)

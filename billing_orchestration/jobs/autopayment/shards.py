@@ -42,6 +42,7 @@ from billing_orchestration.jobs.run_report import (
     told_plainly,
 )
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+from billing_orchestration.threads import Threads
 
 # On the run's record in the run history, which every process of a run can read: nothing else needs to be shared.
 DIVISION_TAG = "billing/division"
@@ -161,6 +162,7 @@ def divide_due(
     database: BillingDatabase,
     provider: ProviderConnection,
     clock: Clock,
+    threads: Threads,
 ) -> Iterator[dg.DynamicOutput[None]]:
     """Count what is due, and yield the shards. Raises before any of them begins what would stop each of them."""
     if scope.approved_plan is not None:
@@ -178,7 +180,7 @@ def divide_due(
     # A wrong shop key is found by one request, not by one of each shard.
     provider.client.check()
     if scope.max_changes is not None:
-        _stop_if_over(scope, scope.max_changes, max_overdue_days, shards, database, provider, clock)
+        _stop_if_over(scope, scope.max_changes, max_overdue_days, shards, database, provider, clock, threads)
     division = Division(scope.as_of, scope.source, at_once, max_overdue_days)
     context.instance.add_run_tags(context.run_id, {DIVISION_TAG: division.to_text()})
     context.log.info(f"{counts.due} due subscriptions in {shards} shards, {at_once} at once")
@@ -206,12 +208,13 @@ def _stop_if_over(
     database: BillingDatabase,
     provider: ProviderConnection,
     clock: Clock,
+    threads: Threads,
 ) -> None:
     """A limit on changes holds for the whole run: decide all shards once, one after another, before any begins."""
     changes = 0
     first: list[Decision] = []
     for shard in divide(shards):
-        asked = ask_about_open(read_renewals(database, clock, scope, max_overdue_days, shard), provider, clock)
+        asked = ask_about_open(read_renewals(database, clock, scope, max_overdue_days, shard), provider, clock, threads)
         decisions = [decision for decision in decide(asked, clock) if not isinstance(decision, NotCharged)]
         changes += len(decisions)
         first.extend(shown(decision) for decision in decisions[: 100 - len(first)])
@@ -231,6 +234,7 @@ def renew_shard(
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
+    threads: dg.ResourceParam[Threads],
 ) -> None:
     """All steps of one shard. What must be retried is reported to the last op, which ends the run red."""
     report = RunReport()
@@ -238,7 +242,7 @@ def renew_shard(
         shard = shard_of_key(context.get_mapping_key())
         scope, division = _agreed(context, run, clock)
         renewals = read_renewals(billing_database, clock, scope, division.max_overdue_days, shard)
-        asked = ask_about_open(renewals, payment_provider, clock)
+        asked = ask_about_open(renewals, payment_provider, clock, threads)
         plan = RenewalPlan(scope, tuple(decide(asked, clock)), asked.view.extra, asked.unusable)
         del renewals, asked
         apply_plan(
@@ -249,6 +253,7 @@ def renew_shard(
             billing_database,
             payment_provider,
             clock,
+            threads,
         )
     context.add_output_metadata(
         {

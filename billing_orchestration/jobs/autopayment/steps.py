@@ -51,7 +51,7 @@ from billing_orchestration.jobs.settling import open_all, report_settled, report
 from billing_orchestration.provider.errors import ProviderError, WrongCredentials
 from billing_orchestration.provider.pacing import map_concurrently
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection
-from billing_orchestration.threads import threads
+from billing_orchestration.threads import Threads
 
 JOB = "autopayment_job"
 RETRY_HINT = (
@@ -129,7 +129,7 @@ def read_renewals(
     return Renewals(scope, rules, found)
 
 
-def ask_about_open(renewals: Renewals, provider: ProviderConnection, clock: Clock) -> AskedRenewals:
+def ask_about_open(renewals: Renewals, provider: ProviderConnection, clock: Clock, threads: Threads) -> AskedRenewals:
     """The provider's slice: what became of attempts whose outcome is open. It reads only."""
     attempts = renewals.slice.open_attempts
     pending = [attempt for attempt in attempts if attempt.state == State.PENDING]
@@ -137,7 +137,7 @@ def ask_about_open(renewals: Renewals, provider: ProviderConnection, clock: Cloc
     views = []
     unusable: list[UnusablePayment] = []
     if pending:
-        views.append(_ask_about(pending, provider))
+        views.append(_ask_about(pending, provider, threads))
     if lost:
         view, odd = _search(lost, provider)
         views.append(view)
@@ -145,10 +145,10 @@ def ask_about_open(renewals: Renewals, provider: ProviderConnection, clock: Cloc
     return AskedRenewals(renewals, merge_views(views), tuple(unusable), len(pending), len(lost))
 
 
-def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection) -> ProviderView:
+def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection, threads: Threads) -> ProviderView:
     answers, silent = {}, {}
     by_payment = {attempt.external_payment_id: attempt for attempt in pending if attempt.external_payment_id}
-    for payment_id, result in map_concurrently(provider.client.get_payment, list(by_payment), 8):
+    for payment_id, result in map_concurrently(provider.client.get_payment, list(by_payment), 8, threads=threads):
         attempt = by_payment[payment_id]
         if isinstance(result, ProviderError):
             silent[attempt.id] = str(result)
@@ -232,6 +232,7 @@ def apply_plan(
     database: BillingDatabase,
     provider: ProviderConnection,
     clock: Clock,
+    threads: Threads,
 ) -> None:
     """Conclude what the provider told, then charge; a dry run only reports the plan."""
     scope = plan.scope
@@ -244,7 +245,7 @@ def apply_plan(
         report.applied = sum(not isinstance(decision, NotCharged) for decision in plan.decisions)
     else:
         _conclude_open(plan, report, database, provider, stamp())
-        _charge(context, config, plan, report, database, provider, clock)
+        _charge(context, config, plan, report, database, provider, clock, threads)
     for decision in plan.decisions:
         if isinstance(decision, NotCharged):
             report.skipped += 1
@@ -302,6 +303,7 @@ def _charge(
     database: BillingDatabase,
     provider: ProviderConnection,
     clock: Clock,
+    threads: Threads,
 ) -> None:
     to_send = [decision for decision in plan.decisions if isinstance(decision, (Charge, Resend))]
     report.numbers = dict.fromkeys(
@@ -314,7 +316,7 @@ def _charge(
         client.limit_rate(config.max_requests_per_second)
     charging = Charging(database, client, lambda: Stamp(JOB, plan.scope.run_id, clock.now()), context.log.info)
     limits = ChargingLimits(config.max_concurrency, config.max_sends, config.resend_wait_s)
-    pipeline = Pipeline(charging, limits, threads())
+    pipeline = Pipeline(charging, limits, threads)
     refused: list[Problem] = []
     for result in pipeline.run(to_send):
         attempt = result.attempt

@@ -161,7 +161,7 @@ class Process:
             )
 
         return SimulatedProvider(
-            settings, wire, lambda seconds: world.pass_time(min(seconds, 5.0)), self.accidents.generator
+            settings, wire, self.threads, lambda seconds: world.pass_time(min(seconds, 5.0)), self.accidents.generator
         )
 
 

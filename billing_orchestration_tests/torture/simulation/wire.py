@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.provider.wire import Answer, NotConnected
 from billing_orchestration.sandbox.provider.account import SandboxProvider
+from billing_orchestration.threads import Threads
 
 # (name, weight): what may happen to one call. "before": nothing was executed; "after": it was, and nobody learns it.
 CHARGE_FAULTS = (
@@ -145,6 +146,7 @@ class SimulatedProvider(PaymentProvider):
         self,
         settings: Any,
         make_wire: Callable[[Any], SimulatedWire],
+        threads: Threads,
         sleep: Callable[[float], None],
         generator: random.Random,
     ) -> None:
@@ -153,6 +155,7 @@ class SimulatedProvider(PaymentProvider):
             secret_key=settings.yookassa_secret_key.get_secret_value(),
             api_url=settings.yookassa_api_url,
             timeouts=Timeouts(connect_s=2.0, charge_read_s=40.0, read_s=15.0),
+            threads=threads,
             sleep=sleep,
             uniform=generator.uniform,
         )

@@ -23,7 +23,6 @@ from billing_orchestration.resources import Clock, HandOver, ProviderConnection,
 from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.settings import Settings
-from billing_orchestration.threads import threads_made_by
 from billing_orchestration_tests.torture.simulation.charges import Charges
 from billing_orchestration_tests.torture.simulation.judge import Journal, Rules
 from billing_orchestration_tests.torture.simulation.oracle import Oracle
@@ -200,8 +199,7 @@ class World:
             self._database = database
         order = Order(tick, partition, dry_run, self._op_config(tick))
         try:
-            with threads_made_by(process.threads):
-                end = self._run_whole(process, job, order) if whole else self._run_ops(process, job, order, database)
+            end = self._run_whole(process, job, order) if whole else self._run_ops(process, job, order, database)
         except Killed:
             end = RunEnd("killed", failure="killed")
         database.process = None
@@ -250,6 +248,7 @@ class World:
             "billing_database": database,
             "payment_provider": provider,
             "clock": Clock(lambda: self.now),
+            "threads": process.threads,
             "hand_over": HandOver(),
         }
         try:
@@ -258,7 +257,9 @@ class World:
             provider.close()
 
     def _run_whole(self, process: Process, job: str, order: Order) -> RunEnd:
-        definitions = build_definitions(load=lambda: self.settings, now=lambda: self.now, connect=process.connect)
+        definitions = build_definitions(
+            load=lambda: self.settings, now=lambda: self.now, connect=process.connect, threads=process.threads
+        )
         if self._instance is None:
             self._instance = dg.DagsterInstance.ephemeral()
         known = {node.name for node in JOBS[job].nodes_in_topological_order}
