@@ -12,7 +12,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from billing_orchestration.database.attempts import close, open_and_claim
+from billing_orchestration.database.attempts import open_and_claim
 from billing_orchestration.database.audit import Stamp, storable_name
 from billing_orchestration.database.expiry import (
     OverSlice,
@@ -23,7 +23,6 @@ from billing_orchestration.database.expiry import (
     fetch_stale_payments,
     lock_over,
 )
-from billing_orchestration.domain.answers import Closing
 from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.expiry import StalePayment
 from billing_orchestration.domain.settlement import Settle
@@ -472,11 +471,3 @@ def test_expiring_and_settling_the_same_payments_at_once_loses_none(books: Books
     at_once([settle, expire_them, settle, expire_them])
     assert {row.status for row in books.rows("payments")} == {"SUCCEEDED"}
     assert len(books.rows("settlements")) == len(books.rows("subscriptions")) == 30
-
-
-def test_a_closed_attempt_lets_its_subscription_expire(books: Books) -> None:
-    attempt = books.attempt(books.subscription(ended_at=NOON - A_DAY))
-    assert expire(books) == 0
-    with books.engine.begin() as connection:
-        close(connection, STAMP, [Closing(attempt, State.VOID, "two scans did not find it")])
-    assert expire(books) == 1

@@ -269,14 +269,6 @@ def test_a_decline_of_a_card_today_counts_for_all_its_subscriptions(books: Books
     assert (due(books, other).method_declined_at == NOON) == declined
 
 
-def test_open_attempts_come_whatever_became_of_their_subscription(books: Books) -> None:
-    renewed, canceled, too_old, present = (books.subscription(ended_at=NOON - days * A_DAY) for days in (1, 2, 100, 0))
-    attempts = [books.attempt(subscription_id) for subscription_id in (renewed, canceled, too_old, present)]
-    books.execute("UPDATE subscriptions SET ended_at = 'infinity' WHERE id = :id", id=renewed)
-    books.execute("UPDATE subscriptions SET status = 'CANCELED' WHERE id = :id", id=canceled)
-    assert {attempt.id for attempt in fetch(books).open_attempts} == {attempt.id for attempt in attempts}
-
-
 def test_the_slice_is_a_handful_of_statements_however_much_is_due(books: Books) -> None:
     counted: list[str] = []
     sa.event.listen(books.engine, "before_cursor_execute", lambda *event: counted.append(event[2]))

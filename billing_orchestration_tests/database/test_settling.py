@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -13,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Stamp
+from billing_orchestration.database.engine import create_engine
 from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
 from billing_orchestration.database.settling_facts import ChangedMeanwhile
 from billing_orchestration.domain.attempts import Attempt, State
@@ -121,24 +123,6 @@ def test_the_subscription_that_lasts_longest_is_extended_and_no_other(books: Boo
     assert [books.row("subscriptions", id_) for id_ in others] == before
 
 
-@pytest.mark.parametrize(
-    ("unit", "end"), [("days", NOON + A_DAY), ("month", MONTH_LATER), ("year", NOON.replace(year=2027))]
-)
-def test_a_period_is_the_plans(books: Books, unit: str, end: datetime) -> None:
-    books.settle(books.paid(plan_id=books.plan(duration=1, unit=unit)))
-    assert books.rows("subscriptions")[0].ended_at == naive(end)
-
-
-def test_the_anchor_day_is_kept_through_the_database(books: Books) -> None:
-    subscription_id = books.subscription(
-        "anna",
-        started_at=datetime(2026, 1, 31, 9, 30, tzinfo=timezone.utc),
-        ended_at=datetime(2026, 2, 28, 9, 30, tzinfo=timezone.utc),
-    )
-    books.settle(books.paid(user="anna"))
-    assert books.ended_at(subscription_id) == datetime(2026, 3, 31, 9, 30, tzinfo=timezone.utc)
-
-
 @pytest.mark.parametrize("zone", ["Asia/Vladivostok", "America/Anchorage"])
 def test_whatever_the_zone_of_an_instant_the_tables_hold_utc(books: Books, zone: str) -> None:
     there = ZoneInfo(zone)
@@ -222,10 +206,6 @@ def test_a_full_refund_of_a_pending_row_keeps_its_subscription_as_it_is(books: B
     assert books.ended_at(subscription_id) == NOON
 
 
-def test_a_partial_refund_grants_the_period(books: Books) -> None:
-    assert isinstance(only(books.settle(books.paid(refunded="298.99"))).decision, Settle)
-
-
 # A renewal
 
 
@@ -263,7 +243,7 @@ def test_a_renewal_revives_a_subscription_that_expired_meanwhile(books: Books) -
     assert (entry.old["status"], entry.new["status"]) == ("EXPIRED", "ACTIVE")
 
 
-@pytest.mark.parametrize("status", ["CANCELED", "PAUSED", "DELETED", "CREATED", None])
+@pytest.mark.parametrize("status", ["CANCELED", None])
 def test_a_renewal_of_an_ended_subscription_is_granted_and_a_person_is_told_once(
     books: Books, status: str | None
 ) -> None:
@@ -277,10 +257,9 @@ def test_a_renewal_of_an_ended_subscription_is_granted_and_a_person_is_told_once
     assert settled.newly_opened
 
 
-@pytest.mark.parametrize("status", ["PENDING", "CREATED", "EXPIRED"])
-def test_a_renewals_row_that_the_webhook_wrote_unpaid_is_finished(books: Books, status: str) -> None:
+def test_a_renewals_row_that_the_webhook_wrote_unpaid_is_finished(books: Books) -> None:
     subscription_id = books.subscription("anna")
-    row_id = books.payment("renewal", status=status)
+    row_id = books.payment("renewal", status="EXPIRED")
     books.settle(books.renewal(books.attempt(subscription_id)))
     (row,) = books.rows("payments")
     assert (row.id, row.status, row.subscription_id) == (row_id, "SUCCEEDED", subscription_id)
@@ -347,7 +326,7 @@ def test_a_renewal_refunded_in_full_closes_its_attempt_as_refunded(books: Books)
 # A late success
 
 
-@pytest.mark.parametrize("state", [State.DECLINED, State.STOPPED, State.REJECTED, State.VOID])
+@pytest.mark.parametrize("state", [State.DECLINED, State.VOID])
 def test_a_late_success_of_an_attempt_that_counted_as_unpaid_is_granted(books: Books, state: str) -> None:
     subscription_id = books.subscription("anna")
     attempt = books.attempt(subscription_id, state=state, external_payment_id="the canceled one")
@@ -372,7 +351,7 @@ def test_a_late_success_takes_the_place_of_an_attempt_that_was_never_sent(books:
     assert books.ended_at(late.subscription_id) == MONTH_LATER
 
 
-@pytest.mark.parametrize("state", [State.PLANNED, State.UNKNOWN, State.PENDING, State.SUCCEEDED, State.REVIEW])
+@pytest.mark.parametrize("state", [State.PLANNED, State.SUCCEEDED])
 def test_a_late_success_beside_an_attempt_that_may_be_paid_is_a_second_success(books: Books, state: str) -> None:
     late, rival = late_and_rival(books, state=state)
     settled = only(books.settle(books.renewal(late)))
@@ -398,14 +377,6 @@ def test_a_late_success_that_was_refunded_stops_the_attempt_that_was_about_to_be
     assert books.read_attempt(rival.id).state == State.VOID
 
 
-@pytest.mark.parametrize("state", [State.UNKNOWN, State.SUCCEEDED])
-def test_an_odd_success_beside_an_attempt_that_may_be_paid_leaves_both_as_they_are(books: Books, state: str) -> None:
-    late, rival = late_and_rival(books, state=state)
-    settled = only(books.settle(books.renewal(late, is_test=True), is_live=True))
-    assert kind_of(settled) == "test_payment"
-    assert [books.read_attempt(attempt.id).state for attempt in (late, rival)] == [State.VOID, state]
-
-
 def test_a_test_payment_that_names_a_paid_attempt_does_not_reopen_it(books: Books) -> None:
     attempt = books.attempt(books.subscription("anna"))
     books.settle(books.renewal(attempt))
@@ -413,17 +384,6 @@ def test_a_test_payment_that_names_a_paid_attempt_does_not_reopen_it(books: Book
     assert kind_of(settled) == "test_payment"
     after = books.read_attempt(attempt.id)
     assert (after.state, after.external_payment_id) == (State.SUCCEEDED, "renewal")
-
-
-def test_a_second_success_of_one_attempt_grants_nothing_more(books: Books) -> None:
-    subscription_id = books.subscription("anna")
-    attempt = books.attempt(subscription_id)
-    books.settle(books.renewal(attempt, "one"))
-    settled = only(books.settle(books.renewal(attempt, "two")))
-    assert kind_of(settled) == "second_success"
-    assert books.ended_at(subscription_id) == MONTH_LATER
-    assert [row.external_payment_id for row in books.rows("payments")] == ["one"]
-    assert books.read_attempt(attempt.id).external_payment_id == "one"
 
 
 def test_a_renewal_with_another_amount_goes_to_review_and_stays_there(books: Books) -> None:
@@ -438,14 +398,6 @@ def test_a_renewal_with_another_amount_goes_to_review_and_stays_there(books: Boo
     (problem,) = books.rows("quarantine")
     assert (problem.attempt_id, problem.subscription_id) == (attempt.id, subscription_id)
     assert books.rows("payments") == books.rows("settlements") == []
-
-
-def test_a_success_that_names_an_attempt_unknown_here_is_not_taken_for_a_purchase(books: Books) -> None:
-    books.subscription("anna")
-    other = Books(books.engine).planned(books.subscription("berta"))
-    settled = only(books.settle(books.renewal(other)))
-    assert kind_of(settled) == "unknown_attempt"
-    assert books.rows("settlements") == []
 
 
 # Once
@@ -488,8 +440,6 @@ def test_settling_a_second_time_changes_nothing(books: Books) -> None:
 
 
 def test_a_batch_and_one_at_a_time_come_to_the_same(books: Books, postgres_server: Any, migrated_template: str) -> None:
-    from billing_orchestration.database.engine import create_engine
-
     together = books.settle(*every_kind(books))
     with postgres_server.database(migrated_template) as url:
         engine = create_engine(url)
@@ -554,7 +504,7 @@ def test_a_preview_decides_the_same_and_writes_nothing(books: Books) -> None:
 # Rows with flaws
 
 
-@pytest.mark.parametrize("statuses", [["PENDING", "PENDING"], ["EXPIRED", "PENDING"], ["CANCELED", "PENDING"]])
+@pytest.mark.parametrize("statuses", [["PENDING", "PENDING"], ["CANCELED", "PENDING"]])
 def test_of_several_rows_with_one_id_one_is_settled(flawed_books: Books, statuses: list[str]) -> None:
     books = flawed_books
     ids = [books.payment("p", status=status) for status in statuses]
@@ -567,18 +517,10 @@ def test_of_several_rows_with_one_id_one_is_settled(flawed_books: Books, statuse
     assert len(books.rows("settlements")) == 1
 
 
-def test_of_several_rows_with_one_id_the_one_with_the_paid_amount_is_settled(flawed_books: Books) -> None:
-    books = flawed_books
-    books.payment("p", amount="1.00")
-    wanted = books.payment("p", status="EXPIRED")
-    assert only(books.settle(books.paid("p"))).payment_row_id == wanted
-
-
-@pytest.mark.parametrize("status", ["SUCCEEDED", "REFUNDED"])
-def test_a_row_that_is_final_beside_a_pending_one_grants_nothing(flawed_books: Books, status: str) -> None:
+def test_a_row_that_is_final_beside_a_pending_one_grants_nothing(flawed_books: Books) -> None:
     books = flawed_books
     books.payment("p", status="PENDING")
-    books.payment("p", status=status)
+    books.payment("p", status="REFUNDED")
     before = books.snapshot()
     assert isinstance(only(books.settle(books.paid("p"))).decision, Leave)
     assert books.snapshot() == before
@@ -588,9 +530,7 @@ def test_a_row_that_is_final_beside_a_pending_one_grants_nothing(flawed_books: B
     ("fields", "kind"),
     [
         ({"currency": None}, "amount_differs"),
-        ({"currency": "USD"}, "amount_differs"),
         ({"amount": "299.01"}, "amount_differs"),
-        ({"status": "CANCELED"}, "canceled_here"),
         ({"status": None}, "status_unknown"),
     ],
 )
@@ -651,17 +591,7 @@ def test_a_renewal_of_a_deleted_subscription_goes_to_review(books: Books) -> Non
     assert books.read_attempt(attempt.id).state == State.REVIEW
 
 
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {"plan_id": "2147483648"},
-        {"plan_id": "0"},
-        {"plan_id": "1e0"},
-        {"payment_provider_id": "987654"},
-        {"user_id": " "},
-        {"user_id": ["anna"]},
-    ],
-)
+@pytest.mark.parametrize("metadata", [{"plan_id": "2147483648"}, {"payment_provider_id": "987654"}])
 def test_metadata_that_names_nothing_here_goes_to_quarantine(books: Books, metadata: dict[str, Any]) -> None:
     assert kind_of(only(books.settle(books.paid("p", metadata=metadata)))) == "metadata"
     assert books.rows("payments") == []
@@ -670,8 +600,6 @@ def test_metadata_that_names_nothing_here_goes_to_quarantine(books: Books, metad
 def test_what_the_database_refuses_fails_the_batch_and_writes_nothing(books: Books) -> None:
     before = books.snapshot()
     # Too long for the index on (user_id, plan_id), and not compressible.
-    import random
-
     hostile = "".join(
         random.Random(0).choices("abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=9000)
     )
@@ -777,16 +705,11 @@ def test_a_problem_that_comes_back_after_it_was_settled_is_opened_again(books: B
     assert [row.resolution for row in books.rows("quarantine")] == ["settled", None]
 
 
-def test_a_second_success_stays_open_for_a_person(books: Books) -> None:
+def test_a_second_success_grants_nothing_more_and_stays_open_for_a_person(books: Books) -> None:
     attempt = books.attempt(books.subscription("anna"))
-    books.settle(books.renewal(attempt, "one"))
-    books.settle(books.renewal(attempt, "two"))
-    books.settle(books.renewal(attempt, "one"))
+    for payment_id in ("one", "two", "one"):
+        books.settle(books.renewal(attempt, payment_id))
+    assert books.ended_at(attempt.subscription_id) == MONTH_LATER
+    assert [row.external_payment_id for row in books.rows("payments")] == ["one"]
+    assert books.read_attempt(attempt.id).external_payment_id == "one"
     assert [(row.kind, row.resolved_at) for row in books.rows("quarantine")] == [("second_success", None)]
-
-
-def test_a_test_payment_in_a_live_shop_grants_nothing(books: Books) -> None:
-    payment = books.paid("p", is_test=True)
-    assert kind_of(only(books.settle(payment, is_live=True))) == "test_payment"
-    assert books.rows("subscriptions") == books.rows("payments") == []
-    assert isinstance(only(books.settle(payment, is_live=False)).decision, Settle)

@@ -185,7 +185,7 @@ PROMISED = (
             ),
         ),
         (
-            "database/test_audit.py::test_rows_are_found_by_id_whatever_their_status_and_age",
+            "database/test_matching.py::test_rows_are_found_by_id_whatever_their_status_and_age",
             _SUCCESSFUL + "test_rows_are_looked_up_by_id_so_that_no_orphan_is_invented_at_the_edge_of_the_window",
         ),
     ),
