@@ -149,7 +149,7 @@ class _Connection(asyncio.Protocol):
 
 @contextmanager
 def provider(latency_s: float, history: History = History()) -> Iterator[str]:
-    """Lend the address (with /v3) of a provider that answers each request after so many seconds."""
+    """Yield the address (with /v3) of a provider that answers each request after so many seconds."""
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, repr(latency_s), str(history.count), history.start, repr(history.step_s)],
         stdin=subprocess.PIPE,

@@ -86,7 +86,7 @@ def _titles(children: Path) -> Iterator[str]:
 
 @contextmanager
 def database() -> Iterator[Database]:
-    """Lend a server with an empty, migrated database `billing`; its data is removed at the end."""
+    """Yield a server with an empty, migrated database `billing`; its data is removed at the end."""
     from billing_orchestration.database.engine import create_engine
     from billing_orchestration.database.migrating import migrate
 

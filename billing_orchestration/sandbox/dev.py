@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from billing_orchestration.sandbox.demo import make_console, play
+from billing_orchestration.sandbox.demo import interrupt_on_signals, make_console, play
 from billing_orchestration.sandbox.stage import Stage, StageError, has_data, open_stage, project_root
 
 HOST = "127.0.0.1"
@@ -37,8 +37,7 @@ def main(argv: Sequence[str] = ()) -> int:
     parser.add_argument("--fresh", action="store_true", help="start over, even if an earlier demo left data")
     arguments = parser.parse_args(argv)
     console = make_console()
-    for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell's background job ignores Ctrl-C
-        signal.signal(name, signal.default_int_handler)
+    interrupt_on_signals()
     try:
         root = project_root()
         _refuse_busy(arguments.port)

@@ -107,13 +107,13 @@ def project_root() -> Path:
 
 
 def has_data(root: Path) -> bool:
-    """Whether an earlier demo was set up to its end, so that its data can be opened again."""
+    """Whether an earlier demo ran to its end, so that its data can be opened again."""
     return (root / ".demo" / "complete").is_file()
 
 
 @contextmanager
 def open_stage(root: Path, *, fresh: bool) -> Iterator[Stage]:
-    """Lend the stage; `fresh` begins with empty databases and an empty provider. Raises StageError."""
+    """Yield the stage; `fresh` begins with empty databases and an empty provider. Raises StageError."""
     folder = root / ".demo"
     with ExitStack() as stack:
         stack.enter_context(_only_one(folder))
@@ -160,7 +160,7 @@ def open_stage(root: Path, *, fresh: bool) -> Iterator[Stage]:
 
 
 def mark_complete(stage: Stage) -> None:
-    """Note that the data is whole, for `has_data`."""
+    """Mark the data as complete, for `has_data`."""
     (stage.folder / "complete").touch()
 
 

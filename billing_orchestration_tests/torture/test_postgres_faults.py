@@ -20,26 +20,28 @@ from billing_orchestration_tests.torture.kill_points import AFTER, BEFORE, Death
 from billing_orchestration_tests.torture.kill_runner import Runner
 from billing_orchestration_tests.torture.kill_scenarios import ALL as SCENARIOS
 from billing_orchestration_tests.torture.kill_scenarios import AUTOPAYMENT, SHORT, Scenario
-from billing_orchestration_tests.torture.postgres_matrix import (
+from billing_orchestration_tests.torture.postgres_faults import (
     CUT,
     FAULTS,
-    FEW,
     FULL,
     FULL_FOR_STATEMENTS,
     LOCKED,
     PANIC,
     RESTARTED,
-    SLOW,
-    Cell,
     Fault,
-    Matrix,
-    PostgresStage,
     ballast,
     fill,
+    with_triggers,
+)
+from billing_orchestration_tests.torture.postgres_matrix import (
+    FEW,
+    SLOW,
+    Cell,
+    Matrix,
+    PostgresStage,
     migrated_server,
     play,
     small_disk,
-    with_triggers,
 )
 
 # `make torture` sets it: then one step of each kind in every job; with a night's ROUNDS the last of each kind as well,

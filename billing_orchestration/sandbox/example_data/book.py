@@ -1,4 +1,4 @@
-"""The example data while it is made up: what each case needs on both sides, not written yet."""
+"""Collects what each case needs on both sides, before anything is written."""
 
 from __future__ import annotations
 

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
 
 PENDING_JOB = "matching_pending_payments_job"
 SUCCESSFUL_JOB = "matching_successful_payments_job"
 PAYMENTS_JOB = "expire_payments_job"
 AUTOPAYMENT_JOB = "autopayment_job"
 SUBSCRIPTIONS_JOB = "expire_subscriptions_job"
-
-
-class ProviderSide(Protocol):
-    """What writing needs of the sandbox; `remote_control.SandboxControl` is one."""
-
-    def add_methods(self, methods: Sequence[Mapping[str, Any]]) -> None:
-        """Put saved payment methods in."""
-
-    def add_payments(self, payments: Sequence[Mapping[str, Any]]) -> None:
-        """Put payments into the history."""
-
-    def misbehave(self, rules: Sequence[Mapping[str, Any]]) -> None:
-        """Add misbehaviours."""
 
 
 @dataclass(slots=True, eq=False)

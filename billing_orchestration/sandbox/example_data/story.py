@@ -9,8 +9,9 @@ import sqlalchemy as sa
 
 from billing_orchestration.sandbox.example_data import endings, payments, renewals
 from billing_orchestration.sandbox.example_data.book import Book
-from billing_orchestration.sandbox.example_data.records import ProviderSide, Story
+from billing_orchestration.sandbox.example_data.records import Story
 from billing_orchestration.sandbox.example_data.writing import write
+from billing_orchestration.sandbox.provider.remote_control import SandboxControl
 
 _CHAPTERS = (
     renewals.ordinary,
@@ -27,7 +28,7 @@ _CHAPTERS = (
 )
 
 
-def fill(engine: sa.Engine, provider: ProviderSide, now: datetime, seed: int = 20) -> Story:
+def fill(engine: sa.Engine, provider: SandboxControl, now: datetime, seed: int = 20) -> Story:
     """Write the example data into an empty database and into the sandbox. The same seed, the same data.
 
     The service's tables come first, with flaws that only a database without our indexes can have; then it is migrated,

@@ -23,13 +23,14 @@ from billing_orchestration.database.tables import (
     subscriptions,
 )
 from billing_orchestration.sandbox.example_data.book import Book, metadata_of
-from billing_orchestration.sandbox.example_data.records import Attempt, PaymentRow, ProviderSide, Story, Subscription
+from billing_orchestration.sandbox.example_data.records import Attempt, PaymentRow, Story, Subscription
 from billing_orchestration.sandbox.provider.clock import iso
+from billing_orchestration.sandbox.provider.remote_control import SandboxControl
 
 _OPENED_AGO = timedelta(days=900)
 
 
-def write(book: Book, engine: sa.Engine, provider: ProviderSide) -> Story:
+def write(book: Book, engine: sa.Engine, provider: SandboxControl) -> Story:
     """Write the service's tables, migrate, then write earlier attempts and the provider's side."""
     with engine.begin() as connection:
         service.create_all(connection)

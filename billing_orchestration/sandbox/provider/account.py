@@ -146,7 +146,7 @@ class SandboxProvider:
         saved: bool = True,
         card_last4: str = "4444",
     ) -> SavedMethod:
-        """Put a saved payment method in, or replace it. `script`: one outcome or several (see `outcome`)."""
+        """Add a saved payment method, or replace it. `script`: one outcome or several (see `outcome`)."""
         with self._lock:
             method_id = method_id or self._books.new_id(self.clock())
             return history.add_method(
@@ -211,7 +211,7 @@ class SandboxProvider:
     def refund(
         self, payment_id: str, amount: Decimal | str | int | None = None, *, at: datetime | str | None = None
     ) -> Payment:
-        """Give money back, all that is left unless an amount is given. The payment stays `succeeded`."""
+        """Refund an amount, or all that is left. The payment stays `succeeded`."""
         with self._lock:
             now = self._catch_up()
             payment = self._books.existing(payment_id)
@@ -223,18 +223,18 @@ class SandboxProvider:
             return payment
 
     def add_payment(self, **fields: Any) -> Payment:
-        """Put one payment into the history; see `add_payments`."""
+        """Add one payment to the history; see `add_payments`."""
         return self.add_payments([fields])[0]
 
     def add_payments(self, many: Iterable[Mapping[str, Any]]) -> list[Payment]:
-        """Put payments into the history as they are to be found, whatever their age and state.
+        """Add payments to the history, whatever their age and state.
 
         Fields, all optional: id, amount ("990.00"), currency, status ("succeeded"), created_at (now), captured_at
         (created_at, if succeeded), description, metadata, method_type, method_id (the payment's own id), saved,
         script (of the saved method; `saved` registers it), card_last4, refunded_amount, test, cancellation
-        ({party, reason}), and for odd items: override (fields of the shown JSON replaced), without (fields left
-        out), raw (the whole item, verbatim). What succeeded and what was refunded is entered in the ledger. A pending
-        or held payment stays so until it is paid, captured or canceled: history does not run out by itself.
+        ({party, reason}); for odd items: override (fields of the shown JSON replaced), without (fields left out), raw
+        (the whole item, verbatim). Successes and refunds enter the ledger. A pending or held payment stays so until
+        it is paid, captured or canceled: history does not expire by itself.
         """
         with self._lock:
             now = self._catch_up()

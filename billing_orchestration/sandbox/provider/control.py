@@ -22,7 +22,7 @@ _OPERATIONS = ("pay", "cancel", "capture", "refund")
 
 
 def build_control(api: ProviderApi) -> Starlette:
-    """The application. An order that makes no sense is answered 400, with the reason."""
+    """The application. An order that cannot be carried out gets 400 and the reason."""
     control = _Control(api)
     return Starlette(
         routes=[

@@ -104,7 +104,7 @@ class PaymentBooks:
         payment.touch(at)
 
     def refund(self, payment: Payment, amount: Decimal, at: datetime) -> None:
-        """Give money back. The list shows it without lag, since the status stays."""
+        """Refund an amount. The list shows it without lag, since the status stays."""
         payment.refunded += amount
         payment.touch(payment.changed_at)
         self.record(payment, "refund", amount, aware_utc(at))

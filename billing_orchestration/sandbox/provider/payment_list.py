@@ -33,18 +33,18 @@ class PaymentList:
     def __init__(self, payments: Iterable[Payment] = ()) -> None:
         self.by_created: list[Entry] = []
         self.by_captured: list[Entry] = []
-        # Asked bounds and number of captures, with what was found: kept for the next page of the same scan.
+        # The last scan by capture, for its next page: bounds, number of captures then, and payments found.
         self._scan: tuple[tuple[int, int, int], list[Entry]] | None = None
         for payment in payments:
             self.created(payment)
             self.captured(payment)
 
     def created(self, payment: Payment) -> None:
-        """Take a new payment in."""
+        """Index a new payment."""
         insort(self.by_created, (milliseconds(payment.created_at), payment.sequence, payment), key=place)
 
     def captured(self, payment: Payment) -> None:
-        """Take a payment in that has been captured; others are no entry."""
+        """Index a payment by its capture, if it has been captured."""
         if payment.captured_at is not None:
             insort(self.by_captured, (milliseconds(payment.captured_at), payment.sequence, payment), key=place)
 

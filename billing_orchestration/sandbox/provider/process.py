@@ -21,7 +21,7 @@ _END_TIMEOUT_S = 15.0
 def provider_process(
     state_file: Path, *, shop_id: str, secret_key: str, env: Mapping[str, str], log: Path
 ) -> Iterator[str]:
-    """Lend a running sandbox's base address (without /v3), on a free port. Raises RuntimeError if it does not start."""
+    """Yield the base address (without /v3) of a sandbox on a free port. Raises RuntimeError if it does not start."""
     with log.open("ab") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(state_file), shop_id, secret_key],

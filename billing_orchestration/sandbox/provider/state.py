@@ -1,4 +1,4 @@
-"""The sandbox provider's state as a file, so that it outlives the process: the demo's data is still there in the UI."""
+"""The sandbox provider's state as a file: it outlives the process, so `make dev` opens the demo's data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _AMOUNTS = frozenset({"amount", "refunded"})
 
 @dataclass(frozen=True, slots=True)
 class IdempotenceRecord:
-    """What was asked first under a key, when, and what was answered."""
+    """The first request under a key: its body, its time, and the answer."""
 
     body: str
     first_at: datetime
