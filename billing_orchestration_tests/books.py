@@ -143,6 +143,15 @@ class Books:
         self.execute(f"DROP INDEX {UNIQUE_INDEX}")
         self.execute("CREATE INDEX bo_payments_external_payment_id ON payments (external_payment_id)")
 
+    def refuse_changes_of(self, table: str, *ids: int) -> None:
+        """A trigger of the service's will not have these rows changed."""
+        self.execute(f"""
+            CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN IF new.id IN ({", ".join(map(str, ids))}) THEN RAISE EXCEPTION 'not this one'; END IF;
+            RETURN new; END $$
+        """)
+        self.execute(f"CREATE TRIGGER refuse BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION refuse()")
+
     def _touched(self) -> dict[str, Any]:
         long_ago = naive(self.now - timedelta(days=60))
         return {"created_at": long_ago, "updated_at": long_ago}
@@ -261,6 +270,15 @@ class Books:
         name = f"billing_orchestration.{table}" if table in _OUR_SCHEMA else table
         with self.engine.connect() as connection:
             return list(connection.execute(sa.text(f"SELECT * FROM {name} WHERE {where} ORDER BY 1"), values))
+
+    def status(self, table: str, row_id: int) -> str | None:
+        """The status of a subscription or a payment row, whatever else the row holds."""
+        [status] = self.scalars(f"SELECT status::text FROM {table} WHERE id = :id", id=row_id)
+        return status  # type: ignore[no-any-return]
+
+    def statuses(self, table: str, *row_ids: int) -> list[str | None]:
+        """The statuses of several rows, in the order asked."""
+        return [self.status(table, row_id) for row_id in row_ids]
 
     def scalars(self, statement: str, **values: Any) -> list[Any]:
         """The first column of a query: for rows that hold what Python cannot read."""

@@ -5,4 +5,5 @@ pytest_plugins = [
     "billing_orchestration_tests.fixtures.postgres",
     "billing_orchestration_tests.fixtures.receiver",
     "billing_orchestration_tests.fixtures.sandbox",
+    "billing_orchestration_tests.fixtures.service",
 ]

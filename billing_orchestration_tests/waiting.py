@@ -15,13 +15,19 @@ T = TypeVar("T")
 _PATIENCE_S = 60.0
 
 
-def wait_until(condition: Callable[[], object], what: str = "the condition", patience_s: float = _PATIENCE_S) -> None:
-    """Return as soon as the condition holds."""
+def wait_until(
+    condition: Callable[[], T | None],
+    what: str = "the condition",
+    patience_s: float = _PATIENCE_S,
+    every_s: float = 0.005,
+) -> T:
+    """Return what the condition finds, as soon as it holds."""
     deadline = time.monotonic() + patience_s
-    while not condition():
+    while not (found := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited in vain: {what}")
-        time.sleep(0.005)
+        time.sleep(every_s)
+    return found
 
 
 def blocked_sessions(engine: sa.Engine) -> int:

@@ -13,16 +13,18 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import dagster as dg
+
+from billing_orchestration_tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
@@ -32,19 +34,7 @@ _OURS = ("BILLING_", "YOOKASSA_", "DAGSTER_", "PENDING_PAYMENT_", "SUBSCRIPTION_
 PATIENCE_S = 300.0
 _END_TIMEOUT_S = 20.0
 
-Found = TypeVar("Found")
-
-
-def wait_for(condition: Callable[[], Found | None], what: str, patience_s: float = PATIENCE_S) -> Found:
-    """Return what the condition finds, as soon as it finds something."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        found = condition()
-        if found:
-            return found
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"never seen: {what}")
-        time.sleep(0.25)
+wait_for = partial(wait_until, patience_s=PATIENCE_S, every_s=0.25)
 
 
 @dataclass

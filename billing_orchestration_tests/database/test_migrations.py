@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from billing_orchestration.database.indexes import SERVICE_INDEXES, index_states
 from billing_orchestration.database.migrating import MigrationReport, downgrade, migrate
 from billing_orchestration.database.tables import ours
 from billing_orchestration_tests.fixtures.postgres import Server, create_service_database
+from billing_orchestration_tests.waiting import wait_until
 
 UNIQUE = "bo_payments_external_payment_id_unique"
 PLAIN = "bo_payments_external_payment_id"
@@ -105,14 +105,6 @@ def valid_indexes(engine: sa.Engine) -> set[str]:
 def invalid_indexes(engine: sa.Engine) -> set[str]:
     with engine.connect() as connection:
         return {name for name, state in index_states(connection).items() if state.ours and not state.valid}
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"waited in vain until {what}")
 
 
 def builds_running(url: str) -> list[int]:

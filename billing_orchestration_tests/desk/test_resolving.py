@@ -7,7 +7,6 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from pydantic import SecretStr
 
 from billing_orchestration.desk.explaining import explain_payment, explain_subscription
@@ -16,19 +15,12 @@ from billing_orchestration.desk.resolving import NotResolved, Resolution, resolv
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.provider_payment import ATTEMPT_KEY
 from billing_orchestration.provider.errors import ProviderError
-from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.jobs.service import Service
 from billing_orchestration_tests.waiting import wait_for_a_blocked_session
 
 UTC = timezone.utc
 MATCHING = "matching_successful_payments_job"
-
-
-@pytest.fixture
-def service(engine: sa.Engine, database_url: str, sandbox: Sandbox) -> Service:
-    """A service on a fresh database and a fresh sandbox."""
-    return Service(engine, database_url, sandbox)
 
 
 def person(service: Service, word: str, entry: int, attach_to: int | None = None) -> list[str]:

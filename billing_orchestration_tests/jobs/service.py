@@ -127,6 +127,12 @@ class Service(Books):
 
     # --- running
 
+    def impatient(self) -> Settings:
+        """The settings of a run that gives a locked row up at once: `run(job, load=service.impatient)`."""
+        url = self.settings.billing_database_url
+        options = "options=-c%20lock_timeout%3D150ms"
+        return self.settings.model_copy(update={"billing_database_url": f"{url}{'&' if '?' in url else '?'}{options}"})
+
     @property
     def instance(self) -> dg.DagsterInstance:
         """The run history of this service's runs."""
@@ -224,6 +230,10 @@ class Service(Books):
     def charges(self) -> list[Any]:
         """What our own calls took from customers, by the provider's ledger."""
         return self.provider.charges()
+
+    def charged(self) -> Counter[int]:
+        """How often each subscription was charged, by the provider's ledger."""
+        return Counter(int(charge.metadata["subscription_id"]) for charge in self.charges())
 
     def quarantined(self, external_id: str) -> list[str]:
         """The kinds of problem for which a provider payment waits for a person."""

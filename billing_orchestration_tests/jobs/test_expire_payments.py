@@ -28,17 +28,6 @@ def there(service: Service, external_id: str, status: str = "succeeded", **field
     return service.paid_there(external_id, status=status, **fields)
 
 
-def status(service: Service, payment: int) -> str | None:
-    """The status of a payment row."""
-    found: str | None = service.row("payments", payment).status
-    return found
-
-
-def subscriptions(service: Service) -> list[Any]:
-    """All subscriptions, oldest first."""
-    return service.rows("subscriptions")
-
-
 # --- Which rows
 
 
@@ -51,7 +40,11 @@ def test_more_than_seven_days_means_more_than_seven_times_24_hours_before_as_of(
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert [status(service, payment) for payment in (older, exactly, younger)] == ["EXPIRED", "PENDING", "PENDING"]
+    assert service.statuses("payments", older, exactly, younger) == [
+        "EXPIRED",
+        "PENDING",
+        "PENDING",
+    ]
 
 
 def test_the_days_until_expiry_are_a_setting(service_with: Callable[..., Service]) -> None:
@@ -60,7 +53,7 @@ def test_the_days_until_expiry_are_a_setting(service_with: Callable[..., Service
 
     assert service.run(JOB).ok
 
-    assert [status(service, older), status(service, younger)] == ["EXPIRED", "PENDING"]
+    assert service.statuses("payments", older, younger) == ["EXPIRED", "PENDING"]
 
 
 def test_only_a_pending_payment_expires(service: Service) -> None:
@@ -93,7 +86,7 @@ def test_one_that_never_got_a_provider_id_expires_without_asking(service: Servic
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert [status(service, payment) for payment in payments] == ["EXPIRED", "EXPIRED"]
+    assert service.statuses("payments", *payments) == ["EXPIRED", "EXPIRED"]
     assert "never got a payment at the provider" in run.reasons(f"payment {payments[0]}")[0]
     assert service.sandbox.count() == 0
 
@@ -105,9 +98,9 @@ def test_one_that_is_pending_or_canceled_there_expires(service: Service) -> None
 
     assert run.ok, run.failure
     for said, payment in payments.items():
-        assert status(service, payment) == "EXPIRED"
+        assert service.status("payments", payment) == "EXPIRED"
         assert f"{said} at the provider" in run.reasons(f"payment {payment}")[0]
-    assert subscriptions(service) == []
+    assert service.rows("subscriptions") == []
 
 
 def test_one_that_the_provider_does_not_find_expires(service: Service) -> None:
@@ -116,7 +109,7 @@ def test_one_that_the_provider_does_not_find_expires(service: Service) -> None:
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert status(service, payment) == "EXPIRED"
+    assert service.status("payments", payment) == "EXPIRED"
     assert "does not know it" in run.reasons(f"payment {payment}")[0]
 
 
@@ -126,7 +119,7 @@ def test_one_whose_money_is_held_stays_pending_and_is_reported(service: Service)
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert status(service, payment) == "PENDING"
+    assert service.status("payments", payment) == "PENDING"
     assert "money is held" in run.reasons(f"payment {payment}")[0]
 
 
@@ -139,7 +132,7 @@ def test_one_that_is_paid_there_is_settled_as_the_matching_jobs_would(service: S
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    [his, hers] = subscriptions(service)
+    [his, hers] = service.rows("subscriptions")
     assert (his.id, his.ended_at) == (subscription, stored(2026, 4, 13, 12, 0))
     assert (hers.user_id, hers.status, hers.ended_at) == ("anna", "ACTIVE", stored(2026, 4, 12, 12, 0))
     row = service.row("payments", payment)
@@ -154,8 +147,8 @@ def test_one_that_was_paid_and_refunded_in_full_is_recorded_as_refunded(service:
 
     assert service.run(JOB).ok
 
-    assert status(service, payment) == "REFUNDED"
-    assert subscriptions(service) == []
+    assert service.status("payments", payment) == "REFUNDED"
+    assert service.rows("subscriptions") == []
 
 
 def test_one_that_is_paid_with_another_amount_goes_to_a_person_and_does_not_expire(service: Service) -> None:
@@ -164,7 +157,7 @@ def test_one_that_is_paid_with_another_amount_goes_to_a_person_and_does_not_expi
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert status(service, payment) == "PENDING"
+    assert service.status("payments", payment) == "PENDING"
     assert service.quarantined("paid") == ["amount_differs"]
 
 
@@ -174,7 +167,7 @@ def test_one_whose_record_cannot_be_used_goes_to_a_person_once_and_stays_pending
     runs = [service.run(JOB) for _ in range(2)]
 
     assert all(run.ok for run in runs)
-    assert status(service, payment) == "PENDING"
+    assert service.status("payments", payment) == "PENDING"
     assert service.quarantined("odd") == ["unreadable"]
     assert [run.report["quarantined for the first time"] for run in runs] == [1, 0]
 
@@ -184,7 +177,7 @@ def test_an_unknown_status_there_goes_to_a_person(service: Service) -> None:
 
     assert service.run(JOB).ok
 
-    assert status(service, payment) == "PENDING"
+    assert service.status("payments", payment) == "PENDING"
     assert service.quarantined("odd") == ["unreadable"]
 
 
@@ -195,7 +188,7 @@ def test_an_answer_about_another_payment_is_no_answer(service: Service) -> None:
     run = service.run(JOB)
 
     assert not run.ok
-    assert status(service, payment) == "PENDING"
+    assert service.status("payments", payment) == "PENDING"
 
 
 NO_ANSWERS: dict[str, dict[str, Any]] = {
@@ -231,11 +224,13 @@ def test_about_which_the_provider_does_not_answer_stays_pending_and_the_run_is_r
     assert not run.ok
     assert f"{len(NO_ANSWERS)} need another try" in run.failure
     assert "everything else was applied" in run.failure
-    assert {name: status(service, payment) for name, payment in silent.items()} == dict.fromkeys(silent, "PENDING")
-    assert [status(service, paid), status(service, unpaid)] == ["SUCCEEDED", "EXPIRED"]
+    assert {name: service.status("payments", payment) for name, payment in silent.items()} == dict.fromkeys(
+        silent, "PENDING"
+    )
+    assert service.statuses("payments", paid, unpaid) == ["SUCCEEDED", "EXPIRED"]
     service.sandbox.behave()
     assert service.run(JOB).ok
-    assert {status(service, payment) for payment in silent.values()} == {"EXPIRED"}
+    assert {service.status("payments", payment) for payment in silent.values()} == {"EXPIRED"}
 
 
 def test_silence_about_one_is_no_answer(service: Service) -> None:
@@ -247,7 +242,7 @@ def test_silence_about_one_is_no_answer(service: Service) -> None:
     run = service.run(JOB)
 
     assert not run.ok
-    assert [status(service, silent), status(service, other)] == ["PENDING", "EXPIRED"]
+    assert service.statuses("payments", silent, other) == ["PENDING", "EXPIRED"]
 
 
 def test_an_answer_that_comes_after_a_hiccup_counts(service: Service) -> None:
@@ -257,7 +252,7 @@ def test_an_answer_that_comes_after_a_hiccup_counts(service: Service) -> None:
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert status(service, payment) == "EXPIRED"
+    assert service.status("payments", payment) == "EXPIRED"
     assert service.sandbox.count("get") == 3
 
 
@@ -269,7 +264,7 @@ def test_a_400_about_one_goes_to_a_person_and_does_not_expire_it(service: Servic
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert status(service, payment) == "PENDING"
+    assert service.status("payments", payment) == "PENDING"
     assert service.quarantined("odd") == ["unreadable"]
 
 
@@ -280,10 +275,10 @@ def test_ids_that_would_be_another_path_ask_about_themselves_alone(service: Serv
     run = service.run(JOB)
 
     # Whatever the provider makes of them: none is taken for paid, and none is answered by a list.
-    assert {status(service, payment) for payment in payments} <= {"EXPIRED", "PENDING"}
+    assert {service.status("payments", payment) for payment in payments} <= {"EXPIRED", "PENDING"}
     assert service.sandbox.count("list") == 0
-    assert subscriptions(service) == []
-    assert run.report["applied"] == sum(status(service, payment) == "EXPIRED" for payment in payments)
+    assert service.rows("subscriptions") == []
+    assert run.report["applied"] == sum(service.status("payments", payment) == "EXPIRED" for payment in payments)
 
 
 def test_a_wrong_shop_key_fails_the_run_after_one_request_and_changes_nothing(service: Service) -> None:
@@ -310,8 +305,8 @@ def test_a_provider_that_fails_for_everyone_is_not_asked_about_everyone(service:
 
     assert not run.ok
     assert "60 need another try" in run.failure
-    assert {status(service, payment) for payment in payments} == {"PENDING"}
-    assert status(service, nameless) == "EXPIRED"
+    assert {service.status("payments", payment) for payment in payments} == {"PENDING"}
+    assert service.status("payments", nameless) == "EXPIRED"
     # Ten silences in a row, each asked three times, and what was in flight meanwhile.
     assert service.sandbox.count("get") <= 3 * (10 + 8)
 
@@ -340,8 +335,8 @@ def test_of_several_rows_with_one_paid_id_one_is_settled_and_the_others_expire_a
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert [status(service, payment) for payment in payments] == ["SUCCEEDED", "EXPIRED", "EXPIRED"]
-    assert len(subscriptions(service)) == 1
+    assert service.statuses("payments", *payments) == ["SUCCEEDED", "EXPIRED", "EXPIRED"]
+    assert len(service.rows("subscriptions")) == 1
     assert "duplicate" in run.reasons(f"payment {payments[1]}")[0]
     assert service.sandbox.count("get") == 1
     service.check_books()
@@ -356,14 +351,18 @@ def test_a_duplicate_of_a_payment_that_was_settled_before_expires_whichever_row_
     younger = stale(service, "paid")
     # As if a matching job had settled it long ago.
     service.run("matching_pending_payments_job", as_of=NOON - timedelta(days=8))
-    assert status(service, settled) == "SUCCEEDED"
+    assert service.status("payments", settled) == "SUCCEEDED"
 
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert [status(service, payment) for payment in (older, settled, younger)] == ["EXPIRED", "SUCCEEDED", "EXPIRED"]
+    assert service.statuses("payments", older, settled, younger) == [
+        "EXPIRED",
+        "SUCCEEDED",
+        "EXPIRED",
+    ]
     assert f"payment {settled} holds" in run.reasons(f"payment {older}")[0]
-    assert len(subscriptions(service)) == 1
+    assert len(service.rows("subscriptions")) == 1
 
 
 def test_duplicates_of_a_payment_that_goes_to_a_person_stay_pending(service: Service) -> None:
@@ -374,7 +373,7 @@ def test_duplicates_of_a_payment_that_goes_to_a_person_stay_pending(service: Ser
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert [status(service, payment) for payment in payments] == ["PENDING", "PENDING"]
+    assert service.statuses("payments", *payments) == ["PENDING", "PENDING"]
     assert service.quarantined("odd") == ["metadata"]
 
 
@@ -395,7 +394,7 @@ def test_a_row_that_the_webhook_finishes_while_the_provider_is_asked_is_skipped_
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert [status(service, payment), status(service, reassigned)] == ["SUCCEEDED", "PENDING"]
+    assert service.statuses("payments", payment, reassigned) == ["SUCCEEDED", "PENDING"]
     assert run.reasons(f"payment {payment}") == ["skip: changed meanwhile, not PENDING any more"]
     assert run.report["skipped"] == 2
     # What is plotted is what happened.
@@ -404,16 +403,18 @@ def test_a_row_that_the_webhook_finishes_while_the_provider_is_asked_is_skipped_
 
 def test_one_row_that_the_database_refuses_goes_to_a_person_once_and_never_stops_the_others(service: Service) -> None:
     payments = [stale(service, None) for _ in range(5)]
-    service.execute(f"""
-        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-        $$ BEGIN IF new.id = {payments[2]} THEN RAISE EXCEPTION 'not this one'; END IF; RETURN new; END $$
-    """)
-    service.execute("CREATE TRIGGER refuse BEFORE UPDATE ON payments FOR EACH ROW EXECUTE FUNCTION refuse()")
+    service.refuse_changes_of("payments", payments[2])
 
     runs = [service.run(JOB) for _ in range(2)]
 
     assert [run.failure for run in runs] == ["", ""]
-    assert [status(service, payment) for payment in payments] == ["EXPIRED", "EXPIRED", "PENDING", "EXPIRED", "EXPIRED"]
+    assert service.statuses("payments", *payments) == [
+        "EXPIRED",
+        "EXPIRED",
+        "PENDING",
+        "EXPIRED",
+        "EXPIRED",
+    ]
     assert "not this one" in runs[0].reasons(f"payment {payments[2]}")[0]
     assert [run.report["quarantined for the first time"] for run in runs] == [1, 0]
     [problem] = service.rows("quarantine")
@@ -433,16 +434,12 @@ def test_of_several_pages_each_row_is_decided_once_and_one_that_is_refused_stops
         count=2 * PAGE + 10,
     )
     [odd] = service.scalars("SELECT id FROM payments ORDER BY id OFFSET 1100 LIMIT 1")
-    service.execute(f"""
-        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-        $$ BEGIN IF new.id = {odd} THEN RAISE EXCEPTION 'not this one'; END IF; RETURN new; END $$
-    """)
-    service.execute("CREATE TRIGGER refuse BEFORE UPDATE ON payments FOR EACH ROW EXECUTE FUNCTION refuse()")
+    service.refuse_changes_of("payments", odd)
 
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert status(service, paid) == "SUCCEEDED"
+    assert service.status("payments", paid) == "SUCCEEDED"
     assert service.scalars("SELECT id FROM payments WHERE status = 'PENDING'") == [odd]
     assert run.materialized[JOB] == {"expired": 2 * PAGE + 9, "settled late": 1, "kept pending": 0}
     assert run.report["quarantined for the first time"] == 1
@@ -450,19 +447,16 @@ def test_of_several_pages_each_row_is_decided_once_and_one_that_is_refused_stops
     assert run.number("fetch_stale_payments", "stale PENDING payments") == 2 * PAGE + 11
 
 
-def test_a_row_that_somebody_keeps_locked_is_left_for_another_try(service: Service, database_url: str) -> None:
+def test_a_row_that_somebody_keeps_locked_is_left_for_another_try(service: Service) -> None:
     locked, free = stale(service, None), stale(service, None)
-    impatient = service.settings.model_copy(
-        update={"billing_database_url": f"{database_url}&options=-c%20lock_timeout%3D150ms"}
-    )
     with service.locking("payments", locked):
-        run = service.run(JOB, load=lambda: impatient)
+        run = service.run(JOB, load=service.impatient)
 
     assert not run.ok
     assert f"payment {locked}" in run.failure
-    assert [status(service, locked), status(service, free)] == ["PENDING", "EXPIRED"]
+    assert service.statuses("payments", locked, free) == ["PENDING", "EXPIRED"]
     assert service.run(JOB).ok
-    assert status(service, locked) == "EXPIRED"
+    assert service.status("payments", locked) == "EXPIRED"
 
 
 def test_a_second_run_changes_nothing(service: Service) -> None:
@@ -519,7 +513,7 @@ def test_an_amount_that_is_no_number_stops_neither_the_run_nor_its_report(servic
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert [status(service, odd), status(service, usual)] == ["EXPIRED", "EXPIRED"]
+    assert service.statuses("payments", odd, usual) == ["EXPIRED", "EXPIRED"]
     # A sum that is no number could not be shown: the page of the run would not load.
     assert run.report["sum: expire, RUB"] == pytest.approx(299.0)
 
@@ -529,4 +523,4 @@ def test_as_of_is_what_decides_and_not_the_clock_on_the_wall(service: Service) -
 
     assert service.run(JOB, as_of=datetime(2026, 3, 4, 4, 0, tzinfo=UTC)).ok
 
-    assert [status(service, early), status(service, late)] == ["EXPIRED", "PENDING"]
+    assert service.statuses("payments", early, late) == ["EXPIRED", "PENDING"]

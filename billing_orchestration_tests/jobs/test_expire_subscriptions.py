@@ -28,12 +28,6 @@ def over(service: Service, plan: int | None = None, **row: Any) -> int:
     return service.subscription(plan_id=plan, ended_at=row.pop("ended_at", service.now - timedelta(days=30)), **row)
 
 
-def status(service: Service, subscription: int) -> str | None:
-    """The status of a subscription."""
-    [found] = service.scalars("SELECT status::text FROM subscriptions WHERE id = :id", id=subscription)
-    return None if found is None else str(found)
-
-
 def many(service: Service, count: int, *, ended_at: datetime) -> None:
     """As many ACTIVE subscriptions as it takes."""
     service.execute(
@@ -64,8 +58,11 @@ def test_the_grace_of_three_days_is_counted_in_whole_billing_days(service: Servi
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert status(service, three_days_ago) == "EXPIRED"
-    assert [status(service, two_days_ago), status(service, later_today)] == ["ACTIVE", "ACTIVE"]
+    assert service.status("subscriptions", three_days_ago) == "EXPIRED"
+    assert service.statuses("subscriptions", two_days_ago, later_today) == [
+        "ACTIVE",
+        "ACTIVE",
+    ]
 
 
 def test_the_hour_of_the_run_does_not_matter(service: Service) -> None:
@@ -74,7 +71,10 @@ def test_the_hour_of_the_run_does_not_matter(service: Service) -> None:
 
     assert service.run(JOB, as_of=datetime(2026, 3, 12, 0, 0, tzinfo=UTC)).ok
 
-    assert [status(service, three_days_ago), status(service, two_days_ago)] == ["EXPIRED", "ACTIVE"]
+    assert service.statuses("subscriptions", three_days_ago, two_days_ago) == [
+        "EXPIRED",
+        "ACTIVE",
+    ]
 
 
 def test_the_billing_day_is_that_of_the_billing_time_zone(service_with: Callable[..., Service]) -> None:
@@ -85,7 +85,10 @@ def test_the_billing_day_is_that_of_the_billing_time_zone(service_with: Callable
 
     assert service.run(JOB).ok
 
-    assert [status(service, on_the_tenth), status(service, on_the_eleventh)] == ["EXPIRED", "ACTIVE"]
+    assert service.statuses("subscriptions", on_the_tenth, on_the_eleventh) == [
+        "EXPIRED",
+        "ACTIVE",
+    ]
 
 
 @pytest.mark.parametrize(("grace_days", "first_to_stay"), [(0, 12), (10, 2)])
@@ -96,7 +99,7 @@ def test_the_grace_is_a_setting(service_with: Callable[..., Service], grace_days
 
     assert service.run(JOB).ok
 
-    assert [status(service, expired), status(service, stays)] == ["EXPIRED", "ACTIVE"]
+    assert service.statuses("subscriptions", expired, stays) == ["EXPIRED", "ACTIVE"]
 
 
 def test_only_an_active_subscription_expires(service: Service) -> None:
@@ -115,7 +118,7 @@ def test_one_without_an_end_stays_and_is_counted(service: Service) -> None:
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert status(service, endless) == "ACTIVE"
+    assert service.status("subscriptions", endless) == "ACTIVE"
     assert run.number("fetch_subscriptions_over", "ACTIVE without an end") == 1
 
 
@@ -129,7 +132,7 @@ def test_ends_that_python_has_no_datetime_for_stop_nobody(service: Service) -> N
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert [status(service, subscription) for subscription in subscriptions] == [
+    assert service.statuses("subscriptions", *subscriptions) == [
         "EXPIRED", "ACTIVE", "EXPIRED", "ACTIVE", "EXPIRED",
     ]  # fmt: skip
 
@@ -170,8 +173,8 @@ def test_one_whose_charge_is_unknown_pending_or_in_review_is_held_back_and_repor
     states = {name: service.attempts(subscription)[0].state for name, subscription in
               (("unknown", unknown), ("pending", pending), ("review", review), ("declined", declined))}  # fmt: skip
     assert states == {"unknown": "UNKNOWN", "pending": "PENDING", "review": "REVIEW", "declined": "STOPPED"}
-    assert [status(service, subscription) for subscription in (unknown, pending, review, renewed)] == ["ACTIVE"] * 4
-    assert status(service, declined) == "EXPIRED"
+    assert service.statuses("subscriptions", unknown, pending, review, renewed) == ["ACTIVE"] * 4
+    assert service.status("subscriptions", declined) == "EXPIRED"
     for subscription in (unknown, pending, review):
         assert run.reasons(f"subscription {subscription}")[0].startswith("leave: held back")
     assert run.report["skipped"] == 3
@@ -192,7 +195,7 @@ def test_a_planned_charge_holds_back_only_if_it_may_have_been_sent(
 
     assert service.run(JOB).ok
 
-    assert status(service, subscription) == expected
+    assert service.status("subscriptions", subscription) == expected
 
 
 def test_one_that_is_paid_after_it_expired_is_active_again(service: Service) -> None:
@@ -206,7 +209,7 @@ def test_one_that_is_paid_after_it_expired_is_active_again(service: Service) -> 
 
     assert service.run("matching_successful_payments_job", as_of=NOON - timedelta(days=4)).ok
 
-    assert status(service, subscription) == "ACTIVE"
+    assert service.status("subscriptions", subscription) == "ACTIVE"
     assert service.ended_at(subscription) == datetime(2026, 4, 8, 12, 0, tzinfo=UTC)
     service.check_books()
 
@@ -277,11 +280,11 @@ def test_one_that_is_locked_is_waited_for_after_the_others_are_done(service: Ser
     with service.locking("subscriptions", locked):
         wait = service.begin(JOB)
         wait_for_a_blocked_session(engine)
-        assert status(service, free) == "EXPIRED"
+        assert service.status("subscriptions", free) == "EXPIRED"
     run = wait()
 
     assert run.ok, run.failure
-    assert status(service, locked) == "EXPIRED"
+    assert service.status("subscriptions", locked) == "EXPIRED"
 
 
 def test_one_that_is_renewed_while_the_run_waits_for_it_is_skipped_and_reported(
@@ -296,47 +299,34 @@ def test_one_that_is_renewed_while_the_run_waits_for_it_is_skipped_and_reported(
     run = wait()
 
     assert run.ok, run.failure
-    assert [status(service, renewed), status(service, ended)] == ["ACTIVE", "EXPIRED"]
+    assert service.statuses("subscriptions", renewed, ended) == ["ACTIVE", "EXPIRED"]
     assert (run.report["applied"], run.report["skipped"]) == (1, 1)
     assert run.report["changed meanwhile"] == 1
     assert run.materialized[JOB]["expired"] == 1
 
 
-def test_one_that_somebody_keeps_locked_stays_and_the_run_is_red_after_the_others_are_done(
-    service: Service, database_url: str
-) -> None:
+def test_one_that_somebody_keeps_locked_stays_and_the_run_is_red_after_the_others_are_done(service: Service) -> None:
     locked, free = over(service), over(service)
-    impatient = service.settings.model_copy(
-        update={"billing_database_url": f"{database_url}&options=-c%20lock_timeout%3D150ms"}
-    )
     with service.locking("subscriptions", locked):
-        run = service.run(JOB, load=lambda: impatient)
+        run = service.run(JOB, load=service.impatient)
 
     assert not run.ok
     assert "busy" in run.failure
-    assert [status(service, locked), status(service, free)] == ["ACTIVE", "EXPIRED"]
+    assert service.statuses("subscriptions", locked, free) == ["ACTIVE", "EXPIRED"]
     assert service.run(JOB).ok
-    assert status(service, locked) == "EXPIRED"
-
-
-def refusing(service: Service, *subscriptions: int) -> None:
-    """A trigger of the service's that will not have some subscriptions changed."""
-    service.execute(f"""
-        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-        $$ BEGIN IF new.id IN ({", ".join(map(str, subscriptions))}) THEN RAISE EXCEPTION 'not this one'; END IF;
-        RETURN new; END $$
-    """)
-    service.execute("CREATE TRIGGER refuse BEFORE UPDATE ON subscriptions FOR EACH ROW EXECUTE FUNCTION refuse()")
+    assert service.status("subscriptions", locked) == "EXPIRED"
 
 
 def test_one_that_the_database_refuses_goes_to_a_person_once_and_never_stops_the_others(service: Service) -> None:
     subscriptions = [over(service, ended_at=NOON - timedelta(days=60 - number)) for number in range(25)]
-    refusing(service, subscriptions[0], subscriptions[13])
+    service.refuse_changes_of("subscriptions", subscriptions[0], subscriptions[13])
 
     runs = [service.run(JOB) for _ in range(2)]
 
     assert [run.failure for run in runs] == ["", ""]
-    refused = {subscription for subscription in subscriptions if status(service, subscription) == "ACTIVE"}
+    refused = {
+        subscription for subscription in subscriptions if service.status("subscriptions", subscription) == "ACTIVE"
+    }
     assert refused == {subscriptions[0], subscriptions[13]}
     assert [run.report["quarantined for the first time"] for run in runs] == [2, 0]
     problems = service.rows("quarantine")
@@ -348,7 +338,7 @@ def test_one_that_the_database_refuses_goes_to_a_person_once_and_never_stops_the
 def test_of_several_chunks_all_expire_but_the_odd_ones(service: Service, engine: sa.Engine) -> None:
     many(service, 2 * CHUNK + 500, ended_at=NOON - timedelta(days=30))
     refused, locked = service.scalars("SELECT id FROM subscriptions ORDER BY id OFFSET 12000 LIMIT 2")
-    refusing(service, refused)
+    service.refuse_changes_of("subscriptions", refused)
     with service.locking("subscriptions", locked):
         wait = service.begin(JOB, max_changes=3 * CHUNK)
         wait_for_a_blocked_session(engine)
@@ -390,7 +380,7 @@ def test_side_by_side_no_more_expire_than_were_shown_and_guarded(service: Servic
 
 def test_a_database_that_refuses_everything_fails_the_run_and_fills_no_quarantine(service: Service) -> None:
     subscriptions = [over(service) for _ in range(60)]
-    refusing(service, *subscriptions)
+    service.refuse_changes_of("subscriptions", *subscriptions)
 
     run = service.run(JOB)
 

@@ -33,17 +33,6 @@ def bought(service: Service, plan: int, external_id: str, *, user: str | None = 
     return begun(service, external_id, created_at=there["created_at"])
 
 
-def status(service: Service, payment: int) -> str | None:
-    """The status of a payment row."""
-    found: str | None = service.row("payments", payment).status
-    return found
-
-
-def subscriptions(service: Service) -> list[Any]:
-    """All subscriptions, oldest first."""
-    return service.rows("subscriptions")
-
-
 # --- What is settled
 
 
@@ -54,7 +43,7 @@ def test_pending_here_and_succeeded_there_is_settled_and_a_subscription_is_creat
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    [subscription] = subscriptions(service)
+    [subscription] = service.rows("subscriptions")
     assert (subscription.user_id, subscription.plan_id, subscription.status) == ("anna", plan, "ACTIVE")
     # From the moment of settling, not from the payment's: the customer loses nothing by our being late.
     assert subscription.started_at == stored(2026, 3, 12, 12, 0)
@@ -83,7 +72,7 @@ def test_an_active_subscription_on_that_plan_is_extended_from_its_own_end_and_ke
     assert service.run(JOB).ok
 
     assert service.ended_at(subscription) == datetime(2026, 5, 31, 10, 0, tzinfo=UTC)
-    assert [row.id for row in subscriptions(service)] == [subscription]
+    assert [row.id for row in service.rows("subscriptions")] == [subscription]
     assert service.row("payments", payment).subscription_id == subscription
     assert service.settled("paid") == ["extended"]
 
@@ -102,7 +91,7 @@ def test_only_an_active_subscription_is_extended_else_a_new_one_is_created(servi
     assert service.run(JOB).ok
 
     assert [service.row("subscriptions", subscription) for subscription in old.values()] == before
-    new = [row for row in subscriptions(service) if row.id not in old.values()]
+    new = [row for row in service.rows("subscriptions") if row.id not in old.values()]
     assert {(row.user_id, row.status, row.ended_at) for row in new} == {
         (f"user {state}", "ACTIVE", stored(2026, 4, 12, 12, 0)) for state in states
     }
@@ -118,7 +107,7 @@ def test_an_active_subscription_on_another_plan_or_of_another_user_is_not_touche
     assert service.run(JOB).ok
 
     assert [service.row("subscriptions", hers), service.row("subscriptions", his)] == before
-    assert len(subscriptions(service)) == 3
+    assert len(service.rows("subscriptions")) == 3
 
 
 def test_several_purchases_of_one_user_extend_one_subscription_one_after_the_other(service: Service) -> None:
@@ -129,7 +118,7 @@ def test_several_purchases_of_one_user_extend_one_subscription_one_after_the_oth
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    [subscription] = subscriptions(service)
+    [subscription] = service.rows("subscriptions")
     assert subscription.ended_at == stored(2026, 6, 12, 12, 0)
     assert [service.settled(name) for name in ("first", "second", "third")] == [["created"], ["extended"], ["extended"]]
     assert {row.subscription_id for row in service.rows("payments")} == {subscription.id}
@@ -142,7 +131,7 @@ def test_the_period_of_a_purchase_is_counted_in_the_billing_time_zone(service_wi
 
     assert service.run(JOB).ok
 
-    [subscription] = subscriptions(service)
+    [subscription] = service.rows("subscriptions")
     assert subscription.ended_at == stored(2026, 2, 27, 22, 30)
 
 
@@ -161,8 +150,8 @@ def test_a_card_that_is_paid_in_the_fifty_ninth_minute_is_settled(service: Servi
 
     assert service.run(JOB).ok
 
-    assert status(service, payment) == "SUCCEEDED"
-    assert len(subscriptions(service)) == 1
+    assert service.status("payments", payment) == "SUCCEEDED"
+    assert len(service.rows("subscriptions")) == 1
 
 
 def test_cash_that_is_paid_on_the_eighth_day_is_settled(service: Service) -> None:
@@ -182,7 +171,7 @@ def test_cash_that_is_paid_on_the_eighth_day_is_settled(service: Service) -> Non
     row = service.row("payments", payment)
     # The service has no label for cash: such a payment is as paid as any other.
     assert (row.status, row.payment_method) == ("SUCCEEDED", None)
-    assert len(subscriptions(service)) == 1
+    assert len(service.rows("subscriptions")) == 1
 
 
 def test_a_row_of_any_age_counts_when_its_provider_payment_is_in_the_window(service: Service) -> None:
@@ -191,7 +180,7 @@ def test_a_row_of_any_age_counts_when_its_provider_payment_is_in_the_window(serv
 
     assert service.run(JOB).ok
 
-    assert status(service, payment) == "SUCCEEDED"
+    assert service.status("payments", payment) == "SUCCEEDED"
 
 
 def test_the_window_ends_at_as_of_and_begins_an_hour_before_it_both_ends_included(service: Service) -> None:
@@ -211,9 +200,9 @@ def test_the_window_ends_at_as_of_and_begins_an_hour_before_it_both_ends_include
 
     assert service.run(JOB, as_of=NOON).ok
 
-    assert {status(service, payment) for payment in (at_start, at_end, captured_at_start)} == {"SUCCEEDED"}
-    assert {status(service, payment) for payment in (too_early, too_late, captured_too_early)} == {"PENDING"}
-    assert len(subscriptions(service)) == 3
+    assert {service.status("payments", payment) for payment in (at_start, at_end, captured_at_start)} == {"SUCCEEDED"}
+    assert {service.status("payments", payment) for payment in (too_early, too_late, captured_too_early)} == {"PENDING"}
+    assert len(service.rows("subscriptions")) == 3
 
 
 # --- What is not settled
@@ -263,8 +252,8 @@ def test_a_provider_that_ignores_the_status_filter_gets_no_pending_payment_settl
 
     assert service.run(JOB).ok
 
-    assert status(service, payment) == "PENDING"
-    assert subscriptions(service) == []
+    assert service.status("payments", payment) == "PENDING"
+    assert service.rows("subscriptions") == []
 
 
 def test_a_pending_row_without_a_provider_id_is_reported_with_the_reason_and_others_go_on(service: Service) -> None:
@@ -274,7 +263,7 @@ def test_a_pending_row_without_a_provider_id_is_reported_with_the_reason_and_oth
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert [status(service, nameless), status(service, payment)] == ["PENDING", "SUCCEEDED"]
+    assert service.statuses("payments", nameless, payment) == ["PENDING", "SUCCEEDED"]
     [reason] = run.reasons(f"payment {nameless}")
     assert "no provider id" in reason
 
@@ -287,8 +276,8 @@ def test_of_several_rows_with_one_provider_id_one_is_settled_and_the_others_are_
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert [status(service, first), status(service, second)] == ["SUCCEEDED", "PENDING"]
-    assert len(subscriptions(service)) == 1
+    assert service.statuses("payments", first, second) == ["SUCCEEDED", "PENDING"]
+    assert len(service.rows("subscriptions")) == 1
     assert service.settled("paid") == ["created"]
     [reason] = run.reasons(f"payment {second}")
     assert "duplicate" in reason
@@ -306,7 +295,7 @@ def test_of_several_rows_the_one_that_agrees_on_the_money_is_settled(service: Se
 
     assert service.run(JOB).ok
 
-    assert [status(service, wrong), status(service, right)] == ["PENDING", "SUCCEEDED"]
+    assert service.statuses("payments", wrong, right) == ["PENDING", "SUCCEEDED"]
 
 
 # --- Settling, step by step
@@ -317,8 +306,8 @@ def test_one_refunded_in_full_is_recorded_as_refunded_and_grants_nothing(service
 
     assert service.run(JOB).ok
 
-    assert status(service, payment) == "REFUNDED"
-    assert subscriptions(service) == []
+    assert service.status("payments", payment) == "REFUNDED"
+    assert service.rows("subscriptions") == []
     assert service.settled("returned") == ["refunded"]
     service.check_books()
 
@@ -328,8 +317,8 @@ def test_one_refunded_in_part_is_granted(service: Service) -> None:
 
     assert service.run(JOB).ok
 
-    assert status(service, payment) == "SUCCEEDED"
-    assert len(subscriptions(service)) == 1
+    assert service.status("payments", payment) == "SUCCEEDED"
+    assert len(service.rows("subscriptions")) == 1
 
 
 def in_a_live_shop(service: Service) -> None:
@@ -348,9 +337,9 @@ def test_a_test_payment_in_a_live_shop_grants_nothing_and_goes_to_a_person(servi
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert [status(service, fake), status(service, real)] == ["PENDING", "SUCCEEDED"]
+    assert service.statuses("payments", fake, real) == ["PENDING", "SUCCEEDED"]
     assert service.quarantined("fake") == ["test_payment"]
-    assert [row.user_id for row in subscriptions(service)] == ["user of real"]
+    assert [row.user_id for row in service.rows("subscriptions")] == ["user of real"]
 
 
 def test_a_test_payment_in_a_test_shop_is_granted(service: Service) -> None:
@@ -358,7 +347,7 @@ def test_a_test_payment_in_a_test_shop_is_granted(service: Service) -> None:
 
     assert service.run(JOB).ok
 
-    assert status(service, payment) == "SUCCEEDED"
+    assert service.status("payments", payment) == "SUCCEEDED"
 
 
 def test_an_amount_or_a_currency_that_differs_goes_to_a_person(service: Service) -> None:
@@ -378,7 +367,7 @@ def test_an_amount_or_a_currency_that_differs_goes_to_a_person(service: Service)
     assert run.ok, run.failure
     assert {row.status for row in service.rows("payments")} == {"PENDING"}
     assert {name: service.quarantined(name) for name in differing} == {key: ["amount_differs"] for key in differing}
-    assert subscriptions(service) == []
+    assert service.rows("subscriptions") == []
 
 
 def metadata_flaws(service: Service, plan: int) -> dict[str, Any]:
@@ -418,11 +407,11 @@ def test_metadata_that_is_missing_malformed_or_unknown_goes_to_a_person_and_othe
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert status(service, right) == "SUCCEEDED"
-    assert {flaw: (status(service, row), service.quarantined(flaw)) for flaw, row in rows.items()} == {
+    assert service.status("payments", right) == "SUCCEEDED"
+    assert {flaw: (service.status("payments", row), service.quarantined(flaw)) for flaw, row in rows.items()} == {
         flaw: ("PENDING", ["metadata"]) for flaw in flaws
     }
-    assert len(subscriptions(service)) == 1
+    assert len(service.rows("subscriptions")) == 1
 
 
 def test_metadata_of_another_user_than_the_rows_own_goes_to_a_person(service: Service) -> None:
@@ -434,7 +423,7 @@ def test_metadata_of_another_user_than_the_rows_own_goes_to_a_person(service: Se
 
     assert service.run(JOB).ok
 
-    assert status(service, payment) == "PENDING"
+    assert service.status("payments", payment) == "PENDING"
     assert service.quarantined("paid") == ["foreign_metadata"]
     assert service.row("subscriptions", boris) == before
 
@@ -472,7 +461,7 @@ def test_a_problem_that_a_person_mended_is_settled_and_closed_by_the_next_tick(s
 
     assert service.run(JOB).ok
 
-    assert status(service, payment) == "SUCCEEDED"
+    assert service.status("payments", payment) == "SUCCEEDED"
     assert service.quarantined("odd") == []
 
 
@@ -492,7 +481,7 @@ def test_one_poisoned_row_goes_to_a_person_and_never_stops_the_others(service: S
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert {name: status(service, row) for name, row in payments.items()} == {
+    assert {name: service.status("payments", row) for name, row in payments.items()} == {
         "one": "SUCCEEDED", "eternal": "PENDING", "endless": "PENDING", "two": "SUCCEEDED",
     }  # fmt: skip
     assert service.quarantined("eternal") == ["no_end"]
@@ -506,18 +495,14 @@ def test_one_poisoned_row_goes_to_a_person_and_never_stops_the_others(service: S
 def test_a_row_that_the_services_own_trigger_refuses_never_stops_the_others(service: Service) -> None:
     plan = service.plan()
     payments = [bought(service, plan, name) for name in ("one", "refused", "two")]
-    service.execute("""
-        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-        $$ BEGIN IF new.external_payment_id = 'refused' THEN RAISE EXCEPTION 'not this one'; END IF; RETURN new; END $$
-    """)
-    service.execute("CREATE TRIGGER refuse BEFORE UPDATE ON payments FOR EACH ROW EXECUTE FUNCTION refuse()")
+    service.refuse_changes_of("payments", payments[1])
 
     run = service.run(JOB)
 
-    assert [status(service, payment) for payment in payments] == ["SUCCEEDED", "PENDING", "SUCCEEDED"]
+    assert service.statuses("payments", *payments) == ["SUCCEEDED", "PENDING", "SUCCEEDED"]
     assert service.quarantined("refused") == ["not_writable"]
     assert "not this one" in run.reasons("payment refused")[0]
-    assert len(subscriptions(service)) == 2
+    assert len(service.rows("subscriptions")) == 2
 
 
 ODD_ITEMS: dict[str, dict[str, Any]] = {
@@ -551,8 +536,8 @@ def test_one_odd_item_goes_to_a_person_and_the_other_payments_of_its_page_are_us
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert {status(service, payment) for payment in payments} == {"SUCCEEDED"}
-    assert len(subscriptions(service)) == 30
+    assert {service.status("payments", payment) for payment in payments} == {"SUCCEEDED"}
+    assert len(service.rows("subscriptions")) == 30
     problems = service.rows("quarantine")
     assert {row.kind for row in problems} == {"unreadable"}
     assert len(problems) == len(ODD_ITEMS)
@@ -583,7 +568,7 @@ def test_a_list_that_breaks_off_on_page_seven_fails_the_run_before_anything_is_a
     assert service.watermark(JOB) is None
     service.sandbox.behave()
     assert service.run(JOB).ok
-    assert [status(service, first), status(service, last)] == ["SUCCEEDED", "SUCCEEDED"]
+    assert service.statuses("payments", first, last) == ["SUCCEEDED", "SUCCEEDED"]
 
 
 # --- Repeated, raced, changed meanwhile
@@ -626,7 +611,7 @@ def test_both_matching_jobs_at_once_grant_each_payment_once(service: Service, un
     assert len(service.rows("payments")) == 60
     assert {row.status for row in service.rows("payments")} == {"SUCCEEDED"}
     # One subscription for each user, extended once for each of the five payments: 12 March to 12 August.
-    assert [row.ended_at for row in subscriptions(service)] == [stored(2026, 8, 12, 12, 0)] * 12
+    assert [row.ended_at for row in service.rows("subscriptions")] == [stored(2026, 8, 12, 12, 0)] * 12
     service.check_books()
 
 
@@ -644,31 +629,28 @@ def test_a_row_that_changes_between_reading_and_applying_is_decided_anew_under_l
     run = wait()
 
     assert run.ok, run.failure
-    assert [status(service, canceled), status(service, paid)] == ["CANCELED", "SUCCEEDED"]
+    assert service.statuses("payments", canceled, paid) == ["CANCELED", "SUCCEEDED"]
     assert service.quarantined("canceled meanwhile") == ["canceled_here"]
-    assert [row.user_id for row in subscriptions(service)] == ["user of paid"]
+    assert [row.user_id for row in service.rows("subscriptions")] == ["user of paid"]
 
 
 def test_a_row_that_somebody_keeps_locked_is_left_for_another_try_and_the_others_are_settled(
-    service: Service, engine: sa.Engine, database_url: str
+    service: Service, engine: sa.Engine
 ) -> None:
     plan = service.plan()
     locked, paid = bought(service, plan, "locked"), bought(service, plan, "paid")
-    impatient = service.settings.model_copy(
-        update={"billing_database_url": f"{database_url}&options=-c%20lock_timeout%3D150ms"}
-    )
     with engine.connect() as service_session:
         service_session.execute(sa.text("SELECT FROM payments WHERE id = :id FOR UPDATE"), {"id": locked})
-        run = service.run(JOB, load=lambda: impatient)
+        run = service.run(JOB, load=service.impatient)
         service_session.rollback()
 
     assert not run.ok
     assert "payment locked" in run.failure
     assert "1 need another try" in run.failure
-    assert [status(service, locked), status(service, paid)] == ["PENDING", "SUCCEEDED"]
+    assert service.statuses("payments", locked, paid) == ["PENDING", "SUCCEEDED"]
     assert service.watermark(JOB) is None
     assert service.run(JOB).ok
-    assert status(service, locked) == "SUCCEEDED"
+    assert service.status("payments", locked) == "SUCCEEDED"
 
 
 # --- What a run tells
@@ -682,7 +664,7 @@ def test_every_change_is_in_the_audit_trail_with_run_id_old_and_new_value_and_re
 
     run = service.run(JOB)
 
-    [_, new] = subscriptions(service)
+    [_, new] = service.rows("subscriptions")
     entries = {(entry.entity, entry.entity_id, entry.action): entry for entry in service.audit(run)}
     assert set(entries) == {
         ("subscription", str(subscription), "extended"), ("subscription", str(new.id), "created"),
@@ -722,7 +704,7 @@ def test_a_tick_without_anything_to_do_plots_nothing(service: Service) -> None:
     plan = service.plan()
     busy = bought(service, plan, "paid")
     assert service.tick(JOB).materialized == {JOB: {"corrections": 1, "quarantined": 0, "needs another try": 0}}
-    assert status(service, busy) == "SUCCEEDED"
+    assert service.status("payments", busy) == "SUCCEEDED"
 
     assert service.tick(JOB).materialized == {}
 

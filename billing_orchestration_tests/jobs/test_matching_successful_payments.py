@@ -17,17 +17,6 @@ UTC = timezone.utc
 JOB = "matching_successful_payments_job"
 
 
-def subscriptions(service: Service) -> list[Any]:
-    """All subscriptions, oldest first."""
-    return service.rows("subscriptions")
-
-
-def status(service: Service, payment: int) -> str | None:
-    """The status of a payment row."""
-    found: str | None = service.row("payments", payment).status
-    return found
-
-
 # --- No row at all
 
 
@@ -39,7 +28,7 @@ def test_a_payment_without_any_row_gets_its_payment_and_its_subscription(service
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    [subscription] = subscriptions(service)
+    [subscription] = service.rows("subscriptions")
     assert (subscription.user_id, subscription.plan_id, subscription.status) == ("anna", plan, "ACTIVE")
     assert (subscription.started_at, subscription.ended_at) == (stored(2026, 3, 12, 12, 0), stored(2026, 4, 12, 12, 0))
     [row] = service.rows("payments")
@@ -67,7 +56,7 @@ def test_a_payment_without_any_row_extends_the_users_active_subscription_on_that
 
     # From its old end, although that is past: as a renewal would, back on the anchor day.
     assert service.ended_at(subscription) == datetime(2026, 3, 31, 8, 0, tzinfo=UTC)
-    assert len(subscriptions(service)) == 1
+    assert len(service.rows("subscriptions")) == 1
     assert service.settled("orphan") == ["extended"]
 
 
@@ -75,7 +64,7 @@ def test_a_purchase_that_saved_its_method_is_renewed_with_that_method(service: S
     plan = service.plan("299.00")
     service.paid_there("orphan", user="anna", plan_id=plan, method_id="her card", saved=True)
     assert service.run(JOB).ok
-    [subscription] = subscriptions(service)
+    [subscription] = service.rows("subscriptions")
     service.set_time(subscription.ended_at.replace(tzinfo=UTC))
 
     assert service.run("autopayment_job").ok
@@ -92,7 +81,7 @@ def test_one_refunded_in_full_is_recorded_as_refunded_and_grants_nothing(service
 
     [row] = service.rows("payments")
     assert (row.status, row.subscription_id, row.external_payment_id) == ("REFUNDED", None, "returned")
-    assert subscriptions(service) == []
+    assert service.rows("subscriptions") == []
     assert service.settled("returned") == ["refunded"]
     before = service.snapshot()
     assert service.run(JOB).ok
@@ -150,7 +139,7 @@ def test_a_row_that_is_created_pending_or_expired_is_settled_itself(service: Ser
     assert service.run(JOB).ok
 
     assert [row.id for row in service.rows("payments")] == sorted(rows.values())
-    users = {row.id: row.user_id for row in subscriptions(service)}
+    users = {row.id: row.user_id for row in service.rows("subscriptions")}
     for state, payment in rows.items():
         row = service.row("payments", payment)
         assert (row.status, users[row.subscription_id]) == ("SUCCEEDED", state)
@@ -168,15 +157,15 @@ def test_a_late_success_revives_an_expired_payment(service: Service) -> None:
     payment = service.payment(purchase.id, created_at=service.now)
     service.advance(days=8)
     assert service.run("expire_payments_job").ok
-    assert status(service, payment) == "EXPIRED"
+    assert service.status("payments", payment) == "EXPIRED"
     service.advance(days=1)
     service.provider.pay(purchase.id)
     service.advance(minutes=1)
 
     assert service.run(JOB).ok
 
-    assert status(service, payment) == "SUCCEEDED"
-    assert len(subscriptions(service)) == 1
+    assert service.status("payments", payment) == "SUCCEEDED"
+    assert len(service.rows("subscriptions")) == 1
     service.check_books()
 
 
@@ -202,9 +191,9 @@ def test_a_row_that_is_canceled_goes_to_a_person(service: Service) -> None:
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert status(service, payment) == "CANCELED"
+    assert service.status("payments", payment) == "CANCELED"
     assert service.quarantined("paid") == ["canceled_here"]
-    assert subscriptions(service) == []
+    assert service.rows("subscriptions") == []
     assert service.run(JOB).report["quarantined for the first time"] == 0
 
 
@@ -214,7 +203,7 @@ def test_a_row_without_a_status_goes_to_a_person(service: Service) -> None:
 
     assert service.run(JOB).ok
 
-    assert status(service, payment) is None
+    assert service.status("payments", payment) is None
     assert service.quarantined("paid") == ["status_unknown"]
 
 
@@ -256,7 +245,7 @@ def test_the_window_is_by_created_or_captured_both_ends_included(service: Servic
 
     assert service.run(JOB, as_of=NOON).ok
 
-    assert {row.user_id for row in subscriptions(service)} == {
+    assert {row.user_id for row in service.rows("subscriptions")} == {
         "created at the start", "created at the end", "captured at the start", "captured at the end",
     }  # fmt: skip
 
@@ -361,7 +350,7 @@ def test_a_scheduled_run_leaves_a_payment_younger_than_a_minute_to_the_webhook(s
     assert "webhook" in run.reasons("payment fresh")[0]
     service.advance(minutes=2)
     assert service.tick(JOB).ok
-    assert {row.user_id for row in subscriptions(service)} == {"anna", "boris", "vera"}
+    assert {row.user_id for row in service.rows("subscriptions")} == {"anna", "boris", "vera"}
 
 
 def test_a_manual_launch_repairs_a_payment_of_any_youth(service: Service) -> None:
@@ -378,7 +367,7 @@ def test_a_fresh_payment_with_a_row_is_not_left_to_the_webhook(service: Service)
 
     assert service.tick(JOB).ok
 
-    assert status(service, payment) == "SUCCEEDED"
+    assert service.status("payments", payment) == "SUCCEEDED"
 
 
 def test_a_row_that_the_webhook_writes_while_the_provider_is_read_is_seen_and_nothing_is_granted_twice(
@@ -426,7 +415,7 @@ def test_a_webhook_that_commits_while_the_job_applies_wins_and_nothing_is_grante
     assert run.ok, run.failure
     assert service.ended_at(subscription) == datetime(2026, 5, 11, 12, 0, tzinfo=UTC)
     assert len(service.rows("payments")) == 1
-    assert len(subscriptions(service)) == 1
+    assert len(service.rows("subscriptions")) == 1
 
 
 def test_a_webhook_that_inserts_the_row_while_the_job_applies_is_found_by_the_unique_index(
@@ -489,7 +478,7 @@ def test_two_runs_of_it_at_once_create_each_payment_once(service: Service) -> No
     assert sorted(row.external_payment_id for row in service.rows("payments")) == sorted(
         f"paid-{number}" for number in range(30)
     )
-    assert [row.ended_at for row in subscriptions(service)] == [stored(2026, 9, 12, 12, 0)] * 5
+    assert [row.ended_at for row in service.rows("subscriptions")] == [stored(2026, 9, 12, 12, 0)] * 5
     service.check_books()
 
 
@@ -515,7 +504,7 @@ def test_a_list_that_breaks_off_on_page_seven_creates_nothing(service: Service) 
     assert service.watermark(JOB) is None
     service.sandbox.behave()
     assert service.run(JOB).ok
-    assert len(subscriptions(service)) == 601
+    assert len(service.rows("subscriptions")) == 601
     assert len(service.rows("payments")) == 601
 
 
@@ -570,7 +559,7 @@ def test_every_change_is_in_the_audit_trail_with_run_id_new_value_and_reason(ser
 
     run = service.run(JOB)
 
-    [subscription] = subscriptions(service)
+    [subscription] = service.rows("subscriptions")
     [payment] = service.rows("payments")
     entries = {(entry.entity, entry.entity_id, entry.action): entry for entry in service.audit(run)}
     assert set(entries) == {

@@ -8,15 +8,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from billing_orchestration.settings import Settings
 from billing_orchestration_tests.jobs.service import Service
-
-
-def impatient(service: Service, database_url: str) -> Settings:
-    """The same database, whose locks are not waited for."""
-    return service.settings.model_copy(
-        update={"billing_database_url": f"{database_url}&options=-c%20lock_timeout%3D150ms"}
-    )
 
 
 @pytest.mark.parametrize("ops", [
@@ -35,9 +27,7 @@ def test_the_numbers_of_a_red_renewal_run_are_plotted(service: Service, ops: dic
 
 
 @pytest.mark.parametrize("job", ["matching_pending_payments_job", "matching_successful_payments_job"])
-def test_the_numbers_of_a_red_matching_run_are_plotted(
-    service: Service, engine: sa.Engine, database_url: str, job: str
-) -> None:
+def test_the_numbers_of_a_red_matching_run_are_plotted(service: Service, engine: sa.Engine, job: str) -> None:
     plan = service.plan()
     created_at = service.now - timedelta(minutes=20)
     for name in ("locked", "paid"):
@@ -46,7 +36,7 @@ def test_the_numbers_of_a_red_matching_run_are_plotted(
     with engine.connect() as service_session:
         service_session.execute(sa.text("SELECT FROM payments WHERE external_payment_id = 'locked' FOR UPDATE"))
 
-        run = service.run(job, load=lambda: impatient(service, database_url))
+        run = service.run(job, load=service.impatient)
 
         service_session.rollback()
 
@@ -67,13 +57,11 @@ def test_the_numbers_of_a_red_expiry_of_payments_are_plotted(service: Service) -
     assert run.materialized.get("expire_payments_job", {}).get("expired") == 1
 
 
-def test_the_numbers_of_a_red_expiry_of_subscriptions_are_plotted(
-    service: Service, engine: sa.Engine, database_url: str
-) -> None:
+def test_the_numbers_of_a_red_expiry_of_subscriptions_are_plotted(service: Service) -> None:
     plan = service.plan()
     locked, _ = (service.subscription(plan_id=plan, ended_at=service.now - timedelta(days=9)) for _ in range(2))
     with service.locking("subscriptions", locked):
-        run = service.run("expire_subscriptions_job", load=lambda: impatient(service, database_url))
+        run = service.run("expire_subscriptions_job", load=service.impatient)
 
     assert not run.ok
     assert run.materialized.get("expire_subscriptions_job", {}).get("expired") == 1

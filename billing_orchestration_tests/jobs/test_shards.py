@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
@@ -35,11 +34,6 @@ def divided(shards: int, **more: Any) -> dict[str, dict[str, Any]]:
     return {"fetch_due_subscriptions": {"shards": shards, **more}}
 
 
-def charged(service: Service) -> Counter[int]:
-    """How often each subscription was charged, by the provider's ledger."""
-    return Counter(int(charge.metadata["subscription_id"]) for charge in service.charges())
-
-
 @pytest.mark.parametrize("shards", [1, 3, 8])
 def test_every_due_subscription_is_charged_once_by_its_shard(service: Service, shards: int) -> None:
     subscriptions = [service.subscriber() for _ in range(5)]
@@ -48,7 +42,7 @@ def test_every_due_subscription_is_charged_once_by_its_shard(service: Service, s
     run = service.run(JOB, ops=divided(shards))
 
     assert run.ok, run.failure
-    assert charged(service) == dict.fromkeys(subscriptions, 1)
+    assert service.charged() == dict.fromkeys(subscriptions, 1)
     assert service.attempts(later) == []
     assert run.number("fetch_due_subscriptions", "due") == 5
     assert run.report["charged"] == 5
@@ -118,7 +112,7 @@ def test_what_is_overdue_by_too_much_is_so_in_every_shard(service: Service) -> N
     run = service.run(JOB, ops=divided(2, max_overdue_days=5))
 
     assert run.ok, run.failure
-    assert charged(service) == dict.fromkeys(due, 1)
+    assert service.charged() == dict.fromkeys(due, 1)
     assert run.number("fetch_due_subscriptions", "not charged: overdue by more than 5 days") == len(old)
 
 
@@ -178,11 +172,11 @@ def test_what_needs_another_try_ends_the_run_red_after_all_shards_and_names_it(s
     assert not run.ok
     assert run.failure.startswith("1 need another try, everything else was applied. Nobody is charged twice")
     assert f"subscription {lost} (unknown)" in run.failure
-    assert {id_: charged(service)[id_] for id_ in others} == dict.fromkeys(others, 1)
+    assert {id_: service.charged()[id_] for id_ in others} == dict.fromkeys(others, 1)
     assert run.materialized[JOB]["unknown"] == 1
     service.sandbox.behave()
     assert service.run(JOB, ops=divided(3)).ok
-    assert charged(service) == dict.fromkeys([lost, *others], 1)
+    assert service.charged() == dict.fromkeys([lost, *others], 1)
     service.check_books()
 
 
@@ -215,7 +209,7 @@ def test_all_shards_are_about_the_instant_at_which_the_run_began(service: Servic
     run = ended()
 
     assert run.ok, run.failure
-    assert charged(service) == dict.fromkeys(today, 1)
+    assert service.charged() == dict.fromkeys(today, 1)
     assert [service.attempts(id_) for id_ in tomorrow] == [[], []]
 
 
@@ -324,7 +318,7 @@ def test_two_processes_charge_their_shards_side_by_side_within_the_limit_of_the_
         told, _ = process.communicate(timeout=300)
 
     assert process.returncode == 0, told[-3000:]
-    assert charged(present) == dict.fromkeys(subscriptions, 1)
+    assert present.charged() == dict.fromkeys(subscriptions, 1)
     # The first of them had all the time to send more than its half, had it taken the limit for its own.
     assert present.sandbox.peak_in_flight == 2
     pids = {
@@ -370,13 +364,13 @@ def test_a_process_that_is_killed_in_its_charge_leaves_nothing_that_the_next_run
         present.sandbox.behave()
         process.communicate(timeout=300)
     assert process.returncode != 0
-    assert all(count == 1 for count in charged(present).values())
+    assert all(count == 1 for count in present.charged().values())
 
     with executing(present, tmp_path, TWO_PROCESSES) as process:
         told, _ = process.communicate(timeout=300)
 
     assert process.returncode == 0, told[-3000:]
-    assert charged(present) == dict.fromkeys(subscriptions, 1)
+    assert present.charged() == dict.fromkeys(subscriptions, 1)
     present.check_books()
 
 

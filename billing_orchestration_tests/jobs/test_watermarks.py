@@ -146,7 +146,7 @@ def test_a_dry_run_shows_the_gap_and_leaves_it_to_the_next_run(service: Service,
 @BOTH
 @pytest.mark.parametrize("failure", ["the provider fails", "a page is missing", "max_changes", "a row is locked"])
 def test_a_run_that_fails_does_not_move_the_watermark_and_the_next_one_covers_its_time(
-    service: Service, database_url: str, job: str, failure: str
+    service: Service, job: str, failure: str
 ) -> None:
     plan = service.plan()
     service.tick(job)
@@ -155,12 +155,9 @@ def test_a_run_that_fails_does_not_move_the_watermark_and_the_next_one_covers_it
     if failure == "max_changes":
         run = service.tick(job, max_changes=1)
     elif failure == "a row is locked":
-        impatient = service.settings.model_copy(
-            update={"billing_database_url": f"{database_url}&options=-c%20lock_timeout%3D100ms"}
-        )
         [first, _] = service.rows("payments")
         with service.locking("payments", first.id):
-            run = service.tick(job, load=lambda: impatient)
+            run = service.tick(job, load=service.impatient)
     else:
         # Whichever of the two lists it is: by creation or by capture.
         effect = "error_before" if failure == "the provider fails" else "truncated"

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import urllib3
 
 from billing_orchestration.sandbox.provider.server import Sandbox
-
-WAIT_S = 20.0
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for what happens in the sandbox's thread."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 class BareClient:

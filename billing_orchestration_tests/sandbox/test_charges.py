@@ -12,7 +12,8 @@ import pytest
 
 from billing_orchestration.sandbox.provider.clock import SandboxClock
 from billing_orchestration.sandbox.provider.server import Sandbox
-from billing_orchestration_tests.sandbox.bare_client import BareClient, charge, wait_until
+from billing_orchestration_tests.sandbox.bare_client import BareClient, charge
+from billing_orchestration_tests.waiting import wait_until
 
 NOON = datetime(2026, 3, 1, 12, 0, 0, tzinfo=timezone.utc)
 

@@ -13,9 +13,12 @@ import urllib3
 from urllib3.exceptions import ProtocolError, ReadTimeoutError
 
 from billing_orchestration.sandbox.provider.server import Sandbox, running_sandbox
-from billing_orchestration_tests.sandbox.bare_client import WAIT_S, BareClient, charge, wait_until
+from billing_orchestration_tests.sandbox.bare_client import BareClient, charge
+from billing_orchestration_tests.waiting import wait_until
 
 BEFORE_AND_AFTER = pytest.mark.parametrize(("side", "entries"), [("before", 0), ("after", 1)])
+
+WAIT_S = 20.0
 
 
 def error_below(raised: pytest.ExceptionInfo[ProtocolError]) -> str:

@@ -32,12 +32,11 @@ from billing_orchestration_tests.torture.kill_oracle import complaints
 from billing_orchestration_tests.torture.kill_points import AFTER, BEFORE, Death, Step
 from billing_orchestration_tests.torture.kill_runner import Case, Ended, Runner
 from billing_orchestration_tests.torture.kill_scenarios import ALL, Scenario, Story
+from billing_orchestration_tests.waiting import wait_until
 
 MOST_RUNS_AGAIN = 3
 # Where charges run side by side, a step of one run may be missing in the next (two answers shared a transaction).
 _TRIES_TO_REACH = 5
-# Only a server that is broken keeps the sessions of a killed process that long.
-_PATIENCE_S = 30.0
 _OURS = "billing-orchestration"
 
 
@@ -215,19 +214,17 @@ class Stage:
 
     def _wait_for_peace(self, url: str) -> None:
         """Until PostgreSQL has noticed the death, and the provider has dealt with what was on its way."""
-        deadline = time.monotonic() + _PATIENCE_S
         database = sa.make_url(url).database
+        of_ours = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND application_name = %s"
         with self._server.connect() as connection:
-            while True:
-                found = connection.execute(
-                    "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND application_name = %s",
-                    (database, _OURS),
-                ).fetchone()
-                if found == (0,) and not self._sandbox.api.in_flight:
-                    return
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the killed run's sessions do not end")
-                time.sleep(0.002)
+            wait_until(
+                lambda: (
+                    connection.execute(of_ours, (database, _OURS)).fetchone() == (0,)
+                    and not self._sandbox.api.in_flight
+                ),
+                "the end of the killed run's sessions",
+                every_s=0.002,
+            )
 
 
 def play(

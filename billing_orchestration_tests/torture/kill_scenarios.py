@@ -176,8 +176,7 @@ def _stale_payments(service: Service) -> Story:
     old = NOON - 8 * DAY
     plan = service.plan()
     running = service.subscription("runs", plan_id=plan, ended_at=NOON + DAY)
-    for index in service.rows("pg_indexes", "tablename = 'payments' AND indexname <> 'payments_pkey'"):
-        service.execute(f"DROP INDEX {index.indexname}")  # several rows for one provider payment, as real data has
+    service.tolerate_duplicates()
 
     def stale(name: str | None, status: str | None = None, **there: Any) -> int:
         if status is not None:

@@ -182,8 +182,7 @@ CORRUPTIONS = {
 def test_the_judge_notices(engine: sa.Engine, database_url: str, sandbox: Sandbox, corruption: str | None) -> None:
     service = Service(engine, database_url, sandbox)
     subscription = service.subscriber()
-    for index in service.rows("pg_indexes", "tablename = 'payments' AND indexname <> 'payments_pkey'"):
-        service.execute(f"DROP INDEX {index.indexname}")
+    service.tolerate_duplicates()
     service.run("autopayment_job")
     expected = Expected(ends={subscription: ("ACTIVE", NOON.replace(month=4))}, attempts={subscription: ["SUCCEEDED"]})
     assert complaints(database_url, service.provider.ledger(), expected) == []
