@@ -81,7 +81,7 @@ def subscriptions(url: str) -> int:
     """As expire_subscriptions_job does it."""
     from billing_orchestration.database.expiry import fetch_over
     from billing_orchestration.domain.run_scope import RunScope
-    from billing_orchestration.jobs.expire_subscriptions import SubscriptionsOver, expire_all
+    from billing_orchestration.jobs.expire_subscriptions import SubscriptionsOver, expire_chunks
     from billing_orchestration.jobs.run_report import RunReport
     from billing_orchestration.resources import BillingDatabase, Clock
     from billing_orchestration.threads import OF_THE_SYSTEM
@@ -94,12 +94,11 @@ def subscriptions(url: str) -> int:
     )
     with database.engine.connect() as connection:
         found = fetch_over(connection, over_before, 100)
+    report = RunReport()
     over = SubscriptionsOver(scope, over_before, found)
-    done = expire_all(
-        over, found.over - found.held, database, Clock(lambda: NOW), OF_THE_SYSTEM, RunReport(), lambda _: None
-    )
+    expire_chunks(over, database, Clock(lambda: NOW), OF_THE_SYSTEM, report, lambda _: None)
     database.close()
-    return done
+    return report.applied
 
 
 def payments(url: str) -> int:
@@ -108,7 +107,7 @@ def payments(url: str) -> int:
     from billing_orchestration.database.expiry import stream_stale_payments
     from billing_orchestration.domain.decisions import Code, Tally
     from billing_orchestration.domain.expiry import ExpirePayment
-    from billing_orchestration.jobs.expire_payments import PAGE, expire_all
+    from billing_orchestration.jobs.expire_payments import PAGE, expire_pages
     from billing_orchestration.jobs.run_report import RunReport
     from billing_orchestration.jobs.spool import Spool
     from billing_orchestration.resources import BillingDatabase
@@ -122,7 +121,7 @@ def payments(url: str) -> int:
             expiries.add([ExpirePayment(row, "the provider says canceled", Code.UNPAID_AT_PROVIDER) for row in page])
     report = RunReport(decisions=Tally(100))
     stamp = Stamp("expire_payments_job", "bench", NOW)
-    expire_all(report, expiries.pages(), database, lambda: stamp, OF_THE_SYSTEM, dry_run=False)
+    expire_pages(report, expiries.pages(), database, lambda: stamp, OF_THE_SYSTEM, dry_run=False)
     database.close()
     return report.applied
 

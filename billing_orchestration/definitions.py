@@ -1,10 +1,10 @@
-"""The code location: five jobs and one for the run history, with schedules and resources. The only place that wires."""
+"""The code location: jobs, schedules, sensors, assets and resources. The only place that wires."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import dagster as dg
 
@@ -22,6 +22,7 @@ from billing_orchestration.jobs.autopayment.shards import in_process_or_multipro
 from billing_orchestration.jobs.money_checks import GROUP
 from billing_orchestration.jobs.partitions import DAILY
 from billing_orchestration.jobs.run_alerts import failed_run_sensor
+from billing_orchestration.provider.client import PaymentProvider
 from billing_orchestration.resources import (
     Clock,
     RunSettings,
@@ -32,99 +33,92 @@ from billing_orchestration.resources import (
     payment_provider_resource,
     utc_now,
 )
-from billing_orchestration.settings import load_settings
+from billing_orchestration.settings import Settings, load_settings
 from billing_orchestration.threads import OF_THE_SYSTEM, Threads
 
-if TYPE_CHECKING:
-    from billing_orchestration.provider.client import PaymentProvider
-    from billing_orchestration.settings import Settings
+JOBS = (
+    autopayment.autopayment_job,
+    expire_payments.expire_payments_job,
+    expire_subscriptions.expire_subscriptions_job,
+    matching_pending_payments.matching_pending_payments_job,
+    matching_successful_payments.matching_successful_payments_job,
+    prune_run_history.run_history_job,
+)
+SCHEDULES = (
+    autopayment.autopayment_daily_schedule,
+    expire_payments.expire_payments_daily_schedule,
+    expire_subscriptions.expire_subscriptions_daily_schedule,
+    matching_pending_payments.matching_pending_payments_every_2_minutes_schedule,
+    matching_successful_payments.matching_successful_payments_every_2_minutes_schedule,
+    prune_run_history.run_history_daily_schedule,
+)
+_PLOTTED_BY_DAY = (autopayment.autopayment_job.name, expire_payments.JOB, expire_subscriptions.JOB)
+_PLOTTED_BY_TICK = (matching_pending_payments.JOB, matching_successful_payments.JOB)
 
 
 def build_definitions(
     *,
-    load: "Callable[[], Settings]" = load_settings,
+    load: Callable[[], Settings] = load_settings,
     now: Callable[[], datetime] = utc_now,
-    connect: "Callable[[Settings], PaymentProvider] | None" = None,
+    connect: Callable[[Settings], PaymentProvider] | None = None,
     threads: Threads = OF_THE_SYSTEM,
     executor: dg.ExecutorDefinition = in_process_or_multiprocess,
 ) -> dg.Definitions:
     """The definitions for given settings, clock, provider and threads: the environment's, the real ones, by default.
 
-    `executor` is what the shards of autopayment_job run on (dagster_k8s.k8s_job_executor, say), and what
-    Dagster runs the money checks on from the UI; no other job uses it.
-    Settings are read when a run first needs them, so the code location loads without any.
+    `executor` runs the shards of autopayment_job (dagster_k8s.k8s_job_executor, say) and the money checks that are
+    launched from the UI; no other job uses it. Settings are read when a run first needs them, so the code location
+    loads without any.
     """
     return dg.Definitions(
-        jobs=[
-            autopayment.autopayment_job,
-            expire_payments.expire_payments_job,
-            expire_subscriptions.expire_subscriptions_job,
-            matching_pending_payments.matching_pending_payments_job,
-            matching_successful_payments.matching_successful_payments_job,
-            prune_run_history.run_history_job,
-        ],
-        schedules=[
-            autopayment.autopayment_daily_schedule,
-            expire_payments.expire_payments_daily_schedule,
-            expire_subscriptions.expire_subscriptions_daily_schedule,
-            matching_pending_payments.matching_pending_payments_every_2_minutes_schedule,
-            matching_successful_payments.matching_successful_payments_every_2_minutes_schedule,
-            prune_run_history.run_history_daily_schedule,
-        ],
-        assets=[
-            *money_checks.money_assets,
-            dg.AssetSpec(
-                PLANS,
-                description="Plans shown by dry runs (Events, latest first), each with what to launch to approve it.",
-                group_name=GROUP,
-            ),
-            # What Dagster plots: one point a day, or one for each tick that changed something.
-            *(
-                dg.AssetSpec(
-                    dg.AssetKey(["billing", job]),
-                    description=f"Numbers of {job}, by day, all runs of a day added up. See Metadata, Plots.",
-                    partitions_def=DAILY,
-                    group_name=GROUP,
-                )
-                for job in (autopayment.autopayment_job.name, expire_payments.JOB, expire_subscriptions.JOB)
-            ),
-            *(
-                dg.AssetSpec(
-                    dg.AssetKey(["billing", job]),
-                    description=f"Corrections by {job}, one point per tick that made any. See Metadata, Plots.",
-                    group_name=GROUP,
-                )
-                for job in (matching_pending_payments.JOB, matching_successful_payments.JOB)
-            ),
-        ],
+        jobs=JOBS,
+        schedules=SCHEDULES,
+        assets=[*money_checks.money_assets, *_plotted_assets()],
         asset_checks=money_checks.money_asset_checks,
-        sensors=[
-            failed_run_sensor(
-                [
-                    autopayment.autopayment_job,
-                    expire_payments.expire_payments_job,
-                    expire_subscriptions.expire_subscriptions_job,
-                    matching_pending_payments.matching_pending_payments_job,
-                    matching_successful_payments.matching_successful_payments_job,
-                    prune_run_history.run_history_job,
-                ]
-            ),
-            money_checks.money_checks_sensor,
-        ],
+        sensors=[failed_run_sensor(JOBS), money_checks.money_checks_sensor],
         executor=executor,
-        resources={
-            "alerts": alerts_resource(load),
-            "run": RunSettings(),
-            "billing_database": billing_database_resource(load),
-            "payment_provider": payment_provider_resource(load, connect or partial(connect_provider, threads=threads)),
-            "clock": dg.ResourceDefinition.hardcoded_resource(Clock(now), "The time of the run."),
-            "threads": dg.ResourceDefinition.hardcoded_resource(threads, "What makes the run's threads."),
-            "hand_over": hand_over_resource,
-            "renewals_hand_over": renewals_hand_over,
-            # Slices are handed over in memory: no data of a run stays on a disk (docs/decisions/0002).
-            "io_manager": dg.mem_io_manager,
-        },
+        resources=_resources(load, now, connect or partial(connect_provider, threads=threads), threads),
     )
+
+
+def _plotted_assets() -> Iterator[dg.AssetSpec]:
+    """What Dagster plots (one point a day, or one for each tick that changed something), and the plans of dry runs."""
+    yield dg.AssetSpec(
+        PLANS,
+        description="Plans shown by dry runs (Events, latest first), each with what to launch to approve it.",
+        group_name=GROUP,
+    )
+    for job in _PLOTTED_BY_DAY:
+        yield dg.AssetSpec(
+            dg.AssetKey(["billing", job]),
+            description=f"Numbers of {job}, by day, all runs of a day added up. See Metadata, Plots.",
+            partitions_def=DAILY,
+            group_name=GROUP,
+        )
+    for job in _PLOTTED_BY_TICK:
+        yield dg.AssetSpec(
+            dg.AssetKey(["billing", job]),
+            description=f"Corrections by {job}, one point per tick that made any. See Metadata, Plots.",
+            group_name=GROUP,
+        )
+
+
+def _resources(
+    load: Callable[[], Settings],
+    now: Callable[[], datetime],
+    connect: Callable[[Settings], PaymentProvider],
+    threads: Threads,
+) -> dict[str, Any]:
+    return {
+        "run": RunSettings(),
+        "billing_database": billing_database_resource(load),
+        "payment_provider": payment_provider_resource(load, connect),
+        "clock": dg.ResourceDefinition.hardcoded_resource(Clock(now), "The time of the run."),
+        "threads": dg.ResourceDefinition.hardcoded_resource(threads, "What makes the run's threads."),
+        "hand_over": hand_over_resource,
+        "alerts": alerts_resource(load),
+        "renewals_hand_over": renewals_hand_over,
+    }
 
 
 defs = build_definitions()

@@ -1,16 +1,17 @@
 """What every run is given: its scope, the database, the provider, the clock. No rules live here.
 
-Each resource does its work when it is first used, not when the run starts: a dry look at the definitions needs no
-settings, and a run that needs no provider never opens a connection to it.
+A resource does its work when it is first used, not when the run starts: loading the definitions needs no settings, and
+a run that needs no provider never connects to it.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import dagster as dg
+import sqlalchemy as sa
 from pydantic import Field
 
 from billing_orchestration.alerting import Alerts
@@ -18,13 +19,9 @@ from billing_orchestration.database.engine import begin, create_engine, read
 from billing_orchestration.database.health import check_schema
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.run_scope import RunRefused, RunScope, as_of_partition, check_max_changes, parse_as_of
+from billing_orchestration.provider.client import PaymentProvider
+from billing_orchestration.settings import Settings
 from billing_orchestration.threads import OF_THE_SYSTEM, Threads
-
-if TYPE_CHECKING:
-    import sqlalchemy as sa
-
-    from billing_orchestration.provider.client import PaymentProvider
-    from billing_orchestration.settings import Settings
 
 _Left = TypeVar("_Left")
 
@@ -44,11 +41,15 @@ class Clock:
         self.now = now
 
 
+# How an op names the one before it: Dagster keeps the order, `hand_over` carries what they work on.
+AFTER = {"before": dg.In(dg.Nothing)}
+
+
 class HandOver:
     """What one op of a run leaves for the next, in the memory of the run's process.
 
-    For the jobs that run 1,440 times a day: a value that Dagster hands over itself is three events in the run history,
-    whatever it holds (docs/decisions/0006).
+    Nothing of a run's data is written to a disk (docs/decisions/0002), and a tick costs a third fewer events than with
+    values that Dagster hands over itself (0006).
     """
 
     def __init__(self) -> None:
@@ -59,11 +60,12 @@ class HandOver:
         self._left[type(what)] = what
 
     def take(self, kind: type[_Left]) -> _Left:
-        """Take what an earlier op has left. Raises RunRefused when that op is not part of the run."""
+        """Take what an earlier op has left. Raises RunRefused if that op did not run, or ran in another process."""
         found = self._left.get(kind)
         if not isinstance(found, kind):
             raise RunRefused(
-                "an op was launched without those before it: launch the whole job. Nothing was read or written"
+                "this op was launched without the ops before it, or in another process. Launch the whole job: it is"
+                " safe to repeat. Nothing was read or written"
             )
         return found
 
@@ -74,27 +76,26 @@ class RunSettings(dg.ConfigurableResource[None]):
     as_of: str | None = Field(
         default=None,
         description=(
-            "The instant the run stands for, ISO 8601 with an offset, such as 2026-03-05T03:00:00Z. Left out: the end"
-            " of the partition, or now. A naive instant or one in the future is refused."
+            "The instant the run stands for: ISO 8601 with an offset, such as 2026-03-05T03:00:00Z, not in the future."
+            " Left out: the end of the partition, or now."
         ),
     )
     dry_run: bool = Field(
         default=False,
-        description="Show every decision and write nothing, neither to the database nor to the provider.",
+        description="Show every decision. Write nothing, neither to the database nor to the provider.",
     )
     max_changes: int | None = Field(
         default=None,
         description=(
-            "Stop before anything is applied if the run would make more changes than this. Left out: no limit, but"
-            " expire_subscriptions_job stops at more than 20 % of all ACTIVE subscriptions and more than 100."
+            "Stop before applying anything if the run would make more changes than this. Left out: no limit, except"
+            " that expire_subscriptions_job stops above 20 % of all ACTIVE subscriptions (and above 100)."
         ),
     )
-
     approved_plan: str | None = Field(
         default=None,
         description=(
-            "The hash of the plan that a dry run has shown: apply that plan and no more. What changed since is refused."
-            " Give the dry run's as_of with it."
+            "The hash of a plan that a dry run has shown: apply that plan and nothing else. Changes that are new since"
+            " then are refused. Set as_of to the dry run's."
         ),
     )
 
@@ -143,11 +144,11 @@ def _partition_window(context: dg.OpExecutionContext) -> dg.TimeWindow:
 class BillingDatabase:
     """The service's database with our schema in it: checked and connected on first use, pooled, closed with the run."""
 
-    def __init__(self, load_settings: Callable[[], "Settings"]) -> None:
+    def __init__(self, load_settings: Callable[[], Settings]) -> None:
         self._load_settings = load_settings
 
     @cached_property
-    def settings(self) -> "Settings":
+    def settings(self) -> Settings:
         """All settings, checked as a whole. Raises SettingsError, one line."""
         return self._load_settings()
 
@@ -157,7 +158,7 @@ class BillingDatabase:
         return BillingCalendar(self.settings.billing_timezone)
 
     @cached_property
-    def engine(self) -> "sa.Engine":
+    def engine(self) -> sa.Engine:
         """The engine, after a look at the schema. Raises a BillingDatabaseError that names the way out."""
         engine = create_engine(self.settings.billing_database_url)
         try:
@@ -168,11 +169,11 @@ class BillingDatabase:
             raise
         return engine
 
-    def begin(self) -> AbstractContextManager["sa.Connection"]:
+    def begin(self) -> AbstractContextManager[sa.Connection]:
         """A connection with one transaction: committed at the end, rolled back by an error."""
         return begin(self.engine)
 
-    def read(self) -> AbstractContextManager["sa.Connection"]:
+    def read(self) -> AbstractContextManager[sa.Connection]:
         """A connection to read with: its transaction is rolled back at the end."""
         return read(self.engine)
 
@@ -187,13 +188,13 @@ class ProviderConnection:
     """The payment provider. Connected on first use, pooled, closed with the run."""
 
     def __init__(
-        self, load_settings: Callable[[], "Settings"], connect: "Callable[[Settings], PaymentProvider] | None"
+        self, load_settings: Callable[[], Settings], connect: Callable[[Settings], PaymentProvider] | None
     ) -> None:
         self._load_settings = load_settings
         self._connect = connect or connect_provider
 
     @cached_property
-    def client(self) -> "PaymentProvider":
+    def client(self) -> PaymentProvider:
         """The provider's client. Raises SettingsError, one line."""
         return self._connect(self._load_settings())
 
@@ -204,10 +205,8 @@ class ProviderConnection:
             client.close()
 
 
-def connect_provider(settings: "Settings", threads: Threads = OF_THE_SYSTEM) -> "PaymentProvider":
+def connect_provider(settings: Settings, threads: Threads = OF_THE_SYSTEM) -> PaymentProvider:
     """The client for the shop of these settings."""
-    from billing_orchestration.provider.client import PaymentProvider
-
     return PaymentProvider(
         shop_id=settings.yookassa_shop_id,
         secret_key=settings.yookassa_secret_key.get_secret_value(),
@@ -216,23 +215,23 @@ def connect_provider(settings: "Settings", threads: Threads = OF_THE_SYSTEM) -> 
     )
 
 
-@dg.resource(description="What the ops of one run hand to each other, in memory.")
+@dg.resource(description="What the ops of a run hand over to each other, in memory.")
 def hand_over_resource() -> HandOver:
-    """The resource `hand_over`: one a run."""
+    """The resource `hand_over`: one per run."""
     return HandOver()
 
 
-def alerts_resource(load_settings: Callable[[], "Settings"]) -> dg.ResourceDefinition:
+def alerts_resource(load_settings: Callable[[], Settings]) -> dg.ResourceDefinition:
     """The resource `alerts`."""
 
-    @dg.resource(description="The people who are told when something is wrong (ALERT_URLS).")
+    @dg.resource(description="The people who are alerted when something is wrong (ALERT_URLS).")
     def alerts() -> Alerts:
         return Alerts(load_settings)
 
     return alerts
 
 
-def billing_database_resource(load_settings: Callable[[], "Settings"]) -> dg.ResourceDefinition:
+def billing_database_resource(load_settings: Callable[[], Settings]) -> dg.ResourceDefinition:
     """The resource `billing_database`."""
 
     @dg.resource(description="The billing service's PostgreSQL database (BILLING_DATABASE_URL).")
@@ -247,7 +246,7 @@ def billing_database_resource(load_settings: Callable[[], "Settings"]) -> dg.Res
 
 
 def payment_provider_resource(
-    load_settings: Callable[[], "Settings"], connect: "Callable[[Settings], PaymentProvider] | None" = None
+    load_settings: Callable[[], Settings], connect: Callable[[Settings], PaymentProvider] | None = None
 ) -> dg.ResourceDefinition:
     """The resource `payment_provider`."""
 

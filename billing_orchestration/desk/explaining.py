@@ -5,29 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import sqlalchemy as sa
+
+from billing_orchestration.database.case_history import Case, case_of_payment, case_of_subscription, find_payment
+from billing_orchestration.database.engine import read
 from billing_orchestration.desk.resolving import NotResolved
 from billing_orchestration.domain.problem_kinds import kind_of
 from billing_orchestration.domain.provider_payment import ProviderPayment
-
-if TYPE_CHECKING:
-    import sqlalchemy as sa
-
-    from billing_orchestration.database.case_history import Case
-    from billing_orchestration.provider.client import PaymentProvider
+from billing_orchestration.provider.client import PaymentProvider
+from billing_orchestration.provider.errors import PaymentNotFound, ProviderError
 
 # The latest ones: each is a request.
 _MOST_ASKED = 20
 Event = tuple[datetime, int, str]
-Connect = Callable[[], "PaymentProvider"]
+Connect = Callable[[], PaymentProvider]
 
 
 def explain_payment(engine: sa.Engine, connect: Connect, name: str) -> list[str]:
     """The case of a payment, by the provider's id or the row's. Raises NotResolved when neither side knows it."""
-    from billing_orchestration.database.case_history import case_of_payment, find_payment
-    from billing_orchestration.database.engine import read
-
     with read(engine) as connection:
         found = find_payment(connection, name)
         case = case_of_payment(
@@ -43,9 +40,6 @@ def explain_payment(engine: sa.Engine, connect: Connect, name: str) -> list[str]
 
 def explain_subscription(engine: sa.Engine, connect: Connect, subscription_id: int) -> list[str]:
     """The case of a subscription. Raises NotResolved when nothing is known of it."""
-    from billing_orchestration.database.case_history import case_of_subscription
-    from billing_orchestration.database.engine import read
-
     with read(engine) as connection:
         case = case_of_subscription(connection, subscription_id)
     if not case.subscriptions and not case.attempts and not case.audit:
@@ -63,8 +57,6 @@ class _ProviderSide:
 
 
 def _ask(connect: Connect, ids: Sequence[str]) -> _ProviderSide:
-    from billing_orchestration.provider.errors import PaymentNotFound, ProviderError
-
     side = _ProviderSide()
     if not ids:
         return side

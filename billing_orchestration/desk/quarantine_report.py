@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
+import sqlalchemy as sa
+
+from billing_orchestration.database.engine import read
 from billing_orchestration.database.quarantine import Entry, all_entries, open_entries, read_entry
 from billing_orchestration.desk.resolving import NotResolved
 from billing_orchestration.domain.problem_kinds import kind_of
 
-if TYPE_CHECKING:
-    import sqlalchemy as sa
-
 
 def listed(engine: sa.Engine, *, with_resolved: bool) -> list[str]:
     """A line for each entry, oldest first, and what to do next."""
-    from billing_orchestration.database.engine import read
-
     with read(engine) as connection:
         entries = all_entries(connection) if with_resolved else open_entries(connection)
     if not entries:
@@ -38,8 +35,6 @@ def _line(entry: Entry) -> str:
 
 def shown(engine: sa.Engine, entry_id: int) -> list[str]:
     """One entry with its evidence and the ways to resolve it. Raises NotResolved when there is none."""
-    from billing_orchestration.database.engine import read
-
     with read(engine) as connection:
         entry = read_entry(connection, entry_id)
     if entry is None:

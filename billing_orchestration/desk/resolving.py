@@ -12,15 +12,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
 
+import sqlalchemy as sa
+
+from billing_orchestration.database.attempts import by_ids
 from billing_orchestration.database.audit import Stamp
+from billing_orchestration.database.engine import begin, read
+from billing_orchestration.database.matching import fetch_settled
 from billing_orchestration.database.one_by_one import NotWritten, write_alone
 from billing_orchestration.database.quarantine import (
     Entry,
     close_entry,
     read_entry,
 )
+from billing_orchestration.database.settling import Settled, settle_batch
+from billing_orchestration.database.settling_facts import lock_user_names, lock_users
 from billing_orchestration.domain.answers import as_answer_to
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.decisions import Code
@@ -34,14 +40,10 @@ from billing_orchestration.domain.settlement import (
     Ruling,
     Settle,
 )
+from billing_orchestration.provider.client import PaymentProvider
+from billing_orchestration.provider.errors import PaymentNotFound
 from billing_orchestration.resources import BillingDatabase, connect_provider, utc_now
 from billing_orchestration.settings import Settings, load_settings
-
-if TYPE_CHECKING:
-    import sqlalchemy as sa
-
-    from billing_orchestration.database.settling import Settled
-    from billing_orchestration.provider.client import PaymentProvider
 
 JOB = "quarantine"
 
@@ -97,8 +99,6 @@ def resolve(
     Killed anywhere: all of it or nothing. Raises NotResolved with nothing written; and, also with nothing written,
     ProviderError, BillingDatabaseError.
     """
-    from billing_orchestration.database.engine import begin, read
-
     if not resolution.reason.strip() or not resolution.by.strip():
         raise NotResolved("a resolution needs a reason and a name: they are what the next person reads")
     with read(engine) as connection:
@@ -143,9 +143,6 @@ def _open_entry(entry: Entry | None, entry_id: int) -> Entry:
 
 def _refuse_granted(connection: sa.Connection, entry: Entry) -> None:
     """What was granted meanwhile cannot be ignored. Under the user's lock: nobody is granting it at this moment."""
-    from billing_orchestration.database.matching import fetch_settled
-    from billing_orchestration.database.settling_facts import lock_user_names
-
     payment_id = entry.external_payment_id or ""
     item = entry.evidence.get("item")
     metadata = item.get("metadata") if isinstance(item, Mapping) else None
@@ -182,10 +179,6 @@ def _closed_in_words(entry: Entry, resolution: Resolution) -> str:
 
 def _ask(engine: sa.Engine, connect: Callable[[], PaymentProvider], entry: Entry) -> tuple[ProviderPayment, bool]:
     """The provider's payment as it is now, and whether the shop is live."""
-    from billing_orchestration.database.attempts import by_ids
-    from billing_orchestration.database.engine import read
-    from billing_orchestration.provider.errors import PaymentNotFound
-
     payment_id = entry.external_payment_id or ""
     provider = connect()
     try:
@@ -222,9 +215,6 @@ def _settle(
     *,
     is_live: bool,
 ) -> Settled:
-    from billing_orchestration.database.settling import settle_batch
-    from billing_orchestration.database.settling_facts import lock_users
-
     # Before the entry: a job that settles this very payment takes the user's lock, and then the entry.
     lock_users(connection, [payment])
     # Closed first, so that settling does not close it in its own words.

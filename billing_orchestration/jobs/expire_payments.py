@@ -6,33 +6,32 @@ provider does not answer, stays PENDING. A success that arrives after expiry is 
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.database.audit import Problem, Stamp
+from billing_orchestration.database.expiry import expire_payments, stream_stale_payments
 from billing_orchestration.database.one_by_one import NotWritten, one_by_one
+from billing_orchestration.database.settling import Settled
 from billing_orchestration.domain.decisions import Action, Code, Decision, Tally
 from billing_orchestration.domain.expiry import (
     AskedPayment,
     ExpirePayment,
     KeepPending,
-    NoAnswer,
-    NotFoundThere,
     PaymentExpiry,
-    ProviderAnswer,
     SettleLate,
     StalePayment,
     decide_payment_expiry,
     payments_over_before,
 )
-from billing_orchestration.domain.provider_payment import UnusablePayment
 from billing_orchestration.domain.run_scope import RunScope, over_limit
 from billing_orchestration.domain.settlement import CloseAsGranted, Leave, RecordRefund, Settle
 from billing_orchestration.jobs.approval import bind
+from billing_orchestration.jobs.inquiry import Inquiry
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
 from billing_orchestration.jobs.run_report import (
     ROWS_SHOWN,
@@ -49,33 +48,24 @@ from billing_orchestration.jobs.run_report import (
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.jobs.settling import Failed, open_all, report_settled, report_unusable, settle_all
 from billing_orchestration.jobs.spool import Spool
-from billing_orchestration.provider.errors import Forbidden, PaymentNotFound, ProviderError, RequestRejected
-from billing_orchestration.provider.pacing import Breaker, map_concurrently
-from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+from billing_orchestration.resources import AFTER, BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
 from billing_orchestration.threads import Threads
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from billing_orchestration.database.settling import Settled
 
 JOB = "expire_payments_job"
 MAX_RUNTIME_S = 6 * 3600
-# Rows that are held at a time, however many are stale; and those of one transaction: few enough that the service's
-# webhook never waits long for one of them.
+# Rows held in memory at once, and rows of one transaction: few enough that the service's webhook never waits long for
+# one of them.
 PAGE = 5000
-# A page that the database refuses or is too busy for goes in parts of so many rows, and such a part row by row.
+# A page that the database refuses, or is too busy for, is written in parts of this many rows; such a part row by row.
 PART = 100
-# So many transactions at a time: PostgreSQL works on one statement with one core, and pages are disjoint.
+# At most this many transactions at once: PostgreSQL works on one statement with one core, and pages are disjoint.
 SIDE_BY_SIDE = 2
-# So many payments in a row about which the provider does not answer: it fails for everyone, the rest waits.
-BREAKER_SILENCES = 10
 
 
 class ExpirePaymentsConfig(dg.Config):
     """What only this job needs."""
 
-    max_concurrency: int = Field(default=8, ge=1, le=64, description="How many payments are asked about at a time.")
+    max_concurrency: int = Field(default=8, ge=1, le=64, description="Look up at most this many payments at once.")
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,7 @@ class StalePayments:
 
 @dataclass(frozen=True)
 class AskedPayments:
-    """Both slices, in pages: each row with what the provider said about it (None: it has no provider id)."""
+    """Both slices, in pages: each row with the provider's answer (None: it has no provider id)."""
 
     scope: RunScope
     rows: Spool[AskedPayment]
@@ -96,7 +86,7 @@ class AskedPayments:
 
 @dataclass(frozen=True)
 class ExpiryPlan:
-    """What the run will apply. Only what is not simply to expire is held."""
+    """What the run will apply. Only the exceptions are held in memory."""
 
     scope: RunScope
     expiries: Spool[ExpirePayment]
@@ -111,11 +101,10 @@ def fetch_stale_payments(
     run: RunSettings,
     billing_database: dg.ResourceParam[BillingDatabase],
     clock: dg.ResourceParam[Clock],
-) -> StalePayments:
+    hand_over: dg.ResourceParam[HandOver],
+) -> None:
     """The database's slice."""
     with told_plainly():
-        from billing_orchestration.database.expiry import stream_stale_payments
-
         settings = billing_database.settings
         scope = run.scope(context, clock, whole_days=True)
         created_before = payments_over_before(scope.as_of, settings.pending_payment_ttl_days)
@@ -130,21 +119,22 @@ def fetch_stale_payments(
             "stale PENDING payments": dg.MetadataValue.int(len(rows)),
         }
     )
-    return StalePayments(scope, rows)
+    hand_over.leave(StalePayments(scope, rows))
 
 
-@dg.op(description="Ask the provider about each of them, a few at a time.")
+@dg.op(description="Ask the provider about each of them, a few at once.", ins=AFTER)
 def fetch_stale_at_provider(
     context: dg.OpExecutionContext,
     config: ExpirePaymentsConfig,
-    stale: StalePayments,
     payment_provider: dg.ResourceParam[ProviderConnection],
     threads: dg.ResourceParam[Threads],
-) -> AskedPayments:
-    """The provider's slice, page by page: one answer an id. A wrong shop key fails the run after one request."""
-    inquiry = _Inquiry(context, payment_provider, config.max_concurrency, threads)
+    hand_over: dg.ResourceParam[HandOver],
+) -> None:
+    """The provider's slice, page by page: one answer per id. A wrong shop key fails the run after one request."""
+    inquiry = Inquiry(payment_provider, config.max_concurrency, threads, context.log.warning)
     asked: Spool[AskedPayment] = Spool()
     with told_plainly():
+        stale = hand_over.take(StalePayments)
         for page in stale.rows.pages():
             answers = inquiry.ask([row.external_payment_id for row in page if row.external_payment_id])
             asked.add(
@@ -161,71 +151,19 @@ def fetch_stale_at_provider(
             "no answer": dg.MetadataValue.int(inquiry.unanswered),
         }
     )
-    return AskedPayments(stale.scope, asked)
+    hand_over.leave(AskedPayments(stale.scope, asked))
 
 
-class _Inquiry:
-    """Asks the provider about pages of ids, a few at a time, until it answers for nobody."""
-
-    def __init__(
-        self, context: dg.OpExecutionContext, provider: ProviderConnection, max_concurrency: int, threads: Threads
-    ) -> None:
-        self._context = context
-        self._provider = provider
-        self._max_concurrency = max_concurrency
-        self._threads = threads
-        self._breaker = Breaker(BREAKER_SILENCES)
-        self.asked = self.not_found = self.unanswered = 0
-
-    def ask(self, payment_ids: Iterable[str]) -> dict[str, ProviderAnswer]:
-        """One answer for each id."""
-        ids = list(dict.fromkeys(payment_ids))
-        answers: dict[str, ProviderAnswer] = {}
-        if ids and not self._breaker.is_open:
-            self._ask(ids, answers)
-        for payment_id in ids:
-            answers.setdefault(payment_id, NoAnswer("not asked: the provider does not answer for anyone"))
-        self.asked += len(ids)
-        self.not_found += sum(isinstance(answer, NotFoundThere) for answer in answers.values())
-        self.unanswered += sum(isinstance(answer, NoAnswer) for answer in answers.values())
-        return answers
-
-    def _ask(self, ids: Sequence[str], answers: dict[str, ProviderAnswer]) -> None:
-        results = map_concurrently(
-            self._provider.client.get_payment,
-            ids,
-            self._max_concurrency,
-            threads=self._threads,
-            first_alone=not self.asked,
-        )
-        for payment_id, result in results:
-            if isinstance(result, PaymentNotFound):
-                answers[payment_id] = NotFoundThere()
-            elif isinstance(result, RequestRejected) and not isinstance(result, Forbidden):
-                answers[payment_id] = UnusablePayment(payment_id, f"it refuses to look it up: {result}", payment_id)
-            elif isinstance(result, ProviderError):
-                answers[payment_id] = NoAnswer(str(result))
-            elif isinstance(result, Exception):
-                raise result
-            else:
-                answers[payment_id] = result
-            if not isinstance(answers[payment_id], NoAnswer):
-                self._breaker.heard()
-                continue
-            self._breaker.failed()
-            if self._breaker.is_open:
-                self._context.log.warning(
-                    f"the provider did not answer {BREAKER_SILENCES} times in a row: the rest is left for tomorrow"
-                )
-                break
-
-
-@dg.op(description="Decide each: settle what is paid, expire what is not, leave what is held or not known.")
+@dg.op(description="Decide each: settle what is paid, expire what is not, leave what is held or unknown.", ins=AFTER)
 def diff_stale_payments(
-    context: dg.OpExecutionContext, asked: AskedPayments, billing_database: dg.ResourceParam[BillingDatabase]
-) -> ExpiryPlan:
-    """One decision a row."""
-    ttl_days = billing_database.settings.pending_payment_ttl_days
+    context: dg.OpExecutionContext,
+    billing_database: dg.ResourceParam[BillingDatabase],
+    hand_over: dg.ResourceParam[HandOver],
+) -> None:
+    """One decision per row."""
+    with told_plainly():
+        asked = hand_over.take(AskedPayments)
+        ttl_days = billing_database.settings.pending_payment_ttl_days
     expiries: Spool[ExpirePayment] = Spool()
     late: list[SettleLate] = []
     kept: list[KeepPending] = []
@@ -240,23 +178,23 @@ def diff_stale_payments(
     scope = asked.scope
     stop_before_applying(over_limit(len(expiries) + len(late), scope.max_changes), shown)
     context.add_output_metadata(describe_decisions(shown))
-    if not scope.dry_run and scope.approved_plan is None:
-        return ExpiryPlan(scope, expiries, tuple(late), tuple(kept))
-    # A preview and its approval name every change: these hold them all.
-    planned: list[SettleLate | ExpirePayment] = [*late, *chain.from_iterable(expiries.pages())]
+    plan = ExpiryPlan(scope, expiries, tuple(late), tuple(kept))
+    hand_over.leave(_bound(context, plan) if scope.dry_run or scope.approved_plan is not None else plan)
+
+
+def _bound(context: dg.OpExecutionContext, plan: ExpiryPlan) -> ExpiryPlan:
+    """What of the plan was approved. A preview and its approval name every change, so they hold them all in memory."""
+    planned: list[SettleLate | ExpirePayment] = [*plan.late, *chain.from_iterable(plan.expiries.pages())]
     changes = {_line(change): change for change in planned}
-    approved, refused = bind(context, scope, list(changes.items()), {line: _shown(c) for line, c in changes.items()})
-    allowed: Spool[ExpirePayment] = Spool()
+    approved, refused = bind(
+        context, plan.scope, list(changes.items()), {line: _shown(change) for line, change in changes.items()}
+    )
+    expiries: Spool[ExpirePayment] = Spool()
     expiring = [change for change in approved if isinstance(change, ExpirePayment)]
     for start in range(0, len(expiring), PAGE):
-        allowed.add(expiring[start : start + PAGE])
-    return ExpiryPlan(
-        scope,
-        allowed,
-        tuple(change for change in approved if isinstance(change, SettleLate)),
-        tuple(kept),
-        tuple(refused),
-    )
+        expiries.add(expiring[start : start + PAGE])
+    late = tuple(change for change in approved if isinstance(change, SettleLate))
+    return ExpiryPlan(plan.scope, expiries, late, plan.kept, tuple(refused))
 
 
 def _line(decision: SettleLate | ExpirePayment) -> str:
@@ -280,66 +218,37 @@ def _shown(decision: PaymentExpiry) -> Decision:
 
 @dg.op(
     description="Settle the paid ones, set the others EXPIRED, each by its precondition, with the audit trail.",
+    ins=AFTER,
     out=dg.Out(dg.Nothing),
 )
 def apply_payment_expiry(
     context: dg.OpExecutionContext,
-    plan: ExpiryPlan,
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
     threads: dg.ResourceParam[Threads],
+    hand_over: dg.ResourceParam[HandOver],
 ) -> Told:
-    """Apply the plan, row by row; red at the end if something needs another try."""
+    """Apply the plan; red at the end if something must be retried."""
+    report = RunReport(decisions=Tally(ROWS_SHOWN))
     with told_plainly():
+        plan = hand_over.take(ExpiryPlan)
         scope = plan.scope
-        report = RunReport(decisions=Tally(ROWS_SHOWN))
 
         def stamp() -> Stamp:
             return Stamp(JOB, scope.run_id, clock.now())
 
-        late, kept = plan.late, plan.kept
-        is_live = bool(late) and payment_provider.client.is_live
-        paid = {decision.payment.id: decision.payment for decision in late}
-        results = list(
-            settle_all(billing_database, list(paid.values()), make_stamp=stamp, is_live=is_live, dry_run=scope.dry_run)
-        )
-        report_settled(report, iter(results), database=billing_database, stamp=stamp(), dry_run=scope.dry_run)
+        duplicates = _settle_late(report, plan, billing_database, payment_provider, stamp)
         settled = report.applied
-        holders = {result.payment.id: _holder_of(result) for result in results}
-        # Several rows with one provider id: one of them holds the payment, the others will never be paid.
-        duplicates = [
-            ExpirePayment(decision.row, f"a duplicate: payment {holder} holds the provider's payment", Code.DUPLICATE)
-            for decision in late
-            if (holder := holders[decision.payment.id]) is not None and holder != decision.row.id
-        ]
         pages = chain(plan.expiries.pages(), [duplicates] if duplicates else [])
-        expire_all(report, pages, billing_database, stamp, threads, dry_run=scope.dry_run)
+        expire_pages(report, pages, billing_database, stamp, threads, dry_run=scope.dry_run)
         plan.expiries.close()
-        for decision in kept:
-            if decision.needs_retry:
-                report.again.append(f"{decision.row.subject}: {decision.reason}")
-            if decision.quarantine is None:
-                report.skipped += 1
-                report.decisions.append(_shown(decision))
-        report.skipped += len(plan.refused)
-        report.decisions.extend(plan.refused)
-        report_unusable(
-            report,
-            [decision.quarantine for decision in kept if decision.quarantine],
-            database=billing_database,
-            stamp=stamp(),
-            dry_run=scope.dry_run,
-        )
+        _report_kept(report, plan, billing_database, stamp())
         if not scope.dry_run:
             yield plotted(
                 context,
                 ("billing", JOB),
-                {
-                    "expired": report.applied - settled,
-                    "settled late": settled,
-                    "kept pending": len(kept),
-                },
+                {"expired": report.applied - settled, "settled late": settled, "kept pending": len(plan.kept)},
                 day=str(billing_database.calendar.day_of(scope.as_of)),
                 levels=frozenset({"kept pending"}),
             )
@@ -347,13 +256,43 @@ def apply_payment_expiry(
         context,
         scope,
         report,
-        retry_hint="They stay PENDING, nothing was granted for them; launch the job again, or wait for tomorrow's run.",
+        retry_hint="They stay PENDING and nothing was granted for them. Launch the job again, or wait for tomorrow's.",
         job=JOB,
     )
     yield dg.Output(None)
 
 
-def _holder_of(result: "Settled | Failed") -> int | None:
+def _settle_late(
+    report: RunReport,
+    plan: ExpiryPlan,
+    database: BillingDatabase,
+    provider: ProviderConnection,
+    make_stamp: Callable[[], Stamp],
+) -> list[ExpirePayment]:
+    """Settle what is paid at the provider; return the rows beside it that will never be paid.
+
+    Of several rows with one provider id, one holds the payment. The others are duplicates and expire.
+    """
+    paid = {decision.payment.id: decision.payment for decision in plan.late}
+    results = list(
+        settle_all(
+            database,
+            list(paid.values()),
+            make_stamp=make_stamp,
+            is_live=bool(paid) and provider.client.is_live,
+            dry_run=plan.scope.dry_run,
+        )
+    )
+    report_settled(report, iter(results), database=database, stamp=make_stamp(), dry_run=plan.scope.dry_run)
+    holders = {result.payment.id: _holder_of(result) for result in results}
+    return [
+        ExpirePayment(decision.row, f"a duplicate: payment {holder} holds the provider's payment", Code.DUPLICATE)
+        for decision in plan.late
+        if (holder := holders[decision.payment.id]) is not None and holder != decision.row.id
+    ]
+
+
+def _holder_of(result: Settled | Failed) -> int | None:
     """The row that holds a paid payment now; None while none does."""
     if isinstance(result, Failed):
         return None
@@ -365,7 +304,25 @@ def _holder_of(result: "Settled | Failed") -> int | None:
     return None
 
 
-def expire_all(
+def _report_kept(report: RunReport, plan: ExpiryPlan, database: BillingDatabase, stamp: Stamp) -> None:
+    """Report what stays PENDING: held money, no answer (retried), a record that nobody can read (quarantined)."""
+    for decision in plan.kept:
+        if decision.needs_retry:
+            report.again.append(f"{decision.row.subject}: {decision.reason}")
+        if decision.quarantine is None:
+            report.skipped += 1
+            report.decisions.append(_shown(decision))
+    report.skipped += len(plan.refused)
+    report.decisions.extend(plan.refused)
+    unusable = [decision.quarantine for decision in plan.kept if decision.quarantine]
+    report_unusable(report, unusable, database=database, stamp=stamp, dry_run=plan.scope.dry_run)
+
+
+# A page as it was written: each part with the ids that expired, or why its one row did not.
+_Written = list[tuple[Sequence[ExpirePayment], set[int] | NotWritten]]
+
+
+def expire_pages(
     report: RunReport,
     pages: Iterable[Sequence[ExpirePayment]],
     database: BillingDatabase,
@@ -374,10 +331,12 @@ def expire_all(
     *,
     dry_run: bool,
 ) -> None:
-    """Expire pages of payments, each in a transaction of its own, some at a time. What the database refuses goes to
-    quarantine, row by row; what it is too busy for is named for another try."""
-    from billing_orchestration.database.expiry import expire_payments
+    """Expire pages of payments, each in a transaction of its own, some at once.
 
+    What the database refuses goes to quarantine, row by row; what it is too busy for is retried by the next run.
+    Unlike expire_subscriptions_job, whose chunks are a million rows that PostgreSQL finds and locks itself, this job
+    knows each row and its reason, because it has asked about each.
+    """
     refused: list[Problem] = []
 
     def write(page: Sequence[ExpirePayment]) -> set[int]:
@@ -386,36 +345,13 @@ def expire_all(
         with database.begin() as connection:
             return expire_payments(connection, make_stamp(), [(expiry.row, expiry.reason) for expiry in page])
 
-    def tell(page: Sequence[ExpirePayment], expired: set[int]) -> None:
-        report.applied += len(expired)
-        report.skipped += len(page) - len(expired)
-        done = page if len(expired) == len(page) else [expiry for expiry in page if expiry.row.id in expired]
-        if isinstance(report.decisions, Tally):
-            report.decisions.extend_alike(
-                Action.EXPIRE, [expiry.row.money for expiry in done], lambda at: _shown(done[at])
-            )
-        else:
-            report.decisions.extend(map(_shown, done))
-        if len(done) < len(page):
-            report.decisions.extend(
-                Decision(
-                    Action.SKIP,
-                    expiry.row.subject,
-                    "changed meanwhile, not PENDING any more",
-                    expiry.row.money,
-                    Code.CHANGED_MEANWHILE,
-                )
-                for expiry in page
-                if expiry.row.id not in expired
-            )
-
-    def write_page(page: Sequence[ExpirePayment]) -> "list[tuple[Sequence[ExpirePayment], set[int] | NotWritten]]":
+    def write_page(page: Sequence[ExpirePayment]) -> _Written:
         return list(one_by_one(page, write, tries=1, part_size=PART))
 
-    def finish(written: "Future[list[tuple[Sequence[ExpirePayment], set[int] | NotWritten]]]") -> None:
+    def finish(written: Future[_Written]) -> None:
         for part, result in written.result():
             if not isinstance(result, NotWritten):
-                tell(part, result)
+                _report_expired(report, part, result)
                 continue
             row = part[0].row
             if result.for_good:
@@ -424,10 +360,10 @@ def expire_all(
                 report.again.append(f"{row.subject}: {result.reason}")
                 report.decisions.append(Decision(Action.TRY_AGAIN, row.subject, result.reason, row.money))
 
-    # Each page locks its own rows, in the order of their ids: two of them never wait for each other. Leaving the pool
+    # Each page locks its own rows, in the order of their ids: no two of them wait for each other. Leaving the pool
     # waits for what is under way.
     with threads.make_pool(SIDE_BY_SIDE, "expire") as pool:
-        under_way: deque[Future[list[tuple[Sequence[ExpirePayment], set[int] | NotWritten]]]] = deque()
+        under_way: deque[Future[_Written]] = deque()
         for page in pages:
             under_way.append(pool.submit(write_page, page))
             if len(under_way) > SIDE_BY_SIDE:
@@ -439,6 +375,27 @@ def expire_all(
         Decision(Action.QUARANTINE, problem.subject, problem.reason, code=problem.kind) for problem in refused
     )
     report.opened += open_all(database, make_stamp(), refused)
+
+
+def _report_expired(report: RunReport, page: Sequence[ExpirePayment], expired: set[int]) -> None:
+    report.applied += len(expired)
+    report.skipped += len(page) - len(expired)
+    done = page if len(expired) == len(page) else [expiry for expiry in page if expiry.row.id in expired]
+    if isinstance(report.decisions, Tally):
+        report.decisions.extend_alike(Action.EXPIRE, [expiry.row.money for expiry in done], lambda at: _shown(done[at]))
+    else:
+        report.decisions.extend(map(_shown, done))
+    report.decisions.extend(
+        Decision(
+            Action.SKIP,
+            expiry.row.subject,
+            "changed meanwhile, not PENDING any more",
+            expiry.row.money,
+            Code.CHANGED_MEANWHILE,
+        )
+        for expiry in (page if len(done) < len(page) else ())
+        if expiry.row.id not in expired
+    )
 
 
 def _refused(row: StalePayment, error: str) -> Problem:

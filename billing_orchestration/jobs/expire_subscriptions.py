@@ -5,13 +5,22 @@ back: the customer may have paid. A run that would end too many stops before it 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from billing_orchestration.database.audit import Problem, Stamp
+from billing_orchestration.database.errors import DatabaseBusy, RowRefused
+from billing_orchestration.database.expiry import (
+    NotExpired,
+    OverSlice,
+    digest_over,
+    expire_locked,
+    expire_subscriptions,
+    fetch_over,
+    lock_over,
+)
 from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.expiry import subscriptions_over_before
 from billing_orchestration.domain.run_scope import RunScope, guard_verdict
@@ -32,21 +41,18 @@ from billing_orchestration.jobs.run_report import (
 )
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.jobs.settling import open_all
-from billing_orchestration.resources import BillingDatabase, Clock, RunSettings
+from billing_orchestration.resources import AFTER, BillingDatabase, Clock, HandOver, RunSettings
 from billing_orchestration.threads import Threads
-
-if TYPE_CHECKING:
-    from billing_orchestration.database.expiry import OverSlice
 
 JOB = "expire_subscriptions_job"
 MAX_RUNTIME_S = 3600
 # Rows of one transaction: few enough that the service never waits long for a locked row.
 CHUNK = 10_000
-# So many chunks at a time: PostgreSQL works on one statement with one core, and chunks are disjoint.
+# At most this many chunks at once: PostgreSQL works on one statement with one core, and chunks are disjoint.
 SIDE_BY_SIDE = 2
-# How a chunk is cut down to find the row in it that the database refuses, and grows again after it.
+# A chunk in which the database refuses a row shrinks by this factor until that row is found, then grows again.
 SHRINK = 10
-# So many refused and not one expired: that is no odd row, that is a database which refuses everything.
+# After this many refusals without a single expiry the database refuses everything, not an odd row.
 MOST_REFUSED = 20
 
 
@@ -56,8 +62,13 @@ class SubscriptionsOver:
 
     scope: RunScope
     over_before: datetime
-    slice: "OverSlice"
+    slice: OverSlice
     digest: str | None = None
+
+    @property
+    def wanted(self) -> int:
+        """How many are to expire."""
+        return self.slice.over - self.slice.held
 
 
 @dg.op(description="Count the ACTIVE subscriptions that are over, and those of them that are held back, with examples.")
@@ -66,11 +77,10 @@ def fetch_subscriptions_over(
     run: RunSettings,
     billing_database: dg.ResourceParam[BillingDatabase],
     clock: dg.ResourceParam[Clock],
-) -> SubscriptionsOver:
+    hand_over: dg.ResourceParam[HandOver],
+) -> None:
     """The database's slice."""
     with told_plainly():
-        from billing_orchestration.database.expiry import digest_over, fetch_over
-
         settings = billing_database.settings
         scope = run.scope(context, clock, whole_days=True)
         over_before = subscriptions_over_before(
@@ -90,22 +100,23 @@ def fetch_subscriptions_over(
             "ACTIVE without an end": dg.MetadataValue.int(found.without_end),
         }
     )
-    return SubscriptionsOver(scope, over_before, found, digest)
+    hand_over.leave(SubscriptionsOver(scope, over_before, found, digest))
 
 
-@dg.op(description="Decide: what is over and not held back expires, unless that is suspiciously much (the guard).")
-def diff_subscriptions_over(context: dg.OpExecutionContext, over: SubscriptionsOver) -> SubscriptionsOver:
+@dg.op(
+    description="Decide: what is over and not held back expires, unless that is suspiciously much (the guard).",
+    ins=AFTER,
+)
+def diff_subscriptions_over(context: dg.OpExecutionContext, hand_over: dg.ResourceParam[HandOver]) -> None:
     """The decisions, and the guard on the blast radius."""
+    with told_plainly():
+        over = hand_over.take(SubscriptionsOver)
     decisions = _decisions(over)
-    stop_before_applying(
-        guard_verdict(over.slice.over - over.slice.held, over.slice.active, over.scope.max_changes), decisions
-    )
+    stop_before_applying(guard_verdict(over.wanted, over.slice.active, over.scope.max_changes), decisions)
     context.add_output_metadata(describe_decisions(decisions))
     # A million rows are one change here: an approval holds for exactly this set, or for nothing.
-    line = f"expire {over.slice.over - over.slice.held} subscriptions {over.digest}"
-    shown = Decision(
-        Action.EXPIRE, f"{over.slice.over - over.slice.held} subscriptions", f"ended before {over.over_before}"
-    )
+    line = f"expire {over.wanted} subscriptions {over.digest}"
+    shown = Decision(Action.EXPIRE, f"{over.wanted} subscriptions", f"ended before {over.over_before}")
     _, refused = bind(context, over.scope, [(line, over)], {line: shown})
     if refused:
         raise failed(
@@ -113,29 +124,29 @@ def diff_subscriptions_over(context: dg.OpExecutionContext, over: SubscriptionsO
             f"stopped before anything was applied: the subscriptions that are over are no longer those of the approved"
             f" plan {over.scope.approved_plan}. Launch a new dry run and approve its plan",
         )
-    return over
 
 
 @dg.op(
     description="Set them EXPIRED in chunks, each row re-read under lock with its precondition, with the audit trail.",
+    ins=AFTER,
     out=dg.Out(dg.Nothing),
 )
 def apply_subscription_expiry(
     context: dg.OpExecutionContext,
-    over: SubscriptionsOver,
     billing_database: dg.ResourceParam[BillingDatabase],
     clock: dg.ResourceParam[Clock],
     threads: dg.ResourceParam[Threads],
+    hand_over: dg.ResourceParam[HandOver],
 ) -> Told:
     """ACTIVE -> EXPIRED, oldest first."""
-    report = RunReport(decisions=_decisions(over))
-    wanted = over.slice.over - over.slice.held
     with told_plainly():
+        over = hand_over.take(SubscriptionsOver)
+        report = RunReport(decisions=_decisions(over))
         if over.scope.dry_run:
-            report.applied = wanted
-        elif wanted:
-            report.applied = expire_all(over, wanted, billing_database, clock, threads, report, context.log.info)
-    changed_meanwhile = 0 if report.again else wanted - report.applied - report.quarantined
+            report.applied = over.wanted
+        elif over.wanted:
+            expire_chunks(over, billing_database, clock, threads, report, context.log.info)
+    changed_meanwhile = 0 if report.again else over.wanted - report.applied - report.quarantined
     report.skipped = over.slice.held + changed_meanwhile
     report.numbers = {"held back": over.slice.held, "changed meanwhile": changed_meanwhile}
     if changed_meanwhile:
@@ -167,125 +178,136 @@ def _decisions(over: SubscriptionsOver) -> list[Decision]:
     ]
 
 
-def expire_all(
+def expire_chunks(
     over: SubscriptionsOver,
-    wanted: int,
     database: BillingDatabase,
     clock: Clock,
     threads: Threads,
     report: RunReport,
     log: Callable[[str], None],
-) -> int:
-    """Chunks side by side, then what they left: chunk after chunk, first past locked rows, then waiting for them.
+) -> None:
+    """Expire what was shown and guarded, never more, in chunks that PostgreSQL finds and locks itself.
 
-    Never more than were shown and guarded. A chunk that the database refuses is cut down until the one row in it is
-    found, which then goes to quarantine.
+    First some chunks at once, then what they left: chunk after chunk, past locked rows at first, waiting for them at
+    last. A row that the database refuses goes to quarantine.
+    Unlike expire_payments_job, which knows each row because it has asked about it, nothing of a row reaches Python
+    here: a million of them expire in constant memory.
     """
-    from billing_orchestration.database.errors import DatabaseBusy
-    from billing_orchestration.database.expiry import NotExpired, expire_subscriptions
-
-    reason = f"the grace of {database.settings.subscription_grace_days} days is over"
-    refused: dict[int, Problem] = {}
-
-    def expire(size: int, *, wait_for_locks: bool) -> int:
-        with database.begin() as connection:
-            return expire_subscriptions(
-                connection,
-                Stamp(JOB, over.scope.run_id, clock.now()),
-                over_before=over.over_before,
-                reason=reason,
-                size=size,
-                wait_for_locks=wait_for_locks,
-                passed_over=list(refused),
-            )
-
-    done = 0
-    if wanted >= SIDE_BY_SIDE * CHUNK:
-        done = _expire_side_by_side(over, wanted, database, clock, threads, reason, log)
-    size = CHUNK
+    expiring = _Expiring(over, database, clock, threads, report, log)
+    if over.wanted >= SIDE_BY_SIDE * CHUNK:
+        expiring.side_by_side()
     for wait_for_locks in (False, True):
-        while done + len(refused) < wanted:
+        expiring.one_after_another(wait_for_locks=wait_for_locks)
+    refused = list(expiring.refused.values())
+    report.quarantined = len(refused)
+    report.decisions.extend(
+        Decision(Action.QUARANTINE, problem.subject, problem.reason, code=problem.kind) for problem in refused
+    )
+    report.opened = open_all(database, expiring.stamp(), refused)
+
+
+@dataclass
+class _Expiring:
+    """The expiry of one run: `report.applied` counts what has expired so far."""
+
+    over: SubscriptionsOver
+    database: BillingDatabase
+    clock: Clock
+    threads: Threads
+    report: RunReport
+    log: Callable[[str], None]
+    refused: dict[int, Problem] = field(default_factory=dict)
+
+    def stamp(self) -> Stamp:
+        return Stamp(JOB, self.over.scope.run_id, self.clock.now())
+
+    @property
+    def _reason(self) -> str:
+        return f"the grace of {self.database.settings.subscription_grace_days} days is over"
+
+    def _expired(self, count: int) -> None:
+        self.report.applied += count
+        self.log(f"expired {self.report.applied} of {self.over.wanted}")
+
+    def one_after_another(self, *, wait_for_locks: bool) -> None:
+        """Expire chunk after chunk, until there are no more or the database is too busy.
+
+        A chunk that the database refuses shrinks until the row that it refuses is found.
+        """
+        size = CHUNK
+        while left := max(0, self.over.wanted - self.report.applied - len(self.refused)):
             try:
-                expired = expire(min(size, wanted - done - len(refused)), wait_for_locks=wait_for_locks)
+                expired = self._expire_oldest(min(size, left), wait_for_locks=wait_for_locks)
             except DatabaseBusy as error:
-                report.again.append(f"{wanted - done - len(refused)} subscriptions: {error}")
-                break
+                self.report.again.append(f"{left} subscriptions: {error}")
+                return
             except NotExpired as error:
                 if len(error.ids) > 1:
                     size = max(1, len(error.ids) // SHRINK)
                     continue
-                refused |= {id_: _refused(id_, str(error.__cause__)) for id_ in error.ids}
-                if len(refused) >= MOST_REFUSED and not done and error.__cause__ is not None:
+                self.refused |= {id_: _refused(id_, str(error.__cause__)) for id_ in error.ids}
+                if len(self.refused) >= MOST_REFUSED and not self.report.applied and error.__cause__ is not None:
                     raise error.__cause__ from None
                 continue
             if not expired:
-                break
-            done += expired
-            size = min(CHUNK, size * SHRINK)
-            log(f"expired {done} of {wanted}")
-    report.quarantined = len(refused)
-    report.decisions.extend(
-        Decision(Action.QUARANTINE, problem.subject, problem.reason, code=problem.kind) for problem in refused.values()
-    )
-    report.opened = open_all(database, Stamp(JOB, over.scope.run_id, clock.now()), list(refused.values()))
-    return done
-
-
-def _expire_side_by_side(
-    over: SubscriptionsOver,
-    wanted: int,
-    database: BillingDatabase,
-    clock: Clock,
-    threads: Threads,
-    reason: str,
-    log: Callable[[str], None],
-) -> int:
-    """Expire chunks, some at a time, each from where the one before it ends; give back how many expired.
-
-    What it leaves (what is locked, or a chunk that the database refuses) is the caller's, who goes about it one chunk
-    at a time. They are locked in turn, and what is locked counts as done: together they never expire more than
-    `wanted`.
-    """
-    from billing_orchestration.database.errors import DatabaseBusy, RowRefused
-    from billing_orchestration.database.expiry import expire_locked, lock_over
-
-    turn = threads.make_lock()
-    done = claimed = 0
-    after: tuple[str, int] | None = None
-
-    def expire_next() -> bool:
-        """One chunk, in a transaction of its own. False: there are no more."""
-        nonlocal done, claimed, after
-        with database.begin() as connection:
-            with turn:
-                size = min(CHUNK, wanted - claimed)
-                locked = lock_over(connection, over.over_before, size, after) if size else None
-                if locked is None:
-                    return False
-                claimed, after = claimed + locked.count, locked.last
-            stamp = Stamp(JOB, over.scope.run_id, clock.now())
-            expired = expire_locked(connection, stamp, locked, over_before=over.over_before, reason=reason)
-        with turn:
-            done += expired
-            log(f"expired {done} of {wanted}")
-        return True
-
-    def work() -> None:
-        is_more = True
-        while is_more:
-            try:
-                is_more = expire_next()
-            except RowRefused:
-                continue
-            except DatabaseBusy:
                 return
+            self._expired(expired)
+            size = min(CHUNK, size * SHRINK)
 
-    # Leaving the pool waits for what is under way: nothing is committed behind the caller's back.
-    with threads.make_pool(SIDE_BY_SIDE, "expire") as pool:
-        working = [pool.submit(work) for _ in range(SIDE_BY_SIDE)]
-    for worker in working:
-        worker.result()
-    return done
+    def _expire_oldest(self, size: int, *, wait_for_locks: bool) -> int:
+        with self.database.begin() as connection:
+            return expire_subscriptions(
+                connection,
+                self.stamp(),
+                over_before=self.over.over_before,
+                reason=self._reason,
+                size=size,
+                wait_for_locks=wait_for_locks,
+                passed_over=list(self.refused),
+            )
+
+    def side_by_side(self) -> None:
+        """Expire some chunks at once, each from where the one before it ends.
+
+        It leaves what is locked, and chunks that the database refuses. Chunks are locked in turn, and what is locked
+        counts as done: together they never expire more than is wanted.
+        """
+        turn = self.threads.make_lock()
+        claimed = 0
+        after: tuple[str, int] | None = None
+
+        def expire_next() -> bool:
+            """One chunk, in a transaction of its own. False: there are no more."""
+            nonlocal claimed, after
+            with self.database.begin() as connection:
+                with turn:
+                    size = min(CHUNK, self.over.wanted - claimed)
+                    locked = lock_over(connection, self.over.over_before, size, after) if size else None
+                    if locked is None:
+                        return False
+                    claimed, after = claimed + locked.count, locked.last
+                expired = expire_locked(
+                    connection, self.stamp(), locked, over_before=self.over.over_before, reason=self._reason
+                )
+            with turn:
+                self._expired(expired)
+            return True
+
+        def work() -> None:
+            is_more = True
+            while is_more:
+                try:
+                    is_more = expire_next()
+                except RowRefused:
+                    continue
+                except DatabaseBusy:
+                    return
+
+        # Leaving the pool waits for what is under way: nothing is committed behind the caller's back.
+        with self.threads.make_pool(SIDE_BY_SIDE, "expire") as pool:
+            working = [pool.submit(work) for _ in range(SIDE_BY_SIDE)]
+        for worker in working:
+            worker.result()
 
 
 def _refused(subscription_id: int, error: str) -> Problem:

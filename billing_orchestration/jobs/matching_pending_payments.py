@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import dagster as dg
 
+from billing_orchestration.database.matching import fetch_pending
 from billing_orchestration.domain.matching import by_provider_id, diff_pending
 from billing_orchestration.domain.settlement import PaymentRow
 from billing_orchestration.jobs.matching_slice import (
-    AFTER,
     MatchingPlan,
     PaidSlice,
     PaidSliceConfig,
@@ -23,7 +23,7 @@ from billing_orchestration.jobs.matching_slice import (
 from billing_orchestration.jobs.partitions import HOURLY, hour_key
 from billing_orchestration.jobs.run_report import ROWS_SHOWN, Told, told_plainly
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
-from billing_orchestration.resources import BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
+from billing_orchestration.resources import AFTER, BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
 
 JOB = "matching_pending_payments_job"
 # A tick takes seconds; one that catches up seven days takes minutes. Beyond this it hangs.
@@ -65,8 +65,6 @@ def fetch_pending_payments(
     hand_over: dg.ResourceParam[HandOver],
 ) -> None:
     """The database's slice."""
-    from billing_orchestration.database.matching import fetch_pending
-
     with told_plainly():
         paid = hand_over.take(PaidSlice)
     ids = [payment.id for payment in paid.slice.payments]

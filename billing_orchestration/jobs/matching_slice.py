@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.database.audit import Problem, Stamp
+from billing_orchestration.database.matching import advance_watermark, read_watermark
 from billing_orchestration.domain.decisions import Action, Decision
 from billing_orchestration.domain.matching import MatchingDiff
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
@@ -33,10 +33,8 @@ from billing_orchestration.jobs.run_report import (
     stop_before_applying,
 )
 from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
+from billing_orchestration.provider.client import Slice
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
-
-if TYPE_CHECKING:
-    from billing_orchestration.provider.client import Slice
 
 
 class PaidSliceConfig(dg.Config):
@@ -47,19 +45,15 @@ class PaidSliceConfig(dg.Config):
         ge=1,
         le=64,
         description=(
-            "In how many parts, side by side, the provider's list is read. Left out: page by page up to three pages, a"
-            " longer one in four parts."
+            "Read the provider's list in this many parts at once. Left out: up to three pages one by one, a longer list"
+            " in four parts."
         ),
     )
     max_requests_per_second: float | None = Field(
         default=None,
         gt=0,
-        description="A cap on requests per second, all parts together, if the provider gave you one. Left out: none.",
+        description="Limit of requests per second, all parts together, if the provider gave you one. Left out: none.",
     )
-
-
-# How an op of these jobs names the one before it: the order is Dagster's, what it works on comes from `hand_over`.
-AFTER = {"before": dg.In(dg.Nothing)}
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class PaidSlice:
 
     scope: RunScope
     window: Window
-    slice: "Slice"
+    slice: Slice
 
 
 @dataclass(frozen=True)
@@ -92,8 +86,6 @@ def fetch_paid(
     config: PaidSliceConfig,
 ) -> PaidSlice:
     """Read the provider's slice: succeeded, created or captured in the window. Whole, or the run fails here."""
-    from billing_orchestration.database.matching import read_watermark
-
     # All settings are checked before the scope, and both before anything is read.
     settings_checked = database.settings
     scope = run.scope(context, clock, whole_days=False)
@@ -199,8 +191,6 @@ def apply_matching(
 
 
 def _advance(job: str, scope: RunScope, window: Window, database: BillingDatabase, stamp: Stamp) -> None:
-    from billing_orchestration.database.matching import advance_watermark, read_watermark
-
     with database.begin() as connection:
         covered_until = next_watermark(scope, window, read_watermark(connection, job))
         if covered_until is not None:

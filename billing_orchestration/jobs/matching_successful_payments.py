@@ -10,11 +10,11 @@ from datetime import timedelta
 import dagster as dg
 from pydantic import Field
 
+from billing_orchestration.database.matching import fetch_rows, fetch_settled
 from billing_orchestration.domain.matching import by_provider_id, diff_successful
 from billing_orchestration.domain.run_scope import CATCH_UP_OVERLAP
 from billing_orchestration.domain.settlement import PaymentRow
 from billing_orchestration.jobs.matching_slice import (
-    AFTER,
     MatchingPlan,
     PaidSlice,
     PaidSliceConfig,
@@ -25,7 +25,7 @@ from billing_orchestration.jobs.matching_slice import (
 from billing_orchestration.jobs.partitions import HOURLY, hour_key
 from billing_orchestration.jobs.run_report import Told, told_plainly
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
-from billing_orchestration.resources import BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
+from billing_orchestration.resources import AFTER, BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
 
 JOB = "matching_successful_payments_job"
 # A tick takes seconds; one that catches up seven days takes minutes. Beyond this it hangs.
@@ -84,8 +84,6 @@ def fetch_known_payments(
     hand_over: dg.ResourceParam[HandOver],
 ) -> None:
     """The database's slice."""
-    from billing_orchestration.database.matching import fetch_rows, fetch_settled
-
     with told_plainly():
         paid = hand_over.take(PaidSlice)
     ids = [payment.id for payment in paid.slice.payments]

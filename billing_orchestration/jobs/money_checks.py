@@ -1,28 +1,35 @@
 """The money's invariants as asset checks, its numbers over time, and the quarantine where an operator sees it.
 
-A sensor looks every five minutes, in the code server, without a run: new entries of the quarantine alert at once, the
-checks and numbers are written hourly. Nothing is written when nothing is new. The checks can also be run from the UI.
+A sensor looks every five minutes, in the code server, without a run. New entries of the quarantine alert at once; the
+checks and numbers are written hourly. When nothing is new, nothing is written. The UI can run the checks, too.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
+import sqlalchemy as sa
 
 from billing_orchestration.alerting import RUNBOOK, Alert, Alerts
+from billing_orchestration.database.errors import BillingDatabaseError
+from billing_orchestration.database.money_checks import (
+    Verdict,
+    count_and_last,
+    matching_keeps_up,
+    no_old_unknown,
+    no_second_success,
+    numbers,
+    paid_is_granted,
+)
+from billing_orchestration.database.quarantine import Entry, entries_since, open_entries
 from billing_orchestration.domain.attempts import KEY_LIFETIME_HOURS
 from billing_orchestration.domain.problem_kinds import kind_of
 from billing_orchestration.jobs.run_alerts import tell_what_was_not_sent
 from billing_orchestration.resources import BillingDatabase, Clock
-
-if TYPE_CHECKING:
-    import sqlalchemy as sa
-
-    from billing_orchestration.database.money_checks import Verdict
-    from billing_orchestration.database.quarantine import Entry
+from billing_orchestration.settings import SettingsError
 
 MONEY = dg.AssetKey(["billing", "money"])
 QUARANTINE = dg.AssetKey(["billing", "quarantine"])
@@ -35,51 +42,49 @@ _ENTRIES_TOLD = 10
 
 @dataclass(frozen=True)
 class MoneyCheck:
-    """One invariant: its name is that of the statement in `database.money_checks`."""
+    """One invariant, by the statement that asks whether it holds; what it means for the money; what to do."""
 
-    name: str
+    ask: Callable[[sa.Connection, datetime], Verdict]
     description: str
     money: str
     do: str
 
-    def ask(self, connection: "sa.Connection", now: datetime) -> "Verdict":
-        """Whether it holds."""
-        from billing_orchestration.database import money_checks
-
-        verdict: Verdict = getattr(money_checks, self.name)(connection, now)
-        return verdict
+    @property
+    def name(self) -> str:
+        """The statement's name."""
+        return self.ask.__name__
 
 
 CHECKS = (
     MoneyCheck(
-        "paid_is_granted",
-        "Succeeded provider payments = grants: every settlement has its payment row and attempt, and back, and no"
-        " second row grants it again (7 days).",
+        paid_is_granted,
+        "Every succeeded provider payment is granted, once: each settlement has its payment row and attempt, each"
+        " succeeded attempt its settlement, and no second row grants the payment again (7 days).",
         "a customer may have paid without a grant, or been granted without a payment.",
         "look at each with `billing-orchestration explain payment ID`; somebody may have changed rows by hand.",
     ),
     MoneyCheck(
-        "no_old_unknown",
+        no_old_unknown,
         f"No charge has an unknown outcome for longer than {KEY_LIFETIME_HOURS} h, the lifetime of its key.",
         "these customers may have been charged and not renewed. They are never charged again before it is known.",
         "launch autopayment_job: it searches the provider's list for them.",
     ),
     MoneyCheck(
-        "no_second_success",
+        no_second_success,
         "No period of a subscription was paid twice.",
         "a customer has paid twice for one period.",
         "resolve the entry: accept it as one more period, or refund it at the provider and ignore it.",
     ),
     MoneyCheck(
-        "matching_keeps_up",
+        matching_keeps_up,
         "Both matching jobs have covered the last hour.",
         "customers may have paid and not got it yet. The next tick that succeeds covers up to seven days.",
-        "is the daemon running, are both schedules on, are their runs red?",
+        "check that the daemon runs, that both schedules are on, and that their runs are green.",
     ),
 )
 
 
-def _metadata(check: MoneyCheck, verdict: "Verdict") -> Mapping[str, Any]:
+def _metadata(check: MoneyCheck, verdict: Verdict) -> Mapping[str, Any]:
     metadata: dict[str, Any] = {"broken": dg.MetadataValue.int(verdict.count)}
     if verdict.broken:  # as plain text: the page hides Markdown behind a click
         metadata["what breaks it"] = dg.MetadataValue.text("; ".join(verdict.broken))
@@ -93,7 +98,6 @@ def _asset_check(check: MoneyCheck) -> dg.AssetChecksDefinition:
     def body(
         billing_database: dg.ResourceParam[BillingDatabase], clock: dg.ResourceParam[Clock]
     ) -> dg.AssetCheckResult:
-
         with billing_database.read() as connection:
             verdict = check.ask(connection, clock.now())
         return dg.AssetCheckResult(passed=verdict.passed, metadata=_metadata(check, verdict))
@@ -105,14 +109,13 @@ money_asset_checks = [_asset_check(check) for check in CHECKS]
 money_assets = [
     dg.AssetSpec(
         MONEY,
-        description="Numbers over all jobs, hourly: charges, declines, unknown outcomes, what is open. Under Metadata,"
-        " Plots. The money checks are in the tab Checks.",
+        description="Hourly numbers of all jobs: charges, declines, unknown outcomes, open attempts and payments. See"
+        " Metadata, Plots. The money checks are in the tab Checks.",
         group_name=GROUP,
     ),
     dg.AssetSpec(
         QUARANTINE,
-        description="What waits for a person, looked at every five minutes. A new version each time the open entries"
-        " change.",
+        description="Entries that wait for a person. Refreshed within five minutes when one opens or closes.",
         group_name=GROUP,
     ),
 ]
@@ -124,17 +127,14 @@ class Look:
 
     open: int
     last: int
-    fresh: "Sequence[Entry]"
-    entries: "Sequence[Entry] | None"
-    verdicts: "Mapping[str, Verdict] | None"
+    fresh: Sequence[Entry]
+    entries: Sequence[Entry] | None
+    verdicts: Mapping[str, Verdict] | None
     numbers: Mapping[str, int | float] | None
 
 
-def look(connection: "sa.Connection", now: datetime, cursor: Mapping[str, Any]) -> Look:
-    """Read what a tick needs: one small query, and more only if something is new or the hour has come."""
-    from billing_orchestration.database.money_checks import count_and_last, numbers
-    from billing_orchestration.database.quarantine import entries_since, open_entries
-
+def look(connection: sa.Connection, now: datetime, cursor: Mapping[str, Any]) -> Look:
+    """Read what a tick needs: one small query, and more only if something is new or an hour has passed."""
     count, last = count_and_last(connection)
     told = int(cursor.get("told", 0))
     changed = [count, last] != cursor.get("shown")
@@ -149,7 +149,7 @@ def look(connection: "sa.Connection", now: datetime, cursor: Mapping[str, Any]) 
     )
 
 
-def quarantine_alert(fresh: "Sequence[Entry]", waiting: int, alerts: Alerts) -> Alert:
+def quarantine_alert(fresh: Sequence[Entry], waiting: int, alerts: Alerts) -> Alert:
     """One alert for all new entries."""
     lines = [
         f"- {entry.id}, {entry.subject}: {entry.kind}: {entry.reason[:200]} ({kind_of(entry.kind).means})"
@@ -160,15 +160,15 @@ def quarantine_alert(fresh: "Sequence[Entry]", waiting: int, alerts: Alerts) -> 
     return Alert(
         title="a new entry in the quarantine" if one else f"{len(fresh)} new entries in the quarantine",
         happened="\n".join([*lines, *more]),
-        money=f"nothing more happens with it until a person has decided ({waiting} open in all).",
+        money=f"nothing more happens with it until a person decides ({waiting} open in all).",
         do="billing-orchestration quarantine show "
         f"{fresh[0].id if one else 'ID'}, then resolve. See {RUNBOOK}#quarantine",
         link=alerts.link("assets/billing/quarantine"),
     )
 
 
-def check_alert(check: MoneyCheck, verdict: "Verdict", alerts: Alerts) -> Alert:
-    """The alert of an invariant that does not hold any more."""
+def check_alert(check: MoneyCheck, verdict: Verdict, alerts: Alerts) -> Alert:
+    """The alert of an invariant that no longer holds."""
     return Alert(
         title=f"money check failed: {check.name}",
         happened="\n".join([check.description, *(f"- {what}" for what in verdict.broken)]),
@@ -181,7 +181,7 @@ def check_alert(check: MoneyCheck, verdict: "Verdict", alerts: Alerts) -> Alert:
 def _events(seen: Look) -> list[dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation]:
     events: list[dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation] = []
     if seen.entries is not None:
-        # The page shows some 50 characters beside each other: what is wrong comes first, not when it was seen.
+        # The page shows about 50 characters of a row: what is wrong comes first.
         names = ("id", "what is wrong", "about", "opened")
         events.append(
             dg.AssetMaterialization(
@@ -216,17 +216,14 @@ def _events(seen: Look) -> list[dg.AssetMaterialization | dg.AssetObservation | 
 def tick(
     instance: dg.DagsterInstance, cursor_text: str | None, database: BillingDatabase, alerts: Alerts, now: datetime
 ) -> dg.SensorResult | dg.SkipReason:
-    """One look: what is new is shown and told. What nobody took is tried again by the next one."""
-    from billing_orchestration.database.errors import BillingDatabaseError
-    from billing_orchestration.settings import SettingsError
-
+    """Look once: show what is new and alert about it. An alert that could not be delivered is sent by a later tick."""
     tell_what_was_not_sent(instance, alerts)
     cursor: dict[str, Any] = json.loads(cursor_text) if cursor_text else {}
     try:
         with database.read() as connection:
             seen = look(connection, now, cursor)
     except (BillingDatabaseError, SettingsError) as error:
-        # The jobs' own red runs alert about it.
+        # The jobs' red runs alert about it.
         return dg.SkipReason(str(error))
     cursor["shown"] = [seen.open, seen.last]
     if seen.fresh and alerts.send(quarantine_alert(seen.fresh, seen.open, alerts)):
@@ -253,7 +250,7 @@ def tick(
     name="money_checks_sensor",
     default_status=dg.DefaultSensorStatus.RUNNING,
     minimum_interval_seconds=_SENSOR_INTERVAL_S,
-    description="Shows and alerts about new quarantine entries; hourly the money checks and numbers. Starts no run.",
+    description="Shows new quarantine entries and alerts about them. Hourly: money checks and numbers. Starts no run.",
 )
 def money_checks_sensor(
     context: dg.SensorEvaluationContext,

@@ -19,7 +19,7 @@ from billing_orchestration.domain.run_scope import RunScope, over_limit
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE
 from billing_orchestration.jobs.run_report import CHANGED_TAG, describe_scope, stop_before_applying, told_plainly
 from billing_orchestration.jobs.schedules import SINGLETON_TAG, singleton_tags, tick_schedule
-from billing_orchestration.resources import PARTITION_TAG, BillingDatabase, Clock, RunSettings
+from billing_orchestration.resources import AFTER, PARTITION_TAG, BillingDatabase, Clock, HandOver, RunSettings
 
 JOB = "run_history_job"
 MAX_RUNTIME_S = 2 * 3600
@@ -55,7 +55,8 @@ def find_old_runs(
     run: RunSettings,
     billing_database: dg.ResourceParam[BillingDatabase],
     clock: dg.ResourceParam[Clock],
-) -> OldRuns:
+    hand_over: dg.ResourceParam[HandOver],
+) -> None:
     """The slice and the decisions."""
     with told_plainly():
         settings = billing_database.settings
@@ -91,7 +92,7 @@ def find_old_runs(
             },
         }
     )
-    return OldRuns(scope, going)
+    hand_over.leave(OldRuns(scope, going))
 
 
 def _past_runs(instance: dg.DagsterInstance, before: datetime) -> Iterator[PastRun]:
@@ -139,9 +140,13 @@ def _changed_something(runs: Sequence[PastRun], database: BillingDatabase) -> se
     return changed
 
 
-@dg.op(description="Delete these runs with their events, oldest first.")
-def delete_old_runs(context: dg.OpExecutionContext, config: RunHistoryConfig, old: OldRuns) -> None:
+@dg.op(description="Delete these runs with their events, oldest first.", ins=AFTER)
+def delete_old_runs(
+    context: dg.OpExecutionContext, config: RunHistoryConfig, hand_over: dg.ResourceParam[HandOver]
+) -> None:
     """Delete one run after another, oldest first. If killed in between, the next run continues."""
+    with told_plainly():
+        old = hand_over.take(OldRuns)
     going = old.going[::-1][: config.max_runs]
     deleted = 0
     if not old.scope.dry_run:

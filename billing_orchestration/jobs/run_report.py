@@ -8,11 +8,17 @@ from decimal import Decimal
 from typing import Any
 
 import dagster as dg
+import psycopg
+from sqlalchemy.exc import SQLAlchemyError
 
+from billing_orchestration.database.engine import translate
+from billing_orchestration.database.errors import BillingDatabaseError
 from billing_orchestration.domain.decisions import Decision, Tally
 from billing_orchestration.domain.run_scope import RunRefused, RunScope
 from billing_orchestration.jobs.approval import PLANS
 from billing_orchestration.jobs.run_failures import FailureCode, failed
+from billing_orchestration.provider.errors import IncompleteSlice, OutcomeUnknown, ProviderError, RequestRejected
+from billing_orchestration.settings import SettingsError
 
 # What an applying op yields: numbers to plot, and its end.
 Told = Iterator[dg.AssetMaterialization | dg.Output[None]]
@@ -240,14 +246,6 @@ def told_plainly() -> Iterator[None]:
 
 
 def _expected(error: Exception) -> dg.Failure | None:
-    import psycopg
-    from sqlalchemy.exc import SQLAlchemyError
-
-    from billing_orchestration.database.engine import translate
-    from billing_orchestration.database.errors import BillingDatabaseError
-    from billing_orchestration.provider.errors import IncompleteSlice, OutcomeUnknown, ProviderError, RequestRejected
-    from billing_orchestration.settings import SettingsError
-
     known: Exception = translate(error) if isinstance(error, (SQLAlchemyError, psycopg.Error)) else error
     if not isinstance(known, (SettingsError, RunRefused, BillingDatabaseError, ProviderError)):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -11,7 +12,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.expiry import fetch_over
 from billing_orchestration.domain.run_scope import RunScope
-from billing_orchestration.jobs.expire_subscriptions import CHUNK, SubscriptionsOver, expire_all
+from billing_orchestration.jobs.expire_subscriptions import CHUNK, SubscriptionsOver, expire_chunks
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.resources import BillingDatabase, Clock
 from billing_orchestration.threads import OF_THE_SYSTEM
@@ -363,18 +364,13 @@ def test_side_by_side_no_more_expire_than_were_shown_and_guarded(service: Servic
     )
     database = BillingDatabase(lambda: service.settings)
 
-    done = expire_all(
-        SubscriptionsOver(scope, over_before, found),
-        2 * CHUNK + 7,
-        database,
-        Clock(lambda: NOON),
-        OF_THE_SYSTEM,
-        RunReport(),
-        print,
-    )
+    shown, report = replace(found, over=2 * CHUNK + 7), RunReport()
+
+    over_all = SubscriptionsOver(scope, over_before, shown)
+    expire_chunks(over_all, database, Clock(lambda: NOON), OF_THE_SYSTEM, report, print)
 
     database.close()
-    assert done == 2 * CHUNK + 7
+    assert report.applied == 2 * CHUNK + 7
     assert count_of(service, "EXPIRED") == 2 * CHUNK + 7
 
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from billing_orchestration.definitions import build_definitions
+from billing_orchestration.jobs.run_failures import failure_of
 from billing_orchestration.resources import RunSettings
 from billing_orchestration_tests.books import NOON, stored
 from billing_orchestration_tests.jobs.service import Service
@@ -359,6 +360,33 @@ def test_every_field_of_the_run_config_is_optional_and_described() -> None:
     for name, field in RunSettings.model_fields.items():
         assert not field.is_required(), name
         assert field.description, name
+
+
+def test_nothing_of_a_runs_data_goes_through_an_io_manager_which_could_write_it_to_a_disk() -> None:
+    for job in build_definitions().resolve_all_job_defs():
+        for node in job.nodes_in_topological_order if not job.name.startswith("__") else ():
+            for output in node.definition.output_defs:
+                assert output.dagster_type.is_nothing or output.io_manager_key == "renewals_hand_over", node.name
+
+
+@pytest.mark.parametrize(("job", "op"), [
+    ("expire_payments_job", "apply_payment_expiry"),
+    ("expire_subscriptions_job", "apply_subscription_expiry"),
+    ("matching_pending_payments_job", "apply_pending_matches"),
+    ("matching_successful_payments_job", "apply_successful_matches"),
+    ("run_history_job", "delete_old_runs"),
+])  # fmt: skip
+def test_an_op_that_is_launched_without_those_before_it_says_so_and_changes_nothing(
+    service: Service, job: str, op: str
+) -> None:
+    with_work_for(service, job)
+    before = everything(service)
+    definition = build_definitions(load=lambda: service.settings, now=lambda: service.now).get_job_def(job)
+
+    result = definition.execute_in_process(instance=service.instance, op_selection=[op], raise_on_error=False)
+
+    assert "Launch the whole job" in failure_of(service.instance, result.run_id).words
+    assert everything(service) == before
 
 
 def test_every_op_and_every_field_of_an_ops_config_is_described() -> None:
