@@ -1,4 +1,4 @@
-"""What the provider's answer, its refusal, its silence or its list makes of an attempt (SPEC 5).
+"""What the provider's answer, its refusal, its silence or its list makes of an attempt.
 
 What is not recognised leaves the outcome unknown; it never counts as a failure. A success is only named here: settling
 it (amount, currency, refund, test shop) is `settlement`'s work.
@@ -23,7 +23,7 @@ from billing_orchestration.domain.provider_payment import (
     UnusablePayment,
 )
 
-# `decline_class` of an attempt that was refused because of the shop's key or rights. Somebody mends them and the charge
+# `decline_class` of an attempt that was refused because of the shop's key or rights. Somebody fixes them and the charge
 # is tried again; a refusal of the charge itself (400) is for a person.
 SHOP_REFUSALS = ("401", "403")
 
@@ -145,7 +145,7 @@ class ProviderView:
     """What the provider said about the open attempts, as far as it was asked.
 
     `answers`: attempt id -> its payment, for attempts asked about by payment id or found by a scan.
-    `scanned`: attempts whose surroundings were scanned completely. `silent`: attempt id -> why nobody can tell.
+    `scanned`: attempts whose surroundings were scanned completely. `silent`: attempt id -> why it is not known.
     `extra`: further successes that name an attempt which has its answer; settling puts them into quarantine.
     """
 

@@ -1,6 +1,6 @@
 """The deployment as operators run it: code server, webserver and daemon as processes, on a Dagster home of their own.
 
-They get deploy/dagster.yaml, an environment with the settings of SPEC 2 and nothing else of ours, and the
+They get deploy/dagster.yaml, an environment with the settings of .env.example and nothing else of ours, and the
 commands that the Dockerfile and the compose example use. All of them listen on free ports of this machine and end with
 the test, with every run that they have started.
 """

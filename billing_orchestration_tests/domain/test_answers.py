@@ -1,4 +1,4 @@
-"""What the provider's answer, its refusal, its silence or its list makes of an attempt (SPEC 5)."""
+"""What the provider's answer, its refusal, its silence or its list makes of an attempt."""
 
 from __future__ import annotations
 

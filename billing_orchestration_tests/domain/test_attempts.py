@@ -1,4 +1,4 @@
-"""An attempt: its identity, its frozen body, and how long its key may be used (SPEC 5)."""
+"""An attempt: its identity, its frozen body, and how long its key may be used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decline means for the next try, reason by reason (YOOKASSA.md)."""
+"""What a decline means for the next try, reason by reason."""
 
 from __future__ import annotations
 

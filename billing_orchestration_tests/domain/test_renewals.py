@@ -1,4 +1,4 @@
-"""Who is charged by autopayment_job, and for what reason one that is due is not (SPEC 4)."""
+"""Who is charged by autopayment_job, and for what reason one that is due is not."""
 
 from __future__ import annotations
 

@@ -431,7 +431,7 @@ def test_a_card_of_two_subscriptions_that_is_declined_for_one_is_not_tried_for_t
     assert len(service.attempts(first)) == 1
     assert service.attempts(second) == []
     assert run.reasons(f"subscription {second}") == [
-        "skipped: this payment method was declined a moment ago, tried on another day"
+        "skipped: this payment method was declined a moment ago; tried again on another day"
     ]
 
 

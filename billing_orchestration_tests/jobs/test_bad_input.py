@@ -1,4 +1,4 @@
-"""What bad input gets (SPEC 6), seen from a whole run: one line that names it and the way out, and nothing written."""
+"""What bad input gets, seen from a whole run: one line that names it and the way out, and nothing written."""
 
 from __future__ import annotations
 

@@ -253,7 +253,7 @@ def present(engine: sa.Engine, database_url: str, sandbox: Sandbox) -> Service:
 
 
 def environment_of(service: Service) -> dict[str, str]:
-    """The settings of SPEC 2 that lead to this service."""
+    """The settings that lead to this service."""
     return {
         "BILLING_DATABASE_URL": service.settings.billing_database_url,
         "YOOKASSA_SHOP_ID": service.sandbox.shop_id,

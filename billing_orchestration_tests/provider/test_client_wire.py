@@ -171,7 +171,7 @@ def test_silence_after_a_charge_is_unknown_and_marked_as_silence() -> None:
 
 
 def test_production_waits_for_a_charge_longer_than_the_provider_may_take() -> None:
-    """YOOKASSA.md: connect 5 s, GET 15 s; a POST is answered within 30 s or is a 500, so 35 to 40 s."""
+    """As documented: connect 5 s, GET 15 s; a POST is answered within 30 s or is a 500, so 35 to 40 s."""
     settings = Settings(
         _env_file=None,  # type: ignore[call-arg]
         billing_database_url="postgresql://nobody@localhost/nothing",

@@ -1,4 +1,4 @@
-"""The charging protocol (SPEC 5): how a renewal moves money, and how it survives being killed anywhere.
+"""The charging protocol: how a renewal moves money, and how it survives being killed anywhere.
 
 What moves: the price of one period, from the saved method, at most once per (subscription, period). A partial unique
 index and the idempotence key hold that. Each attempt goes through five steps, in this order and never side by side:
@@ -52,7 +52,7 @@ from billing_orchestration.resources import BillingDatabase
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-# A claim that was committed longer ago than this is made anew before the send: the process may have been suspended, or
+# A claim that was committed longer ago than this is made again before the send: the process may have been suspended, or
 # have waited behind many 429. Both the hour between KEY_LIFETIME and the provider's 24 h and the margin of a search
 # (SCAN_MARGIN) count on a send that follows its claim soon.
 _CLAIM_LIFETIME = timedelta(minutes=10)
@@ -126,7 +126,7 @@ class Charging:
     def claim(self, locks: "sa.Connection", group: Sequence[Work]) -> Claims:
         """Step 2, committed: which of these may be sent now. A row that somebody keeps locked holds up no other."""
         claims = Claims()
-        # Two transactions: what the one has committed must not be claimed anew because the other failed.
+        # Two transactions: what the one has committed must not be claimed again because the other failed.
         for part in (
             [work for work in group if work.is_to_be_opened],
             [work for work in group if not work.is_to_be_opened],
@@ -167,7 +167,7 @@ class Charging:
         except Exception as error:  # noqa: BLE001 - judged below; one that nobody knows leaves the outcome unknown
             return error
         if names_another_attempt(attempt, answer):
-            return OutcomeUnknown(f"the answer speaks of another attempt (payment {answer.id})")
+            return OutcomeUnknown(f"the answer names another attempt (payment {answer.id})")
         return as_answer_to(attempt, answer)
 
     def conclude(

@@ -151,14 +151,14 @@ class Pipeline:
 
     def _lock_session(self) -> "sa.Connection":
         connection = self._charging.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        # Not the pool's any more: closing it ends the session, and with it every lock, whatever went wrong.
+        # No longer the pool's: closing it ends the session, and with it every lock, whatever went wrong.
         connection.detach()
         keep_to_indexes(connection)
         return connection
 
     @contextmanager
     def _database_threads(self, locks: "sa.Connection") -> Iterator[None]:
-        """The threads of all steps but the sends, until they are told to end."""
+        """The threads of all steps but the sends, until they are asked to end."""
         start = self._threads.start
         started = [
             start(self._guarded, self._keep_claiming, locks, name="claim"),
@@ -257,13 +257,13 @@ class Pipeline:
     # --- between the steps
 
     def _claim_more(self) -> None:
-        """Hand the next group to the claiming thread, with the locks to give back."""
+        """Hand the next group to the claiming thread, with the locks to release."""
         if self._claiming:
             return
         room = self.pace.room(self._in_flight, self._writing + len(self._judged))
         group, skipped = self._waiting.take(room, self._now_s())
         for work in skipped:
-            reason = "this payment method was declined a moment ago, tried on another day"
+            reason = "this payment method was declined a moment ago; tried again on another day"
             self._finish(work, ChargeResult(work.attempt, "skipped", reason))
         if group or (self._to_unlock and not self._waiting.ready):
             self._to_claim.put((group, self._to_unlock))
@@ -299,12 +299,12 @@ class Pipeline:
         work.sends += 1
         self._in_flight += 1
         self._to_send.put(work)
-        # One for each that may be under way at a time, as they are needed.
+        # One for each that may be under way at once, as needed.
         if len(self._senders) < min(self._in_flight, self._limits.max_concurrency):
             self._senders.append(self._threads.start(self._keep_sending, name=f"charge {len(self._senders)}"))
 
     def _judge(self, work: Work, answer: ProviderPayment | Exception) -> _Judged:
-        """What an answer means, as soon as it is there: pace and breaker follow it at once."""
+        """What an answer means, judged on arrival: pace and breaker follow it at once."""
         self.pace.note(answer)
         if isinstance(answer, ProviderPayment) and answer.status == SUCCEEDED:
             return _Judged(work, answer)

@@ -122,8 +122,8 @@ class RenewalsHandOver(dg.InMemoryIOManager):
 
 def _refuse_lone_step() -> NoReturn:
     raise dg.Failure(
-        "this step was launched without those before it, or in another process than they, and what they found is gone"
-        " with their memory. Nothing was sent and nobody was charged by it. Launch the whole job: it is safe to repeat."
+        "this step was launched alone, or in another process than the steps before it, so what those found is gone"
+        " with their memory. It sent nothing and charged nobody. Launch the whole job: it is safe to repeat."
         " An executor with several processes needs `shards` in the config of fetch_due_subscriptions",
         allow_retries=False,
     )

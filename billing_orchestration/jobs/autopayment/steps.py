@@ -1,6 +1,6 @@
 """The steps of a renewal run: read, ask, decide, apply. For the whole of the due, and for one shard of it.
 
-They take what a run works on and give back what it found; what a run's page shows is attached where they are used.
+They take what a run works on and return what it found; what a run's page shows is attached where they are used.
 """
 
 import uuid
@@ -61,9 +61,9 @@ RETRY_HINT = (
 
 
 class ChargingConfig(dg.Config):
-    """How hard the provider is driven."""
+    """Limits on the requests to the provider."""
 
-    max_concurrency: int = Field(default=16, ge=1, le=256, description="How many charges are under way at a time.")
+    max_concurrency: int = Field(default=16, ge=1, le=256, description="At most this many charges at once.")
     max_requests_per_second: float | None = Field(
         default=None, gt=0, description="A cap on requests per second, if the provider gave you one. Left out: none."
     )
@@ -71,7 +71,7 @@ class ChargingConfig(dg.Config):
         default=3,
         ge=1,
         le=10,
-        description="How often one attempt is sent in one run at most (same key and body) while it is unknown.",
+        description="Send one attempt at most this often in a run (same key and body) while its outcome is unknown.",
     )
     resend_wait_s: float = Field(
         default=2.0,
@@ -234,7 +234,7 @@ def apply_plan(
     clock: Clock,
     threads: Threads,
 ) -> None:
-    """Conclude what the provider told, then charge; a dry run only reports the plan."""
+    """Conclude what the provider reported, then charge; a dry run only reports the plan."""
     scope = plan.scope
 
     def stamp() -> Stamp:
@@ -261,7 +261,7 @@ def apply_plan(
 def _conclude_open(
     plan: RenewalPlan, report: RunReport, database: BillingDatabase, provider: ProviderConnection, stamp: Stamp
 ) -> None:
-    """Apply what the provider told about open attempts, and close those by which no money moved."""
+    """Apply what the provider said about open attempts, and close those by which no money moved."""
     successes: list[ProviderPayment] = []
     closings: list[Closing] = []
     for decision in plan.decisions:

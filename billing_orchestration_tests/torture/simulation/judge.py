@@ -30,7 +30,7 @@ def last_day_of_month(day: date) -> int:
 
 
 def end_of_next_period(zone: tzinfo, started_at: datetime, ended_at: datetime, duration: int, unit: str) -> datetime:
-    """One period after `ended_at` (both naive UTC), the wall clock's time and the anchor day kept (SPEC 4)."""
+    """One period after `ended_at` (both naive UTC), the wall clock's time and the anchor day kept."""
     end = ended_at.replace(tzinfo=UTC).astimezone(zone)
     if unit == "days":
         day = end.date() + duration * DAY

@@ -1,8 +1,8 @@
 """The other hand: the billing service itself, which sells, refunds and handles webhooks beside the jobs.
 
-It writes rows as SPEC 1 says and shares no code with the jobs. Its webhook handler is a decent one: it locks the
-payment row, looks at its status, and grants in the same transaction. When a row is locked by somebody else it gives up
-at once, and the provider delivers the webhook again later.
+It writes rows as the real service does, and shares no code with the jobs. Its webhook handler is a decent one: it locks
+the payment row, looks at its status, and grants in the same transaction. When a row is locked by somebody else it gives
+up at once, and the provider delivers the webhook again later.
 """
 
 from __future__ import annotations
