@@ -41,7 +41,7 @@ check: $(STAMP) ## Check lint, format, types, layers, shape, definitions, tracke
 	@$(VENV)/bin/lint-imports
 	@$(PYTHON) .ci/check_definitions
 	@$(PYTHON) .ci/check_tracked_files
-	@$(PYTHON) .ci/check_shape --report
+	@$(PYTHON) .ci/check_shape
 
 bench: $(VENV)/.bench ## Measure speed against the physical limit, in a quarter of an hour (docs/performance.md)
 	@$(PYTHON) -m bench $(ARGS)
