@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta, timezone
 from typing import Any
 
 import pytest
@@ -31,22 +31,6 @@ def there(service: Service, external_id: str, status: str = "succeeded", **field
 # --- Which rows
 
 
-def test_more_than_seven_days_means_more_than_seven_times_24_hours_before_as_of(service: Service) -> None:
-    week_ago = NOON - timedelta(days=7)
-    older = stale(service, None, created_at=week_ago - timedelta(microseconds=1))
-    exactly = stale(service, None, created_at=week_ago)
-    younger = stale(service, None, created_at=week_ago + timedelta(hours=1))
-
-    run = service.run(JOB)
-
-    assert run.ok, run.failure
-    assert service.statuses("payments", older, exactly, younger) == [
-        "EXPIRED",
-        "PENDING",
-        "PENDING",
-    ]
-
-
 def test_the_days_until_expiry_are_a_setting(service_with: Callable[..., Service]) -> None:
     service = service_with(pending_payment_ttl_days=30)
     older, younger = stale(service, None, days=30.01), stale(service, None, days=29.99)
@@ -54,27 +38,6 @@ def test_the_days_until_expiry_are_a_setting(service_with: Callable[..., Service
     assert service.run(JOB).ok
 
     assert service.statuses("payments", older, younger) == ["EXPIRED", "PENDING"]
-
-
-def test_only_a_pending_payment_expires(service: Service) -> None:
-    for state in ("CREATED", "SUCCEEDED", "EXPIRED", "CANCELED", "REFUNDED", None):
-        stale(service, None, status=state)
-    before = service.snapshot()
-
-    assert service.run(JOB).ok
-
-    assert service.snapshot() == before
-
-
-def test_dates_that_python_has_no_datetime_for_stop_nobody(service: Service) -> None:
-    oldest, usual = stale(service, None), stale(service, None)
-    service.execute("UPDATE payments SET created_at = '-infinity' WHERE id = :id", id=oldest)
-
-    run = service.run(JOB)
-
-    assert run.ok, run.failure
-    states = service.scalars("SELECT status::text FROM payments ORDER BY id")
-    assert states == ["EXPIRED", "EXPIRED"], usual
 
 
 # --- By what the provider says
@@ -516,11 +479,3 @@ def test_an_amount_that_is_no_number_stops_neither_the_run_nor_its_report(servic
     assert service.statuses("payments", odd, usual) == ["EXPIRED", "EXPIRED"]
     # A sum that is no number could not be shown: the page of the run would not load.
     assert run.report["sum: expire, RUB"] == pytest.approx(299.0)
-
-
-def test_as_of_is_what_decides_and_not_the_clock_on_the_wall(service: Service) -> None:
-    early, late = stale(service, None, days=20), stale(service, None, days=10)
-
-    assert service.run(JOB, as_of=datetime(2026, 3, 4, 4, 0, tzinfo=UTC)).ok
-
-    assert service.statuses("payments", early, late) == ["EXPIRED", "PENDING"]

@@ -66,18 +66,6 @@ def test_the_grace_of_three_days_is_counted_in_whole_billing_days(service: Servi
     ]
 
 
-def test_the_hour_of_the_run_does_not_matter(service: Service) -> None:
-    three_days_ago = over(service, ended_at=datetime(2026, 3, 9, 23, 0, tzinfo=UTC))
-    two_days_ago = over(service, ended_at=datetime(2026, 3, 10, 0, 0, tzinfo=UTC))
-
-    assert service.run(JOB, as_of=datetime(2026, 3, 12, 0, 0, tzinfo=UTC)).ok
-
-    assert service.statuses("subscriptions", three_days_ago, two_days_ago) == [
-        "EXPIRED",
-        "ACTIVE",
-    ]
-
-
 def test_the_billing_day_is_that_of_the_billing_time_zone(service_with: Callable[..., Service]) -> None:
     # At 19:00 UTC it is half past midnight of 13 March in Kolkata: three days ago there is the 10th.
     service = service_with(billing_timezone="Asia/Kolkata", now=datetime(2026, 3, 12, 19, 0, tzinfo=UTC))
@@ -103,16 +91,6 @@ def test_the_grace_is_a_setting(service_with: Callable[..., Service], grace_days
     assert service.statuses("subscriptions", expired, stays) == ["EXPIRED", "ACTIVE"]
 
 
-def test_only_an_active_subscription_expires(service: Service) -> None:
-    for state in ("CREATED", "EXPIRED", "CANCELED", "PAUSED", "DELETED", None):
-        over(service, status=state)
-    before = service.snapshot()
-
-    assert service.run(JOB).ok
-
-    assert service.snapshot() == before
-
-
 def test_one_without_an_end_stays_and_is_counted(service: Service) -> None:
     endless = service.subscription(plan_id=None, ended_at=None)
 
@@ -121,21 +99,6 @@ def test_one_without_an_end_stays_and_is_counted(service: Service) -> None:
     assert run.ok, run.failure
     assert service.status("subscriptions", endless) == "ACTIVE"
     assert run.number("fetch_subscriptions_over", "ACTIVE without an end") == 1
-
-
-def test_ends_that_python_has_no_datetime_for_stop_nobody(service: Service) -> None:
-    ends = ["-infinity", "infinity", "0044-03-15 BC", "294276-01-01", "2026-01-01"]
-    subscriptions = [over(service) for _ in ends]
-    for subscription, end in zip(subscriptions, ends, strict=True):
-        service.execute("UPDATE subscriptions SET ended_at = CAST(:end AS timestamp) WHERE id = :id",
-                        end=end, id=subscription)  # fmt: skip
-
-    run = service.run(JOB)
-
-    assert run.ok, run.failure
-    assert service.statuses("subscriptions", *subscriptions) == [
-        "EXPIRED", "ACTIVE", "EXPIRED", "ACTIVE", "EXPIRED",
-    ]  # fmt: skip
 
 
 def test_months_of_stale_active_subscriptions_expire_in_one_run_chunk_by_chunk(service: Service) -> None:
@@ -179,24 +142,6 @@ def test_one_whose_charge_is_unknown_pending_or_in_review_is_held_back_and_repor
     for subscription in (unknown, pending, review):
         assert run.reasons(f"subscription {subscription}")[0].startswith("leave: held back")
     assert run.report["skipped"] == 3
-
-
-@pytest.mark.parametrize(("first_sent_at", "expected"), [("2026-03-08 12:00+00", "ACTIVE"), (None, "EXPIRED")])
-def test_a_planned_charge_holds_back_only_if_it_may_have_been_sent(
-    service: Service, first_sent_at: str | None, expected: str
-) -> None:
-    service.set_time(NOON - timedelta(days=4))
-    subscription = service.subscriber(script="canceled:insufficient_funds")
-    service.run("autopayment_job")
-    service.execute(
-        "UPDATE billing_orchestration.renewal_attempts SET state = 'PLANNED', first_sent_at = CAST(:at AS timestamptz)",
-        at=first_sent_at,
-    )
-    service.set_time(NOON)
-
-    assert service.run(JOB).ok
-
-    assert service.status("subscriptions", subscription) == expected
 
 
 def test_one_that_is_paid_after_it_expired_is_active_again(service: Service) -> None:
@@ -274,18 +219,6 @@ def test_those_that_are_held_back_do_not_count_for_the_guard(service: Service) -
 
 
 # --- Locked, changed meanwhile, refused
-
-
-def test_one_that_is_locked_is_waited_for_after_the_others_are_done(service: Service, engine: sa.Engine) -> None:
-    locked, free = over(service, ended_at=NOON - timedelta(days=99)), over(service)
-    with service.locking("subscriptions", locked):
-        wait = service.begin(JOB)
-        wait_for_a_blocked_session(engine)
-        assert service.status("subscriptions", free) == "EXPIRED"
-    run = wait()
-
-    assert run.ok, run.failure
-    assert service.status("subscriptions", locked) == "EXPIRED"
 
 
 def test_one_that_is_renewed_while_the_run_waits_for_it_is_skipped_and_reported(

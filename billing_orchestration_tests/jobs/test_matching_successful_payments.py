@@ -74,20 +74,6 @@ def test_a_purchase_that_saved_its_method_is_renewed_with_that_method(service: S
     service.check_books()
 
 
-def test_one_refunded_in_full_is_recorded_as_refunded_and_grants_nothing(service: Service) -> None:
-    service.paid_there("returned", plan_id=service.plan(), refunded_amount="299.00")
-
-    assert service.run(JOB).ok
-
-    [row] = service.rows("payments")
-    assert (row.status, row.subscription_id, row.external_payment_id) == ("REFUNDED", None, "returned")
-    assert service.rows("subscriptions") == []
-    assert service.settled("returned") == ["refunded"]
-    before = service.snapshot()
-    assert service.run(JOB).ok
-    assert service.snapshot() == before
-
-
 def test_one_refunded_after_it_was_granted_stays_as_it_is(service: Service) -> None:
     service.paid_there("orphan", plan_id=service.plan())
     service.run(JOB)
@@ -97,22 +83,6 @@ def test_one_refunded_after_it_was_granted_stays_as_it_is(service: Service) -> N
     assert service.run(JOB).ok
 
     assert service.snapshot() == before
-
-
-def test_metadata_that_lacks_something_creates_nothing_and_goes_to_a_person(service: Service) -> None:
-    plan = service.plan()
-    metadata = {"user_id": "anna", "plan_id": str(plan), "payment_provider_id": str(service.provider_id)}
-    for missing in metadata:
-        service.paid_there(missing, metadata={key: value for key, value in metadata.items() if key != missing})
-    service.paid_there("right", plan_id=plan)
-
-    run = service.run(JOB)
-
-    assert run.ok, run.failure
-    for missing in metadata:
-        assert service.quarantined(missing) == ["metadata"]
-        assert missing in run.reasons(f"payment {missing}")[0]
-    assert [row.external_payment_id for row in service.rows("payments")] == ["right"]
 
 
 def test_a_charge_of_another_installation_creates_nothing_and_goes_to_a_person(service: Service) -> None:
@@ -197,16 +167,6 @@ def test_a_row_that_is_canceled_goes_to_a_person(service: Service) -> None:
     assert service.run(JOB).report["quarantined for the first time"] == 0
 
 
-def test_a_row_without_a_status_goes_to_a_person(service: Service) -> None:
-    service.paid_there("paid", plan_id=service.plan())
-    payment = service.payment("paid", status=None)
-
-    assert service.run(JOB).ok
-
-    assert service.status("payments", payment) is None
-    assert service.quarantined("paid") == ["status_unknown"]
-
-
 def test_rows_are_looked_up_by_id_so_that_no_orphan_is_invented_at_the_edge_of_the_window(service: Service) -> None:
     plan = service.plan()
     subscription = service.subscription("anna", plan_id=plan, ended_at=NOON + timedelta(days=30))
@@ -228,28 +188,6 @@ def test_rows_are_looked_up_by_id_so_that_no_orphan_is_invented_at_the_edge_of_t
     assert service.snapshot() == before
 
 
-def test_the_window_is_by_created_or_captured_both_ends_included(service: Service) -> None:
-    plan = service.plan()
-    hour_ago, millisecond, long_ago = NOON - timedelta(hours=1), timedelta(milliseconds=1), NOON - timedelta(days=9)
-    for name, created_at, captured_at in (
-        ("created at the start", hour_ago, hour_ago),
-        ("created before the start", hour_ago - millisecond, hour_ago - millisecond),
-        ("created at the end", NOON, NOON),
-        ("created after the end", NOON + millisecond, NOON + millisecond),
-        ("captured at the start", long_ago, hour_ago),
-        ("captured before the start", long_ago, hour_ago - millisecond),
-        ("captured at the end", long_ago, NOON),
-    ):
-        service.paid_there(name, user=name, plan_id=plan, created_at=created_at, captured_at=captured_at)
-    service.advance(minutes=5)
-
-    assert service.run(JOB, as_of=NOON).ok
-
-    assert {row.user_id for row in service.rows("subscriptions")} == {
-        "created at the start", "created at the end", "captured at the start", "captured at the end",
-    }  # fmt: skip
-
-
 def test_of_several_rows_with_one_id_a_settled_one_speaks_for_all(service: Service) -> None:
     service.tolerate_duplicates()
     plan = service.plan()
@@ -264,18 +202,6 @@ def test_of_several_rows_with_one_id_a_settled_one_speaks_for_all(service: Servi
     assert run.ok, run.failure
     assert service.snapshot() == before
     assert "duplicate" in run.reasons(f"payment {twin}")[0]
-
-
-def test_a_success_without_a_subscription_is_reported(service: Service) -> None:
-    service.paid_there("paid", plan_id=service.plan())
-    payment = service.payment("paid", status="SUCCEEDED")
-    before = service.snapshot()
-
-    run = service.run(JOB)
-
-    assert run.ok, run.failure
-    assert "linked to no subscription" in run.reasons(f"payment {payment}")[0]
-    assert service.snapshot() == before
 
 
 # --- Our own renewals
@@ -361,15 +287,6 @@ def test_a_manual_launch_repairs_a_payment_of_any_youth(service: Service) -> Non
     assert service.settled("fresh") == ["created"]
 
 
-def test_a_fresh_payment_with_a_row_is_not_left_to_the_webhook(service: Service) -> None:
-    service.paid_there("fresh", plan_id=service.plan(), created_at=NOON)
-    payment = service.payment("fresh", created_at=NOON)
-
-    assert service.tick(JOB).ok
-
-    assert service.status("payments", payment) == "SUCCEEDED"
-
-
 def test_a_row_that_the_webhook_writes_while_the_provider_is_read_is_seen_and_nothing_is_granted_twice(
     service: Service,
 ) -> None:
@@ -449,22 +366,6 @@ def test_a_webhook_that_inserts_the_row_while_the_job_applies_is_found_by_the_un
 # --- Repeated, raced, broken
 
 
-def test_a_second_run_changes_nothing(service: Service) -> None:
-    plan = service.plan()
-    service.subscription("anna", plan_id=plan, ended_at=NOON + timedelta(days=4))
-    service.paid_there("extends", user="anna", plan_id=plan)
-    service.paid_there("creates", user="boris", plan_id=plan)
-    service.paid_there("returned", user="vera", plan_id=plan, refunded_amount="299.00")
-    service.paid_there("odd", metadata={})
-    assert service.run(JOB).ok
-    before = service.snapshot()
-
-    for _ in range(2):
-        assert service.run(JOB).ok
-
-    assert service.snapshot() == before
-
-
 def test_two_runs_of_it_at_once_create_each_payment_once(service: Service) -> None:
     service.tolerate_duplicates()
     plan = service.plan()
@@ -482,51 +383,6 @@ def test_two_runs_of_it_at_once_create_each_payment_once(service: Service) -> No
     service.check_books()
 
 
-def test_a_list_that_breaks_off_on_page_seven_creates_nothing(service: Service) -> None:
-    plan = service.plan()
-    service.provider.add_payments(
-        {
-            "id": f"paid-{number}",
-            "created_at": NOON - timedelta(seconds=number + 1),
-            "amount": "299.00",
-            "metadata": {"user_id": f"user-{number}", "plan_id": str(plan), "payment_provider_id": "1"},
-        }
-        for number in range(601)
-    )
-    service.sandbox.misbehave("list", "error_before", page=7, times=None)
-    before = service.snapshot()
-
-    run = service.run(JOB)
-
-    assert not run.ok
-    assert "page 7" in run.failure
-    assert service.snapshot() == before
-    assert service.watermark(JOB) is None
-    service.sandbox.behave()
-    assert service.run(JOB).ok
-    assert len(service.rows("subscriptions")) == 601
-    assert len(service.rows("payments")) == 601
-
-
-def test_one_poisoned_payment_never_stops_the_others(service: Service) -> None:
-    plan = service.plan()
-    eternal = service.subscription("eva", plan_id=plan, ended_at=None)
-    service.execute("UPDATE subscriptions SET ended_at = 'infinity' WHERE id = :id", id=eternal)
-    for name, user in (("one", "anna"), ("eternal", "eva"), ("two", "boris")):
-        service.paid_there(name, user=user, plan_id=plan)
-    service.paid_there("nulls", override={"amount": None, "created_at": None, "metadata": None})
-    service.paid_there("nameless", raw=[])
-
-    run = service.run(JOB)
-
-    assert run.ok, run.failure
-    assert {row.external_payment_id for row in service.rows("payments")} == {"one", "two"}
-    assert service.quarantined("eternal") == ["no_end"]
-    assert service.quarantined("nulls") == ["unreadable"]
-    assert len(service.rows("quarantine")) == 3
-    assert service.run(JOB).report["quarantined for the first time"] == 0
-
-
 def test_a_user_id_that_the_database_cannot_hold_stops_nobody(service: Service) -> None:
     plan = service.plan()
     service.paid_there("nul", user="an\x00na", plan_id=plan)
@@ -536,18 +392,6 @@ def test_a_user_id_that_the_database_cannot_hold_stops_nobody(service: Service) 
 
     assert run.ok, run.failure
     assert "right" in {row.external_payment_id for row in service.rows("payments")}
-
-
-def test_a_service_that_knows_no_such_payment_provider_gets_nothing_created(service: Service) -> None:
-    plan = service.plan()
-    service.paid_there(
-        "paid", metadata={"user_id": "anna", "plan_id": str(plan), "payment_provider_id": str(service.provider_id + 1)}
-    )
-
-    assert service.run(JOB).ok
-
-    assert service.quarantined("paid") == ["metadata"]
-    assert service.rows("payments") == []
 
 
 # --- What a run tells
@@ -570,13 +414,6 @@ def test_every_change_is_in_the_audit_trail_with_run_id_new_value_and_reason(ser
     }  # fmt: skip
     assert {(entry.job, entry.external_payment_id) for entry in entries.values()} == {(JOB, "orphan")}
     assert all("unknown here" in entry.reason for entry in entries.values())
-
-
-def test_a_tick_that_only_agrees_plots_nothing(service: Service) -> None:
-    service.paid_there("orphan", plan_id=service.plan())
-    assert service.tick(JOB).materialized == {JOB: {"corrections": 1, "quarantined": 0, "needs another try": 0}}
-
-    assert service.tick(JOB).materialized == {}
 
 
 def test_a_webhook_grace_that_is_negative_or_longer_than_what_an_outage_covers_again_is_refused(

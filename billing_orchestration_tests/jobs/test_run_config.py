@@ -217,10 +217,6 @@ def test_an_empty_as_of_as_the_launchpad_sends_it_is_none(service: Service) -> N
     assert run.report["as_of"] == "2026-03-12T12:00:00+00:00 (from now)"
 
 
-def test_an_as_of_of_now_is_not_the_future(service: Service) -> None:
-    assert service.run("expire_subscriptions_job", as_of=NOON).ok
-
-
 # --- Partitions
 
 
@@ -254,15 +250,6 @@ def test_the_partition_of_an_hour_covers_that_hour(service: Service, job: str) -
 
     assert run.ok, run.failure
     assert {row.user_id for row in service.rows("subscriptions")} == {"first", "last"}
-
-
-def test_the_partition_of_the_present_stands_for_now(service: Service) -> None:
-    day = service.run("expire_subscriptions_job", partition="2026-03-12")
-    hour = service.run("matching_pending_payments_job", partition="2026-03-12-12:00")
-
-    assert [day.ok, hour.ok] == [True, True]
-    assert day.report["as_of"] == "2026-03-12T12:00:00+00:00 (from partition)"
-    assert hour.report["as_of"] == "2026-03-12T12:00:00+00:00 (from partition)"
 
 
 def test_an_explicit_as_of_goes_before_the_partition(service: Service) -> None:
