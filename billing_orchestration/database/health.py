@@ -16,6 +16,7 @@ from sqlalchemy.dialects import postgresql as pg
 from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES
 from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import SchemaMissing, SchemaOutdated, SchemaTooNew, ServiceTablesMissing
+from billing_orchestration.database.tables import service
 
 # Every revision of database/migrations/versions, oldest first: a run knows the newest without loading Alembic.
 REVISIONS = ("0001", "0002", "0003", "0004")
@@ -130,9 +131,6 @@ _INSERTED_INTO = ("payments", "subscriptions")
 
 def differences(connection: sa.Connection) -> list[Difference]:
     """Compare the service's tables, columns, types and enum labels with those expected, and name what differs."""
-    # Not before somebody asks: a run does without the tables' definitions.
-    from billing_orchestration.database.tables import service
-
     found: dict[str, dict[str, tuple[str, bool, bool]]] = {}
     for table, column, kind, mandatory, has_default in connection.execute(_COLUMNS, {"tables": list(SERVICE_TABLES)}):
         found.setdefault(table, {})[column] = (kind, mandatory, has_default)
@@ -158,8 +156,6 @@ def differences(connection: sa.Connection) -> list[Difference]:
 
 
 def _enum_columns() -> Iterator[Any]:
-    from billing_orchestration.database.tables import service
-
     for table in service.tables.values():
         for column in table.columns:
             if isinstance(column.type, pg.ENUM):

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.conventions import naive_utc
 from billing_orchestration.database.payment_rows import select_rows
-from billing_orchestration.domain.settlement import PaymentRow
+from billing_orchestration.domain.settlement_decisions import PaymentRow
 
 # For a hundred thousand ids at once PostgreSQL would read a payments table of five million rows from end to end.
 _IDS_AT_A_TIME = 2000

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.domain.money import Money
-from billing_orchestration.domain.settlement import PaymentRow
+from billing_orchestration.domain.settlement_decisions import PaymentRow
 
 
 def select_rows(connection: sa.Connection, where: str, values: Mapping[str, Any]) -> list[PaymentRow]:

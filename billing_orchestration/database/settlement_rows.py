@@ -11,7 +11,7 @@ from billing_orchestration.database.audit import Change, Problem, evidence_of
 from billing_orchestration.database.conventions import naive_utc
 from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.settlement import (
+from billing_orchestration.domain.settlement_decisions import (
     CloseAsGranted,
     PaymentRow,
     Quarantine,

@@ -27,13 +27,13 @@ from billing_orchestration.database.tables import subscriptions as subscriptions
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.problem_kinds import FOR_A_PERSON, KINDS
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.settlement import (
+from billing_orchestration.domain.settlement import decide_settlement
+from billing_orchestration.domain.settlement_decisions import (
     CloseAsGranted,
     RecordRefund,
     Ruling,
     Settle,
     SettlementDecision,
-    decide_settlement,
 )
 
 # What a successful settling proves to be gone.

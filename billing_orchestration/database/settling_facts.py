@@ -23,13 +23,7 @@ from billing_orchestration.domain.attempts import SCAN_MARGIN, Attempt
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.problem_kinds import IGNORED, NOT_WRITABLE
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.settlement import (
-    Facts,
-    PaymentRow,
-    PlanRow,
-    Ruling,
-    SubscriptionRow,
-)
+from billing_orchestration.domain.settlement_decisions import Facts, PaymentRow, PlanRow, Ruling, SubscriptionRow
 
 
 class ChangedMeanwhile(DatabaseBusy):

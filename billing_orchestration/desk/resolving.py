@@ -32,7 +32,7 @@ from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.problem_kinds import ACCEPTED, ATTACHED, GRANTED_ALREADY, IGNORED, MENDED
 from billing_orchestration.domain.provider_payment import SUCCEEDED, Claims, ProviderPayment, UnusablePayment
-from billing_orchestration.domain.settlement import (
+from billing_orchestration.domain.settlement_decisions import (
     CloseAsGranted,
     Leave,
     Quarantine,

@@ -8,7 +8,8 @@ from datetime import datetime, timedelta
 
 from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.settlement import PaymentRow, choose_row
+from billing_orchestration.domain.settlement import choose_row
+from billing_orchestration.domain.settlement_decisions import PaymentRow
 
 _FINAL = ("SUCCEEDED", "REFUNDED")
 

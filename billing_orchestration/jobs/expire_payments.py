@@ -29,7 +29,7 @@ from billing_orchestration.domain.expiry import (
     payments_over_before,
 )
 from billing_orchestration.domain.run_scope import RunScope, over_limit
-from billing_orchestration.domain.settlement import CloseAsGranted, Leave, RecordRefund, Settle
+from billing_orchestration.domain.settlement_decisions import CloseAsGranted, Leave, RecordRefund, Settle
 from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.inquiry import Inquiry
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key

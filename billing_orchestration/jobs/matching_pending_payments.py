@@ -11,7 +11,7 @@ import dagster as dg
 
 from billing_orchestration.database.matching import fetch_pending
 from billing_orchestration.domain.matching import by_provider_id, diff_pending
-from billing_orchestration.domain.settlement import PaymentRow
+from billing_orchestration.domain.settlement_decisions import PaymentRow
 from billing_orchestration.jobs.matching_slice import (
     MatchingPlan,
     PaidSlice,

@@ -20,7 +20,7 @@ from billing_orchestration.domain.run_scope import (
     next_watermark,
     over_limit,
 )
-from billing_orchestration.domain.settlement import PaymentRow
+from billing_orchestration.domain.settlement_decisions import PaymentRow
 from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.run_report import (
     RunReport,

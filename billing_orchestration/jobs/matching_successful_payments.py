@@ -13,7 +13,7 @@ from pydantic import Field
 from billing_orchestration.database.matching import fetch_rows, fetch_settled
 from billing_orchestration.domain.matching import by_provider_id, diff_successful
 from billing_orchestration.domain.run_scope import CATCH_UP_OVERLAP
-from billing_orchestration.domain.settlement import PaymentRow
+from billing_orchestration.domain.settlement_decisions import PaymentRow
 from billing_orchestration.jobs.matching_slice import (
     MatchingPlan,
     PaidSlice,

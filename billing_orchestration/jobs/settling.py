@@ -13,14 +13,9 @@ from billing_orchestration.database.audit import Problem, Stamp, evidence_of, op
 from billing_orchestration.database.one_by_one import NotWritten, one_by_one
 from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
 from billing_orchestration.domain.decisions import Action, Decision
+from billing_orchestration.domain.problem_kinds import NOT_WRITABLE
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
-from billing_orchestration.domain.settlement import (
-    CloseAsGranted,
-    Leave,
-    Quarantine,
-    RecordRefund,
-    Settle,
-)
+from billing_orchestration.domain.settlement_decisions import CloseAsGranted, Leave, Quarantine, RecordRefund, Settle
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.resources import BillingDatabase
 
@@ -99,12 +94,12 @@ def report_settled(
             if result.for_good:
                 report.quarantined += 1
                 report.decisions.append(
-                    Decision(Action.QUARANTINE, subject, result.reason, payment.money, "not_writable")
+                    Decision(Action.QUARANTINE, subject, result.reason, payment.money, NOT_WRITABLE)
                 )
                 refused.append(
                     Problem(
                         subject,
-                        "not_writable",
+                        NOT_WRITABLE,
                         f"settling it failed: {result.reason}",
                         external_payment_id=payment.id,
                         evidence=evidence_of({"id": payment.id, "metadata": payment.metadata}),

@@ -25,7 +25,7 @@ from billing_orchestration.database.expiry import (
 )
 from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.expiry import StalePayment
-from billing_orchestration.domain.settlement import Settle
+from billing_orchestration.domain.settlement_decisions import Settle
 from billing_orchestration_tests.books import NOON, Books, naive
 from billing_orchestration_tests.waiting import at_once, start_blocked
 

@@ -20,7 +20,7 @@ from billing_orchestration.database.settling_facts import ChangedMeanwhile
 from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.settlement import CloseAsGranted, Leave, Quarantine, RecordRefund, Settle
+from billing_orchestration.domain.settlement_decisions import CloseAsGranted, Leave, Quarantine, RecordRefund, Settle
 from billing_orchestration_tests.books import NOON, Books, naive
 
 MONTH_LATER = NOON.replace(month=4)

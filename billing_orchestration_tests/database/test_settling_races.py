@@ -27,7 +27,7 @@ from billing_orchestration.database.settling_facts import ChangedMeanwhile
 from billing_orchestration.domain.answers import Closing
 from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.settlement import CloseAsGranted, Leave, Settle
+from billing_orchestration.domain.settlement_decisions import CloseAsGranted, Leave, Settle
 from billing_orchestration_tests.books import NOON, Books, naive
 from billing_orchestration_tests.waiting import at_once, start_blocked
 

@@ -15,7 +15,7 @@ from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, CANCELED, SUCCEEDED, ProviderPayment
 from billing_orchestration.domain.renewals import DueSubscription, RenewalRules, plan_attempt
 from billing_orchestration.domain.run_scope import RunScope
-from billing_orchestration.domain.settlement import Facts, PaymentRow, PlanRow, SubscriptionRow
+from billing_orchestration.domain.settlement_decisions import Facts, PaymentRow, PlanRow, SubscriptionRow
 
 UTC = timezone.utc
 # A Thursday in the middle of a month, at the time of the daily run.

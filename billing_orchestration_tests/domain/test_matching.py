@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from billing_orchestration.domain.matching import MatchingDiff, by_provider_id, diff_pending, diff_successful
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.settlement import PaymentRow
+from billing_orchestration.domain.settlement_decisions import PaymentRow
 from billing_orchestration_tests.domain.given import NOW, a_payment, a_row, an_attempt, the_payment_of
 
 MINUTE = timedelta(minutes=1)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import STATUSES, SUCCEEDED, ProviderPayment
-from billing_orchestration.domain.settlement import (
+from billing_orchestration.domain.settlement import choose_row, decide_settlement
+from billing_orchestration.domain.settlement_decisions import (
     CloseAsGranted,
     Facts,
     Leave,
@@ -24,8 +25,6 @@ from billing_orchestration.domain.settlement import (
     Ruling,
     Settle,
     SettlementDecision,
-    choose_row,
-    decide_settlement,
 )
 from billing_orchestration_tests.domain.given import (
     DAY,

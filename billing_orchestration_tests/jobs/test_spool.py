@@ -10,7 +10,7 @@ from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.expiry import AskedPayment, ExpirePayment, NoAnswer, NotFoundThere, StalePayment
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
-from billing_orchestration.domain.settlement import PaymentRow
+from billing_orchestration.domain.settlement_decisions import PaymentRow
 from billing_orchestration.jobs.spool import Spool
 
 ROUBLES = Money(Decimal("299.00"), "RUB")

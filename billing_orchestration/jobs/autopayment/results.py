@@ -8,7 +8,7 @@ from billing_orchestration.database.settling import Settled
 from billing_orchestration.domain.answers import Closing
 from billing_orchestration.domain.attempts import Attempt
 from billing_orchestration.domain.provider_payment import ProviderPayment
-from billing_orchestration.domain.settlement import Leave, Quarantine, RecordRefund, Settle
+from billing_orchestration.domain.settlement_decisions import Leave, Quarantine, RecordRefund, Settle
 
 
 @dataclass(slots=True)
