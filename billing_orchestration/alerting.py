@@ -81,8 +81,9 @@ class Alerts:
 
 def read_urls(text: str) -> tuple[Apprise, int]:
     """The receivers of ALERT_URLS (separated by commas or white space), and how many of them cannot be read."""
-    from apprise import Apprise
-    from apprise.utils.parse import parse_urls
+    # Only a run that alerts pays for it.
+    from apprise import Apprise  # noqa: PLC0415
+    from apprise.utils.parse import parse_urls  # noqa: PLC0415
 
     # It logs what it cannot deliver, with addresses that hold tokens.
     logging.getLogger("apprise").disabled = True

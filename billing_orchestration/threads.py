@@ -11,11 +11,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
-
-if TYPE_CHECKING:
-    from concurrent.futures import Executor
+from typing import Any, Protocol, TypeVar
 
 Value = TypeVar("Value")
 
@@ -76,8 +74,6 @@ class Threads:
 
     def make_pool(self, size: int, name: str) -> Executor:
         """Up to `size` threads; leaving its `with` waits for what was handed to them."""
-        from concurrent.futures import ThreadPoolExecutor
-
         return ThreadPoolExecutor(size, thread_name_prefix=name)
 
     def monotonic(self) -> float:

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
 from sqlalchemy import exc
 
 from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES
@@ -40,9 +41,6 @@ from billing_orchestration.database.health import (
 from billing_orchestration.database.indexes import SERVICE_INDEXES, ServiceIndex, describe_duplicates, index_states
 from billing_orchestration.database.tables import service
 from billing_orchestration.domain.attempts import OPEN, State
-
-if TYPE_CHECKING:
-    from alembic.config import Config
 
 Echo = Callable[[str], object]
 
@@ -179,8 +177,6 @@ def _create_service_tables(connection: sa.Connection, log: _Log) -> None:
 
 
 def _upgrade_schema(connection: sa.Connection, log: _Log) -> None:
-    from alembic import command
-
     before = _revisions(connection)
     if before is None:
         # CREATE SCHEMA IF NOT EXISTS would ask for the privilege even where the schema is there already.
@@ -195,8 +191,6 @@ def _upgrade_schema(connection: sa.Connection, log: _Log) -> None:
 
 
 def _drop_schema(connection: sa.Connection, log: _Log) -> None:
-    from alembic import command
-
     before = _revisions(connection)
     if before is None:
         return
@@ -234,8 +228,6 @@ def _refuse_newer(revisions: list[str]) -> None:
 
 def _alembic(connection: sa.Connection) -> Config:
     """Configure Alembic without an ini file: its scripts lie beside this module, installed or not."""
-    from alembic.config import Config
-
     config = Config()
     scripts = Path(__file__).with_name("migrations")
     config.set_main_option("script_location", str(scripts).replace("%", "%%"))
