@@ -287,44 +287,26 @@ def test_an_amount_or_a_currency_that_differs_goes_to_a_person(service: Service)
     assert service.rows("subscriptions") == []
 
 
-def metadata_flaws(service: Service, plan: int) -> dict[str, Any]:
-    """Metadata that must not grant anything, by what is wrong with it."""
-    right = {"user_id": "anna", "plan_id": str(plan), "payment_provider_id": str(service.provider_id)}
-
-    def without(key: str) -> dict[str, str]:
-        return {name: value for name, value in right.items() if name != key}
-
-    return {
-        "no metadata": None,
-        "not an object": ["user_id", "anna"],
-        "no user": without("user_id"),
-        "a blank user": {**right, "user_id": " "},
-        "a null user": {**right, "user_id": None},
-        "no plan": without("plan_id"),
-        "a plan that is no number": {**right, "plan_id": "gold"},
-        "a negative plan": {**right, "plan_id": "-1"},
-        "a plan beyond the type": {**right, "plan_id": "99999999999999999999"},
-        "a plan that is not there": {**right, "plan_id": "31337"},
-        "a plan in other digits": {**right, "plan_id": "\u0661"},
-        "no payment provider": without("payment_provider_id"),
-        "a payment provider that is not there": {**right, "payment_provider_id": "31337"},
-        "an injection": {**right, "plan_id": f"{plan}; DROP TABLE payments"},
-    }
-
-
 def test_metadata_that_is_missing_malformed_or_unknown_goes_to_a_person_and_others_go_on(service: Service) -> None:
     plan = service.plan()
-    flaws = metadata_flaws(service, plan)
+    right = {"user_id": "anna", "plan_id": str(plan), "payment_provider_id": str(service.provider_id)}
+    flaws: dict[str, Any] = {
+        "no metadata": None,
+        "not an object": ["user_id", "anna"],
+        "no user": {**right, "user_id": None},
+        "a plan that is not there": {**right, "plan_id": "31337"},
+        "an injection": {**right, "plan_id": f"{plan}; DROP TABLE payments"},
+    }
     rows = {}
     for flaw, metadata in flaws.items():
         service.paid_there(flaw, override={"metadata": metadata})
         rows[flaw] = begun(service, flaw)
-    right = bought(service, plan, "right")
+    paid = bought(service, plan, "right")
 
     run = service.run(JOB)
 
     assert run.ok, run.failure
-    assert service.status("payments", right) == "SUCCEEDED"
+    assert service.status("payments", paid) == "SUCCEEDED"
     assert {flaw: (service.status("payments", row), service.quarantined(flaw)) for flaw, row in rows.items()} == {
         flaw: ("PENDING", ["metadata"]) for flaw in flaws
     }
@@ -374,24 +356,14 @@ def test_a_row_that_the_services_own_trigger_refuses_never_stops_the_others(serv
     assert len(service.rows("subscriptions")) == 2
 
 
+# One of each kind; provider/test_records.py has them all.
 ODD_ITEMS: dict[str, dict[str, Any]] = {
     "a null amount": {"override": {"amount": None}},
-    "a null in the amount": {"override": {"amount": {"value": None, "currency": "RUB"}}},
-    "an absurd amount": {"override": {"amount": {"value": "1e400", "currency": "RUB"}}},
     "an amount beyond the column": {"override": {"amount": {"value": "1000000.00", "currency": "RUB"}}},
-    "a negative amount": {"override": {"amount": {"value": "-299.00", "currency": "RUB"}}},
-    "nothing paid": {"override": {"amount": {"value": "0.00", "currency": "RUB"}}},
-    "not a number": {"override": {"amount": {"value": "NaN", "currency": "RUB"}}},
-    "an unknown currency": {"override": {"amount": {"value": "299.00", "currency": "KZT"}}},
     "an unknown status": {"override": {"status": "half_paid"}},
-    "a null status": {"override": {"status": None}},
-    "an unknown method": {"override": {"payment_method": {"type": "seashells", "id": "1", "saved": False}}},
-    "a null time": {"override": {"created_at": None}},
     "no time": {"without": ["created_at"]},
-    "a naive time": {"override": {"created_at": "2026-03-12T11:50:00"}},
     "a null id": {"override": {"id": None}},
     "a null item": {"raw": [None]},
-    "a refund in another currency": {"override": {"refunded_amount": {"value": "1.00", "currency": "USD"}}},
 }
 
 

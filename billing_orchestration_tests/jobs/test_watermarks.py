@@ -39,18 +39,6 @@ def test_the_first_run_covers_an_hour_and_sets_the_watermark_to_its_as_of(servic
     assert service.watermark(job) == NOON
 
 
-@ONE
-def test_a_tick_two_minutes_later_covers_an_hour_again(service: Service, job: str) -> None:
-    service.tick(job)
-    service.advance(minutes=2)
-
-    run = service.tick(job)
-
-    assert window(run) == "2026-03-12 11:02:00 UTC to 2026-03-12 12:02:00 UTC"
-    assert service.watermark(job) == NOON + timedelta(minutes=2)
-    assert not any("catching up" in line for line in run.log)
-
-
 @BOTH
 @pytest.mark.parametrize("outage", [timedelta(hours=3), timedelta(days=6)], ids=["three hours", "six days"])
 def test_a_tick_after_an_outage_covers_all_of_it_with_an_overlap(service: Service, job: str, outage: timedelta) -> None:
@@ -203,24 +191,6 @@ def test_partitions_do_not_jump_over_what_was_not_covered(service: Service, job:
     assert service.watermark(job) == NOON
     assert service.tick(job).ok
     assert service.settled(name) == ["created"]
-
-
-@ONE
-def test_a_backfill_of_the_past_before_any_tick_sets_no_watermark(service: Service, job: str) -> None:
-    assert service.run(job, partition="2026-03-11-10:00").ok
-    assert service.run(job, as_of=NOON - timedelta(days=1)).ok
-
-    assert service.watermark(job) is None
-
-
-@ONE
-def test_a_tick_that_is_run_late_or_again_does_not_move_it_back(service: Service, job: str) -> None:
-    service.advance(minutes=10)
-    service.tick(job)
-
-    assert service.tick(job, as_of=NOON).ok
-
-    assert service.watermark(job) == NOON + timedelta(minutes=10)
 
 
 def test_each_job_has_a_watermark_of_its_own(service: Service) -> None:
