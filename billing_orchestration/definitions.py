@@ -18,7 +18,7 @@ from billing_orchestration.jobs import (
     prune_run_history,
 )
 from billing_orchestration.jobs.approval import PLANS
-from billing_orchestration.jobs.autopayment.shards import in_process_or_multiprocess, renewals_hand_over
+from billing_orchestration.jobs.autopayment.shards import in_process_or_multiprocess
 from billing_orchestration.jobs.money_checks import GROUP
 from billing_orchestration.jobs.partitions import DAILY
 from billing_orchestration.jobs.run_alerts import failed_run_sensor
@@ -117,7 +117,6 @@ def _resources(
         "threads": dg.ResourceDefinition.hardcoded_resource(threads, "What makes the run's threads."),
         "hand_over": hand_over_resource,
         "alerts": alerts_resource(load),
-        "renewals_hand_over": renewals_hand_over,
     }
 
 

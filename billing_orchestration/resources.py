@@ -45,6 +45,13 @@ class Clock:
 AFTER = {"before": dg.In(dg.Nothing)}
 
 
+LAUNCHED_ALONE = (
+    "this op was launched without the ops before it, or in another process. Launch the whole job: it is safe to repeat."
+    " Nothing was read or written. With several processes autopayment_job needs `shards` in the config of"
+    " fetch_due_subscriptions"
+)
+
+
 class HandOver:
     """What one op of a run leaves for the next, in the memory of the run's process.
 
@@ -63,10 +70,7 @@ class HandOver:
         """Take what an earlier op has left. Raises RunRefused if that op did not run, or ran in another process."""
         found = self._left.get(kind)
         if not isinstance(found, kind):
-            raise RunRefused(
-                "this op was launched without the ops before it, or in another process. Launch the whole job: it is"
-                " safe to repeat. Nothing was read or written"
-            )
+            raise RunRefused(LAUNCHED_ALONE)
         return found
 
 

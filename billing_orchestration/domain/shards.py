@@ -1,8 +1,8 @@
-"""Shards: the due subscriptions in parts that know nothing of each other, so that several processes can share a run.
+"""Shards: the due subscriptions in independent parts, so that several processes can share a run.
 
-A subscription belongs to one shard by its id alone. So do its attempts: whatever decides about a period is in one
-place, and no two shards of a run ever look at the same one. (Runs with different numbers of shards may meet: what
-keeps them apart are the attempts' locks and the unique index, as between any two runs.)
+A subscription belongs to one shard by its id alone, and so do its attempts. No two shards of a run ever look at the
+same period. Runs with different numbers of shards may meet; the attempts' locks and the unique index keep them apart,
+as they do any two runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 _KEY = re.compile(r"shard_([0-9]{1,4})_of_([0-9]{1,4})")
-# Far more than a database takes connections of; each costs a process's start.
+# Far more than a database has connections for; each shard costs the start of a process.
 MOST_SHARDS = 256
 
 
@@ -45,10 +45,10 @@ def shard_of_key(key: str | None) -> Shard:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """What all shards of a run must agree on, however long after each other they begin, and in whatever process.
+    """What all shards of a run must agree on, whenever and in whatever process each of them starts.
 
-    `at_once`: how many of them may run side by side, so how many share the provider's limits. `max_overdue_days`: as
-    the run was configured.
+    `at_once`: how many may run side by side and so share the provider's limits. `max_overdue_days`: as the run was
+    configured.
     """
 
     as_of: datetime
@@ -79,5 +79,5 @@ class Division:
 
 
 def share(limit: int, at_once: int) -> int:
-    """A shard's share of a whole number that the run must not exceed; one at least, since none could do nothing."""
+    """A shard's share of a limit on the whole run; at least one, since a shard with none could do nothing."""
     return max(1, limit // at_once)

@@ -29,7 +29,7 @@ from billing_orchestration.provider.errors import (
     WrongCredentials,
 )
 from billing_orchestration.provider.outcomes import Call, Outcomes
-from billing_orchestration.provider.pacing import Pace, map_concurrently
+from billing_orchestration.provider.pacing import RateLimit, map_concurrently
 from billing_orchestration.provider.records import parse_payment, provider_instant, read_json
 from billing_orchestration.provider.slices import Collector, Slice
 from billing_orchestration.provider.wire import Answer, Wire
@@ -146,7 +146,7 @@ class PaymentProvider:
         self._threads = threads
         self._sleep = sleep
         self._uniform = uniform
-        self._pace = Pace(max_requests_per_second, clock=threads.monotonic, sleep=sleep)
+        self._rate = RateLimit(max_requests_per_second, clock=threads.monotonic, sleep=sleep)
         self._wire = Wire(self.api_url, max_connections=max_connections, connect_s=timeouts.connect_s)
         token = b64encode(f"{shop_id}:{secret_key}".encode()).decode("ascii")
         self._outcomes = Outcomes(self.api_url, (secret_key, token))
@@ -158,7 +158,7 @@ class PaymentProvider:
 
     def limit_rate(self, max_requests_per_second: float) -> None:
         """Cap the requests of all threads together from now on, as an operator asks for in a run's config."""
-        self._pace.limit(max_requests_per_second)
+        self._rate.limit(max_requests_per_second)
 
     def close(self) -> None:
         """Close the pooled connections."""
@@ -325,7 +325,7 @@ class PaymentProvider:
 
     def _send(self, call: Call, request: Callable[[], Answer], before_send: Callable[[], None] | None = None) -> Answer:
         """Wait for the turn, send once; an answer other than HTTP 200 is raised as what it means."""
-        self._pace.wait_turn()
+        self._rate.wait_turn()
         if before_send is not None:
             before_send()
         try:
@@ -333,13 +333,13 @@ class PaymentProvider:
         except Exception as fault:
             raise self._outcomes.of_wire(fault, call) from fault
         if answer.status == 200:
-            self._pace.answered()
+            self._rate.answered()
             return answer
         error = self._outcomes.of_answer(answer, call, datetime.now(timezone.utc))
         if isinstance(error, RateLimited):
-            self._pace.slow_down(error.retry_after_s)
+            self._rate.slow_down(error.retry_after_s)
         else:
-            self._pace.answered()
+            self._rate.answered()
         raise error
 
     def _within_bound(self, ask: Callable[[], Value]) -> tuple[Value, int]:

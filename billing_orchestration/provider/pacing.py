@@ -1,4 +1,4 @@
-"""How fast the provider is asked: one pace for all threads, and a bounded number of them.
+"""How fast the provider is asked: one rate for all threads, a bounded number of them, and when to stop asking.
 
 A cap on requests per second if the operator sets one; after a 429 nobody sends until the provider's own `Retry-After`
 is over, and then they start one after another instead of all at once.
@@ -19,16 +19,16 @@ Result = TypeVar("Result")
 
 # A 429 without Retry-After: the provider publishes no limits, so begin with a second and double it.
 FIRST_PAUSE_S = 1.0
-# Longer than a minute is not slowing down but standing still; the run goes on and says so by its failures.
+# A longer pause would not slow the run down but halt it. The run goes on, and its failures say why.
 LONGEST_PAUSE_S = 60.0
-# After a pause 64 waiting threads would send at once and get the next 429: they start this far apart, and closer
-# with every answer that is not a 429.
+# After a pause, 64 waiting threads would send at once and get the next 429. They start this far apart instead, and
+# closer with every answer that is not a 429.
 FIRST_SPACING_S = 0.05
 WIDEST_SPACING_S = 1.0
 NO_SPACING_S = 0.001
 
 
-class Pace:
+class RateLimit:
     """When the next request may go. One instance is shared by all threads; seconds are those of a monotonic clock."""
 
     def __init__(

@@ -10,7 +10,7 @@ import pytest
 
 from billing_orchestration.provider import pacing
 from billing_orchestration.provider.errors import OutcomeUnknown, WrongCredentials
-from billing_orchestration.provider.pacing import LONGEST_PAUSE_S, Pace
+from billing_orchestration.provider.pacing import LONGEST_PAUSE_S, RateLimit
 from billing_orchestration.threads import OF_THE_SYSTEM
 
 map_concurrently = partial(pacing.map_concurrently, threads=OF_THE_SYSTEM)
@@ -37,8 +37,8 @@ def clock() -> Clock:
     return Clock()
 
 
-def pace(clock: Clock, rate: float | None = None) -> Pace:
-    return Pace(rate, clock=clock, sleep=clock.sleep)
+def pace(clock: Clock, rate: float | None = None) -> RateLimit:
+    return RateLimit(rate, clock=clock, sleep=clock.sleep)
 
 
 def test_without_a_cap_nobody_waits(clock: Clock) -> None:
@@ -67,7 +67,7 @@ def test_an_idle_time_is_not_saved_up_for_a_burst(clock: Clock) -> None:
 @pytest.mark.parametrize("rate", [0, -1.0, float("nan")])
 def test_a_cap_that_would_never_send_is_refused(rate: float) -> None:
     with pytest.raises(ValueError, match="above zero"):
-        Pace(rate)
+        RateLimit(rate)
 
 
 def test_after_a_429_nobody_sends_before_the_wish_is_over(clock: Clock) -> None:

@@ -431,7 +431,7 @@ FURTHER = (
     Mutant(
         "a 429 that slows nobody down",
         "after a 429 nobody sends before the provider wishes",
-        (Edit(_CLIENT, "            self._pace.slow_down(error.retry_after_s)\n", "            pass\n"),),
+        (Edit(_CLIENT, "            self._rate.slow_down(error.retry_after_s)\n", "            pass\n"),),
         (_FAULTS + "test_everybody_slows_down_for_429_and_all_succeed_in_the_end",),
     ),
     Mutant(

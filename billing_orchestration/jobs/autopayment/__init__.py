@@ -1,8 +1,8 @@
 """autopayment_job: renews due subscriptions with the saved payment method. The only job that moves money.
 
 Daily at 03:00. It first asks what became of earlier attempts whose outcome is open, then charges what is due, each
-attempt by the protocol of `charging`. Harmless to repeat: a period is charged at most once, and one card is tried at
-most once a day. A run is whole (four ops) or divided into shards (`shards`), by its config.
+attempt by the protocol of `charging`. It is safe to repeat: a period is charged at most once, and a card is tried at
+most once a day. By its config, a run is whole (four ops) or divided into shards (`shards`).
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,6 @@ from billing_orchestration.domain.run_scope import over_limit
 from billing_orchestration.domain.shards import MOST_SHARDS
 from billing_orchestration.jobs.approval import bind
 from billing_orchestration.jobs.autopayment.shards import (
-    HAND_OVER,
     conclude_shards,
     divide_due,
     renew_shard,
@@ -47,10 +46,10 @@ from billing_orchestration.jobs.run_report import (
     told_plainly,
 )
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
-from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+from billing_orchestration.resources import AFTER, BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
 from billing_orchestration.threads import Threads
 
-# A long list at a slow provider takes hours; beyond this it hangs, and tomorrow's run must not wait for it.
+# A long list at a slow provider takes hours. A run that takes longer than this hangs, and tomorrow's must not wait.
 MAX_RUNTIME_S = 12 * 3600
 
 
@@ -79,8 +78,8 @@ class DueConfig(dg.Config):
     description="Read the subscriptions that are due, with saved method, price and attempts, and all open attempts. Or,"
     " with `shards`, only count and divide them.",
     out={
-        "due": dg.Out(Renewals, is_required=False, io_manager_key=HAND_OVER),
-        "shards": dg.DynamicOut(dg.Nothing, is_required=False, io_manager_key=HAND_OVER),
+        "due": dg.Out(dg.Nothing, is_required=False),
+        "shards": dg.DynamicOut(dg.Nothing, is_required=False),
     },
 )
 def fetch_due_subscriptions(
@@ -91,7 +90,8 @@ def fetch_due_subscriptions(
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
     threads: dg.ResourceParam[Threads],
-) -> Iterator[dg.Output[Renewals] | dg.DynamicOutput[None]]:
+    hand_over: dg.ResourceParam[HandOver],
+) -> Iterator[dg.Output[None] | dg.DynamicOutput[None]]:
     """The database's slice, or the shards that each read their own."""
     with told_plainly():
         # All settings are checked before the scope, and both before anything is read.
@@ -113,8 +113,9 @@ def fetch_due_subscriptions(
             return
         renewals = read_renewals(billing_database, clock, scope, config.max_overdue_days)
         found = renewals.slice
+    hand_over.leave(renewals)
     yield dg.Output(
-        renewals,
+        None,
         "due",
         metadata={
             **describe_scope(scope),
@@ -129,35 +130,36 @@ def fetch_due_subscriptions(
 
 @dg.op(
     description="Ask the provider about attempts that are pending; search its list for those too old to send again.",
-    out=dg.Out(io_manager_key=HAND_OVER),
+    ins=AFTER,
 )
 def fetch_open_renewals(
     context: dg.OpExecutionContext,
-    renewals: Renewals,
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
     threads: dg.ResourceParam[Threads],
-) -> AskedRenewals:
-    """The provider's slice. It reads only; a wrong shop key fails the run after one request."""
+    hand_over: dg.ResourceParam[HandOver],
+) -> None:
+    """The provider's slice. Only reads; a wrong shop key fails the run after one request."""
     with told_plainly():
-        asked = ask_about_open(renewals, payment_provider, clock, threads)
+        asked = ask_about_open(hand_over.take(Renewals), payment_provider, clock, threads)
     context.add_output_metadata(
         {
             "asked about": dg.MetadataValue.int(asked.asked_about),
             "searched for": dg.MetadataValue.int(asked.searched_for),
             "answered": dg.MetadataValue.int(len(asked.view.answers)),
-            "not told": dg.MetadataValue.int(len(asked.view.silent)),
+            "no answer": dg.MetadataValue.int(len(asked.view.silent)),
         }
     )
-    return asked
+    hand_over.leave(asked)
 
 
-@dg.op(
-    description="Decide each: charge, send again, conclude, or leave with the reason.",
-    out=dg.Out(io_manager_key=HAND_OVER),
-)
-def diff_renewals(context: dg.OpExecutionContext, asked: AskedRenewals, clock: dg.ResourceParam[Clock]) -> RenewalPlan:
+@dg.op(description="Decide each: charge, send again, conclude, or leave with the reason.", ins=AFTER)
+def diff_renewals(
+    context: dg.OpExecutionContext, clock: dg.ResourceParam[Clock], hand_over: dg.ResourceParam[HandOver]
+) -> None:
     """One decision for each open attempt and each due subscription."""
+    with told_plainly():
+        asked = hand_over.take(AskedRenewals)
     scope = asked.renewals.scope
     decisions = decide(asked, clock)
     all_shown = [shown(decision) for decision in decisions]
@@ -168,25 +170,27 @@ def diff_renewals(context: dg.OpExecutionContext, asked: AskedRenewals, clock: d
         context, scope, list(changes.items()), {line: shown(decision) for line, decision in changes.items()}
     )
     left = [decision for decision in decisions if isinstance(decision, NotCharged)]
-    return RenewalPlan(scope, (*approved, *left), asked.view.extra, asked.unusable, refused=tuple(refused))
+    hand_over.leave(RenewalPlan(scope, (*approved, *left), asked.view.extra, asked.unusable, refused=tuple(refused)))
 
 
 @dg.op(
     description="Conclude what the provider reported, then charge: write ahead, send, settle, attempt by attempt.",
-    out=dg.Out(dg.Nothing, io_manager_key=HAND_OVER),
+    ins=AFTER,
+    out=dg.Out(dg.Nothing),
 )
 def charge_renewals(
     context: dg.OpExecutionContext,
     config: ChargingConfig,
-    plan: RenewalPlan,
     billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
     threads: dg.ResourceParam[Threads],
+    hand_over: dg.ResourceParam[HandOver],
 ) -> Told:
-    """Apply the plan; red at the end if something needs another try. A dry run shows the plan and sends nothing."""
+    """Apply the plan; the run ends red if something must be retried. A dry run shows the plan and sends nothing."""
     report = RunReport()
     with told_plainly():
+        plan = hand_over.take(RenewalPlan)
         apply_plan(context, config, plan, report, billing_database, payment_provider, clock, threads)
         if not plan.scope.dry_run:
             day = str(billing_database.calendar.day_of(plan.scope.as_of))

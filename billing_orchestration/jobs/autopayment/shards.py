@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import dagster as dg
 
@@ -41,7 +41,7 @@ from billing_orchestration.jobs.run_report import (
     stop_before_applying,
     told_plainly,
 )
-from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
+from billing_orchestration.resources import LAUNCHED_ALONE, BillingDatabase, Clock, ProviderConnection, RunSettings
 from billing_orchestration.threads import Threads
 
 # On the run's record in the run history, which every process of a run can read: nothing else needs to be shared.
@@ -50,8 +50,6 @@ DIVISION_TAG = "billing/division"
 _REPORT = "read by conclude_shards"
 # Names of what must be retried, per shard; the rest is counted.
 _NAMED = 5
-# Not the io_manager of the other jobs: Dagster refuses several processes for any job that could use that one.
-HAND_OVER = "renewals_hand_over"
 _EXECUTOR = "in_process_or_multiprocess"
 
 
@@ -107,32 +105,6 @@ in_process_or_multiprocess: dg.ExecutorDefinition = dg.configured(
         description="Where the shards run.",
     ),
 )(_chosen)
-
-
-class RenewalsHandOver(dg.InMemoryIOManager):
-    """What the ops of a run that is not divided hand to each other, in the memory of the run's process."""
-
-    def load_input(self, context: dg.InputContext) -> object:
-        """What an earlier op has left. Raises dg.Failure when it was left in another process, or not at all."""
-        try:
-            return super().load_input(context)
-        except KeyError:
-            _refuse_lone_step()
-
-
-def _refuse_lone_step() -> NoReturn:
-    raise dg.Failure(
-        "this step was launched alone, or in another process than the steps before it, so what those found is gone"
-        " with their memory. It sent nothing and charged nobody. Launch the whole job: it is safe to repeat."
-        " An executor with several processes needs `shards` in the config of fetch_due_subscriptions",
-        allow_retries=False,
-    )
-
-
-@dg.io_manager(description="What the ops of a renewal run hand over, in memory.")
-def renewals_hand_over() -> RenewalsHandOver:
-    """The resource `renewals_hand_over`."""
-    return RenewalsHandOver()  # type: ignore[no-untyped-call]
 
 
 def shards_wanted(context: dg.OpExecutionContext, configured: int | None) -> tuple[int | None, int]:
@@ -225,7 +197,7 @@ def _stop_if_over(
     description="Renew one shard of the due: read it, ask about its open attempts, decide each, charge. Runs only if"
     " the run is divided (`shards`).",
     ins={"shard": dg.In(dg.Nothing)},
-    out=dg.Out(dg.Nothing, io_manager_key=HAND_OVER),
+    out=dg.Out(dg.Nothing),
 )
 def renew_shard(
     context: dg.OpExecutionContext,
@@ -281,7 +253,7 @@ def _agreed(context: dg.OpExecutionContext, run: RunSettings, clock: Clock) -> t
     record = context.instance.get_run_by_id(context.run_id)
     told = record.tags.get(DIVISION_TAG) if record else None
     if told is None:
-        _refuse_lone_step()
+        raise RunRefused(LAUNCHED_ALONE)
     division = Division.from_text(told)
     scope = run.scope(context, clock, whole_days=True)
     return replace(scope, as_of=division.as_of, source=division.source), division
@@ -302,7 +274,7 @@ def limits_of_a_shard(config: ChargingConfig, at_once: int) -> ChargingConfig:
     description="Add up what the shards did; red if something needs another try. The decisions are in the output of"
     " each renew_shard. Runs only if the run is divided (`shards`).",
     ins={"shards": dg.In(dg.Nothing)},
-    out=dg.Out(dg.Nothing, io_manager_key=HAND_OVER),
+    out=dg.Out(dg.Nothing),
 )
 def conclude_shards(
     context: dg.OpExecutionContext,
