@@ -310,6 +310,23 @@ def test_a_second_request_while_the_first_is_worked_on_waits_for_its_answer(
     assert len(sandbox.provider.ledger()) == 1
 
 
+def test_a_provider_that_does_not_serialise_a_key_charges_twice_while_both_requests_are_in_flight(
+    client: BareClient, sandbox: Sandbox
+) -> None:
+    sandbox.provider.switches.serialise_keys = False
+    sandbox.provider.switches.processing_s = 3600
+    with ThreadPoolExecutor(2) as threads:
+        answers = [threads.submit(client.post, charge(), "key-1") for _ in range(2)]
+        wait_until(lambda: sandbox.count("create") == 2)
+        sandbox.behave()
+        first, second = (answer.result().json() for answer in answers)
+    assert first["id"] != second["id"]
+    assert [entry.idempotence_key for entry in sandbox.provider.ledger()] == ["key-1", "key-1"]
+    sandbox.provider.switches.processing_s = 0
+    assert client.post(charge(), "key-1").json() in (first, second)
+    assert len(sandbox.provider.ledger()) == 2
+
+
 def test_twenty_threads_with_one_key_charge_once(client: BareClient, sandbox: Sandbox) -> None:
     with ThreadPoolExecutor(20) as threads:
         answers = list(threads.map(lambda _: client.post(charge(), "key-1").json()["id"], range(40)))

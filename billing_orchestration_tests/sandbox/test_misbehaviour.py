@@ -12,6 +12,7 @@ import pytest
 import urllib3
 from urllib3.exceptions import ProtocolError, ReadTimeoutError
 
+from billing_orchestration.sandbox.provider.clock import SandboxClock
 from billing_orchestration.sandbox.provider.server import Sandbox, running_sandbox
 from billing_orchestration_tests.sandbox.bare_client import BareClient, charge
 from billing_orchestration_tests.waiting import wait_until
@@ -184,6 +185,18 @@ def test_a_duplicate_delivery_charges_once(client: BareClient, sandbox: Sandbox)
     answer = client.post(charge())
     assert answer.status == 200
     assert len(sandbox.provider.ledger()) == 1
+
+
+@pytest.mark.parametrize("effect", ["none", "html_before", "error_after", "too_many_requests", "invalid_credentials"])
+def test_every_answer_carries_the_sandboxs_own_time(
+    client: BareClient, sandbox: Sandbox, sandbox_clock: SandboxClock, effect: str
+) -> None:
+    sandbox_clock.set("2026-01-31T09:00:00.999Z")
+    sandbox.misbehave("any", effect)
+    assert client.post(charge()).headers["date"] == "Sat, 31 Jan 2026 09:00:00 GMT"
+    assert client.http.request("GET", sandbox.url + "/nowhere").headers["date"] == "Sat, 31 Jan 2026 09:00:00 GMT"
+    sandbox.provider.switches.date_header = False
+    assert "date" not in client.list().headers
 
 
 # ------------------------------------------------------------------------------------------------ which occurrence

@@ -87,15 +87,16 @@ class SandboxProvider:
         """Whether these are the shop's credentials."""
         return (shop_id, secret_key) == (self.shop_id, self.secret_key)
 
-    def create_payment(self, body: bytes, key: str | None) -> Answer:
+    def create_payment(self, body: bytes, key: str | None, *, looked_up: bool = False) -> Answer:
         """POST /payments. Moves money (a ledger entry) when the method's script says `succeeded` and capture is asked.
 
         The same key with the same body within 24 hours gets the first answer again and moves nothing; with another
         body it is refused; after 24 hours it is a new charge, exactly as dangerous as at the real provider.
+        `looked_up`: the key was unknown when the request came in; it is not looked up again.
         """
         with self._lock:
             now = self._catch_up()
-            return charging.create_payment(self._books, body, key, now, self.switches, self._shop)
+            return charging.create_payment(self._books, body, key, now, self.switches, self._shop, looked_up=looked_up)
 
     def get_payment(self, payment_id: str) -> Answer:
         """GET /payments/{id}."""

@@ -18,7 +18,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.sandbox.provider.answers import Refused, internal_error, processing
-from billing_orchestration.sandbox.provider.endpoints import build_endpoints, response
+from billing_orchestration.sandbox.provider.clock import http_date
+from billing_orchestration.sandbox.provider.endpoints import KEY_LOOKED_UP, build_endpoints, response
 from billing_orchestration.sandbox.provider.list_requests import decode_cursor
 from billing_orchestration.sandbox.provider.misbehaviour import Call, Misbehaviours
 from billing_orchestration.sandbox.provider.waits import Waits
@@ -102,6 +103,9 @@ class ProviderApi:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 request.status = message["status"]
+                if self.provider.switches.date_header:
+                    date = http_date(self.provider.clock()).encode()
+                    message = {**message, "headers": [*message["headers"], (b"date", date)]}
             # Out of flight before the client can know it: its next request may be here before this one has ended.
             elif not message.get("more_body"):
                 leave()
@@ -147,7 +151,9 @@ class ProviderApi:
         """Let the provider do it. A delay is spent before; a test that ends meanwhile takes the call with it."""
         epoch, switches = self._epoch, self.provider.switches
         key = call.idempotence_key if call.name == "create" else None
-        if key in self._keys_at_work:
+        if key in self._keys_at_work and not switches.serialise_keys:
+            scope = {**scope, KEY_LOOKED_UP: True}
+        elif key in self._keys_at_work:
             if switches.concurrent_same_key == "conflict":
                 return response(
                     Refused(409, "conflict", "A request with this idempotence key is being processed").answer()
@@ -160,8 +166,7 @@ class ProviderApi:
         if not delay_s:
             return await self._call_endpoint(scope, call.body)
         done = asyncio.Event()
-        if key is not None:
-            self._keys_at_work[key] = done
+        first = key is not None and self._keys_at_work.setdefault(key, done) is done
         try:
             await self._waits.delay(delay_s)
             if epoch != self._epoch:
@@ -169,7 +174,7 @@ class ProviderApi:
             return await self._call_endpoint(scope, call.body)
         finally:
             done.set()
-            if key is not None:
+            if first:
                 self._keys_at_work.pop(key, None)
 
     async def _call_endpoint(self, scope: Scope, body: bytes) -> Response:

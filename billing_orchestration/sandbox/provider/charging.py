@@ -23,9 +23,19 @@ KEY_LIFETIME = timedelta(hours=24)
 
 
 def create_payment(
-    books: PaymentBooks, body: bytes, key: str | None, now: datetime, switches: Switches, shop: dict[str, Any]
+    books: PaymentBooks,
+    body: bytes,
+    key: str | None,
+    now: datetime,
+    switches: Switches,
+    shop: dict[str, Any],
+    *,
+    looked_up: bool = False,
 ) -> Answer:
-    """Carry out POST /payments, or give the answer that the key got first. `shop`: fields of each of its payments."""
+    """Carry out POST /payments, or give the answer that the key got first. `shop`: fields of each of its payments.
+
+    `looked_up`: the key was unknown when this request came in, whatever happened since (switch `serialise_keys`).
+    """
     try:
         key = idempotence_key(key)
         parsed = parse_body(body)
@@ -33,7 +43,9 @@ def create_payment(
         return refused.answer()
     canonical = json.dumps(parsed, sort_keys=True)
     record = books.state.keys.get(key)
-    if record is not None and now - record.first_at < KEY_LIFETIME:
+    if record is not None and now - record.first_at >= KEY_LIFETIME:
+        record = None
+    if record is not None and not looked_up:
         if record.body != canonical:
             return invalid("Idempotence key duplicated", "Idempotence-Key").answer()
         if switches.replay == "current" and record.payment_id is not None:
@@ -45,7 +57,7 @@ def create_payment(
         payment_id, answer = payment.id, Answer(200, payment.json())
     except Refused as refused:
         answer = refused.answer()
-    if payment_id is not None or switches.remember_errors:
+    if record is None and (payment_id is not None or switches.remember_errors):
         books.state.keys[key] = IdempotenceRecord(canonical, now, answer, payment_id)
     return answer
 

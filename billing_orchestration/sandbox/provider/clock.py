@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 
 MILLISECOND = timedelta(milliseconds=1)
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -21,6 +22,11 @@ def from_milliseconds(value: int) -> datetime:
 def iso(instant: datetime) -> str:
     """`2026-01-31T09:00:00.000Z`, the provider's form."""
     return instant.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def http_date(instant: datetime) -> str:
+    """`Sat, 31 Jan 2026 09:00:00 GMT`, the form of the Date header: whole seconds, rounded down."""
+    return format_datetime(instant.astimezone(timezone.utc), usegmt=True)
 
 
 def aware_utc(instant: datetime | str) -> datetime:

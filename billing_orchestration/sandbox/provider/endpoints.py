@@ -17,6 +17,9 @@ from starlette.routing import Route
 from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.sandbox.provider.answers import Answer, Refused
 
+# Set in a request's scope: its idempotence key was unknown when it came in.
+KEY_LOOKED_UP = "sandbox.key_looked_up"
+
 
 def response(answer: Answer) -> Response:
     """The answer as Starlette sends it."""
@@ -51,7 +54,8 @@ def build_endpoints(provider: SandboxProvider) -> Starlette:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
             raise Refused(415, None, "Content-Type is not application/json", "Content-Type")
-        return response(provider.create_payment(await request.body(), request.headers.get("idempotence-key")))
+        key, looked_up = request.headers.get("idempotence-key"), request.scope.get(KEY_LOOKED_UP, False)
+        return response(provider.create_payment(await request.body(), key, looked_up=looked_up))
 
     async def list_page(request: Request) -> Response:
         return response(provider.list_payments(request.query_params.multi_items()))

@@ -11,8 +11,13 @@ class Switches:
 
     # A payment enters (or re-enters, changed) the list this many seconds after its creation or last change of status.
     list_lag_s: float = 0.0
-    # What a second request with a key whose first one is still being worked on gets: wait | conflict | processing.
+    # What a second request with a key whose first one is still being worked on gets, if keys are serialised:
+    # wait | conflict | processing.
     concurrent_same_key: str = "wait"
+    # Whether a request waits while another one with its key is worked on. If not, each of the two charges.
+    serialise_keys: bool = True
+    # Whether answers carry a Date header: the sandbox's own clock.
+    date_header: bool = True
     # How long the provider works on a charge before it is executed.
     processing_s: float = 0.0
     # What a repeated key gets when the payment moved on meanwhile: its original answer, or the payment as it is now.
