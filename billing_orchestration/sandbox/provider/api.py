@@ -166,7 +166,8 @@ class ProviderApi:
         if not delay_s:
             return await self._call_endpoint(scope, call.body)
         done = asyncio.Event()
-        first = key is not None and self._keys_at_work.setdefault(key, done) is done
+        if key is not None:
+            self._keys_at_work.setdefault(key, done)
         try:
             await self._waits.delay(delay_s)
             if epoch != self._epoch:
@@ -174,8 +175,8 @@ class ProviderApi:
             return await self._call_endpoint(scope, call.body)
         finally:
             done.set()
-            if first:
-                self._keys_at_work.pop(key, None)
+            if key is not None and self._keys_at_work.get(key) is done:
+                del self._keys_at_work[key]
 
     async def _call_endpoint(self, scope: Scope, body: bytes) -> Response:
         """Its whole answer, before a byte of it is sent."""
