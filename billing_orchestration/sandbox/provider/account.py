@@ -98,6 +98,11 @@ class SandboxProvider:
             now = self._catch_up()
             return charging.create_payment(self._books, body, key, now, self.switches, self._shop, looked_up=looked_up)
 
+    def holds_key(self, key: str) -> bool:
+        """Whether a request with this key would get the answer of an earlier one."""
+        with self._lock:
+            return charging.key_record(self._books, key, self.clock()) is not None
+
     def get_payment(self, payment_id: str) -> Answer:
         """GET /payments/{id}."""
         with self._lock:

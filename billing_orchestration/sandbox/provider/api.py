@@ -151,8 +151,8 @@ class ProviderApi:
         """Let the provider do it. A delay is spent before; a test that ends meanwhile takes the call with it."""
         epoch, switches = self._epoch, self.provider.switches
         key = call.idempotence_key if call.name == "create" else None
-        if key in self._keys_at_work and not switches.serialise_keys:
-            scope = {**scope, KEY_LOOKED_UP: True}
+        if key is not None and not switches.serialise_keys:
+            scope = {**scope, KEY_LOOKED_UP: not self.provider.holds_key(key)}
         elif key in self._keys_at_work:
             if switches.concurrent_same_key == "conflict":
                 return response(
@@ -167,7 +167,7 @@ class ProviderApi:
             return await self._call_endpoint(scope, call.body)
         done = asyncio.Event()
         if key is not None:
-            self._keys_at_work.setdefault(key, done)
+            self._keys_at_work[key] = done
         try:
             await self._waits.delay(delay_s)
             if epoch != self._epoch:

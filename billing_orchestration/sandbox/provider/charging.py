@@ -22,6 +22,12 @@ from billing_orchestration.sandbox.provider.switches import Switches
 KEY_LIFETIME = timedelta(hours=24)
 
 
+def key_record(books: PaymentBooks, key: str, now: datetime) -> IdempotenceRecord | None:
+    """What the key got first, if that was less than 24 hours ago."""
+    record = books.state.keys.get(key)
+    return record if record is not None and now - record.first_at < KEY_LIFETIME else None
+
+
 def create_payment(
     books: PaymentBooks,
     body: bytes,
@@ -42,9 +48,7 @@ def create_payment(
     except Refused as refused:
         return refused.answer()
     canonical = json.dumps(parsed, sort_keys=True)
-    record = books.state.keys.get(key)
-    if record is not None and now - record.first_at >= KEY_LIFETIME:
-        record = None
+    record = key_record(books, key, now)
     if record is not None and not looked_up:
         if record.body != canonical:
             return invalid("Idempotence key duplicated", "Idempotence-Key").answer()
