@@ -1,8 +1,8 @@
-"""A person resolves what stands in the quarantine: safely, once, audited, by the one settling function.
+"""A person resolves a quarantine entry: safely, once, audited, through the one settling function.
 
-Accept: the payment is brought into the books as it is. Attach: one period of a subscription's plan for that
+Accept: the payment is booked as it is. Attach: one period of a subscription's plan for that
 subscription. Ignore: nothing is granted, and settling leaves the payment for ever. An entry that is about no payment
-(a gap, a row that could not be written) is only closed. docs/operations.md has what each means for each kind.
+(a gap, a row that could not be written) is only closed. docs/operations.md says what each does for each kind.
 """
 
 from __future__ import annotations
@@ -91,10 +91,10 @@ def resolve(
     resolution: Resolution,
     now: Callable[[], datetime],
 ) -> list[str]:
-    """Resolve one open entry; give back what was done, in lines for a person.
+    """Resolve one open entry; return what was done, in lines for a person.
 
     What moves: nothing at the provider; at most one grant in the books, through `settle_batch`, whose primary key
-    allows one per provider payment. The payment is asked for afresh, before any transaction. Then one transaction: the
+    allows one per provider payment. The payment is fetched again, before any transaction. Then one transaction: the
     user's lock, the entry's row (still open?), the entry closed, the payment settled with the ruling, the audit trail.
     Killed anywhere: all of it or nothing. Raises NotResolved with nothing written; and, also with nothing written,
     ProviderError, BillingDatabaseError.
@@ -107,7 +107,7 @@ def resolve(
     if resolution.word == IGNORED or not entry.about_provider_payment or entry.kind in GRANTED_ALREADY:
         if resolution.word == ATTACHED:
             raise NotResolved(
-                f"entry {entry.id} ({entry.kind}) is about nothing that could be granted to a subscription: accept or"
+                f"entry {entry.id} ({entry.kind}) holds nothing that could be granted to a subscription: accept or"
                 " ignore it"
             )
         with begin(engine) as connection:
@@ -150,7 +150,7 @@ def _refuse_granted(connection: sa.Connection, entry: Entry) -> None:
     lock_user_names(connection, [claims.user_id or f"payment {payment_id}"])
     if fetch_settled(connection, [payment_id]):
         raise NotResolved(
-            f"payment {payment_id} was settled meanwhile, so it cannot be ignored any more; accept closes the entry."
+            f"payment {payment_id} was settled meanwhile, so it can no longer be ignored; accept closes the entry."
             " Nothing was changed"
         )
 
@@ -161,13 +161,13 @@ def _close(connection: sa.Connection, stamp: Stamp, entry: Entry, word: str, res
 
 
 def _closing_word(entry: Entry, resolution: Resolution) -> str:
-    """A problem without a payment that a person says is mended may come back, and is then told again."""
+    """A problem without a payment may come back after a person says it is fixed; it then alerts again."""
     return MENDED if resolution.word == ACCEPTED and not entry.about_provider_payment else resolution.word
 
 
 def _closed_in_words(entry: Entry, resolution: Resolution) -> str:
     if not entry.about_provider_payment:
-        after = "if it happens again, it is told again" if resolution.word == ACCEPTED else "it is never told of again"
+        after = "if it happens again, it alerts again" if resolution.word == ACCEPTED else "it never alerts again"
         return f"entry {entry.id} ({entry.kind}) is closed, nothing else was changed; {after}"
     if entry.kind in GRANTED_ALREADY:
         return f"entry {entry.id} is closed: the renewal was granted when it was opened, and that stands"
@@ -193,7 +193,7 @@ def _ask(engine: sa.Engine, connect: Callable[[], PaymentProvider], entry: Entry
     if isinstance(payment, UnusablePayment):
         raise NotResolved(
             f"the provider's record of payment {payment_id} cannot be used ({payment.reason}), so nothing can be"
-            " granted for it by a program: mend it by hand, then ignore it here"
+            " granted for it by a program: fix it by hand, then ignore it here"
         )
     if payment.status != SUCCEEDED:
         raise NotResolved(f"payment {payment_id} is {payment.status} at the provider, not succeeded: nothing to grant")
@@ -232,7 +232,7 @@ def _settle(
         ways = (
             "ignore it, or attach it to another subscription" if resolution.word == ATTACHED else "attach or ignore it"
         )
-        raise NotResolved(f"it cannot be granted so: {decision.reason}. Nothing was written; {ways}")
+        raise NotResolved(f"it cannot be granted this way: {decision.reason}. Nothing was written; {ways}")
     if isinstance(decision, Leave) and (decision.code == Code.SET_ASIDE or resolution.word == ATTACHED):
         raise NotResolved(f"nothing is left to grant for payment {payment.id}: {decision.reason}. Nothing was written")
     return settled

@@ -60,7 +60,7 @@ def bind(
         raise failed(
             FailureCode.PLAN_CHANGED,
             f"stopped before anything was applied: the plan is now {now}, approved was {scope.approved_plan}. The dry"
-            " run that showed it is not in this run history, so nobody can tell what has changed. Launch a new dry run"
+            " run that showed it is not in this run history, so what has changed is unknown. Launch a new dry run"
             f" (with as_of {scope.as_of.isoformat()}) and approve its plan",
         )
     refused = [

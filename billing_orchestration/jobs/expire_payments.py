@@ -389,7 +389,7 @@ def _report_expired(report: RunReport, page: Sequence[ExpirePayment], expired: s
         Decision(
             Action.SKIP,
             expiry.row.subject,
-            "changed meanwhile, not PENDING any more",
+            "changed meanwhile, no longer PENDING",
             expiry.row.money,
             Code.CHANGED_MEANWHILE,
         )

@@ -104,7 +104,7 @@ def fetch_subscriptions_over(
 
 
 @dg.op(
-    description="Decide: what is over and not held back expires, unless that is suspiciously much (the guard).",
+    description="Decide: expire what is over and not held back, unless that is suspiciously many (the guard).",
     ins=AFTER,
 )
 def diff_subscriptions_over(context: dg.OpExecutionContext, hand_over: dg.ResourceParam[HandOver]) -> None:

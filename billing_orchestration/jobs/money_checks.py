@@ -78,7 +78,7 @@ CHECKS = (
     MoneyCheck(
         matching_keeps_up,
         "Both matching jobs have covered the last hour.",
-        "customers may have paid and not got it yet. The next tick that succeeds covers up to seven days.",
+        "customers may have paid without access yet. The next tick that succeeds covers up to seven days.",
         "check that the daemon runs, that both schedules are on, and that their runs are green.",
     ),
 )

@@ -1,4 +1,4 @@
-"""How a run tells its story: metadata for the UI, numbers over time, and failures in plain words."""
+"""What a run reports: metadata for the UI, numbers over time, and failures in plain words."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,14 +23,14 @@ from billing_orchestration.settings import SettingsError
 # What an applying op yields: numbers to plot, and its end.
 Told = Iterator[dg.AssetMaterialization | dg.Output[None]]
 
-# Longer tables are slow to read and to load; the counts tell of all rows.
+# Longer tables are slow to read and to load; the counts cover all rows.
 ROWS_SHOWN = 100
 _FAILURES_TOLD = 5
 # Names by which a run's decisions are found again among its metadata.
 _DECISIONS = "decisions"
 _COUNT = "count: "
 _COLUMNS = ("action", "subject", "amount", "reason", "code")
-# What to do is in the first line of a red run, also when it is nothing.
+# The first line of a red run says what to do, even when that is nothing.
 _PROVIDER_IN_TROUBLE = "What to do: nothing yet, the next run covers this one; if that is red too, ask the provider."
 # Which runs changed something: a filter for the list of runs.
 CHANGED_TAG = "billing/changed"
@@ -157,7 +157,7 @@ def conclude(
         shown = "; ".join(report.again[:_FAILURES_TOLD])
         untold = report.needs_another_try - min(len(report.again), _FAILURES_TOLD)
         and_more = f"; and {untold} more" if untold else ""
-        # What stopped everything comes first: it is what the person at night has to mend.
+        # What stopped everything comes first: it is what the person at night has to fix.
         why = f"{report.stopped_by.rstrip('.')}. It stopped there. " if report.stopped_by else ""
         rest = "what was not begun stays as it is." if report.stopped_by else "everything else was applied."
         others = "and this was a dry run: nothing was written." if scope.dry_run else f"{rest} {retry_hint}"
@@ -222,7 +222,7 @@ def _number(value: float | Decimal) -> dg.MetadataValue[Any]:
 
 
 def stop_before_applying(verdict: str | None, decisions: Sequence[Decision] | Tally) -> None:
-    """Stop a run whose plan is too large. Raises dg.Failure that says what it would have done and how to go on."""
+    """Stop a run whose plan is too large. Raises dg.Failure, which says what it would have done and how to go on."""
     if verdict is not None:
         raise failed(
             FailureCode.TOO_MANY_CHANGES,

@@ -358,7 +358,7 @@ def test_a_row_that_the_webhook_finishes_while_the_provider_is_asked_is_skipped_
 
     assert run.ok, run.failure
     assert service.statuses("payments", payment, reassigned) == ["SUCCEEDED", "PENDING"]
-    assert run.reasons(f"payment {payment}") == ["skip: changed meanwhile, not PENDING any more"]
+    assert run.reasons(f"payment {payment}") == ["skip: changed meanwhile, no longer PENDING"]
     assert run.report["skipped"] == 2
     # What is plotted is what happened.
     assert run.materialized[JOB]["expired"] == 0

@@ -92,7 +92,7 @@ class Pace:
             self.stop(f"the provider fails for everyone ({self._breaker.failures} times in a row), last: {reason}")
 
     def room(self, under_way: int, unwritten: int) -> int:
-        """How many more to claim, with so many charges under way and so many answers not yet written."""
+        """How many more to claim, given the charges under way and the answers not yet written."""
         if self.is_stopped:
             return 0
         # At full width some more are claimed than can be sent, so that no sender waits for the database.

@@ -175,7 +175,7 @@ class Book:
         return item
 
     def fails(self, item: Item, effect: str, times: int | None = 1) -> Item:
-        """The same; the provider answers its charge so, so many times (None: always)."""
+        """The same; the provider answers its charge this way, this many times (None: always)."""
         method_id = _subscription(item).method_id
         self.misbehaviours.append({"call": "create", "effect": effect, "times": times, "payment_method_id": method_id})
         return item

@@ -25,7 +25,7 @@ class Plan:
     id: int = 0
 
     def price(self, currency: str = "RUB") -> str:
-        """The first price in the currency; what was once asked where there is none any more."""
+        """The first price in the currency; the price once asked where none is left."""
         return next((amount for name, amount in self.prices if name == currency), "299.00")
 
 

@@ -1,4 +1,4 @@
-"""What stands in front of the endpoints: it notes each request, delays it, misbehaves if told to, and executes it."""
+"""What stands in front of the endpoints: it notes each request, delays it, misbehaves on request, and executes it."""
 
 from __future__ import annotations
 

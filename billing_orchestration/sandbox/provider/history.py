@@ -26,7 +26,7 @@ _PLAIN = {
 
 
 def add_payment(books: PaymentBooks, now: datetime, shop: dict[str, Any], given: Mapping[str, Any]) -> Payment:
-    """Add one payment; its fields are told at `SandboxProvider.add_payments`. `shop`: fields of its every payment."""
+    """Add one payment; `SandboxProvider.add_payments` lists its fields. `shop`: fields of its every payment."""
     fields = dict(given)
     status = fields.pop("status", "succeeded")
     created_at = aware_utc(fields.pop("created_at", None) or now)
