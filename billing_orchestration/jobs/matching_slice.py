@@ -177,7 +177,7 @@ def apply_matching(
                 {
                     "corrections": report.applied,
                     "quarantined": report.opened,
-                    "needs another try": len(report.again),
+                    "to retry": len(report.again),
                 },
             )
     conclude(

@@ -131,7 +131,7 @@ def apply_successful_matches(
     clock: dg.ResourceParam[Clock],
     hand_over: dg.ResourceParam[HandOver],
 ) -> Told:
-    """Apply the plan, payment by payment; red at the end if something needs another try."""
+    """Apply the plan, payment by payment; red at the end if something must be retried."""
     with told_plainly():
         plan = hand_over.take(MatchingPlan)
         yield from apply_matching(context, JOB, plan, billing_database, payment_provider, clock)

@@ -121,8 +121,8 @@ def describe_report(scope: RunScope, report: RunReport, job: str) -> dict[str, d
         "applied": dg.MetadataValue.int(report.applied),
         "skipped": dg.MetadataValue.int(report.skipped),
         "quarantined": dg.MetadataValue.int(report.quarantined),
-        "quarantined for the first time": dg.MetadataValue.int(report.opened),
-        "needs another try": dg.MetadataValue.int(report.needs_another_try),
+        "newly quarantined": dg.MetadataValue.int(report.opened),
+        "to retry": dg.MetadataValue.int(report.needs_another_try),
         **{name: _number(value) for name, value in report.numbers.items()},
     }
 
@@ -130,7 +130,7 @@ def describe_report(scope: RunScope, report: RunReport, job: str) -> dict[str, d
 def _result(scope: RunScope, report: RunReport) -> str:
     return (
         f"{'would change' if scope.dry_run else 'changed'} {report.applied}, skipped {report.skipped}, quarantined"
-        f" {report.quarantined} ({report.opened} new), needs another try {report.needs_another_try}"
+        f" {report.quarantined} ({report.opened} new), to retry {report.needs_another_try}"
     )
 
 
@@ -143,7 +143,7 @@ def conclude(
     job: str,
     more: Mapping[str, dg.MetadataValue[Any]] | None = None,
 ) -> None:
-    """Attach an applying op's report (and `more` metadata); end the run red if something needs another try.
+    """Attach an applying op's report (and `more` metadata); end the run red if something must be retried.
 
     A run that changed something carries the tag billing/changed with the number of changes. Raises dg.Failure whose
     first line says what to do and what is known about the money (`retry_hint`).
@@ -163,7 +163,7 @@ def conclude(
         others = "and this was a dry run: nothing was written." if scope.dry_run else f"{rest} {retry_hint}"
         code = (report.stop_code or FailureCode.STOPPED_EARLY) if report.stopped_by else FailureCode.NEEDS_ANOTHER_TRY
         raise failed(
-            code, f"{why}{report.needs_another_try} need another try, {others} In detail: {shown}{and_more}", metadata
+            code, f"{why}{report.needs_another_try} must be retried, {others} In detail: {shown}{and_more}", metadata
         )
     context.add_output_metadata(metadata)
 

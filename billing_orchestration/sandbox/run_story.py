@@ -15,12 +15,12 @@ from billing_orchestration.jobs.run_report import decisions_in
 
 # A reason of several sentences is cut in the table; the run's page in the UI has all of it.
 _LONGEST_REASON = 240
-_COUNTS = ("applied", "skipped", "quarantined", "quarantined for the first time", "needs another try")
+_COUNTS = ("applied", "skipped", "quarantined", "newly quarantined", "to retry")
 
 
 @dataclass(frozen=True, slots=True)
 class RunStory:
-    """One run. `found`: the sizes of its slices; `counts`: applied, skipped, quarantined, needs another try."""
+    """One run. `found`: the sizes of its slices; `counts`: applied, skipped, quarantined, to retry."""
 
     run_id: str
     found: Mapping[str, int]

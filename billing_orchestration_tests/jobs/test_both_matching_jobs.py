@@ -103,7 +103,7 @@ def test_one_poisoned_payment_goes_to_a_person_once_and_never_stops_the_others(s
     ]  # fmt: skip
     assert len(service.rows("quarantine")) == 4
     assert service.row("subscriptions", endless).ended_at is None
-    assert service.run(job).report["quarantined for the first time"] == 0
+    assert service.run(job).report["newly quarantined"] == 0
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -147,6 +147,6 @@ def test_both_jobs_at_once_grant_each_payment_once(service: Service, unique: boo
 @pytest.mark.parametrize("job", JOBS)
 def test_a_tick_that_changes_nothing_plots_nothing(service: Service, job: str) -> None:
     unheard(service, job, "paid")
-    assert service.tick(job).materialized == {job: {"corrections": 1, "quarantined": 0, "needs another try": 0}}
+    assert service.tick(job).materialized == {job: {"corrections": 1, "quarantined": 0, "to retry": 0}}
 
     assert service.tick(job).materialized == {}

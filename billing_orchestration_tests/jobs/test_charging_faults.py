@@ -449,7 +449,7 @@ def test_a_refused_request_goes_to_a_person_once_and_is_tried_anew_on_a_later_da
 
     assert run.ok, run.failure
     [entry] = service.rows("quarantine")
-    assert (entry.kind, entry.subscription_id, run.report["quarantined for the first time"]) == (
+    assert (entry.kind, entry.subscription_id, run.report["newly quarantined"]) == (
         "rejected", subscription, 1,
     )  # fmt: skip
     assert states(service, subscription) == ["REJECTED"]

@@ -132,7 +132,7 @@ def test_one_whose_record_cannot_be_used_goes_to_a_person_once_and_stays_pending
     assert all(run.ok for run in runs)
     assert service.status("payments", payment) == "PENDING"
     assert service.quarantined("odd") == ["unreadable"]
-    assert [run.report["quarantined for the first time"] for run in runs] == [1, 0]
+    assert [run.report["newly quarantined"] for run in runs] == [1, 0]
 
 
 def test_an_unknown_status_there_goes_to_a_person(service: Service) -> None:
@@ -185,7 +185,7 @@ def test_about_which_the_provider_does_not_answer_stays_pending_and_the_run_is_r
     run = service.run(JOB)
 
     assert not run.ok
-    assert f"{len(NO_ANSWERS)} need another try" in run.failure
+    assert f"{len(NO_ANSWERS)} must be retried" in run.failure
     assert "everything else was applied" in run.failure
     assert {name: service.status("payments", payment) for name, payment in silent.items()} == dict.fromkeys(
         silent, "PENDING"
@@ -267,7 +267,7 @@ def test_a_provider_that_fails_for_everyone_is_not_asked_about_everyone(service:
     run = service.run(JOB)
 
     assert not run.ok
-    assert "60 need another try" in run.failure
+    assert "60 must be retried" in run.failure
     assert {service.status("payments", payment) for payment in payments} == {"PENDING"}
     assert service.status("payments", nameless) == "EXPIRED"
     # Ten silences in a row, each asked three times, and what was in flight meanwhile.
@@ -379,7 +379,7 @@ def test_one_row_that_the_database_refuses_goes_to_a_person_once_and_never_stops
         "EXPIRED",
     ]
     assert "not this one" in runs[0].reasons(f"payment {payments[2]}")[0]
-    assert [run.report["quarantined for the first time"] for run in runs] == [1, 0]
+    assert [run.report["newly quarantined"] for run in runs] == [1, 0]
     [problem] = service.rows("quarantine")
     assert (problem.kind, problem.payment_id) == ("not_writable", payments[2])
 
@@ -405,7 +405,7 @@ def test_of_several_pages_each_row_is_decided_once_and_one_that_is_refused_stops
     assert service.status("payments", paid) == "SUCCEEDED"
     assert service.scalars("SELECT id FROM payments WHERE status = 'PENDING'") == [odd]
     assert run.materialized[JOB] == {"expired": 2 * PAGE + 9, "settled late": 1, "kept pending": 0}
-    assert run.report["quarantined for the first time"] == 1
+    assert run.report["newly quarantined"] == 1
     assert len(run.decisions) == 100
     assert run.number("fetch_stale_payments", "stale PENDING payments") == 2 * PAGE + 11
 

@@ -262,7 +262,7 @@ def test_one_that_the_database_refuses_goes_to_a_person_once_and_never_stops_the
         subscription for subscription in subscriptions if service.status("subscriptions", subscription) == "ACTIVE"
     }
     assert refused == {subscriptions[0], subscriptions[13]}
-    assert [run.report["quarantined for the first time"] for run in runs] == [2, 0]
+    assert [run.report["newly quarantined"] for run in runs] == [2, 0]
     problems = service.rows("quarantine")
     assert {(row.kind, row.subscription_id) for row in problems} == {("not_writable", row) for row in refused}
     assert "not this one" in problems[0].reason

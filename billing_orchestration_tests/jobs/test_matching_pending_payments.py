@@ -333,7 +333,7 @@ def test_a_problem_alerts_once_however_many_ticks_see_it(service: Service) -> No
 
     runs = [service.tick(JOB) for _ in range(3)]
 
-    assert [run.report["quarantined for the first time"] for run in runs] == [1, 0, 0]
+    assert [run.report["newly quarantined"] for run in runs] == [1, 0, 0]
     assert [run.report["quarantined"] for run in runs] == [1, 1, 1]
     assert len(service.rows("quarantine")) == 1
     assert [len(service.audit(run)) for run in runs] == [1, 0, 0]
@@ -383,7 +383,7 @@ def test_one_odd_item_goes_to_a_person_and_the_other_payments_of_its_page_are_us
     assert {row.kind for row in problems} == {"unreadable"}
     assert len(problems) == len(ODD_ITEMS)
     again = service.run(JOB)
-    assert again.report["quarantined for the first time"] == 0
+    assert again.report["newly quarantined"] == 0
 
 
 # --- Repeated, raced, changed meanwhile
@@ -420,7 +420,7 @@ def test_a_row_that_somebody_keeps_locked_is_left_for_another_try_and_the_others
 
     assert not run.ok
     assert "payment locked" in run.failure
-    assert "1 need another try" in run.failure
+    assert "1 must be retried" in run.failure
     assert service.statuses("payments", locked, paid) == ["PENDING", "SUCCEEDED"]
     assert service.watermark(JOB) is None
     assert service.run(JOB).ok

@@ -164,7 +164,7 @@ def test_a_row_that_is_canceled_goes_to_a_person(service: Service) -> None:
     assert service.status("payments", payment) == "CANCELED"
     assert service.quarantined("paid") == ["canceled_here"]
     assert service.rows("subscriptions") == []
-    assert service.run(JOB).report["quarantined for the first time"] == 0
+    assert service.run(JOB).report["newly quarantined"] == 0
 
 
 def test_rows_are_looked_up_by_id_so_that_no_orphan_is_invented_at_the_edge_of_the_window(service: Service) -> None:

@@ -41,7 +41,7 @@ def test_the_numbers_of_a_red_matching_run_are_plotted(service: Service, engine:
         service_session.rollback()
 
     assert not run.ok
-    assert run.materialized == {job: {"corrections": 1, "quarantined": 0, "needs another try": 1}}
+    assert run.materialized == {job: {"corrections": 1, "quarantined": 0, "to retry": 1}}
 
 
 def test_the_numbers_of_a_red_expiry_of_payments_are_plotted(service: Service) -> None:

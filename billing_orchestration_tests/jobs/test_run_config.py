@@ -104,7 +104,7 @@ def test_a_dry_run_that_gets_no_answer_does_not_claim_to_have_applied_anything(s
     run = service.run("expire_payments_job", dry_run=True)
 
     assert not run.ok
-    assert "1 need another try" in run.failure
+    assert "1 must be retried" in run.failure
     assert "applied" not in run.failure
 
 

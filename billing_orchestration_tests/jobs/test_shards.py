@@ -170,7 +170,7 @@ def test_what_needs_another_try_ends_the_run_red_after_all_shards_and_names_it(s
     run = service.run(JOB, ops=divided(2))
 
     assert not run.ok
-    assert run.failure.startswith("1 need another try, everything else was applied. Nobody is charged twice")
+    assert run.failure.startswith("1 must be retried, everything else was applied. Nobody is charged twice")
     assert f"subscription {lost} (unknown)" in run.failure
     assert {id_: service.charged()[id_] for id_ in others} == dict.fromkeys(others, 1)
     assert run.materialized[JOB]["unknown"] == 1

@@ -93,7 +93,7 @@ def test_an_outage_of_eight_days_is_covered_for_seven_and_the_gap_is_reported_on
     [problem] = service.rows("quarantine")
     assert "2026-03-12 11:45:00 UTC to 2026-03-13 12:00:00 UTC" in problem.reason
     assert f"Backfill these hours of {job}" in problem.reason
-    assert [run.report["quarantined for the first time"] for run in runs] == [1, 0]
+    assert [run.report["newly quarantined"] for run in runs] == [1, 0]
     assert [len(run.reasons(job)) for run in runs] == [1, 0]
     # As it says: the hours of the gap are backfilled.
     assert service.run(job, partition="2026-03-13-00:00").ok
@@ -125,7 +125,7 @@ def test_a_dry_run_shows_the_gap_and_leaves_it_to_the_next_run(service: Service,
     assert len(dry.reasons(job)) == 1
     assert service.rows("quarantine") == []
     assert service.watermark(job) == NOON
-    assert service.tick(job).report["quarantined for the first time"] == 1
+    assert service.tick(job).report["newly quarantined"] == 1
 
 
 # --- What does not move it

@@ -733,7 +733,7 @@ FURTHER = (
     ),
     Mutant(
         "the watermark moves over what failed",
-        "what needs another try is covered again",
+        "what must be retried is covered again",
         (Edit("jobs/matching_slice.py", "if not report.again and plan.is_whole:", "if plan.is_whole:"),),
         (_PENDING + "test_a_row_that_somebody_keeps_locked_is_left_for_another_try_and_the_others_are_settled",),
     ),
@@ -773,7 +773,7 @@ FURTHER = (
     ),
     Mutant(
         "a retry with the declined attempt's number",
-        "another try has another key",
+        "a retry has another key",
         (Edit(_RENEWALS, "number = 1 + max((a.number for a in due.attempts), default=0)", "number = 1"),),
         (_AUTOPAYMENT + "test_a_soft_decline_is_tried_again_on_a_later_day_with_a_new_key",),
     ),
@@ -1015,13 +1015,13 @@ FURTHER = (
     ),
     Mutant(
         "a spent period not told",
-        "a customer who paid for a period that was over is told to a person",
+        "a customer who paid for a period that was over is reported to a person",
         (Edit(_SETTLEMENT, "notice=_spent_before_it_was_paid(case.payment, subscription, end),", "notice=None,"),),
         ("domain/test_settlement.py::test_a_customer_who_paid_for_a_period_that_was_over_already_is_told_to_a_person",),
     ),
     Mutant(
         "the night's numbers wiped out at noon",
-        "a day's point tells of all runs of that day",
+        "a day's point counts all runs of that day",
         (Edit("jobs/run_report.py", "(0 if name in levels else before.get(name, 0))", "0"),),
         ("jobs/test_numbers_over_time.py::test_a_later_run_of_a_day_adds_to_what_the_first_has_charged",),
     ),

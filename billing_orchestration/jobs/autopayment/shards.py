@@ -271,7 +271,7 @@ def limits_of_a_shard(config: ChargingConfig, at_once: int) -> ChargingConfig:
 
 
 @dg.op(
-    description="Add up what the shards did; red if something needs another try. The decisions are in the output of"
+    description="Add up what the shards did; red if something must be retried. The decisions are in the output of"
     " each renew_shard. Runs only if the run is divided (`shards`).",
     ins={"shards": dg.In(dg.Nothing)},
     out=dg.Out(dg.Nothing),
@@ -304,7 +304,7 @@ def conclude_shards(
                     "changed": told["applied"],
                     "skipped": told["skipped"],
                     "quarantined": told["quarantined"],
-                    "needs another try": len(told["again"]) + told["again_unnamed"],
+                    "to retry": len(told["again"]) + told["again_unnamed"],
                 }
             )
         )
