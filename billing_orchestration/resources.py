@@ -75,7 +75,7 @@ class HandOver:
 
 
 class RunSettings(dg.ConfigurableResource[None]):
-    """The run config that all five jobs share (SPEC 3). Every field is optional."""
+    """The run config that all five jobs share. Every field is optional."""
 
     as_of: str | None = Field(
         default=None,

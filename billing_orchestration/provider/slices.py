@@ -66,7 +66,7 @@ class Collector:
         if _identity(known) != _identity(payment):
             # What a payment is never changes at the provider. Two stories about one id: a person decides.
             told = [repr(_identity(known)), repr(_identity(payment))]
-            reason = "the provider told it twice in one slice, with different amount, test mark or metadata"
+            reason = "the provider lists it twice in one slice, with a different amount, test mark or metadata"
             self._set_aside(UnusablePayment(payment.id, reason, evidence(told)))
         elif _progress(payment) > _progress(known):
             self._payments[payment.id] = payment
