@@ -66,9 +66,9 @@ def test_the_billing_day_is_that_of_the_billing_time_zone(service_with: Callable
     assert service.attempts(tomorrow) == []
 
 
-@pytest.mark.parametrize("status", ["CREATED", "EXPIRED", "CANCELED", "PAUSED", "DELETED", None])
-def test_only_an_active_subscription_is_charged(service: Service, status: str | None) -> None:
-    service.subscriber(status=status)
+def test_only_an_active_subscription_is_charged(service: Service) -> None:
+    for status in ("CREATED", "EXPIRED", "CANCELED", "PAUSED", "DELETED", None):
+        service.subscriber(status=status)
 
     assert service.run(JOB).ok
 
@@ -210,11 +210,8 @@ def test_one_that_is_still_over_after_its_renewal_is_not_charged_again_today(ser
     assert again.reasons(f"subscription {subscription}") == ["leave: already attempted today"]
 
 
-@pytest.mark.parametrize(
-    "reason", ["permission_revoked", "card_expired", "fraud_suspected", "3d_secure_failed", "canceled_by_merchant"]
-)
-def test_a_hard_decline_stops_further_charges_for_the_period(service: Service, reason: str) -> None:
-    subscription = service.subscriber(script=[f"canceled:{reason}", "succeeded"])
+def test_a_hard_decline_stops_further_charges_for_the_period(service: Service) -> None:
+    subscription = service.subscriber(script=["canceled:card_expired", "succeeded"])
     service.run(JOB)
     service.advance(days=1)
 
@@ -222,7 +219,7 @@ def test_a_hard_decline_stops_further_charges_for_the_period(service: Service, r
 
     assert [attempt.state for attempt in service.attempts(subscription)] == ["STOPPED"]
     assert service.charges() == []
-    assert run.reasons(f"subscription {subscription}") == [f"leave: stopped by a hard decline ({reason})"]
+    assert run.reasons(f"subscription {subscription}") == ["leave: stopped by a hard decline (card_expired)"]
 
 
 def test_a_soft_decline_is_tried_again_on_a_later_day_with_a_new_key(service: Service) -> None:
@@ -400,12 +397,11 @@ def test_a_requests_per_second_cap_is_the_jobs_own_config(service: Service) -> N
 
 
 @pytest.mark.parametrize("max_concurrency", [1, 8])
-@pytest.mark.parametrize("decline", ["insufficient_funds", "card_expired"])
 def test_a_card_of_two_subscriptions_that_is_declined_for_one_is_not_tried_for_the_other(
-    service: Service, decline: str, max_concurrency: int
+    service: Service, max_concurrency: int
 ) -> None:
     service.tolerate_duplicates()
-    first = service.subscriber(script=f"canceled:{decline}", method="one-card")
+    first = service.subscriber(script="canceled:insufficient_funds", method="one-card")
     second = service.subscription(ended_at=service.now)
     service.payment("one-card", subscription_id=second, status="SUCCEEDED")
 

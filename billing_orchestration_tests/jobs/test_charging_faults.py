@@ -27,6 +27,7 @@ A_MONTH_LATER = NOON.replace(month=4)
 NOBODY_LISTENS = "http://127.0.0.1:9/v3"
 SENT_ONCE = {"charge_renewals": {"max_sends": 1}}
 ONE_AT_A_TIME = {"charge_renewals": {"max_concurrency": 1}}
+BAD_REQUEST = {"type": "error", "code": "invalid_request"}
 ANOTHER_ATTEMPT = "00000000-0000-0000-0000-000000000007"
 
 # What can happen to one POST so that its sender does not learn what became of it. "Before": nothing was executed.
@@ -55,9 +56,11 @@ LOST: dict[str, dict[str, Any]] = {
     "an answer in an unknown status": {"effect": "change", "set": {"status": "on_hold"}},
     "an answer in an unknown currency": {"effect": "change", "set": {"amount.currency": "KZT"}},
 }  # fmt: skip
-EXECUTED = {
-    name: how for name, how in LOST.items() if "after" in how["effect"] or how["effect"] in ("truncated", "drip")
-}
+# One of each kind of loss. How each of the others is understood is the client's (provider/test_client_wire.py).
+KINDS = {name: LOST[name] for name in (
+    "the request is cut off", "silence after the charge", "HTML with 200 after the charge", "429",
+    "an answer about another attempt",
+)}  # fmt: skip
 
 
 @pytest.fixture
@@ -123,7 +126,7 @@ def test_a_charge_whose_answer_is_lost_is_sent_again_with_the_same_key_and_body(
     service.check_books()
 
 
-@pytest.mark.parametrize("how", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("how", KINDS.values(), ids=KINDS)
 def test_a_charge_whose_answers_are_all_lost_is_unknown_never_failed_and_concluded_by_the_next_run(
     hasty: Service, how: dict[str, Any]
 ) -> None:
@@ -147,10 +150,8 @@ def test_a_charge_whose_answers_are_all_lost_is_unknown_never_failed_and_conclud
     service.check_books()
 
 
-@pytest.mark.parametrize("how", EXECUTED.values(), ids=EXECUTED)
-def test_a_charge_whose_answer_was_lost_is_settled_by_the_matching_job(hasty: Service, how: dict[str, Any]) -> None:
-    service = hasty
-    subscription = unknown_since(service, how)
+def test_a_charge_whose_answer_was_lost_is_settled_by_the_matching_job(service: Service) -> None:
+    subscription = unknown_since(service, {"effect": "cut_after"})
     service.advance(minutes=2)
 
     assert service.run(MATCHING).ok
@@ -212,10 +213,9 @@ def test_an_answer_without_metadata_is_about_the_attempt_whose_key_it_answers(se
     service.check_books()
 
 
-@pytest.mark.parametrize("status", ["succeeded", "pending", "canceled"])
-def test_one_bad_charge_among_many_does_not_open_the_breaker(hasty: Service, status: str) -> None:
+def test_one_bad_charge_among_many_does_not_open_the_breaker(hasty: Service) -> None:
     service = hasty
-    others = [service.subscriber(script=status) for _ in range(8)]
+    others = [service.subscriber(script="canceled") for _ in range(8)]
     bad = service.subscriber()
     lose(service, bad, {"effect": "silence_before"}, times=None)
 
@@ -413,20 +413,11 @@ def test_a_sender_that_hears_of_a_wrong_shop_key_sends_nothing_more(service: Ser
     assert service.sandbox.count() == good + 1
 
 
-@pytest.mark.parametrize("refusal", [
-    {"effect": "invalid_credentials"},
-    {"effect": "forbidden"},
-    {"effect": "body_before", "status": 400, "body": json.dumps({"type": "error", "code": "invalid_request"})},
-    {"effect": "body_before", "status": 400,
-     "body": json.dumps({"type": "error", "code": "invalid_request", "description": "Idempotence key duplicated"})},
-])  # fmt: skip
 @pytest.mark.parametrize("same_run", [True, False])
-def test_a_refusal_of_a_second_send_says_nothing_about_the_first(
-    service: Service, refusal: dict[str, Any], same_run: bool
-) -> None:
+def test_a_refusal_of_a_second_send_says_nothing_about_the_first(service: Service, same_run: bool) -> None:
     subscription = service.subscriber()
     lose(service, subscription, {"effect": "cut_after"})
-    lose(service, subscription, refusal)
+    lose(service, subscription, {"effect": "body_before", "status": 400, "body": json.dumps(BAD_REQUEST)})
 
     if not same_run:
         service.run(JOB, ops=SENT_ONCE)
@@ -510,10 +501,7 @@ def test_a_send_that_never_left_does_not_make_an_earlier_lost_one_unsent(service
 
 # --- everybody ----------------------------------------------------------------------------------------------------
 
-EVERYBODY = {name: LOST[name] for name in (
-    "the request is cut off", "the answer is cut off", "500 before the charge", "500 after the charge",
-    "HTML before the charge", "202 before the charge", "silence before the charge", "silence after the charge",
-)}  # fmt: skip
+EVERYBODY = {name: LOST[name] for name in ("500 before the charge", "silence after the charge")}
 
 
 @pytest.mark.parametrize("how", EVERYBODY.values(), ids=EVERYBODY)
@@ -659,11 +647,7 @@ def test_after_24_hours_the_same_key_would_be_a_second_charge(service: Service) 
 
 
 @pytest.mark.parametrize(("script", "state", "extended"), [
-    ("succeeded", "SUCCEEDED", True),
-    ("canceled:insufficient_funds", "DECLINED", False),
-    ("canceled:card_expired", "STOPPED", False),
-    ("pending", "PENDING", False),
-    ("pending:succeeded:60", "SUCCEEDED", True),
+    ("succeeded", "SUCCEEDED", True), ("canceled:card_expired", "STOPPED", False), ("pending", "PENDING", False),
 ])  # fmt: skip
 def test_a_lost_charge_that_a_search_finds_is_concluded_as_if_it_had_answered(
     service: Service, script: str, state: str, extended: bool
@@ -678,16 +662,6 @@ def test_a_lost_charge_that_a_search_finds_is_concluded_as_if_it_had_answered(
     assert service.ended_at(subscription) == (A_MONTH_LATER if extended else NOON)
     assert len(posts(service, subscription)) == 1
     service.check_books()
-
-
-def test_a_lost_charge_that_is_found_waiting_for_capture_is_pending(service: Service) -> None:
-    subscription = unknown_since(service, {"effect": "cut_after"}, script="pending")
-    service.advance(hours=24)
-    service.sandbox.misbehave("list", "change", set={"items.*.status": "waiting_for_capture"})
-
-    assert service.run(JOB).ok
-
-    assert states(service, subscription) == ["PENDING"]
 
 
 def lost_before_arriving(service: Service) -> int:
@@ -725,17 +699,11 @@ def many_payments(service: Service, at: datetime, count: int = 150) -> None:
     service.provider.add_payments({"id": f"crowd-{number}", "created_at": at} for number in range(count))
 
 
-@pytest.mark.parametrize("trouble", [
-    {"effect": "error_before", "page": 2},
-    {"effect": "html_before", "page": 2},
-    {"effect": "truncated", "page": 2},
-    {"effect": "change", "page": 2, "remove": ("items",)},
-])  # fmt: skip
-def test_a_search_that_broke_off_proves_nothing_absent(service: Service, trouble: dict[str, Any]) -> None:
+def test_a_search_that_broke_off_proves_nothing_absent(service: Service) -> None:
     many_payments(service, NOON)
     subscription = lost_before_arriving(service)
     service.advance(hours=2)
-    service.sandbox.misbehave("list", times=None, **trouble)
+    service.sandbox.misbehave("list", "error_before", page=2, times=None)
 
     run = service.run(JOB)
 
@@ -762,21 +730,9 @@ def test_a_first_search_that_broke_off_does_not_count_as_the_first(service: Serv
     assert service.attempts(subscription)[0].first_absent_at == service.now
 
 
-UNREADABLE: dict[str, dict[str, Any]] = {
-    "an item that is no object": {"raw": "nonsense"},
-    "an item in an unknown currency without metadata": {
-        "override": {"amount": {"value": "299.00", "currency": "KZT"}}, "without": ("metadata",)
-    },
-    "an item with broken metadata": {"override": {"metadata": "broken", "amount": None}},
-    "a charge of the same method that names no attempt": {"method_id": "METHOD"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("oddity", UNREADABLE.values(), ids=UNREADABLE)
-def test_an_item_that_may_be_the_lost_charge_proves_nothing_absent(service: Service, oddity: dict[str, Any]) -> None:
+def test_an_item_that_may_be_the_lost_charge_proves_nothing_absent(service: Service) -> None:
     subscription = lost_before_arriving(service)
-    method = {"method_id": f"method-{subscription}"} if "method_id" in oddity else {}
-    service.provider.add_payments([{"id": "odd", "created_at": NOON, **oddity, **method}])
+    service.provider.add_payment(id="odd", created_at=NOON, method_id=f"method-{subscription}")
     service.advance(hours=2)
 
     run = service.run(JOB)
@@ -799,18 +755,6 @@ def test_an_unreadable_item_that_names_the_attempt_proves_nothing_absent(service
 
     assert not run.ok
     assert states(service, subscription) == ["UNKNOWN"]
-
-
-def test_an_odd_item_that_is_readably_somebody_elses_does_not_hold_a_search_up(service: Service) -> None:
-    subscription = lost_before_arriving(service)
-    service.provider.add_payment(
-        id="odd", created_at=NOON, metadata={"user_id": "x"}, override={"amount": {"value": "-1", "currency": "KZT"}}
-    )
-    service.advance(hours=2)
-
-    assert service.run(JOB).ok
-
-    assert states(service, subscription) == ["VOID", "SUCCEEDED"]
 
 
 def test_a_list_that_lags_is_why_absence_takes_two_searches(service: Service) -> None:
@@ -887,14 +831,9 @@ def test_a_method_that_was_replaced_before_the_first_send_is_charged_by_a_new_at
     service.check_books()
 
 
-@pytest.mark.parametrize(
-    "change", ["status = 'CANCELED'", "status = 'PAUSED'", "ended_at = ended_at + interval '9 days'"]
-)
-def test_a_planned_attempt_whose_period_is_not_due_any_more_is_void_and_never_sent(
-    service: Service, change: str
-) -> None:
+def test_a_planned_attempt_whose_period_is_not_due_any_more_is_void_and_never_sent(service: Service) -> None:
     subscription = planned_yesterday(service)
-    service.execute(f"UPDATE subscriptions SET {change}")
+    service.execute("UPDATE subscriptions SET status = 'CANCELED'")
 
     assert service.run(JOB).ok
 
@@ -902,15 +841,12 @@ def test_a_planned_attempt_whose_period_is_not_due_any_more_is_void_and_never_se
     assert posts(service) == []
 
 
-@pytest.mark.parametrize(
-    "change", ["status = 'CANCELED'", "status = 'PAUSED'", "ended_at = ended_at + interval '9 days'"]
-)
 @pytest.mark.parametrize("arrived", [True, False])
 def test_an_unknown_charge_of_a_period_that_is_not_due_any_more_is_not_sent_again_but_searched_for(
-    service: Service, change: str, arrived: bool
+    service: Service, arrived: bool
 ) -> None:
     subscription = unknown_since(service, {"effect": "cut_after" if arrived else "cut_before"})
-    service.execute(f"UPDATE subscriptions SET {change}")
+    service.execute("UPDATE subscriptions SET status = 'CANCELED'")
     service.advance(hours=1)
     assert service.run(JOB).ok
     assert states(service, subscription) == ["UNKNOWN"]

@@ -403,7 +403,7 @@ FURTHER = (
                 "AND (x.as_read OR true)",
             ),
         ),
-        (_RACES + "test_an_attempt_that_was_claimed_since_it_was_read_is_not_voided",),
+        (_ATTEMPT_ROWS + "test_an_attempt_that_was_sent_since_it_was_read_is_not_closed_as_read",),
     ),
     Mutant(
         "the breaker removed",
