@@ -9,11 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
+from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.sandbox.provider.records import Outcome as Scripted
+from billing_orchestration.sandbox.provider.server import running_sandbox
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.torture.simulation.judge import DAY
 from billing_orchestration_tests.torture.simulation.playing import play_seed, simulated_server
@@ -60,6 +63,21 @@ def test_a_seed_tells_one_story(server: tuple[str, str], seed: int) -> None:
     assert first.numbers == second.numbers
 
 
+def test_a_story_holds_no_port_of_the_machine(postgres_server: Server, migrated_template: str) -> None:
+    with (
+        postgres_server.database(migrated_template) as url,
+        running_sandbox(SandboxProvider(seed=10)) as served,
+    ):
+        played = Simulation(url, 10, served=served, traits=Traits())
+        try:
+            played.world.outage = "not connected"
+            end = played.runs.launch("matching_pending_payments_job", played.runs.calm())
+            assert "cannot be reached" in str(end.failure)
+            assert str(served.port) not in "".join([str(end.failure), *played.world.told])
+        finally:
+            played.world.close()
+
+
 def test_a_tick_comes_for_what_a_run_within_a_run_left_pending(postgres_server: Server, migrated_template: str) -> None:
     with postgres_server.database(migrated_template) as url:
         # Every card's charge is pending for most of a day.
@@ -77,6 +95,34 @@ def test_a_tick_comes_for_what_a_run_within_a_run_left_pending(postgres_server: 
             assert agenda == {end + timedelta(seconds=1) for end in ends}
         finally:
             played.world.close()
+
+
+def test_ticks_that_were_late_have_covered_nothing(postgres_server: Server, migrated_template: str) -> None:
+    with postgres_server.database(migrated_template) as url:
+        played = Simulation(url, 7, traits=Traits())
+        world, agenda = played.world, played.agenda
+        try:
+            played.found_the_service()
+            paid = world.provider.purchase(
+                Decimal("299.00"),
+                metadata={"user_id": "late", "plan_id": "1", "payment_provider_id": str(world.service.provider_row)},
+            )
+
+            def takes_hours() -> None:
+                world.pass_time(600)
+                world.provider.pay(paid.id)
+                world.pass_time(7200)
+
+            agenda.tick_at(world.now)
+            agenda.after(timedelta(minutes=10), "a run that takes hours", takes_hours)
+            agenda.after(timedelta(hours=3), "all ticks since then", lambda: agenda.tick_at(world.now))
+            played.go_until(world.now + timedelta(hours=4))
+
+            # The judge of a green tick has nothing to say either.
+            assert world.faults == []
+            assert world.oracle.rows("SELECT 1 FROM payments WHERE external_payment_id = %s", paid.id)
+        finally:
+            world.close()
 
 
 _TWO_WORKERS = """

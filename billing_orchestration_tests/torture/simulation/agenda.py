@@ -35,6 +35,9 @@ class Agenda:
         self._events: list[tuple[datetime, int, str, Callable[[], None]]] = []
         self._order = itertools.count()
         self._ticks: set[datetime] = set()
+        # When the event under way began; since when ticks came late, because an event took longer than they are apart.
+        self._began = world.now
+        self.behind_since: datetime | None = None
 
     def at(self, when: datetime, what: str, do: Callable[[], None]) -> None:
         """Something that will happen."""
@@ -61,7 +64,9 @@ class Agenda:
         if not self._events or self._events[0][0] > end:
             return None
         when, _, what, do = heapq.heappop(self._events)
-        self._world.now = max(self._world.now, when)
+        if self.behind_since is None and self._world.now - self._began > TICK:
+            self.behind_since = self._began
+        self._began = self._world.now = max(self._world.now, when)
         return what, do
 
     def planned(self) -> list[tuple[datetime, str]]:

@@ -24,6 +24,7 @@ from billing_orchestration_tests.torture.simulation.threads import OrderedThread
 from billing_orchestration_tests.torture.simulation.wire import (
     CHARGE_FAULTS,
     READ_FAULTS,
+    PatientWire,
     SimulatedProvider,
     SimulatedWire,
     pick_fault,
@@ -88,7 +89,7 @@ class Process:
             raise Killed if connection is not None else DeadProcess
         if connection is not None and accidents.points == accidents.cut_at:
             accidents.happened.append(f"connection cut at {place}")
-            world.oracle.rows("SELECT pg_terminate_backend(%s, 1000)", connection.info.backend_pid)
+            world.oracle.rows("SELECT pg_terminate_backend(%s, 60000)", connection.info.backend_pid)
             return
         if accidents.meanwhile and accidents.generator.random() < accidents.meanwhile:
             world.go_on(place)
@@ -143,13 +144,13 @@ class Process:
     def end(self) -> None:
         """What the operating system does for a process that has died: its sessions end, and with them their locks."""
         for session in sorted(self.sessions):
-            self.world.oracle.rows("SELECT pg_terminate_backend(%s, 10000)", session)
+            self.world.oracle.rows("SELECT pg_terminate_backend(%s, 60000)", session)
 
     def connect(self, settings: Any) -> SimulatedProvider:
         """The provider's client of this process."""
         world = self.world
 
-        def wire(real: Any) -> SimulatedWire:
+        def wire() -> SimulatedWire:
             return SimulatedWire(
                 world.provider,
                 fault=self.pick_fault,
@@ -157,7 +158,7 @@ class Process:
                 after=self.after_request,
                 pass_time=world.pass_time,
                 page_size=world.traits.page_size,
-                inner=real if world.over_http else None,
+                inner=None if world.served_url is None else PatientWire(world.served_url),
             )
 
         return SimulatedProvider(

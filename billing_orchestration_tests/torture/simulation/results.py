@@ -18,6 +18,8 @@ REGRESSIONS = {
     3005: "an open charge that a run seemed not to have asked about (never seen again; by all that is left the judge's"
     " fault: the answer to a charge sent again may be the first one, pending)",
     3014: "a charge that a run within a run left pending: no tick came for its success (the simulation was wrong)",
+    7012: "a success in an hour of which a run's end only was told: ticks that were not run had found nothing (the"
+    " simulation was wrong)",
     1013: "such a row beside a purchase that had moved the subscription's end: the paid renewal was never granted",
 }
 # What some of so many seeds must have played, by a part of its name.

@@ -108,12 +108,17 @@ class Runs:
 
     def run_daily(self, job: str, tick: datetime) -> None:
         """One scheduled run; after a red one an operator may launch it again, or wait for tomorrow."""
-        end = self._run_and_look(job, self.accidents(job), tick=tick)
-        tries = 0
-        while not end.ok and tries < 3 and self._dice.chance(0.5) and not self._world.faults:
-            tries += 1
-            self._world.pass_time(self._dice.choice((30, 600, 4000)))
-            end = self._run_and_look(job, self.accidents(job))
+        self._try(job, 1, tick=tick)
+
+    def _try(self, job: str, number: int, **how: Any) -> None:
+        end = self._run_and_look(job, self.accidents(job), **how)
+        if not end.ok and number <= 3 and self._dice.chance(0.5):
+            delay = timedelta(seconds=self._dice.choice((30, 600, 4000)))
+            self._agenda.after(delay, f"{job} again", lambda: self._try_again(job, number + 1))
+
+    def _try_again(self, job: str, number: int) -> None:
+        if "ours" not in self._world.out:
+            self._try(job, number)
 
     def _run_and_look(self, job: str, accidents: Accidents, **how: Any) -> RunEnd:
         """A run, and what must hold right after it if nothing disturbed it."""

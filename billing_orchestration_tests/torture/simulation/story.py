@@ -72,9 +72,9 @@ class Simulation:
             if number < days:
                 self._plan_day(datetime(day.year, day.month, day.day, tzinfo=world.zone).astimezone(UTC))
         world.meanwhile = self._meanwhile
-        self._go_until(end)
+        self.go_until(end)
         self._calm_down()
-        self._go_until(end + CALM_DAYS * DAY)
+        self.go_until(end + CALM_DAYS * DAY)
         if not world.faults:
             # One last tick, late enough for everything that was paid: after it nothing may be missing.
             world.now += 30 * MINUTE
@@ -88,7 +88,8 @@ class Simulation:
             world.judge()
             self._nothing_is_left_open()
 
-    def _go_until(self, end: datetime) -> None:
+    def go_until(self, end: datetime) -> None:
+        """Everything that the agenda holds until then, as long as the promise holds."""
         world, before = self.world, self.world.day()
         while not world.faults and (event := self.agenda.due(end)):
             what, do = event
@@ -131,7 +132,7 @@ class Simulation:
             self.successes.webhook_now,
             self.customers.pay_now,
         ]
-        if ("POST" in place or "GET" in place) and world.traits.max_concurrency == 1 and not world.over_http:
+        if ("POST" in place or "GET" in place) and world.traits.max_concurrency == 1 and world.served_url is None:
             # No transaction is open here, so another scheduler's run can do all of its work.
             choices.append(self.runs.another_run)
         world.tell(f"  meanwhile, at {place}:")

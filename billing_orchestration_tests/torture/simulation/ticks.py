@@ -35,13 +35,15 @@ class Ticks:
         if "ours" in world.out:
             return
         greens = []
+        found_nothing_until = min(mark - TICK, self._agenda.behind_since or mark)
+        self._agenda.behind_since = None
         for job in MATCHING:
             if self._green.get(job):
                 # The ticks in between found nothing: this is all that they left behind.
                 world.service.execute(
                     "UPDATE billing_orchestration.watermarks SET covered_until = %s WHERE job = %s"
                     " AND covered_until < %s",
-                    mark - TICK, job, mark - TICK,
+                    found_nothing_until, job, found_nothing_until,
                 )  # fmt: skip
             before = world.now
             accidents = self._runs.accidents(job)

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
-from billing_orchestration.provider.wire import Answer, NotConnected
+from billing_orchestration.provider.wire import Answer, NotConnected, Wire
 from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.threads import Threads
 
@@ -33,6 +33,22 @@ _OWN_ERROR = (
     b'{"type":"error","id":"ab5a11cd-13cc-4e33-af8b-75a74e18dd09","code":"%s","description":"told by the sandbox"}'
 )
 _HTML = b"<html><head><title>502</title></head><body><h1>502</h1><p>nginx</p></body></html>"
+
+
+# Of the machine's own seconds: only a sandbox that hangs takes longer, however busy the machine is.
+_PATIENCE_S = 300.0
+
+
+class PatientWire(Wire):
+    """The real wire to a sandbox that is served over HTTP. What times out in a story is drawn, never the machine's."""
+
+    def __init__(self, api_url: str) -> None:
+        super().__init__(api_url, max_connections=8, connect_s=_PATIENCE_S)
+
+    def send(
+        self, method: str, target: str, *, headers: Mapping[str, str], body: bytes | None, read_s: float
+    ) -> Answer:
+        return super().send(method, target, headers=headers, body=body, read_s=_PATIENCE_S)
 
 
 class SimulatedWire:
@@ -145,7 +161,7 @@ class SimulatedProvider(PaymentProvider):
     def __init__(
         self,
         settings: Any,
-        make_wire: Callable[[Any], SimulatedWire],
+        make_wire: Callable[[], SimulatedWire],
         threads: Threads,
         sleep: Callable[[float], None],
         generator: random.Random,
@@ -159,7 +175,8 @@ class SimulatedProvider(PaymentProvider):
             sleep=sleep,
             uniform=generator.uniform,
         )
-        wire = make_wire(self._wire)
+        self._wire.close()
+        wire = make_wire()
         self._wire = wire  # type: ignore[assignment]
         self._payments.client._wire = wire
 

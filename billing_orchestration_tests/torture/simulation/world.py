@@ -84,14 +84,15 @@ class World:
             billing_database_url=url,
             yookassa_shop_id="100500",
             yookassa_secret_key="test_sandbox",
-            yookassa_api_url=served.url if served else "http://127.0.0.1:9/v3",
+            yookassa_api_url="http://127.0.0.1:9/v3",  # in words only: a story holds no port of the machine's
             billing_timezone=traits.zone,
             subscription_grace_days=traits.grace_days,
             pending_payment_ttl_days=traits.ttl_days,
         )
         self.provider = served.provider if served else SandboxProvider(seed=seed)
         self.provider.clock, self.provider.switches = self.provider_now, traits.switches
-        self.over_http = served is not None
+        # Where the sandbox answers over HTTP, if it does.
+        self.served_url = served.url if served else None
         self.journal = Journal()
         self.connection = psycopg.connect(url, autocommit=True, options=_SERVICE_OPTIONS)
         self.oracle = Oracle(
