@@ -51,8 +51,7 @@ $(VENV)/.bench: $(STAMP)
 	@touch $@
 
 torture: $(STAMP) ## Attack the promise: simulation, kills, faults, races, mutants; ROUNDS=n for a night
-	@TORTURE_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest $(TESTS)/torture $(ARGS)
-	@$(PYTHON) -m $(TESTS).torture.simulation --first $(FIRST) --rounds $$(( $(ROUNDS) > 0 ? $(ROUNDS) : 40 ))
+	@$(PYTHON) -m $(TESTS).torture --rounds $(ROUNDS) --first $(FIRST) $(ARGS)
 
 # Chromium is a package of the operating system: root on a machine with apt gets it, everybody else gets a hint.
 browser: $(VENV)/.browser ## Drive the Dagster UI of a whole deployment in a real browser (Chromium), in a few minutes

@@ -13,7 +13,7 @@ from concurrent.futures import as_completed
 
 from billing_orchestration_tests.torture.simulation import __doc__ as about
 from billing_orchestration_tests.torture.simulation.playing import play_seed, simulated_server, workers_of
-from billing_orchestration_tests.torture.simulation.results import Result, summary, told
+from billing_orchestration_tests.torture.simulation.results import REGRESSIONS, Result, summary, told
 from billing_orchestration_tests.torture.simulation.story import DAYS
 
 
@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, action="append", help="play this seed (may be repeated)")
     parser.add_argument("--rounds", type=int, default=20, help="without --seed: how many seeds to play")
     parser.add_argument("--first", type=int, default=1, help="the first seed of the rounds")
+    parser.add_argument("--regressions", action="store_true", help="also those that showed a fault once")
     parser.add_argument("--days", type=int, default=DAYS)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--story", action="store_true", help="print everything that happened")
@@ -30,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     # As Ctrl-C: the workers and the PostgreSQL are ended, not left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     seeds = given.seed or list(range(given.first, given.first + given.rounds))
+    if given.regressions:
+        seeds = list(dict.fromkeys([*REGRESSIONS, *seeds]))
     began = time.monotonic()
     results: list[Result] = []
     with simulated_server() as server:

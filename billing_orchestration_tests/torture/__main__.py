@@ -1,0 +1,147 @@
+"""All of the torture, part by part: `make torture`.
+
+    python -m billing_orchestration_tests.torture                       every part, two at a time
+    python -m billing_orchestration_tests.torture simulation mutants    these parts only
+    python -m billing_orchestration_tests.torture --rounds 1000 --first 2001
+
+A part that fails keeps no other from running. The end says how each part ended, and how to run one alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = "billing_orchestration_tests/torture"
+# The part that takes longest comes first: the others fit beside it.
+TESTS = {
+    "mutants": ("test_mutants.py",),
+    "postgresql": ("test_postgres_faults.py",),
+    "kills": ("test_kill_matrix.py",),
+    "wire": ("test_wire_faults.py",),
+    "races": ("test_races.py",),
+    "judge": ("test_simulation.py", "test_simulation_oracle.py", "test_simulation_threads.py", "test_parts.py"),
+}
+SIMULATION = "simulation"
+DEFAULT_SEEDS = 30
+AT_A_TIME = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """One attack, run as a command of its own."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a part ended: its exit code (0: the promise held), what it printed."""
+
+    part: Part
+    code: int
+    words: str
+    seconds: float
+
+
+def parts(rounds: int, first: int) -> list[Part]:
+    """All of them. `rounds` is a night's; 0: those that take twenty minutes."""
+    python = sys.executable
+    seeds = ("--regressions", "--first", str(first), "--rounds", str(rounds or DEFAULT_SEEDS), "--workers", "1")
+    return [
+        Part(SIMULATION, (python, "-m", "billing_orchestration_tests.torture.simulation", *seeds)),
+        *(
+            Part(name, (python, "-m", "pytest", *(f"{HERE}/{file}" for file in files)))
+            for name, files in TESTS.items()
+        ),
+    ]  # fmt: skip
+
+
+class Torture:
+    """Runs parts, some at a time."""
+
+    def __init__(self, rounds: int, told: Callable[[str], None]) -> None:
+        self._rounds, self._told = rounds, told
+        self._running: list[subprocess.Popen[str]] = []
+        self._over = False
+
+    def run(self, chosen: Sequence[Part]) -> list[Ended]:
+        """How each ended, whatever the others did. An interruption ends those that are under way."""
+        threads = ThreadPoolExecutor(AT_A_TIME)
+        try:
+            return list(threads.map(self._play, chosen))
+        except BaseException:
+            self._over = True
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in self._running:
+                _end(process)
+            raise
+        finally:
+            threads.shutdown()
+
+    def _play(self, part: Part) -> Ended:
+        self._told(f"=== {part.name} begins")
+        began = time.monotonic()
+        with subprocess.Popen(
+            part.command,
+            env={**os.environ, "TORTURE_ROUNDS": str(self._rounds)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            self._running.append(process)
+            if self._over:  # since before it could be found
+                _end(process)
+            words, _ = process.communicate()
+        self._told(f"=== {part.name}\n{words}")
+        return Ended(part, process.returncode, words, time.monotonic() - began)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+
+
+def table(ended: Sequence[Ended]) -> str:
+    """How each part ended, the failed ones last, with the command that runs one alone."""
+    lines = [
+        f"  {one.part.name:<12} {one.seconds:>6.0f} s  {'held' if one.code == 0 else f'FAILED, exit code {one.code}'}"
+        for one in sorted(ended, key=lambda one: one.code != 0)
+    ]
+    failed = [one.part for one in ended if one.code != 0]
+    lines.append(f"FAILED: {', '.join(part.name for part in failed)}" if failed else "The promise held in every part.")
+    lines += [f"  alone: {shlex.join((Path(part.command[0]).name, *part.command[1:]))}" for part in failed]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 1 when any part failed."""
+    parser = argparse.ArgumentParser(description="Attack the promise, part by part.")
+    every = {part.name: part for part in parts(0, 1)}
+    parser.add_argument("part", nargs="*", help=", ".join(every))
+    parser.add_argument("--rounds", type=int, default=0, help="how long it goes on, for a night; 0: its default")
+    parser.add_argument("--first", type=int, default=1, help="the simulation's first seed")
+    asked = parser.parse_args(arguments)
+    if unknown := set(asked.part) - set(every):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+    # As Ctrl-C: the parts under way are ended, not left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    chosen = [part for part in parts(asked.rounds, asked.first) if not asked.part or part.name in asked.part]
+    ended = Torture(asked.rounds, lambda words: print(words, flush=True)).run(chosen)
+    print(table(ended), flush=True)
+    return 1 if any(one.code for one in ended) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
