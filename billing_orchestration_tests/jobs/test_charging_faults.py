@@ -9,6 +9,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -20,6 +21,7 @@ from billing_orchestration.settings import Settings
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.jobs.service import Run, Service
 from billing_orchestration_tests.torture.simulation.threads import OrderedThreads
+from billing_orchestration_tests.waiting import wait_until
 
 JOB = "autopayment_job"
 MATCHING = "matching_successful_payments_job"
@@ -169,12 +171,17 @@ def test_an_attempt_is_committed_with_its_key_and_first_instant_before_its_reque
     subscription = service.subscriber()
     seen: list[Any] = []
 
+    def idle_transactions() -> set[Any]:
+        where = "datname = current_database() AND state LIKE 'idle in transaction%'"
+        return {(row.pid, row.xact_start) for row in service.rows("pg_stat_activity", where)}
+
     def look_around(document: Any) -> Any:
-        # On the provider's side, which has just taken the money and has not answered yet.
-        seen.append((
-            service.attempts(subscription),
-            service.rows("pg_stat_activity", "datname = current_database() AND state LIKE 'idle in transaction%'"),
-        ))  # fmt: skip
+        # On the provider's side, which has just taken the money and has not answered yet. A transaction between two
+        # of its statements passes; one that waits for the answer stays.
+        found = idle_transactions()
+        with suppress(TimeoutError):
+            wait_until(lambda: not found & idle_transactions(), patience_s=0.5)
+        seen.append((service.attempts(subscription), found & idle_transactions()))
         return document
 
     lose(service, subscription, {"effect": "change", "transform": look_around})
@@ -187,7 +194,7 @@ def test_an_attempt_is_committed_with_its_key_and_first_instant_before_its_reque
         (attempt.state, str(attempt.idempotence_key), attempt.body.encode(), attempt.first_sent_at)
         for attempt in attempts
     ] == [("PLANNED", post.idempotence_key, post.body, NOON)]
-    assert transactions == []
+    assert transactions == set()
 
 
 def test_a_charge_that_is_delivered_twice_is_one_charge(service: Service) -> None:
