@@ -1,8 +1,8 @@
 """The payment provider for the jobs: the official SDK made safe for money and for threads.
 
-What an operator can rely on: a charge is one POST of exactly the frozen bytes and is never repeated in here; a read
-is repeated within a bound; a slice is whole or an error; every error says what is known about the money; credentials
-are in no text, no repr and no log; two shops in one process never mix.
+What an operator can rely on: a charge is one POST of exactly the frozen bytes and is never repeated here; a read is
+repeated within a bound; a slice is whole or an error; every error says what is known about the money; no text, repr
+or log holds credentials; two shops in one process never mix.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from billing_orchestration.provider.errors import (
     RequestRejected,
     WrongCredentials,
 )
-from billing_orchestration.provider.outcomes import Call, Outcomes
 from billing_orchestration.provider.pacing import RateLimit, map_concurrently
 from billing_orchestration.provider.records import parse_payment, provider_instant, read_json
 from billing_orchestration.provider.slices import Collector, Slice
+from billing_orchestration.provider.translation import Call, Translator
 from billing_orchestration.provider.wire import Answer, Wire
 from billing_orchestration.threads import OF_THE_SYSTEM, Threads
 
@@ -45,10 +45,10 @@ Value = TypeVar("Value")
 # The provider takes 1 to 64 characters; beyond ASCII they would not survive an HTTP header.
 _KEY = re.compile(r"[\x21-\x7e]{1,64}")
 _PAGE_SIZE = "100"
-# A million payments. A provider that goes on beyond that with ever new cursors is not telling a slice.
+# A million payments. A provider whose cursors go on beyond that never ends its list.
 _MOST_PAGES = 10_000
-# Up to here a list is read page by page; a longer one is begun anew in parts that are read side by side. Four bring
-# three quarters of what can be won, and four requests at a time are far below what the provider allows any shop.
+# A list up to this long is read page by page; a longer one is started over in parts that are read concurrently. Four
+# parts bring three quarters of the possible gain, and four requests at once are far below any shop's rate limit.
 _SHORT_PAGES = 3
 _WORTHWHILE_WINDOWS = 4
 # Half a minute is long enough for a hiccup; a run every two minutes tries again anyway.
@@ -61,16 +61,17 @@ class Timeouts:
 
     # A connection is made in milliseconds or not at all; a lost SYN is repeated after 1 s and 3 s.
     connect_s: float = 5.0
-    # The provider answers a charge within 30 s or says HTTP 500; giving up earlier makes outcomes unknown for nothing.
+    # The provider answers a charge within 30 s or with HTTP 500; giving up earlier makes outcomes unknown for nothing.
     charge_read_s: float = 40.0
     # A page of 100 payments takes a fraction of a second; 15 s is silence.
     read_s: float = 15.0
 
 
-class _Client:
-    """One request, exactly once, with the headers of this shop. A charge may take longer than a read."""
+class _Payments:
+    """The provider's /payments: one request a call, with the headers of this shop."""
 
-    def __init__(self, *, authorization: str, wire: Wire, timeouts: Timeouts) -> None:
+    def __init__(self, api_url: str, wire: Wire, timeouts: Timeouts, authorization: str) -> None:
+        self._api_url = api_url
         self._wire = wire
         self._timeouts = timeouts
         common = {"Accept": "application/json", "Authorization": authorization}
@@ -78,44 +79,34 @@ class _Client:
         self._get_headers = {**common, "Accept-Encoding": "gzip", "User-Agent": "billing-orchestration"}
         self._post_headers = {**common, "Accept-Encoding": "identity", "Content-Type": "application/json"}
 
-    def get(self, path: str) -> Answer:
-        """Read."""
-        return self._wire.send("GET", path, headers=self._get_headers.copy(), body=None, read_s=self._timeouts.read_s)
-
-    def send(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
-        """Charge, with the headers of the SDK."""
-        ready = {**self._post_headers, **headers}
-        return self._wire.send(method, path, headers=ready, body=body, read_s=self._timeouts.charge_read_s)
-
-
-class _Payments:
-    """The provider's resource of that name: charges go through the official SDK, reads do without it."""
-
-    def __init__(self, api_url: str, client: _Client) -> None:
-        self.client = client
-        self._api_url = api_url
-
     @cached_property
     def charges(self) -> Charges:
-        """The SDK's payments, imported with the first charge."""
+        """The SDK's payments, imported with the first charge; reads do without the SDK."""
         from billing_orchestration.provider.sdk import Charges
 
-        return Charges(self._api_url, self.client.send)
+        return Charges(self._api_url, self._post)
 
     def one(self, quoted_id: str) -> Answer:
         """GET one payment."""
-        return self.client.get(f"/payments/{quoted_id}")
+        return self._get(f"/payments/{quoted_id}")
 
     def page(self, query: Mapping[str, str]) -> Answer:
         """GET one page of the list."""
-        return self.client.get(f"/payments?{urlencode(query)}")
+        return self._get(f"/payments?{urlencode(query)}")
+
+    def _get(self, path: str) -> Answer:
+        return self._wire.send("GET", path, headers=self._get_headers, body=None, read_s=self._timeouts.read_s)
+
+    def _post(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
+        ready = {**self._post_headers, **headers}
+        return self._wire.send(method, path, headers=ready, body=body, read_s=self._timeouts.charge_read_s)
 
 
 class PaymentProvider:
     """One shop at the payment provider. One instance serves any number of threads.
 
-    `max_requests_per_second` caps all of them together; after a 429 all of them wait. `read_attempts` and
-    `read_backoff_s` bound how a read is repeated: the back-off doubles, and the provider's own wish is honoured.
+    `max_requests_per_second` caps all threads together; after a 429 all of them wait. `read_attempts` and
+    `read_backoff_s` bound how a read is repeated: the back-off doubles, and a delay the provider asks for is honoured.
     """
 
     def __init__(
@@ -149,15 +140,14 @@ class PaymentProvider:
         self._rate = RateLimit(max_requests_per_second, clock=threads.monotonic, sleep=sleep)
         self._wire = Wire(self.api_url, max_connections=max_connections, connect_s=timeouts.connect_s)
         token = b64encode(f"{shop_id}:{secret_key}".encode()).decode("ascii")
-        self._outcomes = Outcomes(self.api_url, (secret_key, token))
-        client = _Client(authorization=f"Basic {token}", wire=self._wire, timeouts=timeouts)
-        self._payments = _Payments(self.api_url, client)
+        self._errors = Translator(self.api_url, (secret_key, token))
+        self._payments = _Payments(self.api_url, self._wire, timeouts, f"Basic {token}")
 
     def __repr__(self) -> str:
         return f"PaymentProvider(api_url={self.api_url!r}, shop_id={self.shop_id!r})"
 
     def limit_rate(self, max_requests_per_second: float) -> None:
-        """Cap the requests of all threads together from now on, as an operator asks for in a run's config."""
+        """Cap the requests of all threads together from now on, as a run's config asks for."""
         self._rate.limit(max_requests_per_second)
 
     def close(self) -> None:
@@ -169,12 +159,12 @@ class PaymentProvider:
     def create_payment(
         self, body: str, idempotence_key: str, before_send: Callable[[], None] | None = None
     ) -> ProviderPayment:
-        """Send one charge: ONE POST of exactly these bytes with this key, never repeated in here.
+        """Send one charge: ONE POST of exactly these bytes with this key, never repeated here.
 
         What moves: the amount in `body`, from the customer to the shop, if the answer's status is `succeeded`. The
-        caller committed body and key before (SPEC 5), so a process killed in here leaves an attempt whose outcome is
+        caller has committed body and key (SPEC 5), so a process killed here leaves an attempt whose outcome is
         unknown and whose key may be sent again within 24 h. Other threads and a 429 may make it wait before it sends:
-        `before_send` is called when its turn has come, and what it raises goes through with nothing sent.
+        `before_send` is called when its turn comes, and an exception from it passes through with nothing sent.
 
         NeverSent, WrongCredentials, Forbidden, RequestRejected: no money moved by this request. RateLimited,
         StillProcessing, OutcomeUnknown: it may have. Raises ValueError, before anything is sent, for a key that is
@@ -189,7 +179,7 @@ class PaymentProvider:
         payment = parse_payment(self._object(answer, call))
         if isinstance(payment, UnusablePayment):
             name = f"payment {payment.payment_id}" if payment.payment_id else "a payment without a readable id"
-            raise self._outcomes.of_unusable(answer, call, f"{name} that cannot be used: {payment.reason}")
+            raise self._errors.of_unusable(answer, call, f"{name} that cannot be used: {payment.reason}")
         return payment
 
     # --- Reads ---------------------------------------------------------------------------------------------------
@@ -200,7 +190,7 @@ class PaymentProvider:
         Raises PaymentNotFound when the provider says so, RequestRejected, Forbidden or WrongCredentials when it
         refuses, NeverSent or OutcomeUnknown when it gives no usable answer.
         """
-        call = Call(f"payment {self._outcomes.foreign(str(payment_id))}", by_id=True)
+        call = Call(f"payment {self._errors.foreign(str(payment_id))}", by_id=True)
         if not isinstance(payment_id, str) or not payment_id.strip():
             raise RequestRejected(f"{call.what!r}: an empty id names no payment; nothing was asked", status_code=400)
         quoted = quote(payment_id, safe="", errors="replace")
@@ -210,15 +200,15 @@ class PaymentProvider:
         def ask() -> ProviderPayment | UnusablePayment:
             answer = self._send(call, lambda: self._payments.one(quoted))
             payment = parse_payment(self._object(answer, call))
-            told = payment.id if isinstance(payment, ProviderPayment) else payment.payment_id
-            if told not in (None, payment_id):
-                raise self._outcomes.of_unusable(answer, call, f"which is about another payment, {told}")
+            answered_id = payment.id if isinstance(payment, ProviderPayment) else payment.payment_id
+            if answered_id not in (None, payment_id):
+                raise self._errors.of_unusable(answer, call, f"which is about another payment, {answered_id}")
             return payment
 
         return self._within_bound(ask)[0]
 
     def list_payments(self, filters: Mapping[str, str]) -> Slice:
-        """Every payment that the filters name, following the cursors to the end.
+        """Every payment that matches the filters, following the cursors to the end.
 
         Raises IncompleteSlice when the end was not reached, with the reason as `__cause__`; WrongCredentials as it is.
         """
@@ -228,11 +218,11 @@ class PaymentProvider:
         """The payments that succeeded and were created or captured in [start, end], each once. Whole, or an error.
 
         Two lists, since a card may be paid in the 59th minute and cash on the eighth day. The bounds are widened to
-        whole milliseconds. A provider that ignores the status filter gets no pending payment settled: it is dropped.
+        whole milliseconds. A payment in another status is dropped, should the provider ignore the filter.
 
-        Pages behind a cursor are sequential; with `parallel_windows` that many parts of the window are read side by
-        side. Their bounds overlap by an instant, so nothing falls between them. None: a
-        list that is longer than a few pages is read in some parts, a shorter one costs no request more.
+        Pages behind a cursor are sequential; with `parallel_windows` that many parts of the window are read
+        concurrently. Their bounds overlap by an instant, so nothing falls between them. None: a list longer than a
+        few pages is read in parts, a shorter one costs no extra request.
         """
         slice_ = Collector(SUCCEEDED)
         if parallel_windows is None:
@@ -271,11 +261,11 @@ class PaymentProvider:
         return 0
 
     def scan(self, start: datetime, end: datetime) -> Slice:
-        """Every payment created in [start, end], whatever its status: where a lost charge is searched for."""
+        """Every payment created in [start, end], in any status: where a lost charge is searched for."""
         return self.list_payments(_window("created_at", start, end))
 
     def check(self) -> None:
-        """The cheapest authenticated request, once. Raises the ProviderError that tells what is wrong."""
+        """The cheapest authenticated request, once. Raises the ProviderError that says what is wrong."""
         call = Call("the list of payments")
         self._items(self._send(call, lambda: self._payments.page({"limit": "1"})), call)
 
@@ -305,37 +295,42 @@ class PaymentProvider:
             slice_.add_page(items)
             if following in (None, ""):
                 return slice_
-            if not isinstance(following, str) or following in seen or page == _MOST_PAGES:
-                shown = self._outcomes.foreign(repr(following))
-                fault_text = (
-                    f"goes on after {_MOST_PAGES} pages" if page == _MOST_PAGES else f"repeats the cursor {shown}"
-                    if isinstance(following, str) else f"names {shown} as its cursor"
-                )  # fmt: skip
-                raise IncompleteSlice(
-                    f"the list of payments {fault_text} (page {page}), so its end cannot be reached. "
-                    f"Nothing was decided from it."
-                )
             if page == most_pages:
                 slice_.is_cut = True
                 return slice_
+            cursor = self._next_cursor(following, seen, page)
+
+    def _next_cursor(self, following: Any, seen: set[str], page: int) -> str:
+        """The next page's cursor. Raises IncompleteSlice for one that leads nowhere, or nowhere new."""
+        if isinstance(following, str) and following not in seen and page < _MOST_PAGES:
             seen.add(following)
-            cursor = following
+            return following
+        shown = self._errors.foreign(repr(following))
+        if page == _MOST_PAGES:
+            problem = f"goes on after {_MOST_PAGES} pages"
+        elif isinstance(following, str):
+            problem = f"repeats the cursor {shown}"
+        else:
+            problem = f"names {shown} as its cursor"
+        raise IncompleteSlice(
+            f"the list of payments {problem} (page {page}), so its end cannot be reached. Nothing was decided from it."
+        )
 
     # --- One request ---------------------------------------------------------------------------------------------
 
     def _send(self, call: Call, request: Callable[[], Answer], before_send: Callable[[], None] | None = None) -> Answer:
-        """Wait for the turn, send once; an answer other than HTTP 200 is raised as what it means."""
+        """Wait for the turn and send once. An answer other than HTTP 200 is raised as the error it means."""
         self._rate.wait_turn()
         if before_send is not None:
             before_send()
         try:
             answer = request()
         except Exception as fault:
-            raise self._outcomes.of_wire(fault, call) from fault
+            raise self._errors.of_fault(fault, call) from fault
         if answer.status == 200:
             self._rate.answered()
             return answer
-        error = self._outcomes.of_answer(answer, call, datetime.now(timezone.utc))
+        error = self._errors.of_answer(answer, call, datetime.now(timezone.utc))
         if isinstance(error, RateLimited):
             self._rate.slow_down(error.retry_after_s)
         else:
@@ -343,9 +338,9 @@ class PaymentProvider:
         raise error
 
     def _within_bound(self, ask: Callable[[], Value]) -> tuple[Value, int]:
-        """Repeat a read while its outcome is unknown. Not for a charge. Returns the value and how often was asked.
+        """Repeat a read while its outcome is unknown. Never a charge. Returns the value and the number of requests.
 
-        A dozen lines instead of a library: `sleep` is ours, and the waiting after a 429 is shared by all threads.
+        A dozen lines instead of a library: the waiting after a 429 is shared by all threads.
         """
         attempt = 1
         while True:
@@ -356,7 +351,7 @@ class PaymentProvider:
                     raise
                 if not isinstance(fault, RateLimited):  # after a 429 the next turn is the wait
                     backoff_s = min(self._read_backoff_s * 2 ** (attempt - 1), _LONGEST_BACKOFF_S)
-                    # Spread, so that 64 threads do not come back in step.
+                    # Jitter, so that 64 threads do not come back in step.
                     backoff_s *= self._uniform(0.75, 1.25)
                     self._sleep(max(backoff_s, getattr(fault, "retry_after_s", None) or 0.0))
             attempt += 1
@@ -366,9 +361,9 @@ class PaymentProvider:
         try:
             document = read_json(answer.body)
         except ValueError as fault:
-            raise self._outcomes.of_unusable(answer, call, "which is not whole JSON") from fault
+            raise self._errors.of_unusable(answer, call, "which is not whole JSON") from fault
         if not isinstance(document, dict):
-            raise self._outcomes.of_unusable(answer, call, "which is not a JSON object")
+            raise self._errors.of_unusable(answer, call, "which is not a JSON object")
         return document
 
     def _items(self, answer: Answer, call: Call) -> tuple[list[Any], Any]:
@@ -377,12 +372,12 @@ class PaymentProvider:
         items = page.get("items")
         if not isinstance(items, list):
             hint = f"which holds no list of items; is YOOKASSA_API_URL right? It is {self.api_url}"
-            raise self._outcomes.of_unusable(answer, call, hint)
+            raise self._errors.of_unusable(answer, call, hint)
         return items, page.get("next_cursor")
 
 
 def _split(start: datetime, end: datetime, parts: int) -> list[tuple[datetime, datetime]]:
-    """The window in equal parts, the latest first, as the provider lists. Each begins where its neighbour ends."""
+    """The window in equal parts, latest first, as the provider lists. Each starts where its neighbour ends."""
     if parts < 1:
         raise ValueError(f"parallel_windows is {parts}; it must be at least 1")
     step = (end - start) / parts
@@ -392,5 +387,5 @@ def _split(start: datetime, end: datetime, parts: int) -> list[tuple[datetime, d
 
 def _window(name: str, start: datetime, end: datetime) -> dict[str, str]:
     if start > end:
-        raise ValueError(f"the window begins at {start} and ends before that, at {end}")
+        raise ValueError(f"the window starts at {start} and ends before that, at {end}")
     return {f"{name}.gte": provider_instant(start), f"{name}.lte": provider_instant(end, round_up=True)}

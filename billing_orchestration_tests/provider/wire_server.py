@@ -1,4 +1,4 @@
-"""A tiny HTTP server over raw sockets, for what a decent server never does: resets, silence, halves of an answer."""
+"""A tiny HTTP server over raw sockets, for what a decent server never does, and a client of it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import socket
 import ssl
 import struct
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from billing_orchestration.provider.client import PaymentProvider, Timeouts
+
 SHOP_ID = "100500"
 SECRET_KEY = "test_a-secret-nobody-may-see"
+BODY = '{"amount": {"value": "499.00", "currency": "RUB"},  "capture":true, "description": "Продление"}'
+KEY = "5f1c6a54-6f6f-5b0e-9f0c-0123456789ab"
+ID = "2d0e7f6a-0001"
 
 
 @dataclass(frozen=True)
@@ -163,17 +169,39 @@ def silence(client: socket.socket) -> None:
     client.recv(1)
 
 
+def cut(start: bytes, end: Callable[[socket.socket], None] = hang_up) -> Callable[[socket.socket], None]:
+    """The start of an answer, and no more."""
+
+    def send_start(client: socket.socket) -> None:
+        client.sendall(start)
+        end(client)
+
+    return send_start
+
+
 def half_of(whole: bytes) -> Callable[[socket.socket], None]:
     """An answer that is cut off in its body."""
-
-    def send_half(client: socket.socket) -> None:
-        client.sendall(whole[:-20])
-        client.shutdown(socket.SHUT_RDWR)
-
-    return send_half
+    return cut(whole[:-20])
 
 
-def payment(payment_id: str = "2d0e7f6a-0001", status: str = "succeeded", **other: Any) -> dict[str, Any]:
+def drip(start: bytes, drop: bytes) -> Callable[[socket.socket], None]:
+    """The start of an answer, then drop after drop until the other side gives up."""
+
+    def send_drops(client: socket.socket) -> None:
+        client.sendall(start)
+        client.settimeout(0.02)
+        while True:
+            client.sendall(drop)
+            try:
+                client.recv(1)
+                return
+            except TimeoutError:
+                continue
+
+    return send_drops
+
+
+def payment(payment_id: str = ID, status: str = "succeeded", **other: Any) -> dict[str, Any]:
     """A payment as the provider writes it; `other` replaces fields."""
     return {
         "id": payment_id,
@@ -198,3 +226,51 @@ def payment(payment_id: str = "2d0e7f6a-0001", status: str = "succeeded", **othe
         "test": False,
         **other,
     }
+
+
+PAID = answer(200, payment())
+
+
+class Shop:
+    """A client with short timeouts whose waits are recorded instead of slept."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.waits: list[float] = []
+        settings: dict[str, Any] = {
+            "shop_id": SHOP_ID,
+            "secret_key": SECRET_KEY,
+            "timeouts": Timeouts(connect_s=2.0, charge_read_s=0.3, read_s=0.3),
+            "sleep": self.waits.append,
+        }
+        self.provider = PaymentProvider(api_url=url, **{**settings, **options})
+
+
+@contextmanager
+def shop(*reactions: Reaction, **options: Any) -> Iterator[tuple[PaymentProvider, WireServer, list[float]]]:
+    """A server that reacts in this order, the last one for ever, and a client of it."""
+
+    def react(_request: Request, index: int) -> Reaction:
+        return reactions[min(index, len(reactions)) - 1]
+
+    with wire_server(react) as server:
+        client = Shop(server.url, **options)
+        try:
+            yield client.provider, server, client.waits
+        finally:
+            client.provider.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def tell(fault: BaseException) -> str:
+    """Everything that could be printed of an exception and of what caused it."""
+    texts = ["".join(traceback.format_exception(type(fault), fault, fault.__traceback__))]
+    seen: BaseException | None = fault
+    while seen is not None:
+        texts += [repr(seen), str(seen), repr(seen.args), repr(vars(seen))]
+        seen = seen.__cause__ or seen.__context__
+    return "\n".join(texts)

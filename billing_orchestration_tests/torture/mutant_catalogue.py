@@ -34,7 +34,7 @@ _CHARGING = "jobs/autopayment/charging.py"
 _PACE = "jobs/autopayment/pace.py"
 _PIPELINE = "jobs/autopayment/pipeline.py"
 _CLIENT = "provider/client.py"
-_OUTCOMES = "provider/outcomes.py"
+_TRANSLATION = "provider/translation.py"
 _RENEWALS = "domain/renewals.py"
 _SETTLEMENT = "domain/settlement.py"
 _SETTLING = "database/settling.py"
@@ -439,7 +439,7 @@ FURTHER = (
         "no answer means unknown, never unsent",
         (
             Edit(
-                _OUTCOMES,
+                _TRANSLATION,
                 '            return OutcomeUnknown(f"{call.what}: no answer within the time allowed.'
                 ' {_unknown(call)}", timed_out=True)',
                 '            return NeverSent(f"{call.what}: no answer within the time allowed.")',
@@ -459,7 +459,7 @@ FURTHER = (
     Mutant(
         "a 500 taken for a refusal",
         "what is not recognised is unknown, never failed",
-        (Edit(_OUTCOMES, "if own and status == 400:", "if own and status in (400, 500):"),),
+        (Edit(_TRANSLATION, "if by_provider and status == 400:", "if by_provider and status in (400, 500):"),),
         (
             _FAULTS
             + "test_a_charge_whose_answer_is_lost_is_sent_again_with_the_same_key_and_body[500 after the charge]",
@@ -842,7 +842,7 @@ FURTHER = (
     Mutant(
         "any 404 taken for not found",
         "not found is the provider's own word only",
-        (Edit(_OUTCOMES, "if own and status == 404 and call.by_id:", "if status == 404 and call.by_id:"),),
+        (Edit(_TRANSLATION, "if by_provider and status == 404 and call.by_id:", "if status == 404 and call.by_id:"),),
         (_STALE + "test_about_which_the_provider_does_not_answer_stays_pending_and_the_run_is_red_at_its_end",),
     ),
     Mutant(
@@ -887,7 +887,7 @@ FURTHER = (
     Mutant(
         "credentials in an error's text",
         "no text holds a credential",
-        (Edit(_OUTCOMES, 'text = text.replace(secret, "***")', "pass"),),
+        (Edit(_TRANSLATION, 'text = text.replace(secret, "***")', "pass"),),
         ("provider/test_client_wire.py::test_credentials_are_in_no_text_no_repr_and_no_log",),
     ),
     # --- a run in shards

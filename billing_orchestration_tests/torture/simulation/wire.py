@@ -178,7 +178,7 @@ class SimulatedProvider(PaymentProvider):
         self._wire.close()
         wire = make_wire()
         self._wire = wire  # type: ignore[assignment]
-        self._payments.client._wire = wire
+        self._payments._wire = wire
 
 
 def status_of(answer: Answer) -> tuple[str, str | None]:

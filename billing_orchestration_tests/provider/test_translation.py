@@ -1,16 +1,16 @@
-"""How long the provider wishes us to wait, and what the texts say."""
+"""What an error says: how long to wait, no credentials, and to keep the key."""
 
 from __future__ import annotations
 
 import json
 from datetime import datetime, timezone
-from http.client import HTTPMessage
 from typing import Any
 
 import pytest
+from urllib3 import HTTPHeaderDict
 
 from billing_orchestration.provider.errors import OutcomeUnknown
-from billing_orchestration.provider.outcomes import Call, Outcomes, retry_after_s
+from billing_orchestration.provider.translation import Call, Translator, retry_after_s
 from billing_orchestration.provider.wire import Answer
 
 NOW = datetime(2026, 3, 1, 10, 0, 0, tzinfo=timezone.utc)
@@ -18,10 +18,8 @@ CHARGE = Call("charge with key k-1", moves_money=True)
 
 
 def answered(status: int, body: Any = None, **headers: str) -> Answer:
-    message = HTTPMessage()
-    for name, value in headers.items():
-        message[name.replace("_", "-")] = value
-    return Answer(status, message, b"" if body is None else json.dumps(body).encode())
+    named = HTTPHeaderDict({name.replace("_", "-"): value for name, value in headers.items()})
+    return Answer(status, named, b"" if body is None else json.dumps(body).encode())
 
 
 @pytest.mark.parametrize(
@@ -48,23 +46,23 @@ def answered(status: int, body: Any = None, **headers: str) -> Answer:
         (None, [1800], None),
     ],
 )
-def test_the_wish_to_wait_is_read_from_header_or_body_and_capped(
+def test_the_delay_is_read_from_header_or_body_and_capped(
     header: str | None, body: Any, expected: float | None
 ) -> None:
     answer = answered(429, body) if header is None else answered(429, body, Retry_After=header)
     assert retry_after_s(answer, body, NOW) == (None if expected is None else pytest.approx(expected))
 
 
-def test_a_text_of_the_providers_is_one_line_without_credentials() -> None:
-    outcomes = Outcomes("https://api.invalid/v3", ("hush-hush-hush", "abc"))
-    assert outcomes.foreign("a\n\thush-hush-hush  b") == "a *** b"
-    assert outcomes.foreign("abc") == "abc", "a secret that short would blank out ordinary words"
-    assert len(outcomes.foreign("x" * 1000)) == 301
+def test_a_foreign_text_is_one_line_without_credentials() -> None:
+    translator = Translator("https://api.invalid/v3", ("hush-hush-hush", "abc"))
+    assert translator.foreign("a\n\thush-hush-hush  b") == "a *** b"
+    assert translator.foreign("abc") == "abc", "a secret that short would blank out ordinary words"
+    assert len(translator.foreign("x" * 1000)) == 301
 
 
-def test_every_unknown_outcome_of_a_charge_tells_to_keep_the_key() -> None:
-    outcomes = Outcomes("https://api.invalid/v3", ())
+def test_every_unknown_outcome_of_a_charge_says_to_keep_the_key() -> None:
+    translator = Translator("https://api.invalid/v3", ())
     for status in (202, 204, 302, 404, 405, 408, 409, 410, 413, 418, 429, 500, 502, 503, 504, 599):
-        told = outcomes.of_answer(answered(status, {"type": "error", "code": "c"}), CHARGE, NOW)
+        told = translator.of_answer(answered(status, {"type": "error", "code": "c"}), CHARGE, NOW)
         assert isinstance(told, OutcomeUnknown), status
         assert "never a new key" in str(told)
