@@ -92,8 +92,8 @@ class Translator:
             return StillProcessing(f"{answered}: still in progress. {_unknown(call)}", retry_after_s=delay_s)
         if by_provider and status == 403:
             return Forbidden(
-                f"{answered}: the credentials are right, but the shop may not do this. The provider's manager enables "
-                f"recurring charges. {_rejected(call)}",
+                f"{answered}: the credentials are right, but the shop may not do this; recurring charges are enabled "
+                f"by the provider's manager. {_rejected(call)}",
                 **refusal,
             )
         if by_provider and status == 400:

@@ -133,8 +133,8 @@ def test_all_threads_of_a_run_are_made_by_what_the_simulation_hands_in() -> None
     """Whatever is made elsewhere would go on beside the order that is drawn, and a seed would tell two stories."""
     made = {"Thread", "SimpleQueue", "Queue", "Event", "Condition", "ThreadPoolExecutor", "Timer", "Barrier",
             "Lock", "RLock", "Semaphore", "BoundedSemaphore"}  # fmt: skip
-    # Held for some arithmetic and for one request: nobody gives way while holding one of these.
-    brief = {("provider/pacing.py", "Lock"), ("provider/wire.py", "Lock"), ("provider/wire.py", "BoundedSemaphore")}
+    # Held for some arithmetic: nobody gives way while holding it.
+    brief = {("provider/pacing.py", "Lock")}
     found = []
     for path in PARTS_OF_A_RUN:
         where = str(path.relative_to(PACKAGE))
