@@ -24,26 +24,26 @@ class BareClient:
         credentials = urllib3.make_headers(basic_auth=f"{self.sandbox.shop_id}:{self.sandbox.secret_key}")
         return self.http.request(method, self.sandbox.url + path, headers={**credentials, **(headers or {})}, **how)
 
-    def post(self, body: Any, key: str | None = "key-1") -> urllib3.BaseHTTPResponse:
+    def post(self, body: Any, key: str | None = "key-1", path: str = "/payments") -> urllib3.BaseHTTPResponse:
         headers = {"Content-Type": "application/json"}
         if key is not None:
             headers["Idempotence-Key"] = key
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.send("POST", "/payments", headers=headers, body=raw)
+        return self.send("POST", path, headers=headers, body=raw)
 
-    def get(self, payment_id: str) -> urllib3.BaseHTTPResponse:
-        return self.send("GET", f"/payments/{payment_id}")
+    def get(self, item_id: str, path: str = "/payments") -> urllib3.BaseHTTPResponse:
+        return self.send("GET", f"{path}/{item_id}")
 
-    def list(self, **filters: str) -> urllib3.BaseHTTPResponse:
+    def list(self, path: str = "/payments", **filters: str) -> urllib3.BaseHTTPResponse:
         fields = {name.replace("__", "."): value for name, value in filters.items()}
-        return self.send("GET", "/payments", fields=fields)
+        return self.send("GET", path, fields=fields)
 
-    def scan(self, **filters: str) -> list[list[Any]]:
+    def scan(self, path: str = "/payments", **filters: str) -> list[list[Any]]:
         """All pages of a list."""
         pages = []
         cursor: dict[str, str] = {}
         while True:
-            page = self.list(**filters, **cursor).json()
+            page = self.list(path, **filters, **cursor).json()
             pages.append(page["items"])
             if "next_cursor" not in page:
                 return pages

@@ -85,10 +85,13 @@ def test_a_state_file_holds_everything(tmp_path: Path) -> None:
     pending = json.loads(before.create_payment(body, "key-1").body)["id"]
     held = before.hold("5.00")
     before.refund(before.add_payment(amount="3.00", without=["test"], override={"x": None}).id, "1.00")
+    waiting = before.add_payment(amount="4.00").id
+    before.refund(waiting, result="pending:succeeded:60")
     before.save(tmp_path / "state.json")
     after = SandboxProvider(clock=clock)
     after.load(tmp_path / "state.json")
     assert [p.document() for p in after.payments()] == [p.document() for p in before.payments()]
+    assert [r.document() for r in after.refunds()] == [r.document() for r in before.refunds()]
     assert after.ledger() == before.ledger()
     assert after.methods() == before.methods()
     assert after.known_keys() == ["key-1"]
@@ -96,6 +99,7 @@ def test_a_state_file_holds_everything(tmp_path: Path) -> None:
     clock.advance(timedelta(days=7))
     assert after.payment(pending).status == "succeeded"
     assert after.payment(held.id).status == "canceled"
+    assert [refund.status for refund in after.refunds(waiting)] == ["succeeded"]
     assert after.ledger() == before.ledger()
 
 
@@ -109,6 +113,10 @@ def test_the_control_api_fills_drives_and_reads_the_sandbox(client: BareClient, 
         order(control, "POST", f"/payments/{ids[1]}/refund", {"amount": "1.00"})[1]["refunded_amount"]["value"]
         == "1.00"
     )
+    order(control, "POST", f"/payments/{ids[1]}/refund", {"amount": "2.00", "result": "pending"})
+    refunds = order(control, "GET", "/refunds")[1]
+    assert [refund["status"] for refund in refunds] == ["succeeded", "pending"]
+    assert order(control, "POST", f"/refunds/{refunds[1]['id']}/cancel")[1]["status"] == "canceled"
     held = order(control, "POST", "/purchases", {"amount": "7.00", "hold": True})[1]
     assert order(control, "POST", f"/payments/{held['id']}/capture")[1]["status"] == "succeeded"
     bought = order(control, "POST", "/purchases", {"amount": "8.00"})[1]
@@ -144,6 +152,9 @@ def test_the_control_api_sets_rules_the_clock_and_switches(client: BareClient, s
         ("/payments", {"amont": "1.00"}),
         ("/payments/none/pay", {}),
         ("/payments/none/explode", {}),
+        ("/refunds/none/succeed", {}),
+        ("/refunds/none/explode", {}),
+        ("/switches", {"refunds": "forbidden"}),
         ("/misbehaviours", {"effect": "explode"}),
         ("/misbehaviours", {"colour": "red"}),
         ("/switches", {"replay": "maybe"}),

@@ -122,14 +122,14 @@ class ProviderApi:
         for route in self.endpoints.routes:
             match, found = route.matches(scope)
             if match is Match.FULL:
-                name, payment_id = getattr(route, "name", name), found["path_params"].get("payment_id")
+                name, payment_id = getattr(route, "name", name), found["path_params"].get("id")
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         path = scope["path"].removeprefix(scope["root_path"])
         request = ReceivedRequest(name, scope["method"], path, query, headers, body, self.provider.clock())
         self.requests.append(request)
         self.counts[name] += 1
-        page = _page(query) if name == "list" else None
+        page = _page(query) if name.startswith("list") else None
         return request, Call(name, page, payment_id, request.idempotence_key, body)
 
     async def _respond(self, exchange: Exchange, request: ReceivedRequest, call: Call) -> None:
@@ -150,7 +150,7 @@ class ProviderApi:
     async def _execute(self, scope: Scope, call: Call, delay_s: float = 0.0) -> Response:
         """Let the provider do it. A delay is spent before; a test that ends meanwhile takes the call with it."""
         epoch, switches = self._epoch, self.provider.switches
-        key = call.idempotence_key if call.name == "create" else None
+        key = call.idempotence_key if call.name.startswith("create") else None
         if key is not None and not switches.serialise_keys:
             scope = {**scope, KEY_LOOKED_UP: not self.provider.holds_key(key)}
         elif key in self._keys_at_work:

@@ -19,6 +19,7 @@ from billing_orchestration.sandbox.provider.clock import SandboxClock, iso
 from billing_orchestration.sandbox.provider.misbehaviour import Misbehaviour
 
 _OPERATIONS = ("pay", "cancel", "capture", "refund")
+_REFUND_OPERATIONS = ("succeed", "cancel")
 
 
 def build_control(api: ProviderApi) -> Starlette:
@@ -33,6 +34,8 @@ def build_control(api: ProviderApi) -> Starlette:
             _post("/payments", control.add_payments),
             _get("/payments/{payment_id}", control.payment),
             _post("/payments/{payment_id}/{operation}", control.operate),
+            _get("/refunds", control.refunds),
+            _post("/refunds/{refund_id}/{operation}", control.operate_refund),
             _post("/purchases", control.purchase),
             _get("/ledger", control.ledger),
             _get("/misbehaviours", control.misbehaviours),
@@ -111,6 +114,14 @@ class _Control:
         if operation not in _OPERATIONS:
             raise ValueError(f"unknown operation {operation!r}")
         return getattr(self.provider, operation)(payment_id, **body).document()
+
+    def refunds(self) -> Any:
+        return [refund.document() for refund in self.provider.refunds()]
+
+    def operate_refund(self, refund_id: str, operation: str, body: Any) -> Any:
+        if operation not in _REFUND_OPERATIONS:
+            raise ValueError(f"unknown operation {operation!r}")
+        return getattr(self.provider, f"{operation}_refund")(refund_id, **body).document()
 
     def purchase(self, body: Any) -> Any:
         given = dict(body)

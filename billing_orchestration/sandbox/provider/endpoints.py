@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, SimpleUser
@@ -47,31 +48,43 @@ class ShopCredentials(AuthenticationBackend):
         return AuthCredentials(), SimpleUser(shop_id)
 
 
-def build_endpoints(provider: SandboxProvider) -> Starlette:
-    """The application. A route's name is what misbehaviours and counts call the request."""
-
-    async def create(request: Request) -> Response:
+def _posted(path: str, create: Callable[..., Answer], name: str) -> Route:
+    async def endpoint(request: Request) -> Response:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
             raise Refused(415, None, "Content-Type is not application/json", "Content-Type")
         key, looked_up = request.headers.get("idempotence-key"), request.scope.get(KEY_LOOKED_UP, False)
-        return response(provider.create_payment(await request.body(), key, looked_up=looked_up))
+        return response(create(await request.body(), key, looked_up=looked_up))
 
-    async def list_page(request: Request) -> Response:
-        return response(provider.list_payments(request.query_params.multi_items()))
+    return Route(path, endpoint, methods=["POST"], name=name)
 
-    async def get(request: Request) -> Response:
-        return response(provider.get_payment(request.path_params["payment_id"]))
 
-    async def me(_request: Request) -> Response:
-        return response(provider.account())
+def _listed(path: str, page: Callable[[Sequence[tuple[str, str]]], Answer], name: str) -> Route:
+    async def endpoint(request: Request) -> Response:
+        return response(page(request.query_params.multi_items()))
+
+    return Route(path, endpoint, methods=["GET"], name=name)
+
+
+def _got(path: str, get: Callable[..., Answer], name: str) -> Route:
+    async def endpoint(request: Request) -> Response:
+        return response(get(*request.path_params.values()))
+
+    return Route(path, endpoint, methods=["GET"], name=name)
+
+
+def build_endpoints(provider: SandboxProvider) -> Starlette:
+    """The application. A route's name is what misbehaviours and counts call the request."""
 
     app = Starlette(
         routes=[
-            Route("/payments", create, methods=["POST"], name="create"),
-            Route("/payments", list_page, methods=["GET"], name="list"),
-            Route("/payments/{payment_id}", get, methods=["GET"], name="get"),
-            Route("/me", me, methods=["GET"], name="me"),
+            _posted("/payments", provider.create_payment, "create"),
+            _listed("/payments", provider.list_payments, "list"),
+            _got("/payments/{id}", provider.get_payment, "get"),
+            _posted("/refunds", provider.create_refund, "create_refund"),
+            _listed("/refunds", provider.list_refunds, "list_refunds"),
+            _got("/refunds/{id}", provider.get_refund, "get_refund"),
+            _got("/me", provider.account, "me"),
         ],
         middleware=[
             Middleware(AuthenticationMiddleware, backend=ShopCredentials(provider), on_error=_unauthorised),

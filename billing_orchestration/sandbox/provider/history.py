@@ -7,16 +7,10 @@ from datetime import datetime
 from typing import Any
 
 from billing_orchestration.sandbox.provider.clock import aware_utc
+from billing_orchestration.sandbox.provider.methods import METHOD_TYPES, SavedMethod
 from billing_orchestration.sandbox.provider.payment_books import PaymentBooks
-from billing_orchestration.sandbox.provider.records import (
-    METHOD_TYPES,
-    Outcome,
-    OutcomeLike,
-    Payment,
-    SavedMethod,
-    money,
-    outcome,
-)
+from billing_orchestration.sandbox.provider.payments import Payment
+from billing_orchestration.sandbox.provider.records import Outcome, OutcomeLike, money, outcome
 
 # Fields that the payment takes as they are, with their defaults.
 _PLAIN = {
@@ -32,7 +26,7 @@ def add_payment(books: PaymentBooks, now: datetime, shop: dict[str, Any], given:
     created_at = aware_utc(fields.pop("created_at", None) or now)
     captured_at = fields.pop("captured_at", None) or (created_at if status == "succeeded" else None)
     saved, script = bool(fields.pop("saved", False)), fields.pop("script", None)
-    refunded = money(fields.pop("refunded_amount", "0.00"))
+    refunded, refunded_at = money(fields.pop("refunded_amount", "0.00")), fields.pop("refunded_at", None)
     built = {
         "payment_id": fields.pop("id", None),
         "amount": money(fields.pop("amount", "990.00")),
@@ -40,7 +34,6 @@ def add_payment(books: PaymentBooks, now: datetime, shop: dict[str, Any], given:
         "metadata": dict(fields.pop("metadata", None) or {}),
         "method_id": fields.pop("method_id", None),
         "method_saved": saved,
-        "refunded": refunded,
         "override": dict(fields.pop("override", None) or {}),
         "without": tuple(fields.pop("without", ())),
         **shop,
@@ -56,7 +49,7 @@ def add_payment(books: PaymentBooks, now: datetime, shop: dict[str, Any], given:
     if status == "succeeded":
         books.record(payment, "charge", payment.amount, payment.changed_at)
         if refunded:
-            books.record(payment, "refund", refunded, payment.changed_at)
+            books.add_refund(payment, refunded, aware_utc(refunded_at or payment.changed_at), Outcome("succeeded"))
     elif status == "canceled" and payment.cancellation is None:
         payment.cancellation = {"party": "yoo_money", "reason": "expired_on_confirmation"}
     if saved and (script is not None or payment.method_id not in books.state.methods):

@@ -6,22 +6,44 @@ import base64
 import binascii
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from billing_orchestration.sandbox.provider.answers import invalid
 from billing_orchestration.sandbox.provider.clock import milliseconds
-from billing_orchestration.sandbox.provider.records import METHOD_TYPES
+from billing_orchestration.sandbox.provider.methods import METHOD_TYPES
+from billing_orchestration.sandbox.provider.records import REFUND_STATUSES
 from billing_orchestration.sandbox.provider.switches import Switches
 
-STATUSES = frozenset({"pending", "waiting_for_capture", "succeeded", "canceled"})
 INSTANT = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]{1,3})?(Z|[+-][0-9]{2}:[0-9]{2})")
-BOUNDS = frozenset(f"{name}.{bound}" for name in ("created_at", "captured_at") for bound in ("gte", "gt", "lte", "lt"))
+BOUNDS = ("gte", "gt", "lte", "lt")
 LARGEST_PAGE = 100
 DEFAULT_PAGE = 10
 BEGINNING_OF_TIME = -(2**62)
 END_OF_TIME = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class ListFilters:
+    """What narrows a list: instants, each with its four bounds, and names with the values they take (None: any)."""
+
+    instants: tuple[str, ...]
+    exact: Mapping[str, frozenset[str] | None]
+
+    @property
+    def bounds(self) -> frozenset[str]:
+        return frozenset(f"{name}.{bound}" for name in self.instants for bound in BOUNDS)
+
+
+PAYMENTS = ListFilters(
+    ("created_at", "captured_at"),
+    {
+        "status": frozenset({"pending", "waiting_for_capture", "succeeded", "canceled"}),
+        "payment_method": METHOD_TYPES,
+    },
+)
+REFUNDS = ListFilters(("created_at",), {"status": REFUND_STATUSES, "payment_id": None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +80,7 @@ class ListRequest:
     captured_from: int
     captured_to: int
     by_captured: bool
-    status: str | None
-    method_type: str | None
+    exact: Mapping[str, str]
     limit: int
     cursor: Cursor | None
     filters: int
@@ -70,34 +91,33 @@ class ListRequest:
         return self.cursor.page if self.cursor else 1
 
 
-def list_request(query: Sequence[tuple[str, str]], switches: Switches) -> ListRequest:
+def list_request(query: Sequence[tuple[str, str]], filters: ListFilters, switches: Switches) -> ListRequest:
     """Check the query of a list, parameter by parameter."""
     given: dict[str, str] = {}
+    bound_names = filters.bounds
     for name, value in query:
         if name in given:
             raise invalid(f"Parameter {name} is given twice", name)
-        known = name in BOUNDS or name in {"status", "payment_method", "limit", "cursor"}
-        if known:
+        if name in bound_names or name in filters.exact or name in {"limit", "cursor"}:
             given[name] = value
         elif switches.refuse_unknown_fields:
             raise invalid(f"Unknown parameter {name}", name)
-    bounds = {name: _instant(name, value) for name, value in given.items() if name in BOUNDS}
-    status = given.get("status")
-    if status is not None and status not in STATUSES:
-        raise invalid("Unknown status", "status")
-    method_type = given.get("payment_method")
-    if method_type is not None and method_type not in METHOD_TYPES:
-        raise invalid("Unknown payment method", "payment_method")
+    bounds = {name: _instant(name, value) for name, value in given.items() if name in bound_names}
+    exact = {name: value for name, value in given.items() if name in filters.exact}
+    for name, value in exact.items():
+        allowed = filters.exact[name]
+        if allowed is not None and value not in allowed:
+            raise invalid(f"Unknown value of {name}", name)
     limit = given.get("limit", str(DEFAULT_PAGE))
     if not re.fullmatch(r"[0-9]{1,3}", limit) or not 1 <= int(limit) <= LARGEST_PAGE:
         raise invalid(f"Limit is not within 1 and {LARGEST_PAGE}", "limit")
-    filters = zlib.crc32(
+    asked = zlib.crc32(
         repr(sorted((name, value) for name, value in given.items() if name not in {"limit", "cursor"})).encode()
     )
     cursor = None
     if "cursor" in given:
         cursor = decode_cursor(given["cursor"])
-        if cursor.filters != filters:
+        if cursor.filters != asked:
             raise invalid("Cursor belongs to a list with other filters", "cursor")
     return ListRequest(
         created_from=_lowest(bounds, "created_at"),
@@ -105,11 +125,10 @@ def list_request(query: Sequence[tuple[str, str]], switches: Switches) -> ListRe
         captured_from=_lowest(bounds, "captured_at"),
         captured_to=_highest(bounds, "captured_at"),
         by_captured=any(name.startswith("captured_at") for name in bounds),
-        status=status,
-        method_type=method_type,
+        exact=exact,
         limit=int(limit),
         cursor=cursor,
-        filters=filters,
+        filters=asked,
     )
 
 

@@ -21,7 +21,7 @@ from billing_orchestration.sandbox.provider.answers import (
     too_many_requests,
 )
 
-CALLS = frozenset({"create", "list", "get", "any"})
+CALLS = frozenset({"create", "list", "get", "me", "create_refund", "list_refunds", "get_refund", "any"})
 _NOT_EXECUTED, _EXECUTED = "nothing was executed", "the call was executed"
 _ON_EITHER_SIDE = {
     "cut": "the connection is closed without an answer",
@@ -54,10 +54,11 @@ HTML = "<html><head><title>{status}</title></head><body><h1>{status}</h1><p>ngin
 class Misbehaviour:
     """One rule. The occurrences are counted over the calls that match it.
 
-    call: create | list | get | any. effect: see EFFECTS. delay_s: waited before anything is executed, whether or not
-    the client is still there. times: fires so often at most (None: always). skip: lets this many pass first. every:
-    then fires at each k-th. page: only at the n-th page of a list. payment_method_id, idempotence_key, payment_id,
-    metadata: only for that method, key, payment (get), or a charge whose metadata holds all of these.
+    call: one of CALLS; create, list and get are the payments'. effect: see EFFECTS. delay_s: waited before anything
+    is executed, whether or not the client is still there. times: fires so often at most (None: always). skip: lets
+    this many pass first. every: then fires at each k-th. page: only at the n-th page of a list. payment_method_id,
+    idempotence_key, payment_id, metadata: only for that method, key, payment (get), or a charge whose metadata holds
+    all of these.
     """
 
     call: str = "any"

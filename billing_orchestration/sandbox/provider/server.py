@@ -157,7 +157,7 @@ class Sandbox:
         return self.api.peak_in_flight
 
     def count(self, call: str | None = None) -> int:
-        """How many requests arrived: of one call (create, list, get, other) or of all."""
+        """How many requests arrived: of one call (see CALLS; other) or of all."""
         return self.api.counts[call] if call is not None else sum(self.api.counts.values())
 
     def misbehave(self, call: str, effect: str, **how: Any) -> Misbehaviour:

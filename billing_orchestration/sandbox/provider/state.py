@@ -9,30 +9,19 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from billing_orchestration.sandbox.provider.answers import Answer
 from billing_orchestration.sandbox.provider.clock import aware_utc, iso
-from billing_orchestration.sandbox.provider.records import (
-    LedgerEntry,
-    Outcome,
-    Payment,
-    SavedMethod,
-    outcome,
-)
+from billing_orchestration.sandbox.provider.idempotence import IdempotenceRecord
+from billing_orchestration.sandbox.provider.methods import SavedMethod
+from billing_orchestration.sandbox.provider.payments import Payment
+from billing_orchestration.sandbox.provider.records import LedgerEntry, Outcome, outcome
+from billing_orchestration.sandbox.provider.refunds import Refund
 
+_Item = TypeVar("_Item", Payment, Refund)
 _INSTANTS = frozenset({"created_at", "changed_at", "captured_at", "expires_at"})
 _AMOUNTS = frozenset({"amount", "refunded"})
-
-
-@dataclass(frozen=True, slots=True)
-class IdempotenceRecord:
-    """The first request under a key: its body, its time, and the answer."""
-
-    body: str
-    first_at: datetime
-    answer: Answer
-    payment_id: str | None
 
 
 @dataclass(slots=True)
@@ -40,6 +29,7 @@ class ProviderState:
     """Everything the provider knows, but for what can be derived. The agenda holds (due in ms, order, id, outcome)."""
 
     payments: dict[str, Payment] = field(default_factory=dict)
+    refunds: dict[str, Refund] = field(default_factory=dict)
     methods: dict[str, SavedMethod] = field(default_factory=dict)
     keys: dict[str, IdempotenceRecord] = field(default_factory=dict)
     ledger: list[LedgerEntry] = field(default_factory=list)
@@ -51,7 +41,8 @@ def write_state(state: ProviderState, path: Path) -> None:
     """Write the whole state, or leave the file as it was."""
     document = {
         "sequence": state.sequence,
-        "payments": [_payment_out(payment) for payment in state.payments.values()],
+        "payments": [_item_out(payment) for payment in state.payments.values()],
+        "refunds": [_item_out(refund) for refund in state.refunds.values()],
         "methods": [
             {**_plain(method), "script": [_plain(item) for item in method.script]} for method in state.methods.values()
         ],
@@ -61,12 +52,12 @@ def write_state(state: ProviderState, path: Path) -> None:
                 "first_at": iso(record.first_at),
                 "status": record.answer.status,
                 "answer": record.answer.body.decode(),
-                "payment_id": record.payment_id,
+                "made": record.made,
             }
             for key, record in state.keys.items()
         },
         "ledger": [entry.document() for entry in state.ledger],
-        "agenda": [[due, order, payment_id, _plain(result)] for due, order, payment_id, result in state.agenda],
+        "agenda": [[due, order, item_id, _plain(result)] for due, order, item_id, result in state.agenda],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
@@ -77,19 +68,21 @@ def write_state(state: ProviderState, path: Path) -> None:
 def read_state(path: Path) -> ProviderState:
     """The state that `write_state` wrote."""
     document = json.loads(path.read_text(encoding="utf-8"))
-    payments = [_payment_in(item) for item in document["payments"]]
+    payments = [_item_in(Payment, item) for item in document["payments"]]
+    refunds = [_item_in(Refund, item) for item in document["refunds"]]
     methods = [
         SavedMethod(**{**item, "script": [outcome(step) for step in item["script"]]}) for item in document["methods"]
     ]
     return ProviderState(
         payments={payment.id: payment for payment in payments},
+        refunds={refund.id: refund for refund in refunds},
         methods={method.id: method for method in methods},
         keys={
             key: IdempotenceRecord(
                 item["body"],
                 aware_utc(item["first_at"]),
                 Answer(item["status"], item["answer"].encode()),
-                item["payment_id"],
+                item["made"],
             )
             for key, item in document["keys"].items()
         },
@@ -97,7 +90,7 @@ def read_state(path: Path) -> ProviderState:
             LedgerEntry(**{**item, "amount": Decimal(item["amount"]), "at": aware_utc(item["at"])})
             for item in document["ledger"]
         ],
-        agenda=[(due, order, payment_id, outcome(result)) for due, order, payment_id, result in document["agenda"]],
+        agenda=[(due, order, item_id, outcome(result)) for due, order, item_id, result in document["agenda"]],
         sequence=document["sequence"],
     )
 
@@ -110,25 +103,26 @@ def _plain(record: SavedMethod | Outcome) -> dict[str, Any]:
     }
 
 
-def _payment_out(payment: Payment) -> dict[str, Any]:
+def _item_out(item: Payment | Refund) -> dict[str, Any]:
     shown: dict[str, Any] = {}
-    for item in fields(payment):
-        value = getattr(payment, item.name)
-        if value is None or item.name == "_json":
+    for part in fields(item):
+        value = getattr(item, part.name)
+        if value is None or part.name == "_json":
             continue
-        if item.name in _INSTANTS:
+        if part.name in _INSTANTS:
             value = iso(value)
-        elif item.name in _AMOUNTS:
+        elif part.name in _AMOUNTS:
             value = str(value)
-        shown[item.name] = value
+        shown[part.name] = value
     return shown
 
 
-def _payment_in(item: Mapping[str, Any]) -> Payment:
+def _item_in(kind: type[_Item], item: Mapping[str, Any]) -> _Item:
     given = dict(item)
     for name in _INSTANTS & given.keys():
         given[name] = aware_utc(given[name])
-    for name in _AMOUNTS:
+    for name in _AMOUNTS & given.keys():
         given[name] = Decimal(given[name])
-    given["without"] = tuple(given["without"])
-    return Payment(**given)
+    if "without" in given:
+        given["without"] = tuple(given["without"])
+    return kind(**given)

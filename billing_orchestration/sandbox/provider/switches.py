@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from billing_orchestration.sandbox.provider.records import REFUND_STATUSES, outcome
+
 
 @dataclass(slots=True)
 class Switches:
@@ -24,6 +26,8 @@ class Switches:
     replay: str = "original"
     # Whether an answer 400 or 403 uses its key up.
     remember_errors: bool = True
+    # What becomes of a refund that is asked for through the API: an outcome, as in a saved method's script.
+    refunds: str = "succeeded"
     # Order of a list that is filtered by captured_at.
     captured_order: str = "created_at"
     # A shop under 54-FZ: a charge without a receipt is refused.
@@ -39,3 +43,5 @@ class Switches:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {', '.join(sorted(allowed))}")
+        if outcome(self.refunds).kind not in REFUND_STATUSES:
+            raise ValueError(f"refunds are {', '.join(sorted(REFUND_STATUSES))}")
