@@ -85,6 +85,7 @@ def test_a_state_file_holds_everything(tmp_path: Path) -> None:
     pending = json.loads(before.create_payment(body, "key-1").body)["id"]
     held = before.hold("5.00")
     before.refund(before.add_payment(amount="3.00", without=["test"], override={"x": None}).id, "1.00")
+    binding = before.create_method(b'{"type": "sbp", "confirmation": {"type": "qr"}}', "key-2")
     waiting = before.add_payment(amount="4.00").id
     before.refund(waiting, result="pending:succeeded:60")
     before.save(tmp_path / "state.json")
@@ -94,7 +95,8 @@ def test_a_state_file_holds_everything(tmp_path: Path) -> None:
     assert [r.document() for r in after.refunds()] == [r.document() for r in before.refunds()]
     assert after.ledger() == before.ledger()
     assert after.methods() == before.methods()
-    assert after.known_keys() == ["key-1"]
+    assert after.known_keys() == ["key-1", "key-2"]
+    assert after.get_method(json.loads(binding.body)["id"]).body == binding.body
     assert after.list_payments([]) == before.list_payments([])
     clock.advance(timedelta(days=7))
     assert after.payment(pending).status == "succeeded"
@@ -117,6 +119,9 @@ def test_the_control_api_fills_drives_and_reads_the_sandbox(client: BareClient, 
     refunds = order(control, "GET", "/refunds")[1]
     assert [refund["status"] for refund in refunds] == ["succeeded", "pending"]
     assert order(control, "POST", f"/refunds/{refunds[1]['id']}/cancel")[1]["status"] == "canceled"
+    order(control, "POST", "/methods", {"id": "m", "status": "pending"})
+    assert order(control, "POST", "/methods/m/activate")[1]["status"] == "active"
+    assert order(control, "POST", "/methods/m/deactivate")[1]["status"] == "inactive"
     held = order(control, "POST", "/purchases", {"amount": "7.00", "hold": True})[1]
     assert order(control, "POST", f"/payments/{held['id']}/capture")[1]["status"] == "succeeded"
     bought = order(control, "POST", "/purchases", {"amount": "8.00"})[1]
@@ -152,6 +157,9 @@ def test_the_control_api_sets_rules_the_clock_and_switches(client: BareClient, s
         ("/payments", {"amont": "1.00"}),
         ("/payments/none/pay", {}),
         ("/payments/none/explode", {}),
+        ("/methods", {"id": "m", "status": "perhaps"}),
+        ("/methods/none/activate", {}),
+        ("/methods/none/explode", {}),
         ("/refunds/none/succeed", {}),
         ("/refunds/none/explode", {}),
         ("/switches", {"refunds": "forbidden"}),

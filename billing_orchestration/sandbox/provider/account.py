@@ -7,13 +7,12 @@ the demo ask the ledger who was charged, not the billing database.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from billing_orchestration.sandbox.provider import charging, refunding
-from billing_orchestration.sandbox.provider.answers import Answer, Refused
+from billing_orchestration.sandbox.provider import binding, charging, refunding
+from billing_orchestration.sandbox.provider.answers import Answer, Refused, forbidden
 from billing_orchestration.sandbox.provider.cabinet import SECRET_KEY, SHOP_ID, Cabinet
 from billing_orchestration.sandbox.provider.charge_requests import charge_request
 from billing_orchestration.sandbox.provider.clock import from_milliseconds
@@ -21,7 +20,7 @@ from billing_orchestration.sandbox.provider.list_requests import PAYMENTS, REFUN
 from billing_orchestration.sandbox.provider.methods import SavedMethod
 from billing_orchestration.sandbox.provider.pages import page_answer
 from billing_orchestration.sandbox.provider.payments import Payment
-from billing_orchestration.sandbox.provider.records import LedgerEntry, Outcome
+from billing_orchestration.sandbox.provider.records import LedgerEntry, Outcome, plain_json
 from billing_orchestration.sandbox.provider.refunds import Refund, refund_request
 
 __all__ = ["SECRET_KEY", "SHOP_ID", "SandboxProvider"]
@@ -105,8 +104,28 @@ class SandboxProvider(Cabinet):
                 return refused.answer()
             return page_answer(*self._books.refund_page(request, now), request)
 
+    def create_method(self, body: bytes, key: str | None, *, looked_up: bool = False) -> Answer:
+        """POST /payment_methods: a binding without a payment, pending until its owner confirms it."""
+        with self._lock:
+            now = self._catch_up()
+
+            def bound(parsed: Any, _key: str) -> SavedMethod:
+                return binding.bind(self._books, parsed, now, self.shop_id, self.switches)
+
+            return self._books.keys.answer(body, key, now, self.switches, bound, looked_up=looked_up)
+
+    def get_method(self, method_id: str) -> Answer:
+        """GET /payment_methods/{id}."""
+        with self._lock:
+            self._catch_up()
+            method = self._books.state.methods.get(method_id)
+            return _no_such("payment_method_id", "Payment method") if method is None else Answer(200, method.json())
+
     def account(self) -> Answer:
         """GET /me: the shop whose credentials these are."""
+        if self.switches.me_forbidden:
+            return forbidden("You don't have permission to read the store's settings").answer()
+        provider = self.switches.fiscalization_provider
         document = {
             "account_id": self.shop_id,
             "status": "enabled",
@@ -114,7 +133,9 @@ class SandboxProvider(Cabinet):
             "fiscalization_enabled": self.switches.requires_receipt,
             "payment_methods": ["yoo_money", "bank_card"],
         }
-        return Answer(200, json.dumps(document).encode())
+        if provider is not None:
+            document["fiscalization"] = {"enabled": self.switches.requires_receipt, "provider": provider}
+        return Answer(200, plain_json(document))
 
     # -------------------------------------------------------------------------------------------- the books
 

@@ -42,6 +42,14 @@ def invalid(description: str, parameter: str | None = None) -> Refused:
     return Refused(400, "invalid_request", description, parameter)
 
 
+NO_RECURRING = "This store can't make recurring payments. Contact the YooMoney manager to learn more"
+
+
+def forbidden(description: str) -> Refused:
+    """HTTP 403 `forbidden`."""
+    return Refused(403, "forbidden", description)
+
+
 def internal_error() -> Answer:
     return Refused(500, "internal_server_error", "Technical error. Repeat the request with the same key").answer()
 

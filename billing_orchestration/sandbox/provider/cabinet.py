@@ -76,14 +76,32 @@ class Cabinet:
         *,
         method_type: str = "bank_card",
         saved: bool = True,
+        status: str | None = None,
         card_last4: str = "4444",
     ) -> SavedMethod:
-        """Add a saved payment method, or replace it. `script`: one outcome or several (see `outcome`)."""
+        """Add a payment method, or replace it. `script`: one outcome or several (see `outcome`).
+
+        `status`: active if `saved`, else inactive, unless it is given.
+        """
         with self._lock:
             method_id = method_id or self._books.new_id(self.clock())
             return history.add_method(
-                self._books, method_id, script, type=method_type, saved=saved, card_last4=card_last4
+                self._books,
+                method_id,
+                script,
+                account_id=self.shop_id,
+                type=method_type,
+                status=status or ("active" if saved else "inactive"),
+                card_last4=card_last4,
             )
+
+    def activate_method(self, method_id: str) -> SavedMethod:
+        """Its owner confirms that a pending method may be saved."""
+        return self._change_method(method_id, {"pending"}, "active")
+
+    def deactivate_method(self, method_id: str) -> SavedMethod:
+        """Its owner does not confirm it, or it can no longer be charged."""
+        return self._change_method(method_id, {"pending", "active"}, "inactive")
 
     def purchase(
         self,
@@ -208,6 +226,17 @@ class Cabinet:
                 raise ValueError(f"payment {payment_id} is {payment.status}, not {' or '.join(sorted(expected))}")
             self._books.apply(payment, result, now)
             return payment
+
+    def _change_method(self, method_id: str, expected: set[str], status: str) -> SavedMethod:
+        with self._lock:
+            self._catch_up()
+            method = self._books.state.methods.get(method_id)
+            if method is None:
+                raise KeyError(f"the sandbox has no payment method {method_id}")
+            if method.status not in expected:
+                raise ValueError(f"payment method {method_id} is {method.status}")
+            method.status = status
+            return method
 
     def _settle_refund(self, refund_id: str, result: Outcome, at: datetime | str | None) -> Refund:
         with self._lock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from billing_orchestration.sandbox.provider.answers import Refused, invalid
+from billing_orchestration.sandbox.provider.answers import NO_RECURRING, forbidden, invalid
 from billing_orchestration.sandbox.provider.charge_requests import ChargeRequest
 from billing_orchestration.sandbox.provider.payment_books import PaymentBooks
 from billing_orchestration.sandbox.provider.payments import Payment
@@ -27,10 +27,10 @@ def charge(books: PaymentBooks, request: ChargeRequest, now: datetime, fields: d
     if method is None:
         raise invalid("Payment method doesn't exist or access denied", "payment_method_id")
     if not method.saved:
-        raise invalid("Payment method is not saved", "payment_method_id")
+        raise invalid(f"Payment method is not saved: it is {method.status}", "payment_method_id")
     result = method.next_outcome()
     if result.kind == "forbidden":
-        raise Refused(403, "forbidden", "You can't make recurring payments. Contact your manager")
+        raise forbidden(NO_RECURRING)
     if result.kind == "bad_request":
         raise invalid("Payment method is not available for this payment", "payment_method_id")
     payment = books.add(

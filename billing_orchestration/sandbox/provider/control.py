@@ -20,6 +20,7 @@ from billing_orchestration.sandbox.provider.misbehaviour import Misbehaviour
 
 _OPERATIONS = ("pay", "cancel", "capture", "refund")
 _REFUND_OPERATIONS = ("succeed", "cancel")
+_METHOD_OPERATIONS = ("activate", "deactivate")
 
 
 def build_control(api: ProviderApi) -> Starlette:
@@ -30,6 +31,7 @@ def build_control(api: ProviderApi) -> Starlette:
             _get("/health", control.health),
             _get("/methods", control.methods),
             _post("/methods", control.add_methods),
+            _post("/methods/{method_id}/{operation}", control.operate_method),
             _get("/payments", control.payments),
             _post("/payments", control.add_payments),
             _get("/payments/{payment_id}", control.payment),
@@ -91,7 +93,13 @@ class _Control:
 
     def methods(self) -> Any:
         return [
-            {"id": method.id, "type": method.type, "saved": method.saved, "next": method.script[0].kind}
+            {
+                "id": method.id,
+                "type": method.type,
+                "saved": method.saved,
+                "status": method.status,
+                "next": method.script[0].kind,
+            }
             for method in self.provider.methods()
         ]
 
@@ -100,6 +108,11 @@ class _Control:
             given = dict(item)
             self.provider.add_method(given.pop("id", None), given.pop("script", "succeeded"), **given)
         return self.methods()
+
+    def operate_method(self, method_id: str, operation: str, body: Any) -> Any:
+        if operation not in _METHOD_OPERATIONS:
+            raise ValueError(f"unknown operation {operation!r}")
+        return getattr(self.provider, f"{operation}_method")(method_id, **body).document()
 
     def payments(self) -> Any:
         return [payment.document() for payment in self.provider.payments()]

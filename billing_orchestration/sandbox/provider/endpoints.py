@@ -84,6 +84,8 @@ def build_endpoints(provider: SandboxProvider) -> Starlette:
             _posted("/refunds", provider.create_refund, "create_refund"),
             _listed("/refunds", provider.list_refunds, "list_refunds"),
             _got("/refunds/{id}", provider.get_refund, "get_refund"),
+            _posted("/payment_methods", provider.create_method, "create_method"),
+            _got("/payment_methods/{id}", provider.get_method, "get_method"),
             _got("/me", provider.account, "me"),
         ],
         middleware=[

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from billing_orchestration.sandbox.provider.clock import aware_utc
-from billing_orchestration.sandbox.provider.methods import METHOD_TYPES, SavedMethod
+from billing_orchestration.sandbox.provider.methods import METHOD_STATUSES, METHOD_TYPES, SavedMethod
 from billing_orchestration.sandbox.provider.payment_books import PaymentBooks
 from billing_orchestration.sandbox.provider.payments import Payment
 from billing_orchestration.sandbox.provider.records import Outcome, OutcomeLike, money, outcome
@@ -57,6 +57,7 @@ def add_payment(books: PaymentBooks, now: datetime, shop: dict[str, Any], given:
             books,
             payment.method_id or payment.id,
             "succeeded" if script is None else script,
+            account_id=payment.account_id,
             type=payment.method_type or "bank_card",
             card_last4=payment.card_last4,
         )
@@ -70,8 +71,10 @@ def add_method(
     given = [script] if isinstance(script, (str, Outcome, Mapping)) else list(script)
     if not given:
         raise ValueError("a script needs at least one outcome")
-    method = SavedMethod(method_id, script=[outcome(item) for item in given], **fields)
+    method = SavedMethod(id=method_id, script=[outcome(item) for item in given], **fields)
     if method.type not in METHOD_TYPES:
         raise ValueError(f"unknown payment method type {method.type!r}")
+    if method.status not in METHOD_STATUSES:
+        raise ValueError(f"a payment method is {', '.join(sorted(METHOD_STATUSES))}")
     books.state.methods[method.id] = method
     return method

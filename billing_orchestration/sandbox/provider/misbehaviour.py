@@ -14,14 +14,18 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from billing_orchestration.sandbox.provider.answers import (
+    NO_RECURRING,
     Answer,
     Refused,
+    forbidden,
     internal_error,
     processing,
     too_many_requests,
 )
 
-CALLS = frozenset({"create", "list", "get", "me", "create_refund", "list_refunds", "get_refund", "any"})
+CALLS = frozenset((
+    "create", "list", "get", "create_refund", "list_refunds", "get_refund", "create_method", "get_method", "me", "any",
+))  # fmt: skip
 _NOT_EXECUTED, _EXECUTED = "nothing was executed", "the call was executed"
 _ON_EITHER_SIDE = {
     "cut": "the connection is closed without an answer",
@@ -112,7 +116,7 @@ class Misbehaviour:
             case "too_many_requests":
                 return too_many_requests(self.retry_after_s)
             case "forbidden":
-                return Refused(403, "forbidden", "You can't make recurring payments").answer()
+                return forbidden(NO_RECURRING).answer()
             case "invalid_credentials":
                 return Refused(401, "invalid_credentials", "Error in shopId or secret key").answer()
             case "html":

@@ -83,7 +83,7 @@ class PaymentBooks:
         return payment
 
     def schedule(self, item_id: str, later: tuple[datetime, Outcome] | None) -> None:
-        """Let a payment or a refund come to this outcome at that instant, unless it has ended before."""
+        """Let a payment, a refund or a binding come to this outcome at that instant, unless it has ended before."""
         if later is not None:
             self.state.sequence += 1
             heapq.heappush(self.state.agenda, (milliseconds(later[0]), self.state.sequence, item_id, later[1]))
@@ -99,6 +99,8 @@ class PaymentBooks:
                 self.apply(payment, result, from_milliseconds(due))
             elif refund is not None and refund.status == "pending":
                 self.settle_refund(refund, result, from_milliseconds(due))
+            elif item_id in self.state.methods and self.state.methods[item_id].status == "pending":
+                self.state.methods[item_id].status = "inactive"
 
     def apply(self, payment: Payment, result: Outcome, at: datetime) -> None:
         """Bring a payment to its outcome: the only place where a charge enters the ledger after its creation."""
@@ -186,11 +188,17 @@ class PaymentBooks:
         )
 
     def _shown(self, item_id: str) -> bytes:
-        item = self.state.payments.get(item_id) or self.state.refunds[item_id]
+        state = self.state
+        item = state.payments.get(item_id) or state.refunds.get(item_id) or state.methods[item_id]
         return item.json()
 
     def _save_method_of(self, payment: Payment) -> None:
         if payment.save_method and not payment.method_saved:
             payment.method_saved = True
             if payment.id not in self.state.methods:
-                self.state.methods[payment.id] = SavedMethod(payment.id, type=payment.method_type or "bank_card")
+                self.state.methods[payment.id] = SavedMethod(
+                    payment.id,
+                    payment.account_id,
+                    type=payment.method_type or "bank_card",
+                    card_last4=payment.card_last4,
+                )

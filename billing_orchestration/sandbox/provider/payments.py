@@ -9,6 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from billing_orchestration.sandbox.provider.clock import iso
+from billing_orchestration.sandbox.provider.methods import shown_method
 from billing_orchestration.sandbox.provider.records import money, plain_json, shown_money
 
 # The provider keeps 3.5 %: income_amount is what is left.
@@ -106,23 +107,7 @@ class Payment:
     def _method(self) -> dict[str, Any] | None:
         if self.method_type is None:
             return None
-        shown: dict[str, Any] = {
-            "type": self.method_type,
-            "id": self.method_id or self.id,
-            "saved": self.method_saved,
-            "status": "active" if self.method_saved else "inactive",
-        }
-        if self.method_type == "bank_card":
-            shown["title"] = f"Bank card *{self.card_last4}"
-            shown["card"] = {
-                "first6": "555555",
-                "last4": self.card_last4,
-                "expiry_year": "2031",
-                "expiry_month": "12",
-                "card_type": "MasterCard",
-                "issuer_country": "RU",
-            }
-        elif self.method_type == "yoo_money":
-            shown["title"] = "YooMoney wallet 4100116****6504"
-            shown["account_number"] = "41001161446504"
-        return shown
+        status = "active" if self.method_saved else "inactive"
+        if self.save_method and self.status == "pending":
+            status = "pending"
+        return shown_method(self.method_type, self.method_id or self.id, status, self.card_last4)

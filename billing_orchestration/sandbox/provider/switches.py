@@ -32,6 +32,10 @@ class Switches:
     captured_order: str = "created_at"
     # A shop under 54-FZ: a charge without a receipt is refused.
     requires_receipt: bool = False
+    # Who registers the receipts of a shop that has ever set it up, as GET /me tells it. None: it never did.
+    fiscalization_provider: str | None = "atol"
+    # Whether the shop's credentials may not read GET /me.
+    me_forbidden: bool = False
     # Whether a query parameter or body field that the API does not know is refused or ignored.
     refuse_unknown_fields: bool = True
 
