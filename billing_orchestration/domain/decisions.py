@@ -101,7 +101,7 @@ class Decision:
 
 
 class Tally:
-    """Decisions counted and added up as they come: the first few are held, however many there are."""
+    """Decisions, counted and summed as they come. Only the first few are held, however many there are."""
 
     def __init__(self, held: int, decisions: Iterable[Decision] = ()) -> None:
         self._held = held
@@ -114,7 +114,7 @@ class Tally:
         return sum(self.counts.values())
 
     def append(self, decision: Decision) -> None:
-        """Take one."""
+        """Add one."""
         action, money = decision.action, decision.money
         self.counts[action] = self.counts.get(action, 0) + 1
         if money is not None and money.amount.is_finite():
@@ -124,12 +124,12 @@ class Tally:
             self.first.append(decision)
 
     def extend(self, decisions: Iterable[Decision]) -> None:
-        """Take several."""
+        """Add several."""
         for decision in decisions:
             self.append(decision)
 
     def extend_alike(self, action: str, moneys: Sequence[Money | None], decision: Callable[[int], Decision]) -> None:
-        """Take several of one action, of which most are only counted: `decision` makes those that are held."""
+        """Add several of one action. Most are only counted; `decision` makes those that are held."""
         self.counts[action] = self.counts.get(action, 0) + len(moneys)
         sums = self._sums
         for money in moneys:
@@ -142,6 +142,6 @@ class Tally:
     def sums(self) -> list[tuple[str, str, Decimal]]:
         """Action, currency and the sum of its money, sorted.
 
-        An amount that is no number (PostgreSQL's numeric holds NaN) is left out: nobody could be shown its sum.
+        An amount that is not a number (PostgreSQL's numeric can be NaN) is left out: a sum with it says nothing.
         """
         return [(action, currency, total) for (action, currency), total in sorted(self._sums.items())]

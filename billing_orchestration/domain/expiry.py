@@ -31,8 +31,8 @@ def payments_over_before(as_of: datetime, ttl_days: int) -> datetime:
 class StalePayment(NamedTuple):
     """A PENDING payment that is too old. `money` is None when its currency is null.
 
-    There may be a hundred thousand of them, and as many decisions: named tuples, which are made in a sixth of the time
-    of frozen dataclasses.
+    There may be a hundred thousand of them, and as many decisions. A named tuple is made in a sixth of the time of a
+    frozen dataclass.
     """
 
     id: int
@@ -63,7 +63,7 @@ class ExpirePayment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class KeepPending:
-    """Left PENDING and reported. `needs_retry` makes the run red, `quarantine` asks for a person once."""
+    """Left PENDING and reported. `needs_retry` makes the run red; `quarantine` opens an entry for a person."""
 
     row: StalePayment
     reason: str
@@ -77,12 +77,12 @@ PaymentExpiry = SettleLate | ExpirePayment | KeepPending
 
 @dataclass(frozen=True, slots=True)
 class NotFoundThere:
-    """The provider says that it has no such payment."""
+    """The provider knows no such payment."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoAnswer:
-    """The provider could not be asked, with the reason."""
+    """The provider gave no answer, with the reason."""
 
     reason: str
 
@@ -91,7 +91,7 @@ ProviderAnswer = ProviderPayment | UnusablePayment | NotFoundThere | NoAnswer
 
 
 class AskedPayment(NamedTuple):
-    """A stale payment and what the provider says of it (None: it has no provider id)."""
+    """A stale payment and the provider's answer (None: it has no provider id)."""
 
     row: StalePayment
     answer: ProviderAnswer | None
@@ -104,7 +104,7 @@ def _unpaid(ttl_days: int, why: str) -> str:
 
 
 def decide_payment_expiry(row: StalePayment, answer: ProviderAnswer | None, ttl_days: int) -> PaymentExpiry:
-    """What becomes of a stale PENDING payment, from what the provider says of it (None: it has no provider id)."""
+    """What becomes of a stale PENDING payment, by the provider's answer (None: it has no provider id)."""
     if answer is None:
         return ExpirePayment(row, _unpaid(ttl_days, "it never got a payment at the provider"), Code.NEVER_AT_PROVIDER)
     if isinstance(answer, NotFoundThere):

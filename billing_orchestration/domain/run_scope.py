@@ -8,14 +8,14 @@ from datetime import datetime, timedelta, timezone
 # The window of a matching run, and how far one that follows an outage reaches back.
 MATCHING_WINDOW = timedelta(hours=1)
 LONGEST_CATCH_UP = timedelta(days=7)
-# How much of what was covered already is covered again: a run leaves the youngest payments to the service's webhook,
-# the lag of the provider's list is not documented, and the two clocks may differ.
+# How much of what was covered is covered again: a run leaves the youngest payments to the service's webhook, the lag of
+# the provider's list is not documented, and the two clocks may differ.
 CATCH_UP_OVERLAP = timedelta(minutes=15)
-# A run that would end more than a fifth of all active subscriptions, and more than a hundred, is more likely a
-# mistake (a wrong clock, a broken import, renewals that did not run) than a fact.
+# The guard on the blast radius: a run that would expire more than a fifth of all ACTIVE subscriptions, and more than a
+# hundred, is more likely a mistake (a wrong clock, a broken import, renewals that did not run) than a fact.
 GUARD_SHARE = 0.20
 GUARD_COUNT = 100
-# Long before the provider existed, and far from the edges of what can be computed with.
+# Long before the provider existed, and far from the limits of date arithmetic.
 _EARLIEST_AS_OF = datetime(2000, 1, 1, tzinfo=timezone.utc)
 
 
@@ -27,8 +27,8 @@ class RunRefused(ValueError):
 class RunScope:
     """The resolved run config. `source` tells where `as_of` came from: config, partition or now.
 
-    `heals` is True for a run that stands for "now" (a tick, or a launch without anything given): only such a run
-    catches up after an outage.
+    `heals`: the run stands for "now" (a tick, or a launch without as_of and partition). Only such a run catches up
+    after an outage.
     """
 
     as_of: datetime
@@ -42,7 +42,7 @@ class RunScope:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The stretch of time that a matching run covers, both ends included. `gap`: what an outage left uncovered."""
+    """The time that a matching run covers, both ends included. `gap`: what an outage left uncovered."""
 
     start: datetime
     end: datetime
@@ -85,9 +85,9 @@ def check_max_changes(max_changes: int | None) -> int | None:
 
 
 def guard_verdict(changes: int, active: int, max_changes: int | None) -> str | None:
-    """Why a run of expire_subscriptions_job must stop before it changes anything; None when it may go on.
+    """Why expire_subscriptions_job must stop before it changes anything; None if it may go on.
 
-    An explicit max_changes replaces the guard.
+    An explicit max_changes takes the guard's place.
     """
     if max_changes is not None:
         return over_limit(changes, max_changes)
@@ -100,7 +100,7 @@ def guard_verdict(changes: int, active: int, max_changes: int | None) -> str | N
 
 
 def over_limit(changes: int, max_changes: int | None) -> str | None:
-    """Why a run stops because of max_changes; None when it may go on."""
+    """Why max_changes stops a run; None if it may go on."""
     if max_changes is None or changes <= max_changes:
         return None
     return (
@@ -126,10 +126,10 @@ def covering_window(scope: RunScope, watermark: datetime | None) -> Window:
 
 
 def next_watermark(scope: RunScope, window: Window, watermark: datetime | None) -> datetime | None:
-    """Where the watermark moves after everything of the window was applied; None: it stays.
+    """Where the watermark moves once the whole window was applied; None: it stays.
 
-    It moves only over time that was covered without a gap, the overlap included, so a backfill of last month moves
-    nothing, nor does one that only joins the covered time end to end.
+    It moves only over time that was covered without a gap, the overlap included. A backfill of last month moves
+    nothing, nor does one that merely adjoins the covered time.
     """
     if watermark is not None and watermark >= window.end:
         return None

@@ -1,7 +1,7 @@
-"""Dry run as a preview: a dry run shows its plan's hash, a run with `approved_plan` applies that plan and no more.
+"""A dry run as a preview: it shows the hash of its plan, and a run with `approved_plan` applies that plan only.
 
-What changed since the preview is refused, row by row, as long as the preview is in the run history; without it (a CLI
-run that keeps none) a plan that differs is refused as a whole, before anything is applied.
+What has changed since the preview is refused row by row, while the preview is in the run history. Without it (a CLI run
+keeps none), a plan that differs is refused as a whole, before anything is applied.
 """
 
 import json

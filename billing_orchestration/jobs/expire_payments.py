@@ -198,7 +198,7 @@ def _bound(context: dg.OpExecutionContext, plan: ExpiryPlan) -> ExpiryPlan:
 
 
 def _line(decision: SettleLate | ExpirePayment) -> str:
-    """Everything of a change that an approval is bound to."""
+    """What an approval of this change is bound to."""
     row = decision.row
     if isinstance(decision, SettleLate):
         payment = decision.payment

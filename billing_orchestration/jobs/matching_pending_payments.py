@@ -1,8 +1,8 @@
 """matching_pending_payments_job: PENDING here, paid at the provider: the customer gets what was paid for.
 
 Every two minutes. It reads the provider's successes of the last hour (created or captured), then the PENDING rows with
-those ids, of whatever age, and settles them. Harmless to repeat; an outage of up to seven days is caught up by the
-next tick.
+those ids, whatever their age, and settles them. It is safe to repeat. After an outage of up to seven days, the next
+tick catches up.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.resources import AFTER, BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
 
 JOB = "matching_pending_payments_job"
-# A tick takes seconds; one that catches up seven days takes minutes. Beyond this it hangs.
+# A tick takes seconds, one that catches up seven days minutes. A run that takes longer than this hangs.
 MAX_RUNTIME_S = 1800
 
 
@@ -126,5 +126,5 @@ matching_pending_payments_every_2_minutes_schedule = tick_schedule(
     cron="*/2 * * * *",
     timezone="UTC",
     partition_key=hour_key,
-    description="Every two minutes; after an outage one tick covers all of it, up to seven days.",
+    description="Every two minutes. After an outage, one tick covers all of it, up to seven days.",
 )

@@ -1,4 +1,4 @@
-"""What the two matching jobs share at Dagster's edge: the window they cover, the provider's slice, the watermark."""
+"""What the two matching jobs share: the window they cover, the provider's slice, the watermark."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -113,7 +113,7 @@ def fetch_paid(
 def plan_matching(
     context: dg.OpExecutionContext, paid: PaidSlice, diff: MatchingDiff, rows: Mapping[str, Sequence[PaymentRow]]
 ) -> MatchingPlan:
-    """Attach the diff to the run; stop before applying when it is larger than allowed, or not what was approved."""
+    """Attach the diff to the run. Stop before applying if it is larger than allowed, or not what was approved."""
     decisions = [
         *(
             Decision(Action.SETTLE, f"payment {payment.id}", _why(rows.get(payment.id, ())), payment.money)
@@ -138,7 +138,7 @@ def _why(rows: Sequence[PaymentRow]) -> str:
 
 
 def _line(payment: ProviderPayment, rows: Sequence[PaymentRow]) -> str:
-    """Everything of a change that an approval is bound to."""
+    """What an approval of this change is bound to."""
     found = sorted((row.id, row.status, row.subscription_id) for row in rows)
     return f"settle {payment.id} {payment.money} refunded {payment.refunded_amount} rows {found}"
 
@@ -151,7 +151,7 @@ def apply_matching(
     provider: ProviderConnection,
     clock: Clock,
 ) -> Told:
-    """Settle what differs, quarantine what is odd, and move the watermark when everything of the window was applied."""
+    """Settle what differs, quarantine what is odd, and move the watermark once the whole window was applied."""
     scope, window = plan.scope, plan.window
 
     def stamp() -> Stamp:
@@ -167,7 +167,7 @@ def apply_matching(
     if window.gap is not None:
         _report_gap(context, job, window.gap, report, database, stamp(), dry_run=scope.dry_run)
     if not scope.dry_run:
-        # What an approval refused is not covered: the next tick looks at it again.
+        # What an approval refused is not covered; the next tick looks at it again.
         if not report.again and plan.is_whole:
             _advance(job, scope, window, database, stamp())
         if report.applied or report.opened or report.again:
@@ -184,7 +184,7 @@ def apply_matching(
         context,
         scope,
         report,
-        retry_hint="Nothing was granted for them; the next tick tries again, and nothing is granted twice.",
+        retry_hint="Nothing was granted for them. The next tick tries again; nothing is granted twice.",
         job=job,
     )
     yield dg.Output(None)
@@ -209,7 +209,7 @@ def _report_gap(
 ) -> None:
     start, end = gap
     reason = (
-        f"not covered: {instant(start)} to {instant(end)}, longer ago than a run reaches back."
+        f"not covered: {instant(start)} to {instant(end)}, further back than a run reaches."
         f" Backfill these hours of {job}"
     )
     context.log.warning(reason)

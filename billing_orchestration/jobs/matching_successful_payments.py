@@ -28,7 +28,7 @@ from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.resources import AFTER, BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
 
 JOB = "matching_successful_payments_job"
-# A tick takes seconds; one that catches up seven days takes minutes. Beyond this it hangs.
+# A tick takes seconds, one that catches up seven days minutes. A run that takes longer than this hangs.
 MAX_RUNTIME_S = 1800
 # What a scheduled tick leaves to the service's own webhook, which usually comes within seconds.
 WEBHOOK_GRACE_S = 60
@@ -43,7 +43,7 @@ class SuccessfulMatchingConfig(dg.Config):
         # What is left now must lie in what the next run covers again, also when that run comes after an outage.
         le=int(CATCH_UP_OVERLAP.total_seconds()),
         description=(
-            "Leave payments without any row that succeeded less than this many seconds ago to the service's webhook."
+            "Leave payments without a row to the service's webhook if they succeeded less than this many seconds ago."
             f" Scheduled ticks use {WEBHOOK_GRACE_S}; a manual launch repairs at once (0)."
         ),
     )
@@ -156,5 +156,5 @@ matching_successful_payments_every_2_minutes_schedule = tick_schedule(
     timezone="UTC",
     partition_key=hour_key,
     op_config={"diff_successful_payments": {"webhook_grace_s": WEBHOOK_GRACE_S}},
-    description="Every two minutes; after an outage one tick covers all of it, up to seven days.",
+    description="Every two minutes. After an outage, one tick covers all of it, up to seven days.",
 )

@@ -27,7 +27,7 @@ from billing_orchestration.database.money_checks import (
 from billing_orchestration.database.quarantine import Entry, entries_since, open_entries
 from billing_orchestration.domain.attempts import KEY_LIFETIME_HOURS
 from billing_orchestration.domain.problem_kinds import kind_of
-from billing_orchestration.jobs.run_alerts import tell_what_was_not_sent
+from billing_orchestration.jobs.run_alerts import retry_undelivered
 from billing_orchestration.resources import BillingDatabase, Clock
 from billing_orchestration.settings import SettingsError
 
@@ -217,7 +217,7 @@ def tick(
     instance: dg.DagsterInstance, cursor_text: str | None, database: BillingDatabase, alerts: Alerts, now: datetime
 ) -> dg.SensorResult | dg.SkipReason:
     """Look once: show what is new and alert about it. An alert that could not be delivered is sent by a later tick."""
-    tell_what_was_not_sent(instance, alerts)
+    retry_undelivered(instance, alerts)
     cursor: dict[str, Any] = json.loads(cursor_text) if cursor_text else {}
     try:
         with database.read() as connection:

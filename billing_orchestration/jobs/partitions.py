@@ -1,7 +1,7 @@
 """The partition grids: billing days for the daily jobs, UTC hours for the matching jobs.
 
-Both include the period that is under way (`end_offset=1`): the run of today marks today. Hours are UTC whatever the
-billing time zone: an hour that a change of the clocks repeats would have one key for two.
+Both include the current period (`end_offset=1`): today's run marks today. Hours are UTC whatever the billing time zone:
+when the clocks go back, two hours would share one key.
 """
 
 from datetime import datetime, timedelta
@@ -27,8 +27,8 @@ def day_key(tick: datetime) -> str | None:
 def hour_key(tick: datetime) -> str | None:
     """The partition that a matching tick completes: the last whole hour before it. None before the grid begins.
 
-    A run covers everything since the last covered instant, so after any successful tick the previous hour is covered
-    as a whole; the hour under way is not, and is not marked before it is.
+    A run covers everything since the last covered instant, so any successful tick completes the previous hour. The
+    current hour is not complete, and is not marked before it is.
     """
     key = (tick - timedelta(hours=1)).strftime(HOUR_FORMAT[:-2] + "00")
     return key if key[:10] >= _FIRST_DAY else None

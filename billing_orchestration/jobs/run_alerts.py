@@ -62,7 +62,7 @@ _DO: Mapping[str, str] = {
 }
 
 
-class Told(Enum):
+class Alerted(Enum):
     """What became of the alert about a failed run, in words for the sensor's page."""
 
     SENT = "sent"
@@ -85,43 +85,45 @@ def alert_of(run: dg.DagsterRun, failure: RunFailure, alerts: Alerts) -> Alert:
     )
 
 
-def tell(instance: dg.DagsterInstance, run: dg.DagsterRun, alerts: Alerts) -> Told:
+def alert_about(instance: dg.DagsterInstance, run: dg.DagsterRun, alerts: Alerts) -> Alerted:
     """Alert about a failed run, unless its problem has alerted already."""
     if not alerts.wanted:
-        return Told.NOBODY_LISTENS
+        return Alerted.NOBODY_LISTENS
     failure = failure_of(instance, run.run_id)
-    if _is_told(instance, run, failure.code):
-        return Told.BEFORE
+    if _has_alerted(instance, run, failure.code):
+        return Alerted.BEFORE
     if not alerts.send(alert_of(run, failure, alerts)):
         instance.add_run_tags(run.run_id, {UNSENT_TAG: "yes"})
-        return Told.NOT_DELIVERED
+        return Alerted.NOT_DELIVERED
     instance.add_run_tags(run.run_id, {ALERT_TAG: failure.code, UNSENT_TAG: "no"})
-    return Told.SENT
+    return Alerted.SENT
 
 
-def tell_what_was_not_sent(instance: dg.DagsterInstance, alerts: Alerts) -> int:
+def retry_undelivered(instance: dg.DagsterInstance, alerts: Alerts) -> int:
     """Send the undelivered alerts again; return how many were sent."""
     sent = 0
     for record in instance.get_run_records(dg.RunsFilter(tags={UNSENT_TAG: "yes"}), limit=_MOST_UNSENT):
-        told = tell(instance, record.dagster_run, alerts)
-        sent += told is Told.SENT
-        if told is Told.BEFORE:
+        outcome = alert_about(instance, record.dagster_run, alerts)
+        sent += outcome is Alerted.SENT
+        if outcome is Alerted.BEFORE:
             instance.add_run_tags(record.dagster_run.run_id, {UNSENT_TAG: "no"})
     return sent
 
 
-def _is_told(instance: dg.DagsterInstance, run: dg.DagsterRun, code: str) -> bool:
-    told = instance.get_run_records(dg.RunsFilter(job_name=run.job_name, tags={ALERT_TAG: code}), limit=_ALERTS_AT_ONCE)
-    if not told:
+def _has_alerted(instance: dg.DagsterInstance, run: dg.DagsterRun, code: str) -> bool:
+    alerted = instance.get_run_records(
+        dg.RunsFilter(job_name=run.job_name, tags={ALERT_TAG: code}), limit=_ALERTS_AT_ONCE
+    )
+    if not alerted:
         return False
     [failed] = instance.get_run_records(dg.RunsFilter(run_ids=[run.run_id]))
     succeeded = instance.get_run_records(
         dg.RunsFilter(job_name=run.job_name, statuses=[dg.DagsterRunStatus.SUCCESS]), limit=1
     )
-    last = _ended(told[0])
+    last = _ended(alerted[0])
     if not succeeded or _ended(succeeded[0]) <= last:
         return True
-    within_a_day = [record for record in told if _ended(failed) - _ended(record) < timedelta(days=1)]
+    within_a_day = [record for record in alerted if _ended(failed) - _ended(record) < timedelta(days=1)]
     return len(within_a_day) >= _ALERTS_AT_ONCE and _ended(failed) - last < _QUIET
 
 
@@ -142,7 +144,7 @@ def failed_run_sensor(jobs: Sequence[dg.JobDefinition]) -> dg.SensorDefinition:
         description="Alerts about a failed run (ALERT_URLS), once per problem: again only after the job has succeeded.",
     )
     def sensor(context: dg.RunFailureSensorContext, alerts: dg.ResourceParam[Alerts]) -> dg.SkipReason | None:
-        told = tell(context.instance, context.dagster_run, alerts)
-        return None if told is Told.SENT else dg.SkipReason(told.value)
+        outcome = alert_about(context.instance, context.dagster_run, alerts)
+        return None if outcome is Alerted.SENT else dg.SkipReason(outcome.value)
 
     return sensor

@@ -17,7 +17,7 @@ _CODE = "failure code"
 class FailureCode:
     """Codes of failures that are no error of the database or the provider."""
 
-    NEEDS_ANOTHER_TRY = "NeedsAnotherTry"  # all else was applied
+    MUST_BE_RETRIED = "MustBeRetried"  # all else was applied
     STOPPED_EARLY = "StoppedEarly"  # what was not begun stays as it is
     TOO_MANY_CHANGES = "TooManyChanges"  # max_changes or the guard: nothing was applied
     PLAN_CHANGED = "PlanChanged"  # not what was approved: nothing was applied

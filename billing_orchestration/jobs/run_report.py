@@ -26,13 +26,13 @@ Told = Iterator[dg.AssetMaterialization | dg.Output[None]]
 # Longer tables are slow to read and to load; the counts cover all rows.
 ROWS_SHOWN = 100
 _FAILURES_TOLD = 5
-# Names by which a run's decisions are found again among its metadata.
+# How `decisions_in` finds a run's decisions among its metadata.
 _DECISIONS = "decisions"
 _COUNT = "count: "
 _COLUMNS = ("action", "subject", "amount", "reason", "code")
 # The first line of a red run says what to do, even when that is nothing.
 _PROVIDER_IN_TROUBLE = "What to do: nothing yet, the next run covers this one; if that is red too, ask the provider."
-# Which runs changed something: a filter for the list of runs.
+# Marks runs that changed something, as a filter for the list of runs.
 CHANGED_TAG = "billing/changed"
 
 
@@ -58,8 +58,8 @@ class RunReport:
     numbers: dict[str, int | float] = field(default_factory=dict)
 
     @property
-    def needs_another_try(self) -> int:
-        """How many do."""
+    def to_retry(self) -> int:
+        """How many must be retried."""
         return len(self.again) + self.again_unnamed
 
 
@@ -112,7 +112,7 @@ def describe_scope(scope: RunScope) -> dict[str, dg.MetadataValue[Any]]:
 
 
 def describe_report(scope: RunScope, report: RunReport, job: str) -> dict[str, dg.MetadataValue[Any]]:
-    """Metadata: what was done. A run's page shows the first lines of this without a click."""
+    """Metadata: what was done. A run's page shows the first lines without a click."""
     return {
         "result": dg.MetadataValue.text(_result(scope, report)),
         **_next_steps(scope, report, job),
@@ -122,7 +122,7 @@ def describe_report(scope: RunScope, report: RunReport, job: str) -> dict[str, d
         "skipped": dg.MetadataValue.int(report.skipped),
         "quarantined": dg.MetadataValue.int(report.quarantined),
         "newly quarantined": dg.MetadataValue.int(report.opened),
-        "to retry": dg.MetadataValue.int(report.needs_another_try),
+        "to retry": dg.MetadataValue.int(report.to_retry),
         **{name: _number(value) for name, value in report.numbers.items()},
     }
 
@@ -130,7 +130,7 @@ def describe_report(scope: RunScope, report: RunReport, job: str) -> dict[str, d
 def _result(scope: RunScope, report: RunReport) -> str:
     return (
         f"{'would change' if scope.dry_run else 'changed'} {report.applied}, skipped {report.skipped}, quarantined"
-        f" {report.quarantined} ({report.opened} new), to retry {report.needs_another_try}"
+        f" {report.quarantined} ({report.opened} new), to retry {report.to_retry}"
     )
 
 
@@ -145,26 +145,24 @@ def conclude(
 ) -> None:
     """Attach an applying op's report (and `more` metadata); end the run red if something must be retried.
 
-    A run that changed something carries the tag billing/changed with the number of changes. Raises dg.Failure whose
-    first line says what to do and what is known about the money (`retry_hint`).
+    A run that changed something gets the tag billing/changed with the number of changes. Raises dg.Failure; its first
+    line says what to do and what is known about the money (`retry_hint`).
     """
     metadata = {**describe_report(scope, report, job), **(more or {})}
-    if report.decisions or report.again:  # an empty run has said so in its metadata: a line more is a row more
+    if report.decisions or report.again:  # an empty run says so in its metadata; a log line is one more event row
         context.log.info(f"{job}: {_result(scope, report)}")
     if report.applied and not scope.dry_run:
         context.instance.add_run_tags(context.run_id, {CHANGED_TAG: str(report.applied)})
     if report.again:
         shown = "; ".join(report.again[:_FAILURES_TOLD])
-        untold = report.needs_another_try - min(len(report.again), _FAILURES_TOLD)
+        untold = report.to_retry - min(len(report.again), _FAILURES_TOLD)
         and_more = f"; and {untold} more" if untold else ""
         # What stopped everything comes first: it is what the person at night has to fix.
         why = f"{report.stopped_by.rstrip('.')}. It stopped there. " if report.stopped_by else ""
         rest = "what was not begun stays as it is." if report.stopped_by else "everything else was applied."
         others = "and this was a dry run: nothing was written." if scope.dry_run else f"{rest} {retry_hint}"
-        code = (report.stop_code or FailureCode.STOPPED_EARLY) if report.stopped_by else FailureCode.NEEDS_ANOTHER_TRY
-        raise failed(
-            code, f"{why}{report.needs_another_try} must be retried, {others} In detail: {shown}{and_more}", metadata
-        )
+        code = (report.stop_code or FailureCode.STOPPED_EARLY) if report.stopped_by else FailureCode.MUST_BE_RETRIED
+        raise failed(code, f"{why}{report.to_retry} must be retried, {others} In detail: {shown}{and_more}", metadata)
     context.add_output_metadata(metadata)
 
 
@@ -187,12 +185,12 @@ def plotted(
     day: str | None = None,
     levels: frozenset[str] = frozenset(),
 ) -> dg.AssetMaterialization:
-    """Numbers of this run for the asset that Dagster plots them under, over time or over days.
+    """This run's numbers, for the asset that Dagster plots them under: over time, or over days.
 
-    Dagster plots the last point of a day, so each run of a day adds to what its predecessors have counted: one at noon
-    that had nothing left to do must not wipe out the night's. `levels` are no counts but what is so now, and replace.
-    An op yields it before `conclude`: an event that is only logged is lost with the op's failure, and the numbers of
-    the red days are those that matter.
+    Dagster plots the last point of a day. So each run adds to what the day's earlier runs have counted: a run at noon
+    with nothing left to do must not wipe out the night's numbers. `levels` are not counts but the present state; they
+    replace. An op yields this before `conclude`: an event that is only logged is lost when the op fails, and the
+    numbers of red days matter most.
     """
     if day is not None:
         before = _counted(context.instance, key, day)
@@ -207,7 +205,7 @@ def plotted(
 
 
 def _counted(instance: dg.DagsterInstance, key: Sequence[str], day: str) -> Mapping[str, float]:
-    """What the runs of a day have counted so far: its latest point."""
+    """What the day's runs have counted so far: its latest point."""
     found = instance.fetch_materializations(
         dg.AssetRecordsFilter(asset_key=dg.AssetKey(list(key)), asset_partitions=[day]), limit=1
     ).records
@@ -233,7 +231,7 @@ def stop_before_applying(verdict: str | None, decisions: Sequence[Decision] | Ta
 
 @contextmanager
 def told_plainly() -> Iterator[None]:
-    """Turn an expected failure into dg.Failure with one plain line; a fault of this program passes with its trace."""
+    """Turn an expected error into dg.Failure with one plain line. A fault of this program passes with its trace."""
     try:
         yield
     except dg.Failure:

@@ -1,4 +1,4 @@
-"""Schedules: a tick stands for its own instant, marks the partition it covers, and never overlaps its predecessor."""
+"""Schedules: a tick stands for its own instant, marks the partition it covers, and never overlaps the tick before."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -17,12 +17,12 @@ _UNFINISHED = [
 ]
 # Ahead of backfills in the queue: the present comes first.
 _PRIORITY = "10"
-# One run of a job at a time (dagster.yaml): a courtesy on top of what the database's constraints hold.
+# At most one run of a job at once (dagster.yaml): a courtesy. The database's constraints keep the promise.
 SINGLETON_TAG = "billing/singleton"
 
 
 def singleton_tags(job_name: str, max_runtime_s: int) -> dict[str, str]:
-    """The tags of a job: at most one run of it at a time, and a bound on a run that hangs."""
+    """The tags of a job: at most one run of it at once, and an end to a run that hangs."""
     return {SINGLETON_TAG: job_name, "dagster/max_runtime": str(max_runtime_s)}
 
 
@@ -38,8 +38,8 @@ def tick_schedule(
 ) -> dg.ScheduleDefinition:
     """A schedule of a job. A tick is skipped, with a reason, while the run of an earlier tick is unfinished.
 
-    Only runs of this schedule count for that, or a long backfill would silence it. Missed ticks are not made up: the
-    next one covers what they would have.
+    Only runs of this schedule count, or a long backfill would silence it. Missed ticks are not made up for: the next
+    one covers what they would have.
     """
 
     @dg.schedule(

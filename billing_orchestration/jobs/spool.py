@@ -1,4 +1,4 @@
-"""Items that one op leaves for the next, in constant memory: what a run holds does not grow with its slice."""
+"""Items that one op leaves for the next, in constant memory however long the slice is."""
 
 import pickle
 import tempfile
@@ -10,17 +10,17 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 
-# Up to here it stays in memory, as it does in an ordinary run.
+# A spool up to this size stays in memory, as in an ordinary run.
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
 
 
 class _Pickler(pickle.Pickler):
-    """Writes a frozen dataclass as the call that makes it: a third of what Python's own way with slots takes."""
+    """Writes a frozen dataclass as the call that makes it, in a third of the time that pickle takes for slots."""
 
     _values: ClassVar[dict[type, Callable[[Any], tuple[Any, ...]] | None]] = {}
 
     def reducer_override(self, thing: Any) -> Any:
-        """How to make it again; NotImplemented: as pickle would."""
+        """How to make it again; NotImplemented leaves that to pickle."""
         kind = type(thing)
         if kind not in self._values:
             names = [part.name for part in fields(kind) if part.init] if is_dataclass(kind) else []
@@ -30,7 +30,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Columns(NamedTuple):
-    """A page of named tuples of one kind, as what is written of it: the kind once, and the values column by column."""
+    """How a page of named tuples of one kind is written: the kind once, then the values column by column."""
 
     kind: type
     columns: list[Any]
@@ -47,15 +47,15 @@ def _written(page: Sequence[Any]) -> Any:
 def _read(page: Any) -> Any:
     if not isinstance(page, _Columns):
         return page
-    # What `_make` does, without its frame in Python for each.
+    # What `_make` does, without a Python call per row.
     return map(partial(tuple.__new__, page.kind), zip(*map(_read, page.columns), strict=True))
 
 
 class Spool(Generic[Item]):
-    """Pages of items, in the order in which they were added; to be read any number of times once all are in.
+    """Pages of items, in the order they were added. Once all are in, they can be read any number of times.
 
-    A large one goes to a temporary file without a name: it is this process's alone, and gone with it, however that
-    ends. So no data of a run stays on a disk (docs/decisions/0002).
+    A large spool goes to a temporary file without a name: no other process can open it, and it disappears with this
+    one, however that ends. No data of a run stays on a disk (docs/decisions/0002).
     """
 
     def __init__(self) -> None:
@@ -67,14 +67,14 @@ class Spool(Generic[Item]):
         return self._items
 
     def add(self, page: Sequence[Item]) -> None:
-        """Put a page at the end."""
+        """Append a page."""
         if page:
             _Pickler(self._file, protocol=pickle.HIGHEST_PROTOCOL).dump(_written(list(page)))
             self._pages += 1
             self._items += len(page)
 
     def pages(self) -> Iterator[list[Item]]:
-        """Read the pages, from the first. One reader at a time."""
+        """Read the pages from the first. Only one reader at once."""
         self._file.seek(0)
         for _ in range(self._pages):
             page: Iterable[Item] = _read(pickle.load(self._file))  # noqa: S301 - written by this process

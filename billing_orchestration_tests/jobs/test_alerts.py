@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from billing_orchestration.alerting import Alerts
 from billing_orchestration.definitions import build_definitions
 from billing_orchestration.jobs.money_checks import tick
-from billing_orchestration.jobs.run_alerts import tell_what_was_not_sent
+from billing_orchestration.jobs.run_alerts import retry_undelivered
 from billing_orchestration.resources import BillingDatabase
 from billing_orchestration_tests.fixtures.receiver import Receiver
 from billing_orchestration_tests.jobs.service import Run, Service
@@ -147,8 +147,8 @@ def test_a_receiver_that_takes_nothing_fails_nothing_and_is_tried_again(
     assert service.run(MATCHING).ok
     told.status = 200
     service.settings = service.settings.model_copy(update={"alert_urls": SecretStr(told.url)})
-    assert tell_what_was_not_sent(service.instance, Alerts(lambda: service.settings)) == 1
-    assert tell_what_was_not_sent(service.instance, Alerts(lambda: service.settings)) == 0
+    assert retry_undelivered(service.instance, Alerts(lambda: service.settings)) == 1
+    assert retry_undelivered(service.instance, Alerts(lambda: service.settings)) == 0
 
     assert told.titles == [f"{MATCHING} failed"]
 
