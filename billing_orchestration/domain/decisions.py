@@ -57,6 +57,7 @@ class Code:
     GRACE_OVER = "grace_over"
     UNCLEAR_DECLINES = "unclear_declines"
     NO_METHOD = "no_method"
+    CHARGED_ELSEWHERE = "charged_elsewhere"
     METHOD_DECLINED_TODAY = "method_declined_today"
     UNUSABLE_SUBSCRIPTION = "unusable_subscription"
     UNUSABLE_METHOD = "unusable_method"

@@ -19,6 +19,7 @@ class FailureCode:
 
     MUST_BE_RETRIED = "MustBeRetried"  # all else was applied
     STOPPED_EARLY = "StoppedEarly"  # what was not begun stays as it is
+    PROVIDER_FAILS = "ProviderFails"  # for everyone: charging stopped early
     TOO_MANY_CHANGES = "TooManyChanges"  # max_changes or the guard: nothing was applied
     PLAN_CHANGED = "PlanChanged"  # not what was approved: nothing was applied
     NO_WORDS = "NoWords"  # the run's process ended without a word

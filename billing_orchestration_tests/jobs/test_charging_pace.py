@@ -10,6 +10,7 @@ from billing_orchestration.domain.provider_payment import CANCELED, PENDING
 from billing_orchestration.jobs.autopayment.charging import Withheld, Work
 from billing_orchestration.jobs.autopayment.pace import BREAKER_LIMIT, ChargingLimits, Pace
 from billing_orchestration.jobs.autopayment.waiting import Waiting
+from billing_orchestration.jobs.run_failures import FailureCode
 from billing_orchestration.provider.errors import (
     Forbidden,
     NeverSent,
@@ -88,6 +89,7 @@ def test_failures_in_a_row_open_the_breaker_and_an_answer_in_between_closes_it()
     stopped = pace(*almost, FAILED)
     assert stopped.is_stopped
     assert stopped.stop_reason == "the provider fails for everyone (6 times in a row), last: HTTP 500"
+    assert stopped.stop_code == FailureCode.PROVIDER_FAILS
     assert stopped.room(0, 0) == 0
 
 
@@ -110,7 +112,7 @@ def test_a_wrong_shop_key_stops_at_once_and_the_first_reason_is_kept() -> None:
     stopped = pace(WRONG_KEY, *[FAILED] * 10)
     assert stopped.stop_reason == "the secret key is wrong"
     stopped.stop()
-    assert stopped.stop_reason == "the secret key is wrong"
+    assert (stopped.stop_reason, stopped.stop_code) == ("the secret key is wrong", "WrongCredentials")
 
 
 def test_the_end_of_a_run_stops_without_a_reason() -> None:

@@ -163,7 +163,7 @@ def test_a_wrong_shop_key_costs_one_request_and_no_shard_begins(service: Service
     assert service.rows("renewal_attempts") == []
 
 
-def test_what_needs_another_try_ends_the_run_red_after_all_shards_and_names_it(service: Service) -> None:
+def test_what_must_be_retried_ends_the_run_red_after_all_shards_and_names_it(service: Service) -> None:
     lost, *others = [service.subscriber() for _ in range(4)]
     service.sandbox.misbehave("create", "error_after", payment_method_id=f"method-{lost}", times=None)
 

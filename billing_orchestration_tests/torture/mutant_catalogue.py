@@ -481,7 +481,11 @@ FURTHER = (
         "a wrong shop key does not stop the run",
         "a wrong shop key costs one request",
         (
-            Edit(_PACE, "            self.stop(str(answer))\n", "            self._breaker.heard()\n"),
+            Edit(
+                _PACE,
+                "            self.stop(str(answer), type(answer).__name__)\n",
+                "            self._breaker.heard()\n",
+            ),
             Edit(_PIPELINE, "if isinstance(answer, WrongCredentials):", "if False:"),
         ),
         (_FAULTS + "test_a_wrong_shop_key_costs_one_request_and_the_right_one_charges_on_the_same_day",),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.jobs.autopayment.charging import Withheld
+from billing_orchestration.jobs.run_failures import FailureCode
 from billing_orchestration.provider.errors import (
     Forbidden,
     OutcomeUnknown,
@@ -46,6 +47,7 @@ class Pace:
     def __init__(self, limits: ChargingLimits, stopped: Event) -> None:
         self.width = 1
         self.stop_reason: str | None = None
+        self.stop_code: str | None = None
         self._limits = limits
         self._stopped = stopped
         self._breaker = Breaker(BREAKER_LIMIT)
@@ -55,9 +57,10 @@ class Pace:
         """Whether nothing more is sent in this run."""
         return self._stopped.is_set()
 
-    def stop(self, reason: str | None = None) -> None:
-        """Send nothing more. The first reason is kept; without one, the run is over."""
-        self.stop_reason = self.stop_reason or reason
+    def stop(self, reason: str | None = None, code: str | None = None) -> None:
+        """Send nothing more. The first reason and its code are kept; without one, the run is over."""
+        if self.stop_reason is None:
+            self.stop_reason, self.stop_code = reason, code
         self._stopped.set()
 
     def sleep(self, seconds: float) -> None:
@@ -69,7 +72,7 @@ class Pace:
         if isinstance(answer, Withheld):
             return
         if isinstance(answer, WrongCredentials):
-            self.stop(str(answer))
+            self.stop(str(answer), type(answer).__name__)
         elif isinstance(answer, RateLimited):
             self._narrow()
         elif isinstance(answer, OutcomeUnknown):
@@ -89,7 +92,10 @@ class Pace:
         self._narrow()
         self._breaker.failed(weight)
         if self._breaker.is_open:
-            self.stop(f"the provider fails for everyone ({self._breaker.failures} times in a row), last: {reason}")
+            self.stop(
+                f"the provider fails for everyone ({self._breaker.failures} times in a row), last: {reason}",
+                FailureCode.PROVIDER_FAILS,
+            )
 
     def room(self, under_way: int, unwritten: int) -> int:
         """How many more to claim, given the charges under way and the answers not yet written."""

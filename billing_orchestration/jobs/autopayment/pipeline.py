@@ -19,6 +19,7 @@ from billing_orchestration.database.one_by_one import NotWritten
 from billing_orchestration.database.settling import Settled
 from billing_orchestration.domain.answers import Closing, judge_silence, judge_unsent
 from billing_orchestration.domain.attempts import KEY_LIFETIME_HOURS
+from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
 from billing_orchestration.domain.renewals import Charge, Resend
 from billing_orchestration.jobs.autopayment.charging import Charging, Claims, Work, judge
@@ -195,7 +196,7 @@ class Pipeline:
             answer = self._charging.send(work, lambda: self.pace.is_stopped)
             if isinstance(answer, WrongCredentials):
                 # At once: until the deciding thread hears of it, this one would send the next.
-                self.pace.stop(str(answer))
+                self.pace.stop(str(answer), type(answer).__name__)
             self._events.put(_Answered(work, answer))
 
     def _keep_concluding(self) -> None:
@@ -264,7 +265,7 @@ class Pipeline:
         group, skipped = self._waiting.take(room, self._now_s())
         for work in skipped:
             reason = "this payment method was declined a moment ago; tried again on another day"
-            self._finish(work, ChargeResult(work.attempt, "skipped", reason))
+            self._finish(work, ChargeResult(work.attempt, "skipped", reason, code=Code.METHOD_DECLINED_TODAY))
         if group or (self._to_unlock and not self._waiting.ready):
             self._to_claim.put((group, self._to_unlock))
             self._claiming = len(group) or 1
@@ -282,7 +283,7 @@ class Pipeline:
                 continue
             if attempt_id not in event.free:
                 reason = "another run is charging it at this moment"
-                self._finish(work, ChargeResult(work.attempt, "skipped", reason))
+                self._finish(work, ChargeResult(work.attempt, "skipped", reason, code=Code.CHARGED_ELSEWHERE))
                 continue
             self._to_unlock.append(attempt_id)
             if attempt_id in claims.refused:
@@ -293,7 +294,7 @@ class Pipeline:
                     if work.sent_before
                     else "not charged"
                 )
-                self._finish(work, ChargeResult(work.attempt, "skipped", reason))
+                self._finish(work, ChargeResult(work.attempt, "skipped", reason, code=Code.CHANGED_MEANWHILE))
 
     def _hand_to_sender(self, work: Work) -> None:
         work.sends += 1

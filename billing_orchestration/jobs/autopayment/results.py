@@ -16,7 +16,7 @@ class ChargeResult:
     """What became of one attempt in this run.
 
     `outcome`: charged | pending | declined | stopped | rejected | review | refunded | unknown | never sent | skipped.
-    `needs_retry`: the run ends red because of it.
+    `code`: the provider's word for a decline, the problem's kind for a review. `needs_retry`: the run ends red.
     """
 
     attempt: Attempt
@@ -25,13 +25,15 @@ class ChargeResult:
     decline_class: str | None = None
     needs_retry: bool = False
     newly_quarantined: bool = False
+    code: str = ""
 
 
 def result_of(attempt: Attempt, answer: ProviderPayment | Closing, result: Settled | NotWritten | None) -> ChargeResult:
     """What became of an attempt whose answer was written, or could not be."""
     if isinstance(answer, Closing):
         needs_retry = answer.needs_retry or isinstance(result, NotWritten)
-        return ChargeResult(attempt, answer.word, answer.reason, answer.decline_class, needs_retry)
+        code = answer.decline_reason or answer.decline_class or ""
+        return ChargeResult(attempt, answer.word, answer.reason, answer.decline_class, needs_retry, code=code)
     if not isinstance(result, Settled):
         why = result.reason if result is not None else "no reason is known"
         reason = (
@@ -40,7 +42,9 @@ def result_of(attempt: Attempt, answer: ProviderPayment | Closing, result: Settl
         return ChargeResult(attempt, "unknown", reason, needs_retry=True)
     decision = result.decision
     if isinstance(decision, Quarantine):
-        return ChargeResult(attempt, "review", decision.reason, newly_quarantined=result.newly_opened)
+        return ChargeResult(
+            attempt, "review", decision.reason, newly_quarantined=result.newly_opened, code=decision.kind
+        )
     if isinstance(decision, RecordRefund):
         return ChargeResult(attempt, "refunded", decision.reason)
     if isinstance(decision, Leave):

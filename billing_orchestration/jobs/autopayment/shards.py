@@ -240,6 +240,7 @@ def renew_shard(
                         "again": report.again[:_NAMED],
                         "again_unnamed": max(0, len(report.again) - _NAMED),
                         "stopped_by": report.stopped_by,
+                        "stop_code": report.stop_code,
                         "numbers": report.numbers,
                     }
                 )
@@ -294,7 +295,8 @@ def conclude_shards(
         report.opened += told["opened"]
         report.again.extend(told["again"])
         report.again_unnamed += told["again_unnamed"]
-        report.stopped_by = report.stopped_by or told["stopped_by"]
+        if report.stopped_by is None:
+            report.stopped_by, report.stop_code = told["stopped_by"], told["stop_code"]
         for number, value in told["numbers"].items():
             report.numbers[number] = report.numbers.get(number, 0) + value
         rows.append(

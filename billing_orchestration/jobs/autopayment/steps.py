@@ -321,7 +321,8 @@ def _charge(
     for result in pipeline.run(to_send):
         attempt = result.attempt
         word = "in review" if result.outcome == "review" else result.outcome
-        report.decisions.append(Decision(word, f"subscription {attempt.subscription_id}", result.reason, attempt.money))
+        subject = f"subscription {attempt.subscription_id}"
+        report.decisions.append(Decision(word, subject, result.reason, attempt.money, result.code))
         report.numbers[word] = report.numbers.get(word, 0) + 1
         if result.outcome == "rejected" and result.decline_class not in SHOP_REFUSALS:
             refused.append(_refused(attempt, result.reason))
@@ -336,8 +337,8 @@ def _charge(
         report.quarantined += result.outcome == "review"
         report.opened += result.newly_quarantined
         if result.needs_retry:
-            report.again.append(f"subscription {attempt.subscription_id} ({result.outcome}): {result.reason}")
-    report.stopped_by = pipeline.pace.stop_reason
+            report.again.append(f"{subject} ({result.outcome}): {result.reason}")
+    report.stopped_by, report.stop_code = pipeline.pace.stop_reason, pipeline.pace.stop_code
     report.quarantined += len(refused)
     report.opened += open_all(database, charging.make_stamp(), refused)
 
