@@ -142,7 +142,7 @@ def test_the_control_api_sets_rules_the_clock_and_switches(client: BareClient, s
     assert order(control, "POST", "/clock", {"at": "2026-03-01T12:00:00Z"})[1] == {"now": "2026-03-01T12:00:00.000Z"}
     order(control, "POST", "/clock", {"advance_s": 60})
     assert client.post(charge(), "key-1").json()["created_at"] == "2026-03-01T12:01:00.000Z"
-    assert order(control, "POST", "/switches", {"requires_receipt": True})[1]["requires_receipt"] is True
+    assert order(control, "POST", "/switches", {"receipts": "demanded"})[1]["receipts"] == "demanded"
     assert client.post(charge(), "key-2").status == 400
     assert order(control, "GET", "/requests")[1]["keys"] == {"key-1": 1, "key-2": 1}
     assert order(control, "GET", "/requests")[1]["counts"] == {"list": 2, "create": 2}
@@ -166,6 +166,7 @@ def test_the_control_api_sets_rules_the_clock_and_switches(client: BareClient, s
         ("/misbehaviours", {"effect": "explode"}),
         ("/misbehaviours", {"colour": "red"}),
         ("/switches", {"replay": "maybe"}),
+        ("/switches", {"receipts": "perhaps"}),
         ("/switches", {"colour": "red"}),
         ("/clock", {"at": "2026-03-01T12:00:00"}),
     ],

@@ -146,7 +146,7 @@ def test_a_shop_reads_whether_it_fiscalises(client: BareClient, sandbox: Sandbox
         return me.get("fiscalization"), me["fiscalization_enabled"]
 
     assert told() == ({"enabled": False, "provider": "atol"}, False)
-    sandbox.provider.switches.requires_receipt = True
+    sandbox.provider.switches.receipts = "demanded"
     assert told() == ({"enabled": True, "provider": "atol"}, True)
     sandbox.reset()
     sandbox.provider.switches.fiscalization_provider = None

@@ -46,8 +46,8 @@ class SandboxProvider(Cabinet):
             now = self._catch_up()
 
             def charged(parsed: Any, key: str) -> Payment:
-                request = charge_request(parsed, self.switches)
-                return charging.charge(self._books, request, now, {**self._shop, "idempotence_key": key})
+                request, fields = charge_request(parsed, self.switches), {**self._shop, "idempotence_key": key}
+                return charging.charge(self._books, request, now, self.switches, fields)
 
             return self._books.keys.answer(body, key, now, self.switches, charged, looked_up=looked_up)
 
@@ -125,16 +125,16 @@ class SandboxProvider(Cabinet):
         """GET /me: the shop whose credentials these are."""
         if self.switches.me_forbidden:
             return forbidden("You don't have permission to read the store's settings").answer()
-        provider = self.switches.fiscalization_provider
+        provider, fiscalises = self.switches.fiscalization_provider, self.switches.receipts != "off"
         document = {
             "account_id": self.shop_id,
             "status": "enabled",
             "test": self.is_test_shop,
-            "fiscalization_enabled": self.switches.requires_receipt,
+            "fiscalization_enabled": fiscalises,
             "payment_methods": ["yoo_money", "bank_card"],
         }
         if provider is not None:
-            document["fiscalization"] = {"enabled": self.switches.requires_receipt, "provider": provider}
+            document["fiscalization"] = {"enabled": fiscalises, "provider": provider}
         return Answer(200, plain_json(document))
 
     # -------------------------------------------------------------------------------------------- the books
@@ -188,7 +188,11 @@ class SandboxProvider(Cabinet):
         """What will happen to payments by itself: when, to which one, and its outcome. In no order."""
         with self._lock:
             state = self._books.state
-            return [(from_milliseconds(due), at, result) for due, _, at, result in state.agenda if at in state.payments]
+            return [
+                (from_milliseconds(due), item_id, event)
+                for due, _, item_id, event in state.agenda
+                if item_id in state.payments and isinstance(event, Outcome)
+            ]
 
 
 def _no_such(parameter: str, what: str) -> Answer:

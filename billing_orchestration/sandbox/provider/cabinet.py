@@ -187,6 +187,14 @@ class Cabinet:
         """Let a pending refund fail: the shop keeps the money."""
         return self._settle_refund(refund_id, Outcome("canceled", reason=reason), at)
 
+    def register_receipt(self, payment_id: str, *, at: datetime | str | None = None) -> Payment:
+        """The receipt of a payment is registered."""
+        return self._register(payment_id, "succeeded", at)
+
+    def cancel_receipt(self, payment_id: str, *, at: datetime | str | None = None) -> Payment:
+        """The receipt of a payment cannot be registered."""
+        return self._register(payment_id, "canceled", at)
+
     def add_payment(self, **fields: Any) -> Payment:
         """Add one payment to the history; see `add_payments`."""
         return self.add_payments([fields])[0]
@@ -196,10 +204,11 @@ class Cabinet:
 
         Fields, all optional: id, amount ("990.00"), currency, status ("succeeded"), created_at (now), captured_at
         (created_at, if succeeded), description, metadata, method_type, method_id (the payment's own id), saved,
-        script (of the saved method; `saved` registers it), card_last4, refunded_amount, refunded_at, test, cancellation
-        ({party, reason}); for odd items: override (fields of the shown JSON replaced), without (fields left out), raw
-        (the whole item, verbatim). Successes and refunds enter the ledger. A pending or held payment stays so until
-        it is paid, captured or canceled: history does not expire by itself.
+        script (of the saved method; `saved` registers it), card_last4, gateway_id, registration (of its receipt),
+        refunded_amount, refunded_at, test, cancellation ({party, reason}); for odd items: override (fields of the
+        shown JSON replaced), without (fields left out), raw (the whole item, verbatim). Successes and refunds enter
+        the ledger. A pending or held payment stays so until it is paid, captured or canceled: history does not expire
+        by itself.
         """
         with self._lock:
             now = self._catch_up()
@@ -225,6 +234,15 @@ class Cabinet:
             if payment.status not in expected:
                 raise ValueError(f"payment {payment_id} is {payment.status}, not {' or '.join(sorted(expected))}")
             self._books.apply(payment, result, now)
+            return payment
+
+    def _register(self, payment_id: str, status: str, at: datetime | str | None) -> Payment:
+        with self._lock:
+            now = self._catch_up(None if at is None else aware_utc(at))
+            payment = self._books.existing(payment_id)
+            if payment.registration != "pending":
+                raise ValueError(f"the receipt of {payment_id} is {payment.registration}, not pending")
+            self._books.register(payment, status, now)
             return payment
 
     def _change_method(self, method_id: str, expected: set[str], status: str) -> SavedMethod:

@@ -9,6 +9,7 @@ from typing import Any
 from billing_orchestration.sandbox.provider.answers import invalid
 from billing_orchestration.sandbox.provider.bodies import amount_of, json_object, metadata_of, text, typed
 from billing_orchestration.sandbox.provider.methods import METHOD_TYPES
+from billing_orchestration.sandbox.provider.receipts import receipt_of
 from billing_orchestration.sandbox.provider.switches import Switches
 
 # Fields of a payment's creation in the API (official OpenAPI file and SDK); anything else is a misspelling.
@@ -34,6 +35,8 @@ class ChargeRequest:
     method_type: str | None
     return_url: str | None
     save_method: bool
+    gateway_id: str | None
+    receipt: dict[str, Any] | None
 
 
 def charge_request(body: Any, switches: Switches) -> ChargeRequest:
@@ -59,11 +62,10 @@ def charge_request(body: Any, switches: Switches) -> ChargeRequest:
             raise invalid("Unknown payment method type", "payment_method_data.type")
     for name in ("client_ip", "merchant_customer_id", "pos_link"):
         typed(body, name, str, None)
-    for name in ("airline", "deal", "fraud_data", "recipient", "receiver", "payment_order"):
+    for name in ("airline", "deal", "fraud_data", "receiver", "payment_order"):
         typed(body, name, dict, None)
     for name in ("transfers", "statements"):
         typed(body, name, list, None)
-    _receipt(body, switches)
     return ChargeRequest(
         amount=amount,
         currency=currency,
@@ -74,22 +76,19 @@ def charge_request(body: Any, switches: Switches) -> ChargeRequest:
         method_type=method_type,
         return_url=_return_url(confirmation),
         save_method=typed(body, "save_payment_method", bool, False),
+        gateway_id=_gateway_id(body),
+        receipt=receipt_of(body, amount, currency, switches),
     )
 
 
-def _receipt(body: dict[str, Any], switches: Switches) -> None:
-    receipt = typed(body, "receipt", dict, None)
-    if receipt is None:
-        if switches.requires_receipt:
-            raise invalid("Receipt is missing or illegal", "receipt")
-        return
-    customer = receipt.get("customer")
-    contact = customer if isinstance(customer, dict) else receipt
-    if not contact.get("email") and not contact.get("phone"):
-        raise invalid("Receipt has neither the customer's email nor phone", "receipt.customer")
-    items = receipt.get("items")
-    if not isinstance(items, list) or not items:
-        raise invalid("Receipt has no items", "receipt.items")
+def _gateway_id(body: dict[str, Any]) -> str | None:
+    recipient = typed(body, "recipient", dict, None)
+    if recipient is None:
+        return None
+    gateway_id = recipient.get("gateway_id")
+    if not isinstance(gateway_id, str) or not gateway_id or len(recipient) > 1:
+        raise invalid("A recipient is its gateway_id", "recipient.gateway_id")
+    return gateway_id
 
 
 def _return_url(confirmation: dict[str, Any] | None) -> str | None:

@@ -9,9 +9,12 @@ from billing_orchestration.sandbox.provider.answers import NO_RECURRING, forbidd
 from billing_orchestration.sandbox.provider.charge_requests import ChargeRequest
 from billing_orchestration.sandbox.provider.payment_books import PaymentBooks
 from billing_orchestration.sandbox.provider.payments import Payment
+from billing_orchestration.sandbox.provider.switches import Switches
 
 
-def charge(books: PaymentBooks, request: ChargeRequest, now: datetime, fields: dict[str, Any]) -> Payment:
+def charge(
+    books: PaymentBooks, request: ChargeRequest, now: datetime, switches: Switches, fields: dict[str, Any]
+) -> Payment:
     """Carry out a creation of a payment. `fields`: what its shop and its key add to it."""
     fields = {
         **fields,
@@ -20,7 +23,12 @@ def charge(books: PaymentBooks, request: ChargeRequest, now: datetime, fields: d
         "description": request.description,
         "metadata": request.metadata,
         "capture": request.capture,
+        "gateway_id": request.gateway_id,
     }
+    if request.receipt is not None and switches.receipts != "off":
+        fields["receipt"] = request.receipt
+        fields["registration"] = "pending"
+        fields["registers"] = (switches.registration, switches.registration_s)
     if request.payment_method_id is None:
         return books.add_unconfirmed(now, method_type=request.method_type, save_method=request.save_method, **fields)
     method = books.state.methods.get(request.payment_method_id)
@@ -42,8 +50,9 @@ def charge(books: PaymentBooks, request: ChargeRequest, now: datetime, fields: d
         card_last4=method.card_last4,
         **fields,
     )
-    if result.kind != "pending":
-        books.apply(payment, result, now)
+    if payment.receipt is not None and switches.receipts == "receipt_first":
+        payment.after_receipt = result
+        books.send_receipt(payment, now)
     else:
-        books.schedule(payment.id, result.later(now))
+        books.come_to(payment, result, now)
     return payment

@@ -18,7 +18,7 @@ from billing_orchestration.sandbox.provider.api import ProviderApi
 from billing_orchestration.sandbox.provider.clock import SandboxClock, iso
 from billing_orchestration.sandbox.provider.misbehaviour import Misbehaviour
 
-_OPERATIONS = ("pay", "cancel", "capture", "refund")
+_OPERATIONS = ("pay", "cancel", "capture", "refund", "register_receipt", "cancel_receipt")
 _REFUND_OPERATIONS = ("succeed", "cancel")
 _METHOD_OPERATIONS = ("activate", "deactivate")
 

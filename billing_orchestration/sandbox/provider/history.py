@@ -15,7 +15,7 @@ from billing_orchestration.sandbox.provider.records import Outcome, OutcomeLike,
 # Fields that the payment takes as they are, with their defaults.
 _PLAIN = {
     "currency": "RUB", "description": None, "method_type": "bank_card", "card_last4": "4444", "cancellation": None,
-    "raw": None,
+    "raw": None, "registration": None, "gateway_id": None,
 }  # fmt: skip
 
 

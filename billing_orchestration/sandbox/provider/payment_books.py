@@ -23,7 +23,13 @@ from billing_orchestration.sandbox.provider.payments import (
     HOLD_DAYS,
     Payment,
 )
-from billing_orchestration.sandbox.provider.records import REFUND_STATUSES, LedgerEntry, Outcome, new_payment_id
+from billing_orchestration.sandbox.provider.records import (
+    REFUND_STATUSES,
+    LedgerEntry,
+    Outcome,
+    Registration,
+    new_payment_id,
+)
 from billing_orchestration.sandbox.provider.refunds import Refund
 from billing_orchestration.sandbox.provider.state import ProviderState
 
@@ -82,8 +88,8 @@ class PaymentBooks:
             self.schedule(payment.id, (at + timedelta(seconds=seconds), result))
         return payment
 
-    def schedule(self, item_id: str, later: tuple[datetime, Outcome] | None) -> None:
-        """Let a payment, a refund or a binding come to this outcome at that instant, unless it has ended before."""
+    def schedule(self, item_id: str, later: tuple[datetime, Outcome | Registration] | None) -> None:
+        """Let a payment, a refund or a binding come to this at that instant, unless it has ended before."""
         if later is not None:
             self.state.sequence += 1
             heapq.heappush(self.state.agenda, (milliseconds(later[0]), self.state.sequence, item_id, later[1]))
@@ -92,21 +98,36 @@ class PaymentBooks:
         """Let happen what is due by now."""
         agenda = self.state.agenda
         while agenda and agenda[0][0] <= milliseconds(now):
-            due, _, item_id, result = heapq.heappop(agenda)
-            payment, refund = self.state.payments.get(item_id), self.state.refunds.get(item_id)
-            expected = {"pending", "waiting_for_capture"} if result.reason == "expired_on_capture" else {"pending"}
-            if payment is not None and payment.status in expected:
-                self.apply(payment, result, from_milliseconds(due))
-            elif refund is not None and refund.status == "pending":
-                self.settle_refund(refund, result, from_milliseconds(due))
-            elif item_id in self.state.methods and self.state.methods[item_id].status == "pending":
-                self.state.methods[item_id].status = "inactive"
+            due, _, item_id, event = heapq.heappop(agenda)
+            if isinstance(event, Registration):
+                self.register(self.existing(item_id), event.status, from_milliseconds(due))
+            else:
+                self._happen(item_id, event, from_milliseconds(due))
+
+    def _happen(self, item_id: str, result: Outcome, at: datetime) -> None:
+        payment, refund = self.state.payments.get(item_id), self.state.refunds.get(item_id)
+        expected = {"pending", "waiting_for_capture"} if result.reason == "expired_on_capture" else {"pending"}
+        if payment is not None and payment.status in expected:
+            self.apply(payment, result, at)
+        elif refund is not None and refund.status == "pending":
+            self.settle_refund(refund, result, at)
+        elif item_id in self.state.methods and self.state.methods[item_id].status == "pending":
+            self.state.methods[item_id].status = "inactive"
+
+    def come_to(self, payment: Payment, result: Outcome, at: datetime) -> None:
+        """Bring a payment to its outcome now, or, while that is pending, later."""
+        if result.kind == "pending":
+            self.schedule(payment.id, result.later(at))
+        else:
+            self.apply(payment, result, at)
 
     def apply(self, payment: Payment, result: Outcome, at: datetime) -> None:
         """Bring a payment to its outcome: the only place where a charge enters the ledger after its creation."""
-        at = aware_utc(at)
+        at, payment.after_receipt = aware_utc(at), None
         if result.kind == "canceled":
             payment.status = "canceled"
+            if payment.registration == "pending":
+                payment.registration = "canceled"
             payment.cancellation = {"party": result.party, "reason": result.reason}
         elif payment.capture:
             payment.status = "succeeded"
@@ -114,6 +135,8 @@ class PaymentBooks:
             self.list.captured(payment)
             self.record(payment, "charge", payment.amount, at)
             self._save_method_of(payment)
+            if payment.registration == "pending":
+                self.send_receipt(payment, at)
         else:
             payment.status = "waiting_for_capture"
             payment.expires_at = at + timedelta(days=HOLD_DAYS)
@@ -121,6 +144,23 @@ class PaymentBooks:
             self.schedule(payment.id, (payment.expires_at, run_out))
             self._save_method_of(payment)
         payment.touch(at)
+
+    def send_receipt(self, payment: Payment, at: datetime) -> None:
+        """Hand the receipt to the register, which answers later or never."""
+        status, seconds = payment.registers
+        if status != "pending":
+            self.schedule(payment.id, (at + timedelta(seconds=seconds), Registration(status)))
+
+    def register(self, payment: Payment, status: str, at: datetime) -> None:
+        """The register's answer. A payment that waited for it goes on, or is canceled."""
+        if payment.registration != "pending":
+            return
+        payment.registration = status
+        payment.touch(payment.changed_at)
+        if payment.after_receipt is not None and status == "succeeded":
+            self.come_to(payment, payment.after_receipt, at)
+        elif payment.after_receipt is not None:
+            self.apply(payment, Outcome("canceled", party="yoo_money"), at)
 
     def refundable(self, payment: Payment) -> Decimal:
         """What can still be given back: neither refunded nor on its way."""

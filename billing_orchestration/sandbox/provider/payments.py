@@ -10,7 +10,7 @@ from typing import Any
 
 from billing_orchestration.sandbox.provider.clock import iso
 from billing_orchestration.sandbox.provider.methods import shown_method
-from billing_orchestration.sandbox.provider.records import money, plain_json, shown_money
+from billing_orchestration.sandbox.provider.records import Outcome, money, plain_json, shown_money
 
 # The provider keeps 3.5 %: income_amount is what is left.
 INCOME_SHARE = Decimal("0.965")
@@ -47,6 +47,13 @@ class Payment:
     cancellation: dict[str, str] | None = None
     confirmation_url: str | None = None
     idempotence_key: str | None = None
+    gateway_id: str | None = None
+    # The receipt, the state of its registration, what becomes of that (and how many seconds later), and the outcome
+    # that waits for it.
+    receipt: dict[str, Any] | None = None
+    registration: str | None = None
+    registers: tuple[str, float] = ("succeeded", 0.0)
+    after_receipt: Outcome | None = None
     override: dict[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     raw: Any = None
@@ -77,7 +84,10 @@ class Payment:
             shown["income_amount"] = self._money(money(self.amount * INCOME_SHARE))
         if self.description is not None:
             shown["description"] = self.description
-        shown["recipient"] = {"account_id": self.account_id, "gateway_id": "1" + self.account_id}
+        shown["recipient"] = {
+            "account_id": self.account_id,
+            "gateway_id": self.gateway_id or "1" + self.account_id,
+        }
         method = self._method()
         if method is not None:
             shown["payment_method"] = method
@@ -93,6 +103,8 @@ class Payment:
             shown["refunded_amount"] = self._money(self.refunded)
         shown["paid"] = self.status in {"succeeded", "waiting_for_capture"}
         shown["refundable"] = captured and self.refunded < self.amount
+        if self.registration is not None:
+            shown["receipt_registration"] = self.registration
         shown["metadata"] = self.metadata
         if self.cancellation is not None:
             shown["cancellation_details"] = self.cancellation

@@ -64,6 +64,13 @@ class Outcome:
         return due, replace(self, kind=self.then, then=None, after_s=None, at=None)
 
 
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What becomes of a payment's receipt: succeeded or canceled."""
+
+    status: str
+
+
 OutcomeLike = str | Outcome | Mapping[str, Any]
 
 

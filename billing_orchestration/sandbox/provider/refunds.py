@@ -10,6 +10,7 @@ from typing import Any
 from billing_orchestration.sandbox.provider.answers import invalid
 from billing_orchestration.sandbox.provider.bodies import amount_of, json_object, metadata_of, text, typed
 from billing_orchestration.sandbox.provider.clock import iso
+from billing_orchestration.sandbox.provider.receipts import receipt_of
 from billing_orchestration.sandbox.provider.records import plain_json, shown_money
 from billing_orchestration.sandbox.provider.switches import Switches
 
@@ -75,7 +76,9 @@ def refund_request(body: Any, switches: Switches) -> RefundRequest:
     if not payment_id:
         raise invalid("Payment id is missing", "payment_id")
     amount, currency = amount_of(body)
-    for name in ("deal", "refund_method_data", "receipt"):
+    if "receipt" in body:
+        receipt_of(body, amount, currency, switches)
+    for name in ("deal", "refund_method_data"):
         typed(body, name, dict, None)
     typed(body, "sources", list, None)
     return RefundRequest(payment_id, amount, currency, text(body, "description", DESCRIPTION_LENGTH), metadata_of(body))

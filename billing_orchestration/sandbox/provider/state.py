@@ -16,7 +16,7 @@ from billing_orchestration.sandbox.provider.clock import aware_utc, iso
 from billing_orchestration.sandbox.provider.idempotence import IdempotenceRecord
 from billing_orchestration.sandbox.provider.methods import SavedMethod
 from billing_orchestration.sandbox.provider.payments import Payment
-from billing_orchestration.sandbox.provider.records import LedgerEntry, Outcome, outcome
+from billing_orchestration.sandbox.provider.records import LedgerEntry, Outcome, Registration, outcome
 from billing_orchestration.sandbox.provider.refunds import Refund
 
 _Item = TypeVar("_Item", Payment, Refund)
@@ -33,7 +33,7 @@ class ProviderState:
     methods: dict[str, SavedMethod] = field(default_factory=dict)
     keys: dict[str, IdempotenceRecord] = field(default_factory=dict)
     ledger: list[LedgerEntry] = field(default_factory=list)
-    agenda: list[tuple[int, int, str, Outcome]] = field(default_factory=list)
+    agenda: list[tuple[int, int, str, Outcome | Registration]] = field(default_factory=list)
     sequence: int = 0
 
 
@@ -57,7 +57,7 @@ def write_state(state: ProviderState, path: Path) -> None:
             for key, record in state.keys.items()
         },
         "ledger": [entry.document() for entry in state.ledger],
-        "agenda": [[due, order, item_id, _plain(result)] for due, order, item_id, result in state.agenda],
+        "agenda": [[due, order, item_id, _plain(event)] for due, order, item_id, event in state.agenda],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
@@ -90,12 +90,16 @@ def read_state(path: Path) -> ProviderState:
             LedgerEntry(**{**item, "amount": Decimal(item["amount"]), "at": aware_utc(item["at"])})
             for item in document["ledger"]
         ],
-        agenda=[(due, order, item_id, outcome(result)) for due, order, item_id, result in document["agenda"]],
+        agenda=[(due, order, item_id, _event(given)) for due, order, item_id, given in document["agenda"]],
         sequence=document["sequence"],
     )
 
 
-def _plain(record: SavedMethod | Outcome) -> dict[str, Any]:
+def _event(given: Mapping[str, Any]) -> Outcome | Registration:
+    return Registration(**given) if "status" in given else outcome(given)
+
+
+def _plain(record: SavedMethod | Outcome | Registration) -> dict[str, Any]:
     return {
         name: iso(value) if isinstance(value, datetime) else value
         for name, value in asdict(record).items()
@@ -113,6 +117,8 @@ def _item_out(item: Payment | Refund) -> dict[str, Any]:
             value = iso(value)
         elif part.name in _AMOUNTS:
             value = str(value)
+        elif isinstance(value, Outcome):
+            value = _plain(value)
         shown[part.name] = value
     return shown
 
@@ -123,6 +129,8 @@ def _item_in(kind: type[_Item], item: Mapping[str, Any]) -> _Item:
         given[name] = aware_utc(given[name])
     for name in _AMOUNTS & given.keys():
         given[name] = Decimal(given[name])
-    if "without" in given:
-        given["without"] = tuple(given["without"])
+    for name in {"without", "registers"} & given.keys():
+        given[name] = tuple(given[name])
+    if "after_receipt" in given:
+        given["after_receipt"] = outcome(given["after_receipt"])
     return kind(**given)

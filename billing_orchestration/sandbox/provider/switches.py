@@ -30,8 +30,12 @@ class Switches:
     refunds: str = "succeeded"
     # Order of a list that is filtered by captured_at.
     captured_order: str = "created_at"
-    # A shop under 54-FZ: a charge without a receipt is refused.
-    requires_receipt: bool = False
+    # A shop under 54-FZ: off | demanded (a payment without a receipt is refused) | receipt_first (and a charge stays
+    # pending until its receipt is registered).
+    receipts: str = "off"
+    # What becomes of a receipt (succeeded | canceled | pending: nothing, until the cabinet says), and how soon.
+    registration: str = "succeeded"
+    registration_s: float = 0.0
     # Who registers the receipts of a shop that has ever set it up, as GET /me tells it. None: it never did.
     fiscalization_provider: str | None = "atol"
     # Whether the shop's credentials may not read GET /me.
@@ -43,6 +47,8 @@ class Switches:
         for name, allowed in (
             ("concurrent_same_key", {"wait", "conflict", "processing"}),
             ("replay", {"original", "current"}),
+            ("receipts", {"off", "demanded", "receipt_first"}),
+            ("registration", {"succeeded", "canceled", "pending"}),
             ("captured_order", {"created_at", "captured_at"}),
         ):
             if getattr(self, name) not in allowed:
