@@ -118,7 +118,7 @@ def payments(url: str) -> int:
     expiries: Spool[ExpirePayment] = Spool()
     with database.engine.connect() as connection:
         for page in stream_stale_payments(connection, datetime(2026, 3, 5, 12, tzinfo=timezone.utc), PAGE):
-            expiries.add([ExpirePayment(row, "the provider says canceled", Code.UNPAID_AT_PROVIDER) for row in page])
+            expiries.add([ExpirePayment(row, "the provider says canceled", Code.CANCELED_AT_PROVIDER) for row in page])
     report = RunReport(decisions=Tally(100))
     stamp = Stamp("expire_payments_job", "bench", NOW)
     expire_pages(report, expiries.pages(), database, lambda: stamp, OF_THE_SYSTEM, dry_run=False)

@@ -77,7 +77,8 @@ class Code:
     # Expiry.
     NEVER_AT_PROVIDER = "never_at_provider"
     UNKNOWN_AT_PROVIDER = "unknown_at_provider"
-    UNPAID_AT_PROVIDER = "unpaid_at_provider"
+    PENDING_AT_PROVIDER = "pending_at_provider"
+    CANCELED_AT_PROVIDER = "canceled_at_provider"
     MONEY_HELD = "money_held"
     NO_ANSWER = "no_answer"
     HELD_BACK = "held_back"

@@ -11,6 +11,7 @@ from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import (
+    CANCELED,
     SUCCEEDED,
     WAITING_FOR_CAPTURE,
     ProviderPayment,
@@ -127,4 +128,5 @@ def decide_payment_expiry(row: StalePayment, answer: ProviderAnswer | None, ttl_
             "the customer's money is held at the provider (waiting_for_capture): capture or cancel it",
             Code.MONEY_HELD,
         )
-    return ExpirePayment(row, _unpaid(ttl_days, f"{answer.status} at the provider"), Code.UNPAID_AT_PROVIDER)
+    code = Code.CANCELED_AT_PROVIDER if answer.status == CANCELED else Code.PENDING_AT_PROVIDER
+    return ExpirePayment(row, _unpaid(ttl_days, f"{answer.status} at the provider"), code)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.expiry import (
     ExpirePayment,
     KeepPending,
@@ -90,18 +91,20 @@ def test_a_stale_payment_that_succeeded_there_is_settled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "word"),
+    ("answer", "word", "code"),
     [
-        (a_payment(status=PENDING), "pending at the provider"),
-        (a_payment(status=CANCELED), "canceled at the provider"),
-        (NotFoundThere(), "does not know it"),
-        (None, "never got a payment"),
+        (a_payment(status=PENDING), "pending at the provider", Code.PENDING_AT_PROVIDER),
+        (a_payment(status=CANCELED), "canceled at the provider", Code.CANCELED_AT_PROVIDER),
+        (NotFoundThere(), "does not know it", Code.UNKNOWN_AT_PROVIDER),
+        (None, "never got a payment", Code.NEVER_AT_PROVIDER),
     ],
 )
-def test_a_stale_payment_that_is_pending_canceled_or_not_found_there_expires(answer: object, word: str) -> None:
+def test_a_stale_payment_that_is_pending_canceled_or_not_found_there_expires(
+    answer: object, word: str, code: str
+) -> None:
     decision = decide_payment_expiry(STALE, answer, TTL_DAYS)  # type: ignore[arg-type]
     assert isinstance(decision, ExpirePayment)
-    assert word in decision.reason
+    assert (decision.code, word in decision.reason) == (code, True)
     assert "7 days" in decision.reason
 
 
