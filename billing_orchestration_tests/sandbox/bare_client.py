@@ -8,20 +8,22 @@ from typing import Any
 
 import urllib3
 
+from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.sandbox.provider.server import Sandbox
 
 
 class BareClient:
-    """urllib3 and the shop's credentials."""
+    """urllib3 and a shop's credentials: the sandbox's first shop's, unless another is given."""
 
-    def __init__(self, sandbox: Sandbox, *, timeout_s: float = 30.0) -> None:
+    def __init__(self, sandbox: Sandbox, shop: SandboxProvider | None = None, *, timeout_s: float = 30.0) -> None:
         self.sandbox = sandbox
+        self.shop = shop or sandbox.provider
         self.http = urllib3.PoolManager(retries=False, timeout=timeout_s, maxsize=8)
 
     def send(
         self, method: str, path: str, *, headers: Mapping[str, str] | None = None, **how: Any
     ) -> urllib3.BaseHTTPResponse:
-        credentials = urllib3.make_headers(basic_auth=f"{self.sandbox.shop_id}:{self.sandbox.secret_key}")
+        credentials = urllib3.make_headers(basic_auth=f"{self.shop.shop_id}:{self.shop.secret_key}")
         return self.http.request(method, self.sandbox.url + path, headers={**credentials, **(headers or {})}, **how)
 
     def post(self, body: Any, key: str | None = "key-1", path: str = "/payments") -> urllib3.BaseHTTPResponse:

@@ -8,9 +8,11 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from starlette.authentication import AuthenticationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
@@ -19,9 +21,11 @@ from starlette.types import Message, Receive, Scope, Send
 from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.sandbox.provider.answers import Refused, internal_error, processing
 from billing_orchestration.sandbox.provider.clock import http_date
-from billing_orchestration.sandbox.provider.endpoints import KEY_LOOKED_UP, build_endpoints, response
+from billing_orchestration.sandbox.provider.endpoints import KEY_LOOKED_UP, build_endpoints, response, shop_of
 from billing_orchestration.sandbox.provider.list_requests import decode_cursor
 from billing_orchestration.sandbox.provider.misbehaviour import Call, Misbehaviours
+from billing_orchestration.sandbox.provider.state import read_document, write_document
+from billing_orchestration.sandbox.provider.switches import Switches
 from billing_orchestration.sandbox.provider.waits import Waits
 from billing_orchestration.sandbox.provider.wire_faults import Exchange
 
@@ -32,7 +36,8 @@ REQUESTS_KEPT = 100_000
 class ReceivedRequest:
     """One request to the API as it arrived. `status` is what was answered; None: nothing was (yet).
 
-    Header names are lower case; the Authorization header is kept as received: it is the sandbox's own secret.
+    `shop_id`: whose credentials it has; None: nobody's. Header names are lower case; the Authorization header is kept
+    as received: it is the sandbox's own secret.
     """
 
     call: str
@@ -42,6 +47,7 @@ class ReceivedRequest:
     headers: Mapping[str, str]
     body: bytes
     at: datetime
+    shop_id: str | None = None
     status: int | None = None
     effect: str | None = None
 
@@ -58,8 +64,10 @@ class ProviderApi:
     """The ASGI application under /v3, and what it saw: requests, their number by call, how many ran at once."""
 
     def __init__(self, provider: SandboxProvider) -> None:
+        # The first shop is always there; the credentials of a request say whose it is.
         self.provider = provider
-        self.endpoints = build_endpoints(provider)
+        self.shops = [provider]
+        self.endpoints = build_endpoints(self.shops)
         self.misbehaviours = Misbehaviours()
         self.requests: deque[ReceivedRequest] = deque(maxlen=REQUESTS_KEPT)
         self.counts: Counter[str] = Counter()
@@ -70,7 +78,40 @@ class ProviderApi:
         self.transports: dict[Any, asyncio.Transport] = {}
         self._waits = Waits()
         self._epoch = 0
-        self._keys_at_work: dict[str, asyncio.Event] = {}
+        self._keys_at_work: dict[tuple[SandboxProvider, str], asyncio.Event] = {}
+
+    def shop(self, shop_id: str) -> SandboxProvider:
+        """A shop by its id; KeyError when there is none."""
+        for shop in self.shops:
+            if shop.shop_id == shop_id:
+                return shop
+        raise KeyError(f"the sandbox has no shop {shop_id}")
+
+    def add_shop(self, shop_id: str, secret_key: str) -> SandboxProvider:
+        """Open another shop, with books and switches of its own, and the clock of the first."""
+        if shop_id in {shop.shop_id for shop in self.shops}:
+            raise ValueError(f"the sandbox has a shop {shop_id} already")
+        shop = SandboxProvider(shop_id=shop_id, secret_key=secret_key, clock=self.provider.clock)
+        self.shops.append(shop)
+        return shop
+
+    def save(self, path: Path) -> None:
+        """Write all shops to a file."""
+        write_document({"shops": [shop.document() for shop in self.shops]}, path)
+
+    def load(self, path: Path) -> None:
+        """Take over what `save` wrote. The first shop keeps its credentials."""
+        first, *others = read_document(path)["shops"]
+        self.provider.restore(first)
+        for other in others:
+            self.add_shop(other["shop_id"], other["secret_key"]).restore(other)
+
+    def reset(self) -> None:
+        """Forget everything: what was seen, the books, the switches, and every shop but the first."""
+        self.forget()
+        del self.shops[1:]
+        self.provider.reset()
+        self.provider.switches = Switches()
 
     def forget(self) -> None:
         """Forget what was seen and every rule; connections that are kept waiting are cut, delayed charges dropped."""
@@ -103,8 +144,8 @@ class ProviderApi:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 request.status = message["status"]
-                if self.provider.switches.date_header:
-                    date = http_date(self.provider.clock()).encode()
+                if call.shop.switches.date_header:
+                    date = http_date(call.shop.clock()).encode()
                     message = {**message, "headers": [*message["headers"], (b"date", date)]}
             # Out of flight before the client can know it: its next request may be here before this one has ended.
             elif not message.get("more_body"):
@@ -126,11 +167,16 @@ class ProviderApi:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         path = scope["path"].removeprefix(scope["root_path"])
-        request = ReceivedRequest(name, scope["method"], path, query, headers, body, self.provider.clock())
+        try:
+            shop = shop_of(headers.get("authorization", ""), self.shops)
+            shop_id = shop.shop_id
+        except AuthenticationError:
+            shop, shop_id = self.provider, None
+        request = ReceivedRequest(name, scope["method"], path, query, headers, body, shop.clock(), shop_id)
         self.requests.append(request)
         self.counts[name] += 1
         page = _page(query) if name.startswith("list") else None
-        return request, Call(name, page, payment_id, request.idempotence_key, body)
+        return request, Call(name, shop, page, payment_id, request.idempotence_key, body)
 
     async def _respond(self, exchange: Exchange, request: ReceivedRequest, call: Call) -> None:
         rule = self.misbehaviours.pick(call)
@@ -149,10 +195,12 @@ class ProviderApi:
 
     async def _execute(self, scope: Scope, call: Call, delay_s: float = 0.0) -> Response:
         """Let the provider do it. A delay is spent before; a test that ends meanwhile takes the call with it."""
-        epoch, switches = self._epoch, self.provider.switches
-        key = call.idempotence_key if call.name.startswith("create") else None
+        epoch, switches = self._epoch, call.shop.switches
+        key = None
+        if call.name.startswith("create") and call.idempotence_key is not None:
+            key = call.shop, call.idempotence_key
         if key is not None and not switches.serialise_keys:
-            scope = {**scope, KEY_LOOKED_UP: not self.provider.holds_key(key)}
+            scope = {**scope, KEY_LOOKED_UP: not call.shop.holds_key(key[1])}
         elif key in self._keys_at_work:
             if switches.concurrent_same_key == "conflict":
                 return response(

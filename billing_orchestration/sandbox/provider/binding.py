@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any
 
-from billing_orchestration.sandbox.provider.answers import invalid
+from billing_orchestration.sandbox.provider.answers import NO_RECURRING, forbidden, invalid
 from billing_orchestration.sandbox.provider.bodies import json_object, metadata_of, typed
 from billing_orchestration.sandbox.provider.methods import SavedMethod
 from billing_orchestration.sandbox.provider.payment_books import PaymentBooks
@@ -21,6 +21,8 @@ CONFIRM_WITHIN = timedelta(hours=1)
 def bind(books: PaymentBooks, body: Any, now: datetime, account_id: str, switches: Switches) -> SavedMethod:
     """Carry out a binding: pending until its owner confirms it, inactive if that takes too long."""
     body = json_object(body, CREATE_FIELDS, switches)
+    if not switches.recurring:
+        raise forbidden(NO_RECURRING)
     allowed = CONFIRMATIONS.get(typed(body, "type", str, ""))
     if allowed is None:
         raise invalid("Payment method cannot be saved without a payment", "type")

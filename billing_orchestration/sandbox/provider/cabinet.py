@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -21,7 +22,13 @@ from billing_orchestration.sandbox.provider.payment_books import PaymentBooks
 from billing_orchestration.sandbox.provider.payments import Payment
 from billing_orchestration.sandbox.provider.records import Outcome, OutcomeLike, money, outcome
 from billing_orchestration.sandbox.provider.refunds import Refund
-from billing_orchestration.sandbox.provider.state import ProviderState, read_state, write_state
+from billing_orchestration.sandbox.provider.state import (
+    ProviderState,
+    read_document,
+    state_document,
+    state_of,
+    write_document,
+)
 from billing_orchestration.sandbox.provider.switches import Switches
 
 SHOP_ID = "100500"
@@ -54,15 +61,25 @@ class Cabinet:
             self._random = random.Random(self._seed)
             self._books = PaymentBooks(ProviderState(), self._random)
 
-    def save(self, path: Path) -> None:
-        """Write payments, refunds, methods, keys and ledger to a file."""
+    def document(self) -> dict[str, Any]:
+        """Credentials, switches, payments, refunds, methods, keys and ledger as JSON."""
         with self._lock:
-            write_state(self._books.state, path)
+            about = {"shop_id": self.shop_id, "secret_key": self.secret_key, "switches": asdict(self.switches)}
+            return about | state_document(self._books.state)
+
+    def restore(self, document: Mapping[str, Any]) -> None:
+        """Take over a document of `document`, in place of what is known. The credentials stay."""
+        with self._lock:
+            self.switches = Switches(**document["switches"])
+            self._books = PaymentBooks(state_of(document), self._random)
+
+    def save(self, path: Path) -> None:
+        """Write `document` to a file."""
+        write_document(self.document(), path)
 
     def load(self, path: Path) -> None:
-        """Take over what `save` wrote, in place of what is known."""
-        with self._lock:
-            self._books = PaymentBooks(read_state(path), self._random)
+        """Take over what `save` wrote."""
+        self.restore(read_document(path))
 
     @property
     def is_test_shop(self) -> bool:
@@ -219,7 +236,7 @@ class Cabinet:
     @property
     def _shop(self) -> dict[str, Any]:
         """What each of the shop's payments says of the shop."""
-        return {"account_id": self.shop_id, "test": self.is_test_shop}
+        return {"account_id": self.shop_id, "test": self.is_test_shop, "fee_percent": self.switches.fee_percent}
 
     def _catch_up(self, until: datetime | None = None) -> datetime:
         """Let happen what is due by now (or by an earlier instant); returns that instant."""

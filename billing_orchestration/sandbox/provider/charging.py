@@ -16,6 +16,8 @@ def charge(
     books: PaymentBooks, request: ChargeRequest, now: datetime, switches: Switches, fields: dict[str, Any]
 ) -> Payment:
     """Carry out a creation of a payment. `fields`: what its shop and its key add to it."""
+    if not switches.recurring and (request.payment_method_id is not None or request.save_method):
+        raise forbidden(NO_RECURRING)
     fields = {
         **fields,
         "amount": request.amount,

@@ -18,45 +18,52 @@ from billing_orchestration.sandbox.provider.api import ProviderApi
 from billing_orchestration.sandbox.provider.clock import SandboxClock, iso
 from billing_orchestration.sandbox.provider.misbehaviour import Misbehaviour
 
-_OPERATIONS = ("pay", "cancel", "capture", "refund", "register_receipt", "cancel_receipt")
-_REFUND_OPERATIONS = ("succeed", "cancel")
-_METHOD_OPERATIONS = ("activate", "deactivate")
+# What the cabinet and the customers can do to a thing, by its kind, and which method of the account does it.
+_OPERATIONS: Mapping[str, Mapping[str, str]] = {
+    "methods": {"activate": "activate_method", "deactivate": "deactivate_method"},
+    "payments": {name: name for name in ("pay", "cancel", "capture", "refund", "register_receipt", "cancel_receipt")},
+    "refunds": {"succeed": "succeed_refund", "cancel": "cancel_refund"},
+}
 
 
 def build_control(api: ProviderApi) -> Starlette:
-    """The application. An order that cannot be carried out gets 400 and the reason."""
-    control = _Control(api)
-    return Starlette(
+    """The application. An order that cannot be carried out gets 400 and the reason.
+
+    An order is for the first shop, or for the one that the query names: `?shop=100501`.
+    """
+    app = Starlette(
         routes=[
-            _get("/health", control.health),
-            _get("/methods", control.methods),
-            _post("/methods", control.add_methods),
-            _post("/methods/{method_id}/{operation}", control.operate_method),
-            _get("/payments", control.payments),
-            _post("/payments", control.add_payments),
-            _get("/payments/{payment_id}", control.payment),
-            _post("/payments/{payment_id}/{operation}", control.operate),
-            _get("/refunds", control.refunds),
-            _post("/refunds/{refund_id}/{operation}", control.operate_refund),
-            _post("/purchases", control.purchase),
-            _get("/ledger", control.ledger),
-            _get("/misbehaviours", control.misbehaviours),
-            _post("/misbehaviours", control.misbehave),
-            _route("DELETE", "/misbehaviours", control.behave),
-            _get("/clock", control.clock),
-            _post("/clock", control.set_clock),
-            _get("/switches", control.switches),
-            _post("/switches", control.set_switches),
-            _get("/requests", control.requests),
-            _route("DELETE", "/requests", control.forget_requests),
-            _post("/reset", control.reset),
+            _get("/health", _Control.health),
+            _get("/methods", _Control.methods),
+            _post("/methods", _Control.add_methods),
+            _get("/payments", _Control.payments),
+            _post("/payments", _Control.add_payments),
+            _get("/payments/{payment_id}", _Control.payment),
+            _get("/refunds", _Control.refunds),
+            _post("/{kind}/{item_id}/{operation}", _Control.operate),
+            _post("/purchases", _Control.purchase),
+            _get("/ledger", _Control.ledger),
+            _get("/misbehaviours", _Control.misbehaviours),
+            _post("/misbehaviours", _Control.misbehave),
+            _route("DELETE", "/misbehaviours", _Control.behave),
+            _get("/clock", _Control.clock),
+            _post("/clock", _Control.set_clock),
+            _get("/switches", _Control.switches),
+            _post("/switches", _Control.set_switches),
+            _get("/requests", _Control.requests),
+            _route("DELETE", "/requests", _Control.forget_requests),
+            _get("/shops", _Control.shops),
+            _post("/shops", _Control.add_shop),
+            _post("/reset", _Control.reset),
         ],
         exception_handlers=dict.fromkeys((ValueError, TypeError, KeyError), _refuse),
     )
+    app.state.api = api
+    return app
 
 
 def _route(method: str, path: str, action: Callable[..., Any]) -> Route:
-    """`action` takes what the path names and, after it, the body of a POST."""
+    """`action` takes the control, what the path names and, after it, the body of a POST."""
 
     async def endpoint(request: Request) -> Response:
         if request.client is None or request.client.host not in {"127.0.0.1", "::1"}:
@@ -64,7 +71,7 @@ def _route(method: str, path: str, action: Callable[..., Any]) -> Route:
         given = list(request.path_params.values())
         if method == "POST":
             given.append(json.loads(await request.body() or b"{}"))
-        return JSONResponse(action(*given))
+        return JSONResponse(action(_Control(request.app.state.api, request.query_params.get("shop")), *given))
 
     return Route(path, endpoint, methods=[method])
 
@@ -84,9 +91,9 @@ async def _refuse(_request: Request, error: Exception) -> Response:
 class _Control:
     """What each route does. Bodies are decoded JSON, and so is what is returned."""
 
-    def __init__(self, api: ProviderApi) -> None:
+    def __init__(self, api: ProviderApi, shop_id: str | None) -> None:
         self.api = api
-        self.provider = api.provider
+        self.provider = api.provider if shop_id is None else api.shop(shop_id)
 
     def health(self) -> Any:
         return {"status": "ok", "shop_id": self.provider.shop_id, **self.clock()}
@@ -109,11 +116,6 @@ class _Control:
             self.provider.add_method(given.pop("id", None), given.pop("script", "succeeded"), **given)
         return self.methods()
 
-    def operate_method(self, method_id: str, operation: str, body: Any) -> Any:
-        if operation not in _METHOD_OPERATIONS:
-            raise ValueError(f"unknown operation {operation!r}")
-        return getattr(self.provider, f"{operation}_method")(method_id, **body).document()
-
     def payments(self) -> Any:
         return [payment.document() for payment in self.provider.payments()]
 
@@ -123,18 +125,14 @@ class _Control:
     def payment(self, payment_id: str) -> Any:
         return self.provider.payment(payment_id).document()
 
-    def operate(self, payment_id: str, operation: str, body: Any) -> Any:
-        if operation not in _OPERATIONS:
-            raise ValueError(f"unknown operation {operation!r}")
-        return getattr(self.provider, operation)(payment_id, **body).document()
+    def operate(self, kind: str, item_id: str, operation: str, body: Any) -> Any:
+        name = _OPERATIONS.get(kind, {}).get(operation)
+        if name is None:
+            raise ValueError(f"unknown operation {operation!r} on {kind}")
+        return getattr(self.provider, name)(item_id, **body).document()
 
     def refunds(self) -> Any:
         return [refund.document() for refund in self.provider.refunds()]
-
-    def operate_refund(self, refund_id: str, operation: str, body: Any) -> Any:
-        if operation not in _REFUND_OPERATIONS:
-            raise ValueError(f"unknown operation {operation!r}")
-        return getattr(self.provider, f"{operation}_refund")(refund_id, **body).document()
 
     def purchase(self, body: Any) -> Any:
         given = dict(body)
@@ -192,9 +190,15 @@ class _Control:
         self.api.counts.clear()
         return self.requests()
 
+    def shops(self) -> Any:
+        return [{"shop_id": shop.shop_id, "test": shop.is_test_shop} for shop in self.api.shops]
+
+    def add_shop(self, body: Any) -> Any:
+        self.api.add_shop(**body)
+        return self.shops()
+
     def reset(self, _body: Any) -> Any:
-        self.api.forget()
-        self.provider.reset()
+        self.api.reset()
         return {"status": "ok"}
 
 

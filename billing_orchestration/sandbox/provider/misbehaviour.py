@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.sandbox.provider.answers import (
     NO_RECURRING,
     Answer,
@@ -61,8 +62,8 @@ class Misbehaviour:
     call: one of CALLS; create, list and get are the payments'. effect: see EFFECTS. delay_s: waited before anything
     is executed, whether or not the client is still there. times: fires so often at most (None: always). skip: lets
     this many pass first. every: then fires at each k-th. page: only at the n-th page of a list. payment_method_id,
-    idempotence_key, payment_id, metadata: only for that method, key, payment (get), or a charge whose metadata holds
-    all of these.
+    idempotence_key, payment_id, metadata, shop_id: only for that method, key, payment (get), a charge whose metadata
+    holds all of these, or that shop.
     """
 
     call: str = "any"
@@ -76,6 +77,7 @@ class Misbehaviour:
     idempotence_key: str | None = None
     payment_id: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    shop_id: str | None = None
     seconds: float | None = None
     retry_after_s: int | None = None
     status: int = 502
@@ -162,9 +164,10 @@ def _at(document: Any, path: list[str], value: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a rule can ask about a request. `page` is 1 for a list without a cursor."""
+    """What a rule can ask about a request: whose it is (`shop`), which page (1 for a list without a cursor) …"""
 
     name: str
+    shop: SandboxProvider
     page: int | None = None
     payment_id: str | None = None
     idempotence_key: str | None = None
@@ -211,6 +214,8 @@ class Misbehaviours:
 
 def _matches(rule: Misbehaviour, call: Call) -> bool:
     if rule.call not in {"any", call.name}:
+        return False
+    if rule.shop_id is not None and rule.shop_id != call.shop.shop_id:
         return False
     if rule.page is not None and rule.page != call.page:
         return False

@@ -12,8 +12,6 @@ from billing_orchestration.sandbox.provider.clock import iso
 from billing_orchestration.sandbox.provider.methods import shown_method
 from billing_orchestration.sandbox.provider.records import Outcome, money, plain_json, shown_money
 
-# The provider keeps 3.5 %: income_amount is what is left.
-INCOME_SHARE = Decimal("0.965")
 # How long a customer has to confirm. None: for ever (cash).
 CONFIRM_WITHIN_S: Mapping[str, int | None] = {"cash": None, "b2b_sberbank": 8 * 3600, "sber_loan": 72 * 3600}
 CONFIRM_WITHIN_DEFAULT_S = 3600
@@ -43,6 +41,7 @@ class Payment:
     capture: bool = True
     save_method: bool = False
     test: bool = False
+    fee_percent: float | None = None
     refunded: Decimal = Decimal("0.00")
     cancellation: dict[str, str] | None = None
     confirmation_url: str | None = None
@@ -80,8 +79,8 @@ class Payment:
             "amount": self._money(self.amount),
         }
         captured = self.status == "succeeded"
-        if captured:
-            shown["income_amount"] = self._money(money(self.amount * INCOME_SHARE))
+        if captured and self.fee_percent is not None:
+            shown["income_amount"] = self._money(money(self.amount * (100 - Decimal(str(self.fee_percent))) / 100))
         if self.description is not None:
             shown["description"] = self.description
         shown["recipient"] = {

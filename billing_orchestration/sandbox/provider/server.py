@@ -26,7 +26,6 @@ from billing_orchestration.sandbox.provider.api import ProviderApi, ReceivedRequ
 from billing_orchestration.sandbox.provider.clock import SandboxClock
 from billing_orchestration.sandbox.provider.control import build_control
 from billing_orchestration.sandbox.provider.misbehaviour import Misbehaviour
-from billing_orchestration.sandbox.provider.switches import Switches
 
 DEFAULT_PORT = 8071
 # As nginx in front of the real API: long enough that a pooled connection is not closed under a client's feet.
@@ -107,17 +106,18 @@ def serve(
     `state_file`: read at the start if it is there, written at the end (Ctrl-C or SIGTERM).
     """
     provider = provider or SandboxProvider(shop_id=shop_id, secret_key=secret_key)
+    api = ProviderApi(provider)
     if state_file is not None and state_file.exists():
-        provider.load(state_file)
+        api.load(state_file)
     listening = _listen(host, port)
     host, port = listening.getsockname()[:2]
     print(f"Sandbox provider: http://{host}:{port}/v3 (shop {provider.shop_id})", flush=True)
     # uvicorn ends its work on SIGTERM and then raises the signal again: end as from Ctrl-C, so that the state is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
-        _server(ProviderApi(provider)).run(sockets=[listening])
+        _server(api).run(sockets=[listening])
     if state_file is not None:
-        provider.save(state_file)
+        api.save(state_file)
 
 
 @dataclass(slots=True)
@@ -168,11 +168,13 @@ class Sandbox:
         """Drop all rules and end every wait: silent connections are cut, delayed calls go on at once."""
         self.api.behave()
 
+    def add_shop(self, shop_id: str, secret_key: str) -> SandboxProvider:
+        """Open another shop under the same address; its credentials choose it."""
+        return self.api.add_shop(shop_id, secret_key)
+
     def reset(self, *, shop_id: str = SHOP_ID, secret_key: str = SECRET_KEY) -> None:
-        """Reset: no payments, no rules, no requests, default switches and credentials, the clock on real time."""
-        self.api.forget()
-        self.provider.reset()
-        self.provider.switches = Switches()
+        """Reset: one shop, no payments, no rules, no requests, default switches and credentials, real time."""
+        self.api.reset()
         self.provider.shop_id, self.provider.secret_key = shop_id, secret_key
         self.clock.run()
 

@@ -37,9 +37,22 @@ class ProviderState:
     sequence: int = 0
 
 
-def write_state(state: ProviderState, path: Path) -> None:
-    """Write the whole state, or leave the file as it was."""
-    document = {
+def write_document(document: Any, path: Path) -> None:
+    """Write the whole file, or leave it as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(document), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_document(path: Path) -> Any:
+    """What `write_document` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def state_document(state: ProviderState) -> dict[str, Any]:
+    """The whole state as JSON."""
+    return {
         "sequence": state.sequence,
         "payments": [_item_out(payment) for payment in state.payments.values()],
         "refunds": [_item_out(refund) for refund in state.refunds.values()],
@@ -59,15 +72,10 @@ def write_state(state: ProviderState, path: Path) -> None:
         "ledger": [entry.document() for entry in state.ledger],
         "agenda": [[due, order, item_id, _plain(event)] for due, order, item_id, event in state.agenda],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(document), encoding="utf-8")
-    os.replace(beside, path)
 
 
-def read_state(path: Path) -> ProviderState:
-    """The state that `write_state` wrote."""
-    document = json.loads(path.read_text(encoding="utf-8"))
+def state_of(document: Mapping[str, Any]) -> ProviderState:
+    """The state of `state_document`."""
     payments = [_item_in(Payment, item) for item in document["payments"]]
     refunds = [_item_in(Refund, item) for item in document["refunds"]]
     methods = [

@@ -26,6 +26,10 @@ class Switches:
     replay: str = "original"
     # Whether an answer 400 or 403 uses its key up.
     remember_errors: bool = True
+    # What the provider keeps of a payment; income_amount is the rest. None: it does not show an income_amount.
+    fee_percent: float | None = 3.5
+    # Whether the shop may charge saved methods, and save them: "This store can't make recurring payments".
+    recurring: bool = True
     # What becomes of a refund that is asked for through the API: an outcome, as in a saved method's script.
     refunds: str = "succeeded"
     # Order of a list that is filtered by captured_at.
