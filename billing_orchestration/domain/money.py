@@ -10,13 +10,13 @@ from decimal import Decimal
 LARGEST_AMOUNT = Decimal("999999.99")
 # The labels of the service's enum `currencyenum`.
 CURRENCIES = frozenset({"RUB", "USD", "EUR"})
-# Decimal knows more notations (1e2, 1_000, other scripts' digits) than a provider may mean.
+# Decimal accepts more notations (1e2, 1_000, other scripts' digits) than the provider documents.
 _PLAIN = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Money:
-    """An amount in a currency. Two of them are equal when both parts are: 5 RUB is not 5 USD."""
+    """An amount in a currency. 5 RUB is not 5 USD."""
 
     amount: Decimal
     currency: str
@@ -29,7 +29,7 @@ def parse_amount(value: object) -> Decimal:
     """Read an amount as the provider writes it (`"123.45"`).
 
     Raises ValueError, with the reason, for anything that is not a plain, finite decimal with at most two places
-    that fits numeric(8,2). Zero and below are left to the caller: a refunded amount may be zero.
+    that fits numeric(8,2). Zero and below are the caller's concern: a refunded amount may be zero.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, Decimal)):
         raise ValueError(f"amount {value!r} is not a decimal string")

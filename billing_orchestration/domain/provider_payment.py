@@ -25,8 +25,8 @@ METHOD_LABELS: Mapping[str, str] = {
     "tinkoff_bank": "TINKOFF_BANK",
     "sbp": "SBP",
 }
-# Types the provider documents that the service has no label for: such a payment is as paid as any other, and
-# payments.payment_method (nullable) stays NULL. A type outside both sets is an unknown enum: a person looks at it.
+# Documented types without a label in the service: such a payment is as paid as any other, and payments.payment_method
+# (nullable) stays NULL. A type outside both sets is unknown: a person looks at it.
 METHODS_WITHOUT_LABEL = frozenset(
     {
         "alfabank",
@@ -158,7 +158,7 @@ class ProviderPayment:
 
     @property
     def refunded_in_full(self) -> bool:
-        """A success whose whole amount went back. The provider keeps such a payment `succeeded`."""
+        """Whether the whole amount was refunded. The provider keeps such a payment `succeeded`."""
         return self.refunded_amount >= self.money.amount
 
 

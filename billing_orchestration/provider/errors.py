@@ -5,7 +5,7 @@
     ├── RequestRejected        the provider itself said no to this request (400): no money moved by it
     │   ├── WrongCredentials   401: shop id or secret key; stops a run at once
     │   ├── Forbidden          403: the shop may not do this (autopayments not enabled, say)
-    │   └── PaymentNotFound    404 in the provider's own words, for a payment asked by its id
+    │   └── PaymentNotFound    404 from the provider itself, for a payment asked for by its id
     ├── OutcomeUnknown         anything else: the request may have been executed, so money may have moved
     │   ├── RateLimited        429: slow down, then the same key again
     │   └── StillProcessing    202: ask again with the same key
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 
 class ProviderError(Exception):
-    """Any call to the provider that did not yield what was asked."""
+    """A call to the provider that did not return what was asked for."""
 
 
 class NeverSent(ProviderError):
@@ -48,13 +48,13 @@ class Forbidden(RequestRejected):
 
 
 class PaymentNotFound(RequestRejected):
-    """404, said by the provider about a payment asked by its id."""
+    """404 from the provider itself, for a payment asked for by its id."""
 
 
 class OutcomeUnknown(ProviderError):
     """The request may have been executed. For a charge: money may have moved.
 
-    `timed_out` marks silence (it cost the whole read timeout); `retry_after_s` is the provider's own wish, if any.
+    `timed_out`: it took the whole read timeout; `retry_after_s`: the delay the provider asks for, if any.
     """
 
     def __init__(self, message: str, *, retry_after_s: float | None = None, timed_out: bool = False) -> None:
@@ -68,8 +68,8 @@ class RateLimited(OutcomeUnknown):
 
 
 class StillProcessing(OutcomeUnknown):
-    """202: the provider works on it. Ask again with the same key and body."""
+    """202: still in progress. Ask again with the same key and body."""
 
 
 class IncompleteSlice(ProviderError):
-    """A list of payments broke off before its end. A diff from a part would invent differences: nothing was applied."""
+    """A list of payments broke off before its end. A diff of a part invents differences, so nothing was applied."""

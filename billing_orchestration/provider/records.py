@@ -1,7 +1,7 @@
-"""The provider's JSON to records, item by item: one odd payment is set aside with its reason, its neighbours are used.
+"""The provider's JSON to records, item by item: one odd payment is set aside with its reason, the others are used.
 
-Nothing in here raises on foreign data, whatever it holds, and nothing that PostgreSQL could not store (NUL, lone
-surrogates, NaN) leaves it.
+No foreign data raises here, whatever it holds, and nothing that PostgreSQL cannot store (NUL, lone surrogates, NaN)
+gets through.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _NO_MONEY = Decimal("0.00")
 _KNOWN_METHODS = frozenset(METHOD_LABELS) | METHODS_WITHOUT_LABEL
 # The provider documents 36 characters; payments.external_payment_id is an unbounded varchar, an index entry is not.
 _LONGEST_ID = 255
-# The provider opened in the 2000s; an instant far outside is garbage which would poison every comparison of dates.
+# The provider opened in the 2000s; an instant far outside is garbage that would poison every comparison of dates.
 _FIRST_YEAR, _LAST_YEAR = 2000, 2099
-# Evidence goes into one JSONB value that a person reads: deeper, wider or longer is cut.
+# Evidence is one JSONB value that a person reads: what is deeper, wider or longer is cut.
 _EVIDENCE_DEPTH, _EVIDENCE_WIDTH, _EVIDENCE_TEXT = 8, 60, 500
 # int() of more digits than this is refused by Python itself (4,300 by default); no field of a payment needs 30.
 _LONGEST_INTEGER = 30
@@ -60,15 +60,15 @@ def _read_int(text: str) -> int | str:
     return int(text) if len(text) <= _LONGEST_INTEGER else text
 
 
-# A literal that the database cannot hold stays the text it was written as: 1e999, NaN, a number of 5,000 digits.
+# A literal that the database cannot hold (1e999, NaN, 5,000 digits) stays text, as it was written.
 _decoder = json.JSONDecoder(parse_float=_read_float, parse_int=_read_int, parse_constant=str, strict=False)
 
 
 def read_json(body: bytes) -> Any:
-    """Decode an answer's body. Raises ValueError when it is not JSON (HTML, cut off, nested beyond any sense)."""
+    """Decode an answer's body. Raises ValueError when it is not JSON (HTML, cut off, nested too deeply)."""
     try:
         document = _decoder.decode(body.decode("utf-8-sig", "replace"))
-        # Two plain searches first: a regular expression over a whole page costs as much as decoding it.
+        # Plain searches first: a regular expression over a whole page costs as much as decoding it.
         suspect = b"\0" in body or (b"\\u" in body and _UNSTORABLE_ESCAPE.search(body))
         return _storable(document) if suspect else document
     except RecursionError:
@@ -90,7 +90,7 @@ def _storable(value: Any) -> Any:
 
 
 def parse_payment(item: object) -> ProviderPayment | UnusablePayment:
-    """Read one payment of the provider's. Never raises: what cannot be used says why."""
+    """Read one payment. Never raises: one that cannot be used says why."""
     try:
         return _parse(item)
     except _Odd as odd:
@@ -101,7 +101,7 @@ def parse_payment(item: object) -> ProviderPayment | UnusablePayment:
 
 
 def readable_id(item: object) -> str | None:
-    """The payment's id, if at least that can be read."""
+    """The payment's id, if that much can be read."""
     payment_id = item.get("id") if isinstance(item, dict) else None
     if isinstance(payment_id, str) and 0 < len(payment_id) <= _LONGEST_ID and payment_id.isprintable():
         return payment_id
@@ -109,7 +109,7 @@ def readable_id(item: object) -> str | None:
 
 
 def raw_status(item: object) -> str | None:
-    """The status as the item words it, if it is one that the provider documents."""
+    """The item's status, if it is one that the provider documents."""
     status = item.get("status") if isinstance(item, dict) else None
     return status if isinstance(status, str) and status in STATUSES else None
 
@@ -187,7 +187,7 @@ def _refunded(part: object, paid: Money) -> Decimal:
 
 
 def _method(part: object, *, succeeded: bool) -> tuple[str | None, str | None, bool]:
-    """Type, id and whether it is saved. Only a success is granted, so only there an unknown method matters."""
+    """Type, id and whether it is saved. Only a success is granted, so an unknown method matters only there."""
     if not isinstance(part, dict):
         if succeeded:
             raise _Odd(f"payment_method is {_kind(part)}, not an object")
@@ -210,7 +210,7 @@ def _cancellation(part: object) -> tuple[str | None, str | None]:
 
 
 def _metadata(metadata: dict[str, Any]) -> Mapping[str, Any]:
-    """As received. The provider documents texts; whatever else is in there is kept, cut to what can be stored."""
+    """As received. The provider documents texts; anything else is kept, cut to what can be stored."""
     if all(type(value) is str for value in metadata.values()):
         return metadata
     return {key: value if isinstance(value, str) else evidence(value) for key, value in metadata.items()}
@@ -259,11 +259,11 @@ def provider_instant(instant: datetime, *, round_up: bool = False) -> str:
     return instant.isoformat(timespec="milliseconds") + "Z"
 
 
-# --- What a person will read -------------------------------------------------------------------------------------
+# --- Evidence ----------------------------------------------------------------------------------------------------
 
 
 def evidence(item: object, depth: int = _EVIDENCE_DEPTH) -> Any:
-    """The raw item in a form that JSON and PostgreSQL hold, cut to what a person can read."""
+    """The raw item in a form that JSON and PostgreSQL can hold, cut to what a person can read."""
     if item is None or isinstance(item, bool):
         return item
     if isinstance(item, int):

@@ -1,6 +1,6 @@
-"""The official SDK's part in a charge: its path, its verb and the headers by which the provider knows it.
+"""The official SDK's part in a charge: its path, its verb, and the headers that name it to the provider.
 
-Imported with the first charge of a process: the SDK brings a hundred modules, a tenth of the CPU of a tick that finds
+Imported with the first charge of a process. The SDK brings a hundred modules, a tenth of the CPU of a tick that finds
 nothing, and 1,440 ticks a day only read.
 """
 
@@ -19,13 +19,13 @@ Send = Callable[[str, str, Mapping[str, str], bytes | None], Answer]
 
 
 class _ApiClient(ApiClient):
-    """The SDK's transport with our own wire: no global Configuration, and an answer instead of a guess."""
+    """The SDK's transport on our own wire: no global Configuration, and the raw answer instead of a guess at it."""
 
     def __init__(self, api_url: str, send: Send) -> None:
         # No super().__init__: it reads the process-wide Configuration, in which two shops mix.
         self.endpoint = api_url
         self._send = send
-        # It holds the operating system's name, in whatever alphabet.
+        # It holds the operating system's name, which may not be ASCII.
         agent = UserAgent().get_header_string().encode("ascii", "replace").decode("ascii")
         self._headers = {"User-Agent": agent, "YM-User-Agent": agent}
 
@@ -37,7 +37,7 @@ class _ApiClient(ApiClient):
         headers: Mapping[str, str] | None = None,
         body: bytes | None = None,
     ) -> Answer:
-        """Send once; the answer as it came, whatever its status."""
+        """Send once; return the answer as it is, whatever its status."""
         return self._send(method.upper(), path, {**self._headers, **(headers or {})}, body)
 
 

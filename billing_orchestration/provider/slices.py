@@ -13,7 +13,7 @@ from billing_orchestration.provider.records import evidence, parse_payment, raw_
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A whole slice; a part of one is never returned. `pages` is what was read, `requests` counts the repeated ones."""
+    """A whole slice, never a part of one. `pages` counts the pages, `requests` also the repeated reads of them."""
 
     payments: tuple[ProviderPayment, ...]
     unusable: tuple[UnusablePayment, ...]
@@ -22,7 +22,7 @@ class Slice:
 
 
 class Collector:
-    """Gathers items into a slice. With `status`, items that are readably in another status are dropped."""
+    """Gathers items into a slice. With `status`, items in another documented status are dropped."""
 
     def __init__(self, status: str | None = None) -> None:
         self._status = status
@@ -30,7 +30,7 @@ class Collector:
         self._unusable: dict[str, UnusablePayment] = {}
         self.pages = 0
         self.requests = 0
-        # Whether reading a list was given up before its end, to go about it in another way.
+        # Whether a list was left before its end, to be read in parts instead.
         self.is_cut = False
 
     def add_page(self, items: Iterable[Any]) -> None:
@@ -64,15 +64,15 @@ class Collector:
         if known is payment or known == payment:
             return
         if _identity(known) != _identity(payment):
-            # What a payment is never changes at the provider. Two stories about one id: a person decides.
-            told = [repr(_identity(known)), repr(_identity(payment))]
+            # A payment's identity never changes at the provider. Two versions of one id: a person decides.
+            versions = [repr(_identity(known)), repr(_identity(payment))]
             reason = "the provider lists it twice in one slice, with a different amount, test mark or metadata"
-            self._set_aside(UnusablePayment(payment.id, reason, evidence(told)))
+            self._set_aside(UnusablePayment(payment.id, reason, evidence(versions)))
         elif _progress(payment) > _progress(known):
             self._payments[payment.id] = payment
 
     def _set_aside(self, unusable: UnusablePayment) -> None:
-        # By id; what has none is told apart by its content, since both lists of a slice may hold the same item.
+        # By id, or by content where there is none: both lists of a slice may hold the same item.
         key = unusable.payment_id or "\n" + json.dumps(unusable.evidence, sort_keys=True)
         self._unusable.setdefault(key, unusable)
 
@@ -82,6 +82,6 @@ def _identity(payment: ProviderPayment) -> tuple[object, ...]:
 
 
 def _progress(payment: ProviderPayment) -> tuple[object, ...]:
-    # The page read later knows more: captures and refunds only ever grow. Refunds first: to grant what was paid back
-    # in full is the one mistake that cannot be seen again.
+    # Captures and refunds only ever grow, so the larger version is the later one. Refunds first: granting what was
+    # refunded in full is the one mistake that nothing would show again.
     return payment.refunded_amount, payment.captured_at is not None, payment.method_saved

@@ -1,8 +1,8 @@
 """One request over the wire, sent at most once: urllib3, pooled, with TLS verified; no retries, redirects or netrc.
 
-What this adds to urllib3: NotConnected for whatever fails before a connection exists, so that everything else is known
-to have possibly been executed; one deadline and one largest size for a whole answer, headers included; and the
-certificates and proxies that the environment names.
+What this adds to urllib3: NotConnected for whatever fails before a connection exists, so that everything else may have
+been executed; one deadline for a whole answer, headers included; a largest size; and the certificates and proxies that
+the environment names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CERTIFICATE_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE
 # Servers close an idle connection after 60 to 75 s. A request written into that very moment would be lost, and a
 # charge's outcome unknown for nothing: an older connection is not used again.
 _LONGEST_IDLE_S = 45.0
-# A page of 100 payments takes 0.2 MB. The bound holds on the wire and once more for what is unpacked from it.
+# The body, unpacked. A page of 100 payments takes 0.2 MB. http.client takes at most 100 headers of 64 KB.
 LARGEST_ANSWER = 16 * 2**20
 
 
@@ -126,14 +126,13 @@ def _read_answer(response: Any) -> Answer:
 
 
 class _BoundedReader(io.RawIOBase):
-    """What arrives on a socket, until a deadline and up to a size: a server cannot hold a thread by dripping."""
+    """What arrives on a socket before a deadline: a server that drips or floods cannot hold a thread."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
         self._raw = raw
         self._sock = sock
         # urllib3 sets the time for the answer as the socket's timeout just before it reads.
         self._deadline = time.monotonic() + (sock.gettimeout() or 0.0)
-        self._room = LARGEST_ANSWER
 
     def readable(self) -> bool:
         return True
@@ -143,11 +142,7 @@ class _BoundedReader(io.RawIOBase):
         if left_s <= 0:
             raise TimeoutError("the whole answer did not arrive in time")
         self._sock.settimeout(left_s)
-        count = self._raw.readinto(buffer)
-        self._room -= count or 0
-        if self._room < 0:
-            raise UnusableAnswer(f"the answer is larger than {LARGEST_ANSWER:,} bytes")
-        return count
+        return self._raw.readinto(buffer)
 
     def close(self) -> None:
         self._raw.close()
@@ -155,7 +150,7 @@ class _BoundedReader(io.RawIOBase):
 
 
 class _BoundedResponse(http.client.HTTPResponse):
-    """An answer whose headers and body are read within the bounds."""
+    """An answer whose headers and body are read before one deadline."""
 
     def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)

@@ -14,13 +14,11 @@ from typing import Any
 import pytest
 
 from billing_orchestration.domain.money import Money
-from billing_orchestration.domain.provider_payment import UnusablePayment
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.provider.errors import (
     Forbidden,
     IncompleteSlice,
     OutcomeUnknown,
-    PaymentNotFound,
     RateLimited,
     RequestRejected,
     StillProcessing,
@@ -172,50 +170,6 @@ def test_a_wrong_path_is_told_with_a_hint_at_the_url(sandbox: Sandbox, provider:
         lost.check()
 
 
-def test_a_payment_of_nobody_is_not_found(provider: PaymentProvider) -> None:
-    with pytest.raises(PaymentNotFound):
-        provider.get_payment("2d0e7f6a-000f-5000-8000-000000000000")
-
-
-def test_a_read_gets_over_three_faults_of_any_kind_and_not_over_four(
-    sandbox: Sandbox, provider: PaymentProvider
-) -> None:
-    known = sandbox.provider.add_payment(created_at=NOW)
-    faults = ["cut_before", "reset_after", "error_before", "silence_before", "processing_before", "html_before"]
-    for fault in [*faults, "truncated", "too_many_requests"]:
-        sandbox.misbehave("get", fault, times=3)
-        told = provider.get_payment(known.id)
-        assert not isinstance(told, UnusablePayment)
-        assert told.id == known.id
-        sandbox.misbehave("get", fault, times=4)
-        with pytest.raises(OutcomeUnknown):
-            provider.get_payment(known.id)
-    assert sandbox.count("get") == (4 + 4) * (len(faults) + 2)
-
-
-def test_every_page_of_a_long_list_is_read_once(sandbox: Sandbox, provider: PaymentProvider) -> None:
-    many = [{"created_at": NOW - timedelta(seconds=n), "metadata": METADATA} for n in range(1, 951)]
-    known = sandbox.provider.add_payments(many)
-    told = provider.scan(NOW - 60 * MINUTE, NOW)
-    assert [payment.id for payment in told.payments] == [payment.id for payment in known]
-    assert (told.pages, told.requests) == (10, 10)
-    assert sandbox.count("list") == 10
-
-
-@pytest.mark.parametrize("fault", ["cut_before", "error_before", "truncated", "html_before", "silence_before"])
-def test_a_list_that_breaks_off_on_page_7_is_asked_again_and_then_given_up(
-    sandbox: Sandbox, provider: PaymentProvider, fault: str
-) -> None:
-    sandbox.provider.add_payments([{"created_at": NOW - timedelta(seconds=n)} for n in range(850)])
-    sandbox.misbehave("list", fault, page=7, times=2)
-    told = provider.scan(NOW - 60 * MINUTE, NOW)
-    assert (len(told.payments), told.pages, told.requests) == (850, 9, 11)
-    sandbox.behave()
-    sandbox.misbehave("list", fault, page=7, times=None)
-    with pytest.raises(IncompleteSlice, match="page 7"):
-        provider.scan(NOW - 60 * MINUTE, NOW)
-
-
 def test_a_slice_holds_what_was_created_or_captured_in_the_window_each_once(
     sandbox: Sandbox, provider: PaymentProvider
 ) -> None:
@@ -300,16 +254,6 @@ def test_a_short_slice_costs_no_request_more_than_its_pages(
     sandbox.provider.add_payments([{"created_at": NOW - timedelta(seconds=n)} for n in range(payments)])
     told = provider.fetch_slice(NOW - 60 * MINUTE, NOW, parallel_windows=None)
     assert (len(told.payments), sandbox.count("list")) == (payments, requests)
-
-
-def test_odd_items_of_a_page_leave_the_other_99(sandbox: Sandbox, provider: PaymentProvider) -> None:
-    add = sandbox.provider.add_payment
-    sandbox.provider.add_payments([{"created_at": NOW - timedelta(seconds=n)} for n in range(99)])
-    add(id="nulls", created_at=NOW, override={"amount": None, "payment_method": None, "recipient": None})
-    add(id="card-nulls", created_at=NOW, override={"recipient": None, "payment_method": {"type": "bank_card"}})
-    told = provider.scan(NOW - 60 * MINUTE, NOW)
-    assert len(told.payments) == 100
-    assert [(one.payment_id, one.reason) for one in told.unusable] == [("nulls", "amount is missing, not an object")]
 
 
 def test_sixty_four_threads_charge_each_key_once(sandbox: Sandbox, provider: PaymentProvider) -> None:

@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+import tracemalloc
 from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,8 @@ from billing_orchestration_tests.provider.wire_server import (
     answer,
     cut,
     drip,
+    error,
+    flood,
     free_port,
     half_of,
     hang_up,
@@ -90,17 +93,17 @@ ENDS: dict[str, Reaction] = {
     "not HTTP": cut(b"SSH-2.0-OpenSSH_9.9\r\n"),
     "an endless header": cut(HEAD + b"A: " + b"a" * 70_000),
     "endless headers": cut(HEAD + b"A: b\r\n" * 500),
-    "too large, as announced": answer(200, b" " * (LARGEST_ANSWER + 1)),
-    "too large, in chunks": cut(chunked(*[b"100000\r\n" + b" " * 2**20 + b"\r\n"] * 17)),
-    "too large, of no length": cut(HEAD + b"\r\n" + b" " * (LARGEST_ANSWER + 1)),
-    "too large, unpacked": unpacked(gzip.compress(b" " * (4 * LARGEST_ANSWER))),
+    "too large, as announced": answer(200, CONTENT + b" " * LARGEST_ANSWER),
+    "too large, in chunks": cut(chunked(CHUNKS, *[b"100000\r\n" + b" " * 2**20 + b"\r\n"] * 16, b"0\r\n\r\n")),
+    "too large, of no length": cut(HEAD + b"\r\n" + CONTENT + b" " * LARGEST_ANSWER),
+    "too large, unpacked": unpacked(gzip.compress(CONTENT + b" " * (4 * LARGEST_ANSWER))),
 }
 SILENT_ENDS: dict[str, Reaction] = {
     "silence": silence,
     "silence in the body": cut(PAID[:-20], silence),
     "a dripping header": drip(HEAD + b"A: ", b"a"),
     "a dripping body": drip(HEAD + b"Content-Length: 1000000\r\n\r\n", b" "),
-    "no end of 100s": drip(INFORMATION, INFORMATION),
+    "no end of 100s": flood(INFORMATION * 100),
 }
 
 
@@ -121,6 +124,32 @@ def test_however_a_connection_ends_the_request_was_sent_once_and_its_outcome_is_
         with pytest.raises(IncompleteSlice):
             provider.list_payments({})
         assert len(server.requests) == 3
+
+
+def test_the_final_answer_after_a_103_is_not_taken_for_the_answer_to_the_next_charge() -> None:
+    def react(request: Request, index: int) -> Reaction:
+        if request.connection > 1:
+            return PAID
+        return b"HTTP/1.1 103 Early Hints\r\n\r\n" if index == 1 else error(400, "invalid_request")
+
+    with wire_server(react) as server:
+        provider = Shop(server.url).provider
+        with pytest.raises(OutcomeUnknown, match="103"):
+            provider.create_payment(BODY, KEY)
+        assert provider.create_payment(BODY, KEY).id == ID
+
+
+def test_an_answer_is_unpacked_up_to_its_largest_size_only() -> None:
+    bomb = unpacked(gzip.compress(b" " * (16 * LARGEST_ANSWER), compresslevel=1))
+    with shop(bomb, timeouts=Timeouts()) as (provider, _, _):
+        tracemalloc.start()
+        try:
+            with pytest.raises(OutcomeUnknown, match="larger than"):
+                provider.create_payment(BODY, KEY)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 5 * LARGEST_ANSWER
 
 
 @pytest.mark.parametrize("tls", [False, True])

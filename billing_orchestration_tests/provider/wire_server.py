@@ -201,6 +201,16 @@ def drip(start: bytes, drop: bytes) -> Callable[[socket.socket], None]:
     return send_drops
 
 
+def flood(drop: bytes) -> Callable[[socket.socket], None]:
+    """The same again and again, as fast as the other side reads it, until that gives up."""
+
+    def send_all(client: socket.socket) -> None:
+        while True:
+            client.sendall(drop)
+
+    return send_all
+
+
 def payment(payment_id: str = ID, status: str = "succeeded", **other: Any) -> dict[str, Any]:
     """A payment as the provider writes it; `other` replaces fields."""
     return {
