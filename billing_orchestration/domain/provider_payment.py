@@ -16,6 +16,7 @@ WAITING_FOR_CAPTURE = "waiting_for_capture"
 SUCCEEDED = "succeeded"
 CANCELED = "canceled"
 STATUSES = frozenset({PENDING, WAITING_FOR_CAPTURE, SUCCEEDED, CANCELED})
+REFUND_STATUSES = frozenset({PENDING, SUCCEEDED, CANCELED})
 
 # Provider method types that have a label in the service's enum `paymentmethodsenum`.
 METHOD_LABELS: Mapping[str, str] = {
@@ -125,6 +126,7 @@ _READERS: tuple[tuple[str, Callable[[object], object]], ...] = (
 class ProviderPayment:
     """One payment at the provider. Instants are aware UTC; `metadata` is as received (foreign data, not trusted).
 
+    `income_amount`: what the shop gets of it, after the provider's fee; None where it is not said.
     `claims` is the metadata, parsed when the payment is made: rules read it and never the metadata.
     """
 
@@ -141,6 +143,7 @@ class ProviderPayment:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     cancellation_party: str | None = None
     cancellation_reason: str | None = None
+    income_amount: Decimal | None = None
     claims: Claims = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -163,10 +166,21 @@ class ProviderPayment:
 
 
 @dataclass(frozen=True, slots=True)
+class ProviderRefund:
+    """One refund at the provider: money of a payment on its way back, given back, or kept after all."""
+
+    id: str
+    payment_id: str
+    status: str
+    money: Money
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class UnusablePayment:
     """An item of a provider's answer that cannot be read as a payment. The other items of its page still can.
 
-    `payment_id` is None when not even that could be read; `evidence` is the raw item.
+    `payment_id` is None when not even that could be read; `evidence` is the raw item. Of a refund it is the payment's.
     """
 
     payment_id: str | None

@@ -11,26 +11,28 @@ import random
 import re
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
 
-from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
+from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.provider.errors import (
+    Forbidden,
     IncompleteSlice,
     NeverSent,
     OutcomeUnknown,
+    PaymentNotFound,
     ProviderError,
     RateLimited,
     RequestRejected,
-    WrongCredentials,
 )
+from billing_orchestration.provider.lists import Lists, window
 from billing_orchestration.provider.pacing import RateLimit, map_concurrently
-from billing_orchestration.provider.records import parse_payment, provider_instant, read_json
-from billing_orchestration.provider.slices import Collector, Slice
+from billing_orchestration.provider.records import parse_payment, read_json
+from billing_orchestration.provider.slices import RefundSlice, Slice
 from billing_orchestration.provider.translation import Call, Translator
 from billing_orchestration.provider.wire import Answer, Wire
 from billing_orchestration.threads import OF_THE_SYSTEM, Threads
@@ -44,13 +46,6 @@ Value = TypeVar("Value")
 
 # The provider takes 1 to 64 characters; beyond ASCII they would not survive an HTTP header.
 _KEY = re.compile(r"[\x21-\x7e]{1,64}")
-_PAGE_SIZE = "100"
-# A million payments. A provider whose cursors go on beyond that never ends its list.
-_MOST_PAGES = 10_000
-# A list up to this long is read page by page; a longer one is started over in parts that are read concurrently. Four
-# parts bring three quarters of the possible gain, and four requests at once are far below any shop's rate limit.
-_SHORT_PAGES = 3
-_WORTHWHILE_WINDOWS = 4
 # Half a minute is long enough for a hiccup; a run every two minutes tries again anyway.
 _LONGEST_BACKOFF_S = 30.0
 
@@ -90,9 +85,9 @@ class _Payments:
         """GET one payment."""
         return self._get(f"/payments/{quoted_id}")
 
-    def page(self, query: Mapping[str, str]) -> Answer:
-        """GET one page of the list."""
-        return self._get(f"/payments?{urlencode(query)}")
+    def page(self, what: str, query: Mapping[str, str]) -> Answer:
+        """GET one page of a list: payments, refunds."""
+        return self._get(f"/{what}?{urlencode(query)}")
 
     def _get(self, path: str) -> Answer:
         return self._wire.send("GET", path, headers=self._get_headers, body=None, read_s=self._timeouts.read_s)
@@ -142,6 +137,7 @@ class PaymentProvider:
         token = b64encode(f"{shop_id}:{secret_key}".encode()).decode("ascii")
         self._errors = Translator(self.api_url, (secret_key, token))
         self._payments = _Payments(self.api_url, self._wire, timeouts, f"Basic {token}")
+        self._lists = Lists(self._read_page, self._errors.foreign, threads)
 
     def __repr__(self) -> str:
         return f"PaymentProvider(api_url={self.api_url!r}, shop_id={self.shop_id!r})"
@@ -212,7 +208,7 @@ class PaymentProvider:
 
         Raises IncompleteSlice when the end was not reached, with the reason as `__cause__`; WrongCredentials as it is.
         """
-        return self._collect(filters, Collector()).whole()
+        return self._lists.payments(filters)
 
     def fetch_slice(self, start: datetime, end: datetime, *, parallel_windows: int | None = 1) -> Slice:
         """The payments that succeeded and were created or captured in [start, end], each once. Whole, or an error.
@@ -224,97 +220,56 @@ class PaymentProvider:
         concurrently. Their bounds overlap by an instant, so nothing falls between them. None: a list longer than a
         few pages is read in parts, a shorter one costs no extra request.
         """
-        slice_ = Collector(SUCCEEDED)
-        if parallel_windows is None:
-            parallel_windows = self._read_if_short(start, end, slice_)
-            if not parallel_windows:
-                return slice_.whole()
-        bounds = _split(start, end, parallel_windows)
-        lists = [
-            {"status": SUCCEEDED, **_window(instant, first, last)}
-            for instant in ("created_at", "captured_at")
-            for first, last in bounds
-        ]
-        if parallel_windows == 1:
-            for filters in lists:
-                self._collect(filters, slice_)
-            return slice_.whole()
-        parts: dict[int, Collector] = {}
+        return self._lists.succeeded(start, end, parallel_windows)
 
-        def read(number: int) -> Collector:
-            return self._collect(lists[number], Collector(SUCCEEDED))
+    def fetch_day(self, start: datetime, end: datetime, *, parallel_windows: int | None = None) -> Slice:
+        """The payments in ANY status that were created or captured in [start, end), each once. Whole, or an error."""
+        return self._lists.payments_of_day(start, end, parallel_windows)
 
-        for number, part in map_concurrently(read, range(len(lists)), parallel_windows, threads=self._threads):
-            if isinstance(part, Exception):
-                raise part
-            parts[number] = part
-        for number in range(len(lists)):
-            slice_.merge(parts.pop(number))
-        return slice_.whole()
+    def fetch_refunds(self, start: datetime, end: datetime) -> RefundSlice:
+        """The refunds in any status that were created in [start, end), each once. Whole, or an error."""
+        return self._lists.refunds_of_day(start, end)
 
-    def _read_if_short(self, start: datetime, end: datetime, slice_: Collector) -> int:
-        """Read both lists as far as they are short; 0 when that was all, else in how many parts to read them."""
-        for instant in ("created_at", "captured_at"):
-            self._collect({"status": SUCCEEDED, **_window(instant, start, end)}, slice_, most_pages=_SHORT_PAGES)
-            if slice_.is_cut:
-                return _WORTHWHILE_WINDOWS
-        return 0
+    def look_up(
+        self, payment_ids: Iterable[str], max_concurrency: int
+    ) -> dict[str, ProviderPayment | UnusablePayment | None]:
+        """Ask for each of these payments, some at once. None: the provider does not know it.
+
+        Whole, or an error: IncompleteSlice when it does not answer for one of them, WrongCredentials as it is.
+        """
+        ids = list(dict.fromkeys(payment_ids))
+        found: dict[str, ProviderPayment | UnusablePayment | None] = {}
+        for payment_id, answer in map_concurrently(self.get_payment, ids, max_concurrency, threads=self._threads):
+            if isinstance(answer, PaymentNotFound):
+                found[payment_id] = None
+            elif isinstance(answer, RequestRejected) and not isinstance(answer, Forbidden):
+                found[payment_id] = UnusablePayment(payment_id, f"it refuses to look it up: {answer}", payment_id)
+            elif isinstance(answer, ProviderError):
+                raise IncompleteSlice(
+                    f"payment {self._errors.foreign(payment_id)} could not be looked up: {answer} Nothing was decided"
+                    " without it."
+                ) from answer
+            elif isinstance(answer, Exception):
+                raise answer
+            else:
+                found[payment_id] = answer
+        return found
 
     def scan(self, start: datetime, end: datetime) -> Slice:
         """Every payment created in [start, end], in any status: where a lost charge is searched for."""
-        return self.list_payments(_window("created_at", start, end))
+        return self.list_payments(window("created_at", start, end))
 
     def check(self) -> None:
         """The cheapest authenticated request, once. Raises the ProviderError that says what is wrong."""
         call = Call("the list of payments")
-        self._items(self._send(call, lambda: self._payments.page({"limit": "1"})), call)
+        self._items(self._send(call, lambda: self._payments.page("payments", {"limit": "1"})), call)
 
-    def _collect(self, filters: Mapping[str, str], slice_: Collector, *, most_pages: int | None = None) -> Collector:
-        cursor: str | None = None
-        seen: set[str] = set()
-        page = 0
-        while True:
-            page += 1
-            query = {"limit": _PAGE_SIZE, **filters}
-            if cursor is not None:
-                query["cursor"] = cursor
-            call = Call(f"page {page} of the list of payments")
+    def _read_page(self, what: str, query: Mapping[str, str], call: Call) -> tuple[list[Any], Any, int]:
+        def ask() -> tuple[list[Any], Any]:
+            return self._items(self._send(call, lambda: self._payments.page(what, query)), call)
 
-            def ask(call: Call = call, query: Mapping[str, str] = query) -> tuple[list[Any], Any]:
-                return self._items(self._send(call, lambda: self._payments.page(query)), call)
-
-            try:
-                (items, following), requests = self._within_bound(ask)
-            except WrongCredentials:
-                raise
-            except ProviderError as fault:
-                raise IncompleteSlice(
-                    f"the list of payments broke off at page {page}: {fault} Nothing was decided from it."
-                ) from fault
-            slice_.requests += requests
-            slice_.add_page(items)
-            if following in (None, ""):
-                return slice_
-            if page == most_pages:
-                slice_.is_cut = True
-                return slice_
-            cursor = self._next_cursor(following, seen, page)
-
-    def _next_cursor(self, following: Any, seen: set[str], page: int) -> str:
-        """The next page's cursor. Raises IncompleteSlice for one that leads nowhere, or nowhere new."""
-        if isinstance(following, str) and following not in seen and page < _MOST_PAGES:
-            seen.add(following)
-            return following
-        shown = self._errors.foreign(repr(following))
-        if page == _MOST_PAGES:
-            problem = f"goes on after {_MOST_PAGES} pages"
-        elif isinstance(following, str):
-            problem = f"repeats the cursor {shown}"
-        else:
-            problem = f"names {shown} as its cursor"
-        raise IncompleteSlice(
-            f"the list of payments {problem} (page {page}), so its end cannot be reached. Nothing was decided from it."
-        )
+        (items, following), requests = self._within_bound(ask)
+        return items, following, requests
 
     # --- One request ---------------------------------------------------------------------------------------------
 
@@ -374,18 +329,3 @@ class PaymentProvider:
             hint = f"which holds no list of items; is YOOKASSA_API_URL right? It is {self.api_url}"
             raise self._errors.of_unusable(answer, call, hint)
         return items, page.get("next_cursor")
-
-
-def _split(start: datetime, end: datetime, parts: int) -> list[tuple[datetime, datetime]]:
-    """The window in equal parts, latest first, as the provider lists. Each starts where its neighbour ends."""
-    if parts < 1:
-        raise ValueError(f"parallel_windows is {parts}; it must be at least 1")
-    step = (end - start) / parts
-    marks = [start + step * number for number in range(parts)] + [end]
-    return [(marks[number], marks[number + 1]) for number in reversed(range(parts))]
-
-
-def _window(name: str, start: datetime, end: datetime) -> dict[str, str]:
-    if start > end:
-        raise ValueError(f"the window starts at {start} and ends before that, at {end}")
-    return {f"{name}.gte": provider_instant(start), f"{name}.lte": provider_instant(end, round_up=True)}

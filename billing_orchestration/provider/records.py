@@ -19,9 +19,11 @@ from billing_orchestration.domain.money import CURRENCIES, Money, parse_amount
 from billing_orchestration.domain.provider_payment import (
     METHOD_LABELS,
     METHODS_WITHOUT_LABEL,
+    REFUND_STATUSES,
     STATUSES,
     SUCCEEDED,
     ProviderPayment,
+    ProviderRefund,
     UnusablePayment,
 )
 
@@ -100,9 +102,21 @@ def parse_payment(item: object) -> ProviderPayment | UnusablePayment:
     return UnusablePayment(readable_id(item), reason, evidence(item))
 
 
-def readable_id(item: object) -> str | None:
+def parse_refund(item: object) -> ProviderRefund | UnusablePayment:
+    """Read one refund. Never raises: one that cannot be used says why, and of which payment it is."""
+    try:
+        return _parse_refund(item)
+    except _Odd as odd:
+        reason = str(odd)
+    except Exception as unforeseen:  # noqa: BLE001 - as for payments
+        reason = f"cannot be read ({type(unforeseen).__name__})"
+    name = f"refund {readable_id(item)}" if readable_id(item) else "a refund"
+    return UnusablePayment(readable_id(item, "payment_id"), f"{name}: {reason}", evidence(item))
+
+
+def readable_id(item: object, name: str = "id") -> str | None:
     """The payment's id, if that much can be read."""
-    payment_id = item.get("id") if isinstance(item, dict) else None
+    payment_id = item.get(name) if isinstance(item, dict) else None
     if isinstance(payment_id, str) and 0 < len(payment_id) <= _LONGEST_ID and payment_id.isprintable():
         return payment_id
     return None
@@ -156,7 +170,24 @@ def _parse(item: object) -> ProviderPayment:
         metadata=_metadata(metadata) if isinstance(metadata, dict) else {},
         cancellation_party=party,
         cancellation_reason=reason,
+        income_amount=_income(item.get("income_amount"), money),
     )
+
+
+def _parse_refund(item: object) -> ProviderRefund:
+    if not isinstance(item, dict):
+        raise _Odd(f"is {_kind(item)}, not an object")
+    refund_id, payment_id, status = readable_id(item), readable_id(item, "payment_id"), item.get("status")
+    if refund_id is None:
+        raise _Odd(f"id {_shown(item.get('id'))} is not a refund id")
+    if payment_id is None:
+        raise _Odd(f"payment_id {_shown(item.get('payment_id'))} is not a payment id")
+    if not isinstance(status, str) or status not in REFUND_STATUSES:
+        raise _Odd(f"status {_shown(status)} is unknown")
+    money = _money(item.get("amount"), "amount")
+    if money.amount <= 0:
+        raise _Odd(f"amount {money} is not above zero")
+    return ProviderRefund(refund_id, payment_id, status, money, _instant(item.get("created_at"), "created_at"))
 
 
 @lru_cache(maxsize=4096)
@@ -184,6 +215,17 @@ def _refunded(part: object, paid: Money) -> Decimal:
     if refunded.amount < 0:
         raise _Odd(f"refunded_amount {refunded} is below zero")
     return refunded.amount
+
+
+def _income(part: object, paid: Money) -> Decimal | None:
+    """What the shop gets of it. No grant depends on it, so an odd one is as good as none."""
+    if part is None:
+        return None
+    try:
+        income = _money(part, "income_amount")
+    except _Odd:
+        return None
+    return income.amount if income.currency == paid.currency and 0 <= income.amount <= paid.amount else None
 
 
 def _method(part: object, *, succeeded: bool) -> tuple[str | None, str | None, bool]:

@@ -1,4 +1,4 @@
-"""A slice of the provider's payments: every item of every page, once."""
+"""A slice of the provider's payments or refunds: every item of every page, once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
-from billing_orchestration.provider.records import evidence, parse_payment, raw_status
+from billing_orchestration.domain.provider_payment import PENDING, ProviderPayment, ProviderRefund, UnusablePayment
+from billing_orchestration.provider.records import evidence, parse_payment, parse_refund, raw_status
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,20 @@ class Slice:
     requests: int
 
 
-class Collector:
-    """Gathers items into a slice. With `status`, items in another documented status are dropped."""
+@dataclass(frozen=True, slots=True)
+class RefundSlice:
+    """The same of refunds."""
 
-    def __init__(self, status: str | None = None) -> None:
-        self._status = status
-        self._payments: dict[str, ProviderPayment] = {}
+    refunds: tuple[ProviderRefund, ...]
+    unusable: tuple[UnusablePayment, ...]
+    pages: int
+    requests: int
+
+
+class Pages:
+    """What every list is read into: its pages, counted, and the items that cannot be used."""
+
+    def __init__(self) -> None:
         self._unusable: dict[str, UnusablePayment] = {}
         self.pages = 0
         self.requests = 0
@@ -36,14 +44,25 @@ class Collector:
     def add_page(self, items: Iterable[Any]) -> None:
         """Take a page's items, one by one."""
         self.pages += 1
-        wanted = self._status
         for item in items:
-            record = parse_payment(item)
-            if isinstance(record, ProviderPayment):
-                if wanted is None or record.status == wanted:
-                    self._add(record)
-            elif wanted is None or raw_status(item) in (None, wanted):
-                self._set_aside(record)
+            self._take(item)
+
+    def _take(self, item: Any) -> None:
+        raise NotImplementedError
+
+    def _set_aside(self, unusable: UnusablePayment) -> None:
+        # By id, or by content where there is none: both lists of a slice may hold the same item.
+        key = unusable.payment_id or "\n" + json.dumps(unusable.evidence, sort_keys=True)
+        self._unusable.setdefault(key, unusable)
+
+
+class Collector(Pages):
+    """Gathers payments into a slice. With `status`, items in another documented status are dropped."""
+
+    def __init__(self, status: str | None = None) -> None:
+        super().__init__()
+        self._status = status
+        self._payments: dict[str, ProviderPayment] = {}
 
     def merge(self, other: Collector) -> None:
         """Take what another collector gathered, with its counts."""
@@ -59,6 +78,14 @@ class Collector:
         payments = tuple(payment for key, payment in self._payments.items() if key not in self._unusable)
         return Slice(payments, tuple(self._unusable.values()), self.pages, self.requests)
 
+    def _take(self, item: Any) -> None:
+        record = parse_payment(item)
+        if isinstance(record, ProviderPayment):
+            if self._status is None or record.status == self._status:
+                self._add(record)
+        elif self._status is None or raw_status(item) in (None, self._status):
+            self._set_aside(record)
+
     def _add(self, payment: ProviderPayment) -> None:
         known = self._payments.setdefault(payment.id, payment)
         if known is payment or known == payment:
@@ -71,10 +98,26 @@ class Collector:
         elif _progress(payment) > _progress(known):
             self._payments[payment.id] = payment
 
-    def _set_aside(self, unusable: UnusablePayment) -> None:
-        # By id, or by content where there is none: both lists of a slice may hold the same item.
-        key = unusable.payment_id or "\n" + json.dumps(unusable.evidence, sort_keys=True)
-        self._unusable.setdefault(key, unusable)
+
+class RefundCollector(Pages):
+    """Gathers refunds into a slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._refunds: dict[str, ProviderRefund] = {}
+
+    def whole(self) -> RefundSlice:
+        """The slice, once every page is in."""
+        return RefundSlice(tuple(self._refunds.values()), tuple(self._unusable.values()), self.pages, self.requests)
+
+    def _take(self, item: Any) -> None:
+        record = parse_refund(item)
+        if isinstance(record, UnusablePayment):
+            # By content: several of one payment are several refunds.
+            self._unusable.setdefault(json.dumps(record.evidence, sort_keys=True), record)
+        # Pages shift while they are read, and may show one twice. Only a pending one can have changed meanwhile.
+        elif record.id not in self._refunds or record.status != PENDING:
+            self._refunds[record.id] = record
 
 
 def _identity(payment: ProviderPayment) -> tuple[object, ...]:

@@ -37,6 +37,7 @@ def test_a_payment_is_read_with_every_field_that_a_rule_needs() -> None:
         method_id="2a0b4c6d-saved",
         method_saved=True,
         metadata={"user_id": "u-1", "plan_id": "7", "payment_provider_id": "1"},
+        income_amount=Decimal("482.53"),
     )
 
 
@@ -57,6 +58,16 @@ def test_nulls_in_fields_that_no_rule_needs_do_not_matter() -> None:
     assert usable({**bare, **nulls, "cancellation_details": None}) == expected
     assert usable({**bare, "payment_method": {"type": None, "id": None, "saved": None, "card": None}}) == expected
     assert usable(payment(payment_method=None)).method_type is None
+
+
+def test_the_fee_is_known_from_the_income_and_an_odd_income_loses_no_payment() -> None:
+    def income(value: Any) -> Decimal | None:
+        return usable(payment(income_amount=value)).income_amount
+
+    assert income({"value": "481.54", "currency": "RUB"}) == Decimal("481.54")
+    for odd in (None, "481.54", {"value": "x", "currency": "RUB"}, {"value": "1.00", "currency": "USD"},
+                {"value": "499.01", "currency": "RUB"}, {"value": "-1.00", "currency": "RUB"}):  # fmt: skip
+        assert income(odd) is None
 
 
 @pytest.mark.parametrize("metadata", [None, "text", [], 7])

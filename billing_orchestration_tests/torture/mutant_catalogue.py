@@ -34,6 +34,7 @@ _CHARGING = "jobs/autopayment/charging.py"
 _PACE = "jobs/autopayment/pace.py"
 _PIPELINE = "jobs/autopayment/pipeline.py"
 _CLIENT = "provider/client.py"
+_LISTS = "provider/lists.py"
 _TRANSLATION = "provider/translation.py"
 _RENEWALS = "domain/renewals.py"
 _SETTLEMENT = "domain/settlement.py"
@@ -219,11 +220,11 @@ PROMISED = (
         "a list that broke off decides nothing",
         (
             Edit(
-                _CLIENT,
+                _LISTS,
                 "            except ProviderError as fault:\n                raise IncompleteSlice(",
                 "            except ProviderError as fault:\n"
                 "                if page > 1:\n"
-                "                    return slice_\n"
+                "                    return pages\n"
                 "                raise IncompleteSlice(",
             ),
         ),
@@ -711,14 +712,14 @@ FURTHER = (
         "a payment captured late is found",
         (
             Edit(
-                _CLIENT,
+                _LISTS,
                 '            for instant in ("created_at", "captured_at")\n            for first, last in bounds',
                 '            for instant in ("created_at",)\n            for first, last in bounds',
             ),
             Edit(
-                _CLIENT,
-                '        for instant in ("created_at", "captured_at"):\n            self._collect(',
-                '        for instant in ("created_at",):\n            self._collect(',
+                _LISTS,
+                '        for instant in ("created_at", "captured_at"):\n            self._collect("payments", _filters',
+                '        for instant in ("created_at",):\n            self._collect("payments", _filters',
             ),
         ),
         (_PENDING + "test_cash_that_is_paid_on_the_eighth_day_is_settled",),
