@@ -9,13 +9,15 @@ ARGS :=
 # For `make browser`: a folder for its pictures (docs/images; none by default), and a browser that is not on the PATH.
 SCREENSHOTS :=
 CHROMIUM :=
+# For `make conformance`: where the provider's OpenAPI file is.
+OPENAPI :=
 # For `make torture`: how long it goes on (0: its default), and the simulation's first seed (give another each night).
 ROUNDS := 0
 FIRST := 1
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo dev test check bench torture browser clean
+.PHONY: help demo dev test check bench torture conformance browser clean
 
 # Without compiled files every run of a job costs 2.5 times the CPU, so they are written whatever the caller's shell
 # says. Another Python's paths must not leak into .venv.
@@ -66,6 +68,17 @@ browser: $(VENV)/.browser ## Drive the Dagster UI of a whole deployment in a rea
 
 $(VENV)/.browser: $(STAMP)
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	@touch $@
+
+# The file is the provider's own and not part of this project: name your copy of it.
+conformance: $(VENV)/.conformance ## Judge client and sandbox by the provider's OpenAPI file; OPENAPI=PATH (docs/conformance.md)
+	@test -n "$(OPENAPI)" || { \
+	  echo 'Name your copy of the OpenAPI file: make conformance OPENAPI=PATH (docs/conformance.md)' >&2; exit 1; }
+	@SANDBOX_OPENAPI='$(OPENAPI)' $(PYTHON) -m pytest -p $(TESTS).conformance.plugin -W 'ignore:Unsupported scheme type' $(TESTS)/conformance $(TESTS)/sandbox \
+	  $(TESTS)/provider $(TESTS)/jobs/test_autopayment.py $(TESTS)/jobs/test_expire_payments.py $(ARGS)
+
+$(VENV)/.conformance: $(STAMP)
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[conformance]'
 	@touch $@
 
 clean: ## Remove .venv, the demo's data and all caches

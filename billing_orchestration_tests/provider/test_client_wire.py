@@ -299,10 +299,14 @@ def _pages(broken: dict[int, Reaction], last: int = 9) -> Callable[[Request, int
 
 def test_a_list_is_followed_to_its_end_with_the_same_filters_on_every_page() -> None:
     with wire_server(_pages({})) as server:
-        told = Shop(server.url).provider.list_payments({"status": "succeeded", "created_at.gte": "2026-03-01T00:00Z"})
+        told = Shop(server.url).provider.list_payments(
+            {"status": "succeeded", "created_at.gte": "2026-03-01T00:00:00.000Z"}
+        )
     assert [one.id for one in told.payments] == [f"payment-{number}" for number in range(1, 10)]
     assert (told.pages, told.requests, told.unusable) == (9, 9, ())
-    assert all("limit=100&status=succeeded&created_at.gte=2026-03-01T00%3A00Z" in r.target for r in server.requests)
+    assert all(
+        "limit=100&status=succeeded&created_at.gte=2026-03-01T00%3A00%3A00.000Z" in r.target for r in server.requests
+    )
 
 
 @pytest.mark.parametrize(

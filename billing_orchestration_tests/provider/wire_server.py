@@ -33,6 +33,9 @@ class Request:
     connection: int
 
 
+# Told of every request as it arrives: who judges the client listens here.
+WATCHERS: list[Callable[[Request], None]] = []
+
 # What the server does with a request: bytes to send back, or a function that misuses the socket itself.
 Reaction = bytes | Callable[[socket.socket], None]
 
@@ -53,6 +56,8 @@ class WireServer:
         """Serve one connection until either side is done with it."""
         with client, client.makefile("rb") as incoming:
             while (request := _read_request(incoming, number)) is not None:
+                for watch in WATCHERS:
+                    watch(request)
                 with self.lock:
                     self.requests.append(request)
                     index = len(self.requests)

@@ -112,6 +112,7 @@ def test_a_delayed_charge_is_executed_after_its_client_has_gone(client: BareClie
     sandbox.misbehave("create", "none", delay_s=3600)
     with pytest.raises(ReadTimeoutError):
         BareClient(sandbox, timeout_s=0.1).post(charge())
+    wait_until(lambda: sandbox.count("create") == 1)
     assert sandbox.provider.ledger() == []
     sandbox.behave()
     wait_until(lambda: len(sandbox.provider.ledger()) == 1)
@@ -121,6 +122,7 @@ def test_a_delayed_charge_does_not_reach_the_books_of_the_next_test(client: Bare
     sandbox.misbehave("create", "none", delay_s=3600)
     with pytest.raises(ReadTimeoutError):
         BareClient(sandbox, timeout_s=0.1).post(charge())
+    wait_until(lambda: sandbox.count("create") == 1)
     sandbox.reset()
     sandbox.provider.add_method("method-1")
     wait_until(lambda: sandbox.api.in_flight == 0)
