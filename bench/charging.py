@@ -86,9 +86,7 @@ def plan(url: str) -> list[Any]:
             today=NOW - timedelta(hours=12),
         )
     engine.dispose()
-    return decide_renewals(
-        found.due, found.open_attempts, ProviderView(), as_of=NOW, now=NOW, rules=RenewalRules(calendar, 3, 30)
-    )
+    return decide_renewals(found.due, found.open_attempts, ProviderView(), now=NOW, rules=RenewalRules(calendar, 3, 30))
 
 
 def ours(url: str, api_url: str, concurrency: int) -> dict[str, float]:

@@ -6,7 +6,8 @@ Every change of state repeats its precondition in WHERE; what comes back from a 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,6 +15,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes, to_json
 from billing_orchestration.database.conventions import naive_utc, sql_list
+from billing_orchestration.database.second_look import WHY_NOT, in_review
 from billing_orchestration.database.tables import renewal_attempts
 from billing_orchestration.domain.answers import Closing
 from billing_orchestration.domain.attempts import OPEN, Attempt, State
@@ -85,7 +87,7 @@ def attempt_of_raw(row: Sequence[Any]) -> Attempt:
     )
 
 
-def select_attempts(*where: sa.ColumnElement[bool]) -> sa.Select[Any]:
+def select_attempts(*where: sa.ColumnElement[bool] | sa.TextClause) -> sa.Select[Any]:
     """A SELECT of whole attempts, in a stable order."""
     table = renewal_attempts
     return (
@@ -110,10 +112,32 @@ def open_attempts(connection: sa.Connection, shard: Shard | None = None) -> list
     return [attempt_of(row) for row in rows]
 
 
+_IS_IN_REVIEW = sa.text(in_review("renewal_attempts"))
+
+
+def attempts_in_review(connection: sa.Connection, shard: Shard | None = None) -> list[Attempt]:
+    """Every attempt (of the shard) that a person decides about, whatever its period."""
+    rows = connection.execute(select_attempts(_IS_IN_REVIEW, *of_shard(shard)))
+    return [attempt_of(row) for row in rows]
+
+
 def count_open_attempts(connection: sa.Connection) -> int:
     """How many there are."""
     return int(connection.execute(sa.select(sa.func.count()).where(_IS_OPEN)).scalar_one())
 
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """`sent_before`: attempts that may be sent now, each with whether it may have been sent before.
+    `held`: attempts that the second look forbids, each with why."""
+
+    sent_before: Mapping[uuid.UUID, bool]
+    held: Mapping[uuid.UUID, str]
+
+
+# A statement of its own before each claim: the claim then sees what was committed while the rows were waited for.
+# By id, as settling and expiry lock them: so two transactions wait for each other instead of deadlocking.
+_LOCK_SUBSCRIPTIONS = sa.text("SELECT FROM subscriptions s WHERE s.id = ANY(:ids) ORDER BY s.id FOR SHARE")
 
 _OPEN_AND_CLAIM = sa.text(f"""
     WITH wanted AS (
@@ -121,40 +145,35 @@ _OPEN_AND_CLAIM = sa.text(f"""
             id uuid, subscription_id int, period_start timestamp, number int, idempotence_key uuid, body text,
             amount numeric(8,2), currency text, user_id text, plan_id int, payment_provider_id int,
             payment_method_id text)
-    ), still_due AS (
-        SELECT w.* FROM wanted w
-        JOIN subscriptions s ON s.id = w.subscription_id
-        WHERE s.status = 'ACTIVE' AND s.ended_at = w.period_start
-          AND s.plan_id = w.plan_id AND s.user_id = w.user_id
-          -- Its end was moved while a charge was under way: that charge may have paid for this very time.
-          AND NOT EXISTS (
-              SELECT FROM billing_orchestration.renewal_attempts a
-              WHERE a.subscription_id = w.subscription_id AND a.period_start <> w.period_start
-                AND a.state IN {sql_list(*OPEN)})
-        -- By id, as settling and expiry lock them: so two transactions wait for each other instead of deadlocking.
-        ORDER BY s.id FOR SHARE OF s
+    ), looked AS (
+        SELECT w.*, {WHY_NOT} AS why FROM wanted w LEFT JOIN subscriptions s ON s.id = w.subscription_id
+    ), opened AS (
+        INSERT INTO billing_orchestration.renewal_attempts
+            (id, subscription_id, period_start, number, state, idempotence_key, body, amount, currency, user_id,
+             plan_id, payment_provider_id, payment_method_id, planned_at, first_sent_at, last_sent_at, sends, run_id)
+        SELECT id, subscription_id, period_start, number, '{State.PLANNED}', idempotence_key, body, amount, currency,
+               user_id, plan_id, payment_provider_id, payment_method_id, :at, :at, :at, 1, :run_id
+        -- By period: two runs may meet with different numbers of it, and the second waits for the first.
+        FROM looked WHERE why IS NULL ORDER BY subscription_id, period_start, number
+        ON CONFLICT DO NOTHING
+        RETURNING id
     )
-    INSERT INTO billing_orchestration.renewal_attempts
-        (id, subscription_id, period_start, number, state, idempotence_key, body, amount, currency, user_id, plan_id,
-         payment_provider_id, payment_method_id, planned_at, first_sent_at, last_sent_at, sends, run_id)
-    SELECT id, subscription_id, period_start, number, '{State.PLANNED}', idempotence_key, body, amount, currency,
-           user_id, plan_id, payment_provider_id, payment_method_id, :at, :at, :at, 1, :run_id
-    -- By period: two runs may meet with different numbers of it, and the second waits for the first.
-    FROM still_due ORDER BY subscription_id, period_start, number
-    ON CONFLICT DO NOTHING
-    RETURNING id
+    SELECT l.id, o.id IS NOT NULL AS is_claimed, false AS sent_before,
+           coalesce(l.why, 'the period has an attempt already') AS why
+    FROM looked l LEFT JOIN opened o ON o.id = l.id
 """)
 
 
-def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[Attempt]) -> set[uuid.UUID]:
-    """Write new attempts ahead of their first send, with `first_sent_at`; return those that may be sent.
+def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[Attempt]) -> Claimed:
+    """Write new attempts ahead of their first send, with `first_sent_at`, after a second look at each.
 
-    The subscription is looked at again here, under lock: one that was renewed, canceled or paused since it was read
-    gets no attempt, nor does a period that has a live attempt already (a partial unique index says so, not Python),
-    nor a subscription that has an open attempt of another period.
+    The subscription is looked at again here, under lock (`second_look`). A period that has a live attempt already gets
+    no other: a partial unique index says so, not Python.
     Commit before the first send. Killed after the commit: the next run finds PLANNED with `first_sent_at` set, takes
     it as "may have been sent" and uses the same key and body.
     """
+    if not attempts:
+        return Claimed({}, {})
     rows = [
         {
             "id": attempt.id,
@@ -172,41 +191,36 @@ def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[A
         }
         for attempt in attempts
     ]
-    opened = connection.execute(
-        _OPEN_AND_CLAIM, {"rows": to_json(rows), "at": stamp.at, "run_id": stamp.run_id}
-    ).scalars()
-    return set(opened)
+    connection.execute(_LOCK_SUBSCRIPTIONS, {"ids": [attempt.subscription_id for attempt in attempts]})
+    looked = connection.execute(_OPEN_AND_CLAIM, {"rows": to_json(rows), "at": stamp.at, "run_id": stamp.run_id})
+    return _claimed(looked)
 
 
 _LOCK = sa.text("""
-    SELECT FROM billing_orchestration.renewal_attempts a WHERE a.id = ANY(:ids)
-    ORDER BY a.subscription_id, a.period_start, a.number FOR UPDATE
-""")
-# A statement of its own: it sees what was committed while the attempts were waited for. The subscriptions are locked
-# after the attempts and by id, as settling does.
-_CLAIM = sa.text(f"""
-    WITH still_due AS (
-        SELECT a.id, a.first_sent_at FROM billing_orchestration.renewal_attempts a
-        JOIN subscriptions s ON s.id = a.subscription_id
-        WHERE a.id = ANY(:ids) AND a.state IN {sql_list(State.PLANNED, State.UNKNOWN)}
-          AND (a.first_sent_at IS NULL OR a.first_sent_at > :oldest_key)
-          AND s.status = 'ACTIVE' AND s.ended_at = a.period_start
-          AND s.plan_id = a.plan_id AND s.user_id = a.user_id
-        ORDER BY s.id FOR SHARE OF s
+    WITH held AS (
+        SELECT a.subscription_id FROM billing_orchestration.renewal_attempts a WHERE a.id = ANY(:ids)
+        ORDER BY a.subscription_id, a.period_start, a.number FOR UPDATE
     )
-    UPDATE billing_orchestration.renewal_attempts a
-    SET first_sent_at = coalesce(a.first_sent_at, :at), last_sent_at = :at, sends = a.sends + 1
-    FROM still_due WHERE a.id = still_due.id
-    RETURNING a.id, still_due.first_sent_at IS NOT NULL AS sent_before
+    SELECT DISTINCT subscription_id FROM held
+""")
+_CLAIM = sa.text(f"""
+    WITH looked AS (
+        SELECT w.id, w.first_sent_at IS NOT NULL AS sent_before, {WHY_NOT} AS why
+        FROM billing_orchestration.renewal_attempts w LEFT JOIN subscriptions s ON s.id = w.subscription_id
+        WHERE w.id = ANY(:ids) AND w.state IN {sql_list(State.PLANNED, State.UNKNOWN)}
+          AND (w.first_sent_at IS NULL OR w.first_sent_at > :oldest_key)
+    ), claimed AS (
+        UPDATE billing_orchestration.renewal_attempts a
+        SET first_sent_at = coalesce(a.first_sent_at, :at), last_sent_at = :at, sends = a.sends + 1
+        FROM looked l WHERE a.id = l.id AND l.why IS NULL
+        RETURNING a.id
+    )
+    SELECT l.id, c.id IS NOT NULL AS is_claimed, l.sent_before, l.why FROM looked l LEFT JOIN claimed c ON c.id = l.id
 """)
 
 
-def claim(
-    connection: sa.Connection, stamp: Stamp, attempt_ids: Sequence[uuid.UUID], oldest_key: datetime
-) -> dict[uuid.UUID, bool]:
+def claim(connection: sa.Connection, stamp: Stamp, attempt_ids: Sequence[uuid.UUID], oldest_key: datetime) -> Claimed:
     """Claim open attempts for another send, after a second look at each.
-
-    Returns those that may be sent, each with whether it may have been sent before.
 
     The attempt and its subscription are looked at under lock, as in `open_and_claim`. Whether an attempt may have been
     sent is read from the row as it is now: another run may have sent it meanwhile, and an answer that says "not this
@@ -214,11 +228,20 @@ def claim(
     the provider may have forgotten its key. Commit before sending.
     """
     if not attempt_ids:
-        return {}
+        return Claimed({}, {})
     ids = list(attempt_ids)
-    connection.execute(_LOCK, {"ids": ids})
-    claimed = connection.execute(_CLAIM, {"ids": ids, "at": stamp.at, "oldest_key": oldest_key})
-    return {row.id: row.sent_before for row in claimed}
+    # The subscriptions are locked after the attempts and by id, as settling does.
+    subscription_ids = list(connection.execute(_LOCK, {"ids": ids}).scalars())
+    connection.execute(_LOCK_SUBSCRIPTIONS, {"ids": subscription_ids})
+    return _claimed(connection.execute(_CLAIM, {"ids": ids, "at": stamp.at, "oldest_key": oldest_key}))
+
+
+def _claimed(looked: sa.CursorResult[Any]) -> Claimed:
+    rows = looked.all()
+    return Claimed(
+        {row.id: row.sent_before for row in rows if row.is_claimed},
+        {row.id: row.why for row in rows if not row.is_claimed},
+    )
 
 
 _CLOSE = sa.text(f"""

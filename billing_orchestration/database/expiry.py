@@ -15,22 +15,18 @@ from billing_orchestration.database.audit import LONGEST_NAME, Stamp, storable, 
 from billing_orchestration.database.conventions import naive_utc, sql_list
 from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import RowRefused
+from billing_orchestration.database.second_look import in_review
 from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.expiry import StalePayment
 from billing_orchestration.domain.money import Money
-from billing_orchestration.domain.problem_kinds import IGNORED
 
-# Held back from expiry: the outcome of a charge is not known, or a person is deciding about it. An attempt that a
-# person ignored grants nothing, so it holds nothing back. There are few: PostgreSQL reads them once a statement, into a
-# hash, and looks each of ten thousand rows up in it.
+# Held back from expiry: the outcome of a charge is not known, or a person is deciding about it. There are few:
+# PostgreSQL reads them once a statement, into a hash, and looks each of ten thousand rows up in it.
 _HELD_BACK = f"""s.id IN (
     SELECT a.subscription_id FROM billing_orchestration.renewal_attempts a
     WHERE a.state IN {sql_list(State.UNKNOWN, State.PENDING)}
        OR (a.state = '{State.PLANNED}' AND a.first_sent_at IS NOT NULL)
-       OR (a.state = '{State.REVIEW}' AND NOT EXISTS (
-           SELECT FROM billing_orchestration.quarantine q
-           WHERE q.attempt_id = a.id AND q.external_payment_id = a.external_payment_id
-             AND q.resolution = '{IGNORED}')))"""
+       OR {in_review("a")})"""
 
 
 # Where PostgreSQL expects the hash not to fit, each row walks through the whole list instead. With its default of 4 MB

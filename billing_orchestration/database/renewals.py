@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -11,16 +11,19 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.attempts import (
     attempt_of,
+    attempts_in_review,
     count_open_attempts,
     of_shard,
     open_attempts,
     select_attempts,
 )
 from billing_orchestration.database.conventions import naive_utc, readable, sql_list
+from billing_orchestration.database.second_look import OUTLASTS
 from billing_orchestration.database.tables import UtcNaive, renewal_attempts, subscriptions
 from billing_orchestration.domain.answers import SHOP_REFUSALS
 from billing_orchestration.domain.attempts import Attempt, State
-from billing_orchestration.domain.renewals import DueSubscription
+from billing_orchestration.domain.problem_kinds import UNKNOWN_ATTEMPT
+from billing_orchestration.domain.renewals import DueSubscription, Holds
 from billing_orchestration.domain.shards import Shard
 
 
@@ -28,11 +31,14 @@ from billing_orchestration.domain.shards import Shard
 class DueSlice:
     """What the database says about renewals. The counts are of due rows that are not fetched one by one.
 
-    `too_old_examples`: (subscription id, its end as text) of the latest ones among those.
+    `in_review` holds the attempts that a person decides about, of any period. `too_old_examples`: (subscription id, its
+    end as text) of the latest ones among those.
     """
 
     due: tuple[DueSubscription, ...]
     open_attempts: tuple[Attempt, ...]
+    in_review: tuple[Attempt, ...]
+    holds: Holds
     too_old: int
     too_old_examples: tuple[tuple[int, str], ...]
     not_recurring: int
@@ -44,7 +50,8 @@ class DueSlice:
 _DUE = f"""
     SELECT s.id, s.user_id, s.plan_id, {readable("s.started_at")} AS started_at, s.ended_at,
            pl.duration, pl.duration_unit, price.amounts,
-           method.id AS method_id, method.currency AS method_currency, method.provider_id AS method_provider_id
+           method.id AS method_id, method.currency AS method_currency, method.provider_id AS method_provider_id,
+           settled.until AS settled_until, longest.id AS outlasted_by
     FROM subscriptions s
     LEFT JOIN plans pl ON pl.id = s.plan_id
     LEFT JOIN billing_orchestration.saved_methods sm ON sm.subscription_id = s.id
@@ -67,6 +74,12 @@ _DUE = f"""
         SELECT array_agg(pr.amount ORDER BY pr.id) AS amounts
         FROM prices pr WHERE pr.plan_id = s.plan_id AND pr.currency::text = method.currency
     ) price ON true
+    LEFT JOIN LATERAL (
+        SELECT max(st.period_end) AS until FROM billing_orchestration.settlements st WHERE st.subscription_id = s.id
+    ) settled ON true
+    LEFT JOIN LATERAL (
+        SELECT t.id FROM subscriptions t WHERE {OUTLASTS} ORDER BY t.ended_at DESC, t.id DESC LIMIT 1
+    ) longest ON true
     WHERE s.status = 'ACTIVE' AND s.ended_at >= :oldest AND s.ended_at < :over_before
       AND (pl.id IS NULL OR pl.is_recurring) {{of_shard}}
     ORDER BY s.ended_at, s.id
@@ -83,6 +96,8 @@ _DUE_COLUMNS: Mapping[str, Any] = {
     "method_currency": sa.String,
     "method_provider_id": sa.Integer,
     "amounts": sa.ARRAY(sa.Numeric(8, 2)),
+    "settled_until": UtcNaive,
+    "outlasted_by": sa.Integer,
 }
 
 _COUNTS = """
@@ -99,7 +114,8 @@ _WITHOUT_END = "SELECT count(*) FROM subscriptions s WHERE s.status = 'ACTIVE' A
 _TOO_OLD_EXAMPLES = """
     SELECT s.id, s.ended_at::text AS ended_at
     FROM subscriptions s LEFT JOIN plans pl ON pl.id = s.plan_id
-    WHERE s.status = 'ACTIVE' AND s.ended_at < :oldest AND (pl.id IS NULL OR pl.is_recurring)
+    WHERE s.status = 'ACTIVE' AND s.ended_at < :oldest AND s.ended_at < :over_before
+      AND (pl.id IS NULL OR pl.is_recurring)
       {of_shard}
     ORDER BY s.ended_at DESC, s.id LIMIT :size
 """
@@ -120,6 +136,13 @@ _DECLINED_TODAY = sa.text(f"""
     FROM billing_orchestration.renewal_attempts
     WHERE last_sent_at >= :today AND state IN {sql_list(State.DECLINED, State.STOPPED)}
     GROUP BY payment_method_id
+""")
+
+# Few: what waits for a person.
+_HOLDS = sa.text(f"""
+    SELECT attempt_id, CASE WHEN kind = '{UNKNOWN_ATTEMPT}' THEN subscription_id END AS subscription_id,
+           'quarantine entry ' || id || ' (' || kind || ')' AS entry
+    FROM billing_orchestration.quarantine WHERE resolved_at IS NULL AND attempt_id IS NOT NULL
 """)
 
 
@@ -166,23 +189,12 @@ def fetch_due(
     """Every subscription that is due: ACTIVE, ended before `over_before`, its plan recurring (or gone).
 
     Those that ended before `oldest` are only counted: months of stale rows cost nothing. `today` is the first instant
-    of the billing day on the wall. With a `shard`, all of it is of that shard's subscriptions only.
+    of the billing day on the wall, from which `oldest` is counted back. With a `shard`, all of it is of that shard's
+    subscriptions only.
     """
     part = {"shards": shard.count, "remainder": shard.number - 1} if shard else {}
     bounds = {"over_before": naive_utc(over_before), "oldest": naive_utc(oldest), **part}
-    attempts: dict[tuple[int, datetime], list[Attempt]] = {}
-    of_due_periods = select_attempts(
-        sa.exists().where(
-            subscriptions.c.id == renewal_attempts.c.subscription_id,
-            subscriptions.c.ended_at == renewal_attempts.c.period_start,
-            subscriptions.c.status == "ACTIVE",
-            subscriptions.c.ended_at >= oldest,
-            subscriptions.c.ended_at < over_before,
-        ),
-        *of_shard(shard),
-    )
-    for row in connection.execute(of_due_periods):
-        attempts.setdefault((row.subscription_id, row.period_start), []).append(attempt_of(row))
+    attempts = _attempts_of_due(connection, over_before, oldest, shard)
     tried = _instants(connection, _statement(_TRIED_TODAY, shard, "subscription_id"), {"today": today, **part})
     declined = _instants(connection, _DECLINED_TODAY, {"today": today})
     due = tuple(
@@ -201,6 +213,8 @@ def fetch_due(
             attempts=tuple(attempts.get((row.id, row.ended_at), ())),
             last_tried_at=tried.get(row.id),
             method_declined_at=declined.get(row.method_id) if row.method_id else None,
+            settled_until=row.settled_until,
+            outlasted_by=row.outlasted_by,
         )
         for row in connection.execute(_statement(_DUE, shard).columns(**_DUE_COLUMNS), bounds)
     )
@@ -210,10 +224,40 @@ def fetch_due(
     return DueSlice(
         due=due,
         open_attempts=tuple(open_attempts(connection, shard)),
+        in_review=tuple(attempts_in_review(connection, shard)),
+        holds=_read_holds(connection),
         too_old=counts.too_old,
         too_old_examples=tuple((row.id, row.ended_at) for row in examples),
         not_recurring=counts.not_recurring,
         without_end=without_end,
+    )
+
+
+def _attempts_of_due(
+    connection: sa.Connection, over_before: datetime, oldest: datetime, shard: Shard | None
+) -> Mapping[tuple[int, datetime], Sequence[Attempt]]:
+    """The attempts of the periods that are due, by subscription and period."""
+    attempts: dict[tuple[int, datetime], list[Attempt]] = {}
+    of_due_periods = select_attempts(
+        sa.exists().where(
+            subscriptions.c.id == renewal_attempts.c.subscription_id,
+            subscriptions.c.ended_at == renewal_attempts.c.period_start,
+            subscriptions.c.status == "ACTIVE",
+            subscriptions.c.ended_at >= oldest,
+            subscriptions.c.ended_at < over_before,
+        ),
+        *of_shard(shard),
+    )
+    for row in connection.execute(of_due_periods):
+        attempts.setdefault((row.subscription_id, row.period_start), []).append(attempt_of(row))
+    return attempts
+
+
+def _read_holds(connection: sa.Connection) -> Holds:
+    entries = connection.execute(_HOLDS).all()
+    return Holds(
+        {row.attempt_id: row.entry for row in entries},
+        {row.subscription_id: row.entry for row in entries if row.subscription_id is not None},
     )
 
 

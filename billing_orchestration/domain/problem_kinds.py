@@ -35,6 +35,7 @@ ProblemKind = Literal[
     "subscription_gone",
     "unclear_grant",
     "second_success",
+    "two_active",
     "unwanted_renewal",
     "spent_period",
     "unreadable",
@@ -43,11 +44,13 @@ ProblemKind = Literal[
     "gap",
 ]
 NOT_WRITABLE: ProblemKind = "not_writable"
+UNKNOWN_ATTEMPT: ProblemKind = "unknown_attempt"
+TWO_ACTIVE: ProblemKind = "two_active"
 SECOND_SUCCESS: ProblemKind = "second_success"
 # Opened for a payment that is granted: no resolution grants it once more.
 GRANTED_ALREADY: tuple[ProblemKind, ...] = ("unwanted_renewal", "spent_period")
 # The others are proved to be gone by a later, successful settling of the payment.
-FOR_A_PERSON: tuple[ProblemKind, ...] = (*GRANTED_ALREADY, SECOND_SUCCESS, "rejected", "gap")
+FOR_A_PERSON: tuple[ProblemKind, ...] = (*GRANTED_ALREADY, SECOND_SUCCESS, TWO_ACTIVE, "rejected", "gap")
 
 # What a person makes of a problem. After MENDED it may open a new entry; the others are the last word.
 ACCEPTED, ATTACHED, IGNORED, MENDED = "accepted", "attached", "ignored", "mended"
@@ -98,6 +101,12 @@ KINDS: Mapping[ProblemKind, Kind] = {
         "the customer keeps it as one more period, granted now",
         _ATTACH,
         "it was refunded by hand at the provider; nothing is granted",
+    ),
+    "two_active": Kind(
+        "a user has several ACTIVE subscriptions on one plan: only the one that ends last is renewed, this one is not",
+        "it was fixed in the service; alerts again if not",
+        "",
+        "it never alerts again; this subscription is still not renewed beside the other",
     ),
     "unwanted_renewal": Kind(
         "renewed and granted, but the customer had canceled or paused",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 
@@ -33,6 +33,8 @@ class DueSubscription:
 
     `method_*` is the saved method with the currency and provider of the payment that saved it (None: none is known),
     `prices` the plan's prices in that currency, `attempts` those of the period that begins at `ended_at`.
+    `settled_until` is the end of the last period that was settled for it, `outlasted_by` another ACTIVE subscription of
+    the same user and plan that ends later.
     """
 
     id: int
@@ -49,6 +51,8 @@ class DueSubscription:
     attempts: tuple[Attempt, ...] = ()
     last_tried_at: datetime | None = None
     method_declined_at: datetime | None = None
+    settled_until: datetime | None = None
+    outlasted_by: int | None = None
 
     @property
     def subject(self) -> str:
@@ -108,13 +112,17 @@ class NoteAbsence:
 
 @dataclass(frozen=True, slots=True)
 class NotCharged:
-    """A due subscription or an open attempt that is left as it is. `needs_retry` makes the run red at its end."""
+    """A due subscription or an open attempt that is left as it is. `needs_retry` makes the run red at its end.
+
+    `two_active`: the subscription that a person has to look at, because another one of its user outlasts it.
+    """
 
     subject: str
     code: str
     reason: str
     money: Money | None = None
     needs_retry: bool = False
+    two_active: int | None = None
 
 
 RenewalDecision = Charge | Resend | Conclude | Void | NoteAbsence | NotCharged
@@ -222,35 +230,52 @@ def _decide_past_key_lifetime(attempt: Attempt, view: ProviderView, now: datetim
     return Void(attempt, "two complete scans an hour apart did not find it: it never reached the provider")
 
 
+@dataclass(frozen=True, slots=True)
+class Holds:
+    """Open quarantine entries that hold a charge, each in words: by the attempt that it names, and by the subscription
+    of a paid attempt that our records do not know."""
+
+    attempts: Mapping[uuid.UUID, str] = field(default_factory=dict)
+    subscriptions: Mapping[int, str] = field(default_factory=dict)
+
+    def find(self, attempt: Attempt) -> str | None:
+        """The entry that holds this attempt."""
+        return self.attempts.get(attempt.id) or self.subscriptions.get(attempt.subscription_id)
+
+
 def decide_renewal(
     due: DueSubscription,
     *,
-    as_of: datetime,
     now: datetime,
     rules: RenewalRules,
     voided: frozenset[uuid.UUID] = frozenset(),
+    holds: Holds = Holds(),
 ) -> Charge | NotCharged:
-    """Whether a new attempt charges a due subscription; if not, the reason.
+    """Whether a new attempt charges a due subscription; if not, the reason. All of it by the clock on the wall.
 
     This very run closes the attempts in `voided`, so they count as closed. An open attempt is decided by
-    `decide_open_attempt`; a subscription that has one is not charged here.
+    `decide_open_attempt`; a subscription that has one is not charged here. The statement that claims looks at the same
+    once more (`second_look`).
     """
     today = rules.calendar.day_of(now)
-    overdue_days = (rules.calendar.day_of(as_of) - rules.calendar.day_of(due.ended_at)).days
-    barred = _why_barred(due, [a for a in due.attempts if a.id not in voided], today, overdue_days, rules)
+    overdue_days = (today - rules.calendar.day_of(due.ended_at)).days
+    attempts = [a for a in due.attempts if a.id not in voided]
+    barred = _why_barred(due, attempts, rules) or _why_tried_enough(due, attempts, today, overdue_days, rules)
     if barred is not None:
         return barred
     number = 1 + max((a.number for a in due.attempts), default=0)
     attempt = _new_attempt(due, number, today, rules)
     if isinstance(attempt, NotCharged):
         return attempt
+    if (entry := holds.find(attempt)) is not None:
+        return NotCharged(due.subject, Code.HELD_BY_ENTRY, f"{entry} is open and is about this charge", attempt.money)
     try:
         period = parse_period(due.plan_duration, due.plan_duration_unit)
         paid_until = rules.calendar.day_of(rules.calendar.next_end(due.started_at, due.ended_at, period))
     except UnusablePeriod as error:
         return NotCharged(due.subject, Code.UNUSABLE_PERIOD, str(error))
     # As expire_subscriptions_job counts: at five o'clock it would end what was paid for at three.
-    if paid_until <= rules.calendar.day_of(as_of) - timedelta(days=rules.grace_days):
+    if paid_until <= today - timedelta(days=rules.grace_days):
         return NotCharged(
             due.subject,
             Code.PERIOD_OVER,
@@ -259,7 +284,22 @@ def decide_renewal(
     return Charge(attempt, _why_due(overdue_days, number))
 
 
-def _why_barred(
+def _why_barred(due: DueSubscription, attempts: Sequence[Attempt], rules: RenewalRules) -> NotCharged | None:
+    """The period may be paid already, or be paid under another name."""
+    blocking = [a for a in attempts if a.state in LIVE]
+    if blocking:
+        return NotCharged(due.subject, *_why_blocked(blocking[0]))
+    if due.settled_until is not None and due.ended_at < due.settled_until:
+        until = rules.calendar.day_of(due.settled_until)
+        reason = f"its end lies within a period that was paid and settled, until {until}: it was moved back"
+        return NotCharged(due.subject, Code.PERIOD_SETTLED, reason)
+    if due.outlasted_by is not None:
+        reason = f"subscription {due.outlasted_by} of the same user and plan is ACTIVE too and ends later"
+        return NotCharged(due.subject, Code.TWO_ACTIVE, reason, two_active=due.id)
+    return None
+
+
+def _why_tried_enough(
     due: DueSubscription, attempts: Sequence[Attempt], today: date, overdue_days: int, rules: RenewalRules
 ) -> NotCharged | None:
     """What was tried before, or how long it is overdue, may forbid another attempt now."""
@@ -267,9 +307,6 @@ def _why_barred(
     def no(code: str, reason: str) -> NotCharged:
         return NotCharged(due.subject, code, reason)
 
-    blocking = [a for a in attempts if a.state in LIVE]
-    if blocking:
-        return no(*_why_blocked(blocking[0]))
     stopped = [a for a in attempts if a.state == State.STOPPED]
     if stopped:
         return no(Code.HARD_DECLINE, f"stopped by a hard decline ({stopped[-1].decline_reason or 'no reason given'})")
@@ -342,52 +379,74 @@ def decide_renewals(
     open_attempts: Sequence[Attempt],
     view: ProviderView,
     *,
-    as_of: datetime,
     now: datetime,
     rules: RenewalRules,
+    in_review: Sequence[Attempt] = (),
+    holds: Holds = Holds(),
 ) -> list[RenewalDecision]:
     """Every decision of one autopayment run: first about the open attempts, then about each due subscription.
 
-    A subscription whose end was moved while an attempt was open is not charged before that attempt has its answer: it
-    may have been paid for the very days that are due now.
+    A subscription whose end was moved while an attempt was open or in review is not charged before that attempt has
+    its answer: it may have been paid for the very days that are due now.
     """
     by_id = {subscription.id: subscription for subscription in due}
     decisions: list[RenewalDecision] = []
     voided: set[uuid.UUID] = set()
     spoken_for: set[int] = set()
-    open_elsewhere: dict[int, Attempt] = {}
+    comes_first = {attempt.subscription_id: attempt for attempt in in_review if not _is_present(attempt, by_id)}
     for attempt in open_attempts:
         subscription = by_id.get(attempt.subscription_id)
         decision = decide_open_attempt(attempt, view, subscription, now)
         if isinstance(decision, Resend) and subscription is not None:
-            decision = _still_wanted(decision, subscription, as_of=as_of, now=now, rules=rules)
+            decision = _still_wanted(decision, subscription, comes_first, now=now, rules=rules, holds=holds)
         if isinstance(decision, Void):
             voided.add(attempt.id)
-        elif subscription is not None and subscription.ended_at == attempt.period_start:
+        elif _is_present(attempt, by_id):
             spoken_for.add(attempt.subscription_id)
         else:
-            open_elsewhere[attempt.subscription_id] = attempt
+            comes_first[attempt.subscription_id] = attempt
         decisions.append(decision)
     for subscription in due:
-        earlier = open_elsewhere.get(subscription.id)
         if subscription.id in spoken_for:
             continue
-        if earlier is not None:
-            reason = f"an open attempt for its period from {earlier.period_start.date()}, which comes first"
-            decisions.append(NotCharged(subscription.subject, Code.OUTCOME_UNKNOWN, reason))
+        if subscription.id in comes_first:
+            decisions.append(_waits_for(comes_first[subscription.id], subscription))
         else:
-            decisions.append(decide_renewal(subscription, as_of=as_of, now=now, rules=rules, voided=frozenset(voided)))
+            decisions.append(decide_renewal(subscription, now=now, rules=rules, voided=frozenset(voided), holds=holds))
     return decisions
 
 
+def _is_present(attempt: Attempt, due: Mapping[int, DueSubscription]) -> bool:
+    """Whether it is an attempt of the period that is due now."""
+    subscription = due.get(attempt.subscription_id)
+    return subscription is not None and subscription.ended_at == attempt.period_start
+
+
+def _waits_for(earlier: Attempt, due: DueSubscription) -> NotCharged:
+    start = earlier.period_start.date()
+    if earlier.state == State.REVIEW:
+        reason = f"its charge for the period from {start} is in review (quarantine), which comes first"
+        return NotCharged(due.subject, Code.IN_REVIEW, reason)
+    reason = f"an open attempt for its period from {start}, which comes first"
+    return NotCharged(due.subject, Code.OUTCOME_UNKNOWN, reason)
+
+
 def _still_wanted(
-    decision: Resend, due: DueSubscription, *, as_of: datetime, now: datetime, rules: RenewalRules
+    decision: Resend,
+    due: DueSubscription,
+    comes_first: Mapping[int, Attempt],
+    *,
+    now: datetime,
+    rules: RenewalRules,
+    holds: Holds,
 ) -> Resend | Void:
     """A planned attempt that was never sent is only sent if a fresh one would ask the same of the same method."""
     attempt = decision.attempt
     if attempt.may_have_been_sent:
         return decision
-    fresh = decide_renewal(due, as_of=as_of, now=now, rules=rules, voided=frozenset({attempt.id}))
+    if (earlier := comes_first.get(due.id)) is not None:
+        return Void(attempt, f"never sent, and no longer to be charged: {_waits_for(earlier, due).reason}")
+    fresh = decide_renewal(due, now=now, rules=rules, voided=frozenset({attempt.id}), holds=holds)
     if isinstance(fresh, NotCharged):
         return Void(attempt, f"never sent, and no longer to be charged: {fresh.reason}")
     wanted = fresh.attempt

@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.database.attempts import (
+    Claimed,
     by_ids,
     claim,
     close,
@@ -23,9 +24,11 @@ from billing_orchestration.database.attempts import (
     try_lock,
     unlock,
 )
+from billing_orchestration.database.audit import Problem, open_problems
 from billing_orchestration.database.engine import create_engine
 from billing_orchestration.domain.answers import Closing
 from billing_orchestration.domain.attempts import ALL_STATES, KEY_LIFETIME, LIVE, OPEN, Attempt, State
+from billing_orchestration.domain.problem_kinds import ProblemKind
 from billing_orchestration_tests.books import NOON, Books, naive
 from billing_orchestration_tests.waiting import at_once, start_blocked, wait_until
 
@@ -37,12 +40,37 @@ CLOSED_STATES = sorted(set(ALL_STATES) - set(OPEN))
 
 def begin(books: Books, *attempts: Attempt) -> set[uuid.UUID]:
     with books.engine.begin() as connection:
-        return open_and_claim(connection, books.stamp(), attempts)
+        return set(open_and_claim(connection, books.stamp(), attempts).sent_before)
 
 
 def send_again(books: Books, *attempts: Attempt, oldest_key: datetime = NOON - KEY_LIFETIME) -> dict[uuid.UUID, bool]:
     with books.engine.begin() as connection:
-        return claim(connection, books.stamp(), [attempt.id for attempt in attempts], oldest_key)
+        claimed = claim(connection, books.stamp(), [attempt.id for attempt in attempts], oldest_key)
+    return dict(claimed.sent_before)
+
+
+def look(books: Books, *attempts: Attempt) -> Claimed:
+    with books.engine.begin() as connection:
+        return open_and_claim(connection, books.stamp(), attempts)
+
+
+def look_again(books: Books, *attempts: Attempt) -> Claimed:
+    with books.engine.begin() as connection:
+        return claim(connection, books.stamp(), [attempt.id for attempt in attempts], NOON - KEY_LIFETIME)
+
+
+def a_problem(books: Books, kind: ProblemKind, *, payment_id: str | None = None, **about: Any) -> int:
+    """An open quarantine entry; its id."""
+    with books.engine.begin() as connection:
+        open_problems(connection, books.stamp(), [Problem("it", kind, "odd", external_payment_id=payment_id, **about)])
+    return int(books.rows("quarantine")[-1].id)
+
+
+def ignore(books: Books, entry_id: int) -> None:
+    books.execute(
+        "UPDATE billing_orchestration.quarantine SET resolved_at = now(), resolution = 'ignored' WHERE id = :id",
+        id=entry_id,
+    )
 
 
 def conclude(books: Books, *closings: Closing) -> set[uuid.UUID]:
@@ -169,18 +197,118 @@ def test_the_database_itself_refuses_a_second_live_attempt_of_a_period(books: Bo
         books.execute("DELETE FROM billing_orchestration.renewal_attempts WHERE id = :id", id=first.id)
 
 
-@pytest.mark.parametrize("state", OPEN)
-def test_a_subscription_whose_end_was_moved_while_a_charge_was_open_is_not_charged_again(
-    books: Books, state: str
+BLOCKING = [*OPEN, State.REVIEW]
+AGAIN = pytest.mark.parametrize("again", [False, True], ids=["first send", "sent again"])
+
+
+@AGAIN
+@pytest.mark.parametrize("state", BLOCKING)
+def test_a_subscription_whose_end_was_moved_while_a_charge_was_open_or_in_review_is_not_charged(
+    books: Books, state: str, again: bool
 ) -> None:
     subscription_id = books.subscription()
     first = books.attempt(subscription_id, state=state)
     books.execute("UPDATE subscriptions SET ended_at = ended_at + interval '1 day'")
-    second = books.planned(subscription_id)
+    second = books.attempt(subscription_id) if again else books.planned(subscription_id)
     assert second.id != first.id
+    looked = look_again(books, second) if again else look(books, second)
+    assert looked.held == {second.id: "an attempt for another period of it is open or in review"}
+    books.execute("UPDATE billing_orchestration.renewal_attempts SET state = 'VOID' WHERE id = :id", id=first.id)
+    assert second.id in (look_again(books, second) if again else look(books, second)).sent_before
+
+
+def test_what_a_person_ignored_blocks_only_its_own_period(books: Books) -> None:
+    subscription_id = books.subscription()
+    first = books.attempt(subscription_id, state=State.REVIEW, external_payment_id="odd")
+    entry = a_problem(books, "amount_differs", payment_id="odd", attempt_id=first.id)
+    books.execute("UPDATE subscriptions SET ended_at = ended_at + interval '1 month'")
+    second = books.planned(subscription_id)
     assert begin(books, second) == set()
-    conclude(books, Closing(first, State.VOID, "two scans did not find it"))
+    ignore(books, entry)
     assert begin(books, second) == {second.id}
+
+
+@AGAIN
+@pytest.mark.parametrize(("moved_back", "charged"), [(TICK, False), (20 * A_DAY, False), (0 * TICK, True)])
+def test_no_period_begins_before_the_end_of_one_that_was_settled(
+    books: Books, again: bool, moved_back: timedelta, charged: bool
+) -> None:
+    subscription_id = books.subscription("anna")
+    books.settle(books.paid(user="anna"))
+    books.execute("UPDATE subscriptions SET ended_at = ended_at - :back", back=moved_back)
+    attempt = books.attempt(subscription_id) if again else books.planned(subscription_id)
+    looked = look_again(books, attempt) if again else look(books, attempt)
+    assert (attempt.id in looked.sent_before) == charged
+    assert charged or looked.held == {attempt.id: "a period that was settled ends later"}
+
+
+@AGAIN
+def test_an_open_quarantine_entry_about_an_attempt_holds_it(books: Books, again: bool) -> None:
+    subscription_id = books.subscription()
+    attempt = books.attempt(subscription_id) if again else books.planned(subscription_id)
+    entry = a_problem(books, "unknown_attempt", payment_id="lost", attempt_id=attempt.id)
+    looked = look_again(books, attempt) if again else look(books, attempt)
+    assert looked.held == {attempt.id: "an open quarantine entry is about this charge"}
+    ignore(books, entry)
+    assert attempt.id in (look_again(books, attempt) if again else look(books, attempt)).sent_before
+
+
+def test_a_paid_attempt_that_our_records_have_lost_holds_its_subscription_whatever_its_number(books: Books) -> None:
+    subscription_id, other = books.subscription(), books.subscription()
+    lost = books.planned(subscription_id, number=2)
+    a_problem(books, "unknown_attempt", payment_id="lost", attempt_id=lost.id, subscription_id=subscription_id)
+    a_problem(books, "rejected", attempt_id=books.planned(other, number=1).id, subscription_id=other)
+    assert begin(books, books.planned(subscription_id)) == set()
+    # A refusal that a person looks at says nothing about the next try.
+    second = books.planned(other, number=2)
+    assert begin(books, second) == {second.id}
+
+
+@pytest.mark.parametrize(
+    ("other_end", "charged"),
+    [(NOON + TICK, False), (NOON, False), (None, False), ("infinity", False), (NOON - TICK, True)],
+)
+@AGAIN
+def test_of_two_active_subscriptions_of_one_user_and_plan_only_the_one_that_ends_last_is_charged(
+    books: Books, other_end: Any, charged: bool, again: bool
+) -> None:
+    subscription_id = books.subscription("anna", ended_at=NOON)
+    attempt = books.attempt(subscription_id) if again else books.planned(subscription_id)
+    books.subscription("anna", ended_at=other_end)
+    looked = look_again(books, attempt) if again else look(books, attempt)
+    assert (attempt.id in looked.sent_before) == charged
+    assert charged or "another ACTIVE subscription" in looked.held[attempt.id]
+
+
+def test_another_users_plans_or_ended_subscription_stands_in_nobodys_way(books: Books) -> None:
+    planned = books.planned(books.subscription("anna", ended_at=NOON))
+    later = NOON + A_DAY
+    books.subscription("berta", ended_at=later)
+    books.subscription("anna", ended_at=later, plan_id=books.plan())
+    books.subscription("anna", ended_at=later, status="EXPIRED")
+    assert begin(books, planned) == {planned.id}
+
+
+@pytest.mark.parametrize("kind", ["entry", "review"])
+def test_what_is_found_while_the_subscription_is_waited_for_holds_the_charge(
+    books: Books, database_url: str, kind: str
+) -> None:
+    """A settler that holds the subscription writes an entry, or puts an older attempt into review."""
+    subscription_id = books.subscription()
+    older = books.attempt(subscription_id, state=State.VOID)
+    books.execute("UPDATE subscriptions SET ended_at = ended_at + interval '1 day'")
+    planned = books.planned(subscription_id)
+    with ThreadPoolExecutor() as pool, psycopg.connect(database_url) as settler:
+        settler.execute(b"SELECT FROM subscriptions FOR NO KEY UPDATE")
+        charging = start_blocked(pool, books.engine, partial(begin, books, planned))
+        if kind == "entry":
+            a_problem(books, "unknown_attempt", payment_id="lost", attempt_id=planned.id)
+        else:
+            books.execute(
+                "UPDATE billing_orchestration.renewal_attempts SET state = 'REVIEW' WHERE id = :id", id=older.id
+            )
+        settler.commit()
+        assert charging.result() == set()
 
 
 def test_of_eight_runs_that_open_the_same_attempts_one_gets_each(books: Books) -> None:

@@ -174,7 +174,7 @@ def test_a_charge_that_is_opened_while_its_subscription_is_waited_for_holds_it_b
     charged, other = books.subscription(ended_at=NOON - 2 * A_DAY), books.subscription(ended_at=NOON - A_DAY)
     attempt = books.planned(charged)
     with ThreadPoolExecutor() as pool, books.engine.connect() as charging:
-        assert open_and_claim(charging, books.stamp(), [attempt])
+        assert open_and_claim(charging, books.stamp(), [attempt]).sent_before
         # A size of one: the only row of the first chunk turns out to be held, and the next one still expires.
         waiting = start_blocked(pool, books.engine, partial(expire, books, 1, wait=True))
         charging.commit()
@@ -190,7 +190,7 @@ def test_a_charge_that_is_opened_while_another_row_is_waited_for_holds_it_back(b
         service.execute(b"SELECT FROM subscriptions WHERE id = %s FOR UPDATE", [first])
         waiting = start_blocked(pool, books.engine, partial(expire, books, wait=True))
         with books.engine.begin() as charging:
-            assert open_and_claim(charging, books.stamp(), [attempt])
+            assert open_and_claim(charging, books.stamp(), [attempt]).sent_before
         service.commit()
         assert waiting.result() == 1
     assert statuses(books) == {first: "EXPIRED", charged: "ACTIVE"}
@@ -202,7 +202,7 @@ def test_a_subscription_that_is_being_expired_is_not_charged(books: Books, wait:
 
     def charge() -> object:
         with books.engine.begin() as connection:
-            return open_and_claim(connection, books.stamp(), [attempt])
+            return set(open_and_claim(connection, books.stamp(), [attempt]).sent_before)
 
     with ThreadPoolExecutor() as pool, books.engine.connect() as expiring:
         assert expire_subscriptions(expiring, STAMP, over_before=NOON, reason="over", size=9, wait_for_locks=wait)
@@ -301,7 +301,7 @@ def test_a_charge_that_waits_for_a_chunk_is_not_opened(books: Books) -> None:
 
     def charge() -> object:
         with books.engine.begin() as connection:
-            return open_and_claim(connection, books.stamp(), [attempt])
+            return set(open_and_claim(connection, books.stamp(), [attempt]).sent_before)
 
     with ThreadPoolExecutor() as pool:
         charging: list[Future[object]] = []
@@ -316,7 +316,7 @@ def test_a_charge_that_is_under_way_keeps_its_subscription_out_of_the_chunk(book
     charged, other = books.subscription(ended_at=NOON - 2 * A_DAY), books.subscription(ended_at=NOON - A_DAY)
     attempt = books.planned(charged)
     with books.engine.connect() as charging:
-        assert open_and_claim(charging, books.stamp(), [attempt])
+        assert open_and_claim(charging, books.stamp(), [attempt]).sent_before
         assert expire_from(books, None, meanwhile=charging.commit)[0] == 1
     assert statuses(books) == {charged: "ACTIVE", other: "EXPIRED"}
 

@@ -213,7 +213,7 @@ def charging(books: Books) -> None:
     again = [row.id for row in books.rows("renewal_attempts", "state = 'UNKNOWN'")][:16]
 
     def work(connection: sa.Connection) -> None:
-        assert open_and_claim(connection, books.stamp(), fresh)
+        assert open_and_claim(connection, books.stamp(), fresh).sent_before
         claim(connection, books.stamp(), again, NOON - A_DAY)
         attempts = by_ids(connection, again)
         assert close(connection, books.stamp(), [Closing(a, State.DECLINED, "declined") for a in attempts.values()])

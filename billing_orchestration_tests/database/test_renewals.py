@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.renewals import DueSlice, fetch_due
 from billing_orchestration.domain.attempts import State
-from billing_orchestration.domain.renewals import DueSubscription
+from billing_orchestration.domain.renewals import DueSubscription, Holds
 from billing_orchestration.domain.shards import Shard, divide
 from billing_orchestration_tests.books import NOON, UTC, Books, naive
 
@@ -278,7 +278,59 @@ def test_the_slice_is_a_handful_of_statements_however_much_is_due(books: Books) 
         books.attempt(books.subscription(), state=State.DECLINED)
     counted.clear()
     assert len(fetch(books).due) == 30
-    assert len(counted) == few <= 8
+    assert len(counted) == few <= 10
+
+
+# What stands in the way
+
+
+def test_the_end_of_the_last_settled_period_comes_with_it(books: Books) -> None:
+    for user in ("anna", "berta"):
+        books.subscription(user)
+    books.settle(books.paid(user="anna"))
+    books.settle(books.paid(user="berta"), stamp=books.stamp())
+    books.settle(books.paid(user="berta", refunded="299.00"))
+    subscription_id = books.rows("subscriptions")[1].id
+    books.execute("UPDATE subscriptions SET ended_at = :end", end=naive(NOON))
+    assert due(books, subscription_id).settled_until == datetime(2026, 4, 12, 12, tzinfo=UTC)
+    assert due(books, books.subscription()).settled_until is None
+
+
+def test_of_several_active_subscriptions_of_a_user_and_plan_all_but_the_last_name_it(books: Books) -> None:
+    first, second = books.subscription("anna", ended_at=NOON - A_DAY), books.subscription("anna")
+    last = books.subscription("anna")  # as late as the one before: the younger one counts
+    for unlike in ({"plan_id": books.plan()}, {"status": "EXPIRED"}):
+        books.subscription("anna", ended_at=NOON + A_DAY, **unlike)
+    books.subscription("berta", ended_at=NOON + A_DAY)
+    found = {subscription.id: subscription.outlasted_by for subscription in fetch(books).due}
+    assert [found[id_] for id_ in (first, second, last)] == [last, last, None]
+    endless = books.subscription("anna", ended_at=None)
+    assert due(books, last).outlasted_by == endless
+
+
+def test_attempts_in_review_come_along_unless_a_person_ignored_their_payment(books: Books) -> None:
+    subscriptions = [books.subscription(status=status) for status in ("ACTIVE", "EXPIRED", "ACTIVE")]
+    attempts = [
+        books.attempt(subscription_id, state=State.REVIEW, external_payment_id=f"odd {subscription_id}")
+        for subscription_id in subscriptions
+    ]
+    for attempt in attempts:
+        books.settle(books.renewal(attempt, attempt.external_payment_id or "", amount="1.00"))
+    assert fetch(books).in_review == tuple(attempts)
+    books.execute(
+        "UPDATE billing_orchestration.quarantine SET resolution = 'ignored', resolved_at = now() WHERE attempt_id = :a",
+        a=attempts[2].id,
+    )
+    assert fetch(books).in_review == tuple(attempts[:2])
+
+
+def test_open_entries_that_name_an_attempt_come_along(books: Books) -> None:
+    held = books.planned(books.subscription())
+    books.settle(books.renewal(held, "lost"))
+    [entry] = books.rows("quarantine")
+    assert fetch(books).holds.find(held) == f"quarantine entry {entry.id} (unknown_attempt)"
+    books.execute("UPDATE billing_orchestration.quarantine SET resolved_at = now()")
+    assert fetch(books).holds == Holds()
 
 
 # Shards

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from billing_orchestration.domain import declines
 from billing_orchestration.domain.answers import ProviderView
 from billing_orchestration.domain.attempts import KEY_LIFETIME, OPEN, SCAN_DISTANCE, Attempt, State
+from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.provider_payment import CANCELED, PENDING, SUCCEEDED, WAITING_FOR_CAPTURE
 from billing_orchestration.domain.renewals import (
     Charge,
     Conclude,
     DueSubscription,
+    Holds,
     NotCharged,
     NoteAbsence,
     RenewalDecision,
@@ -51,8 +53,8 @@ SECOND = timedelta(seconds=1)
 NOTHING_TOLD = ProviderView()
 
 
-def renewal(due: DueSubscription | None = None, *, as_of: datetime = NOW, now: datetime = NOW, **more: Any) -> Any:
-    return decide_renewal(due or a_due_subscription(), as_of=as_of, now=now, **({"rules": RULES} | more))
+def renewal(due: DueSubscription | None = None, *, now: datetime = NOW, **more: Any) -> Any:
+    return decide_renewal(due or a_due_subscription(), now=now, **({"rules": RULES} | more))
 
 
 def why_not(due: DueSubscription, **more: Any) -> str:
@@ -162,11 +164,11 @@ def test_one_that_is_overdue_by_more_than_max_overdue_days_is_not_charged(days: 
 
 def test_max_overdue_days_is_counted_in_billing_days() -> None:
     rules = RenewalRules(calendar_of("Asia/Kolkata"), grace_days=3, max_overdue_days=1)
-    as_of = at("2026-03-12T23:00", "Asia/Kolkata")
+    now = at("2026-03-12T23:00", "Asia/Kolkata")
     late_yesterday = a_due_subscription(ended_at=at("2026-03-11T00:10", "Asia/Kolkata"))
     the_day_before = a_due_subscription(ended_at=at("2026-03-10T23:50", "Asia/Kolkata"))
-    assert isinstance(renewal(late_yesterday, as_of=as_of, now=as_of, rules=rules), Charge)
-    assert "overdue by 2 days" in why_not(the_day_before, as_of=as_of, now=as_of, rules=rules)
+    assert isinstance(renewal(late_yesterday, now=now, rules=rules), Charge)
+    assert "overdue by 2 days" in why_not(the_day_before, now=now, rules=rules)
 
 
 @pytest.mark.parametrize(("days", "charged"), [(0, True), (7, True), (9, True), (10, False), (20, False)])
@@ -196,6 +198,33 @@ def test_a_period_with_an_open_or_paid_attempt_is_not_charged_again(attempt: Att
     live = dataclasses.replace(attempt, number=2)
     assert why_not(a_due_subscription(attempts=(attempt,))) == reason
     assert why_not(a_due_subscription(attempts=(before, live))) == reason.replace("attempt 1", "attempt 2")
+
+
+@pytest.mark.parametrize(("settled", "charged"), [(None, True), (-DAY, True), (0 * DAY, True), (SECOND, False)])
+def test_no_period_begins_before_the_end_of_one_that_was_settled(settled: timedelta | None, charged: bool) -> None:
+    due = a_due_subscription()
+    due = dataclasses.replace(due, settled_until=None if settled is None else due.ended_at + settled)
+    decision = renewal(due)
+    assert isinstance(decision, Charge) is charged
+    assert charged or (decision.code, "was paid and settled" in decision.reason) == (Code.PERIOD_SETTLED, True)
+
+
+def test_of_two_active_subscriptions_of_one_user_and_plan_the_one_that_ends_first_waits_for_a_person() -> None:
+    decision = renewal(a_due_subscription(outlasted_by=14))
+    assert isinstance(decision, NotCharged)
+    assert (decision.code, decision.two_active) == (Code.TWO_ACTIVE, 12)
+    assert "subscription 14" in decision.reason
+
+
+def test_an_open_quarantine_entry_that_names_the_planned_attempt_holds_the_charge() -> None:
+    planned = an_attempt()
+    for holds in (Holds(attempts={planned.id: "entry 7"}), Holds(subscriptions={12: "entry 7"})):
+        [reported] = decide([a_due_subscription()], [], holds=holds)
+        assert isinstance(reported, NotCharged)
+        assert reported.code == Code.HELD_BY_ENTRY
+        assert reported.reason == "entry 7 is open and is about this charge"
+    others = Holds(attempts={an_attempt(number=2).id: "entry 7"}, subscriptions={13: "entry 8"})
+    assert isinstance(renewal(holds=others), Charge)
 
 
 @pytest.mark.parametrize(
@@ -278,13 +307,6 @@ def test_one_that_was_already_attempted_today_is_not_charged(tried_at: datetime,
     assert charged or decision.reason == "already attempted today"
 
 
-def test_a_backfill_of_three_days_is_not_three_tries_on_one_card() -> None:
-    # Today is the wall's, whatever the run stands for.
-    due = overdue(3, attempts=(closed(State.DECLINED, 0),), last_tried_at=NOW - HOUR)
-    for days in (0, 1, 2, 3):
-        assert why_not(due, as_of=NOW - days * DAY) == "already attempted today"
-
-
 def test_today_is_the_billing_time_zones_today() -> None:
     rules = RenewalRules(calendar_of("America/New_York"), grace_days=3, max_overdue_days=30)
     # 03:00 UTC is still yesterday evening in New York.
@@ -312,7 +334,6 @@ def test_a_card_that_was_declined_today_for_another_subscription_is_not_tried_ag
     tried_hours_ago=st.none() | st.integers(0, 60),
     method=st.sampled_from(["card-of-ada", None]),
     prices=st.lists(st.decimals(-1, 10, places=2), max_size=2),
-    as_of_days_ago=st.integers(0, 3),
 )
 def test_a_charge_breaks_no_rule(
     states: list[str],
@@ -320,7 +341,6 @@ def test_a_charge_breaks_no_rule(
     tried_hours_ago: int | None,
     method: str | None,
     prices: list[Decimal],
-    as_of_days_ago: int,
 ) -> None:
     attempts = tuple(closed(state, 40, number=n) for n, state in enumerate(states, 1))
     due = overdue(
@@ -330,11 +350,10 @@ def test_a_charge_breaks_no_rule(
         prices=tuple(prices),
         last_tried_at=None if tried_hours_ago is None else NOW - tried_hours_ago * HOUR,
     )
-    decision = renewal(due, as_of=NOW - as_of_days_ago * DAY)
-    seen = overdue_days - as_of_days_ago
+    decision = renewal(due)
     fine = (
         set(states) <= {State.DECLINED, State.REJECTED, State.VOID}
-        and seen <= (3 if State.DECLINED in states else 30)
+        and overdue_days <= (3 if State.DECLINED in states else 30)
         and (tried_hours_ago is None or tried_hours_ago > 3)
         and method is not None
         and len(prices) == 1
@@ -495,10 +514,9 @@ def decide(
     due: list[DueSubscription],
     open_attempts: list[Attempt],
     view: ProviderView | None = None,
-    *,
-    now: datetime = NOW,
+    **more: Any,
 ) -> list[RenewalDecision]:
-    return decide_renewals(due, open_attempts, view or NOTHING_TOLD, as_of=now, now=now, rules=RULES)
+    return decide_renewals(due, open_attempts, view or NOTHING_TOLD, **({"now": NOW, "rules": RULES} | more))
 
 
 def test_every_due_subscription_and_every_open_attempt_gets_its_decision() -> None:
@@ -560,6 +578,26 @@ def test_a_subscription_with_an_open_attempt_of_another_period_is_not_charged_be
     assert len(decisions) == 2
     [reported] = [d for d in decisions if isinstance(d, NotCharged) and d.subject == "subscription 12"]
     assert "2026-03-11" in reported.reason
+
+
+def test_a_subscription_with_an_attempt_of_another_period_in_review_is_not_charged() -> None:
+    # Support has added a day to a period whose charge a person has to judge.
+    in_review = a_sent_attempt(overdue(1), state=State.REVIEW)
+    [reported] = decide([a_due_subscription()], [], in_review=[in_review])
+    assert isinstance(reported, NotCharged)
+    assert (reported.code, "2026-03-11 is in review" in reported.reason) == (Code.IN_REVIEW, True)
+    planned = an_attempt()
+    void, _ = decide([a_due_subscription(attempts=(planned,))], [planned], in_review=[in_review])
+    assert isinstance(void, Void)
+    assert "in review" in void.reason
+
+
+def test_an_attempt_in_review_stands_in_the_way_of_its_own_subscription_only() -> None:
+    present = a_sent_attempt(state=State.REVIEW)
+    decisions = decide([a_due_subscription(attempts=(present,)), a_due_subscription(id=13)], [], in_review=[present])
+    assert [type(decision) for decision in decisions] == [NotCharged, Charge]
+    # That of the present period is told as what it is.
+    assert decisions[0].reason == "the period's charge is in review (quarantine)"
 
 
 def test_an_attempt_of_another_period_that_was_never_sent_is_closed_and_blocks_nothing() -> None:

@@ -282,6 +282,84 @@ def test_a_backfill_stands_for_its_own_day(service: Service) -> None:
     assert service.attempts(late) == []
 
 
+def day_key(days_ago: int) -> str:
+    return f"{NOON - timedelta(days=days_ago):%Y-%m-%d}"
+
+
+def test_a_backfill_of_old_days_charges_nobody_for_periods_that_are_over(service: Service) -> None:
+    # Today's own run charges none of them, and the same morning's expiry ends them.
+    old = [service.subscriber(ended_at=NOON - timedelta(days=days)) for days in (40, 41, 42, 43)]
+
+    runs = [service.run(JOB, partition=day_key(days)) for days in (43, 42, 41, 40)]
+
+    assert all(run.ok for run in runs)
+    assert service.charges() == []
+    assert runs[3].number("fetch_due_subscriptions", "not charged: overdue by more than 30 days") == 4
+    assert runs[0].reasons(f"subscription {old[3]}") == [
+        "leave: ended 2026-01-28 12:00:00 UTC: overdue by more than max_overdue_days (30)"
+    ]
+
+
+def test_a_backfill_of_nine_weeks_on_three_days_charges_no_customer_twice(service: Service) -> None:
+    for days in (66, 45, 36, 31):
+        service.subscriber(ended_at=NOON - timedelta(days=days))
+    weekly = service.plan(unit="days", duration=7)
+    over = service.subscriber(weekly, ended_at=NOON - timedelta(days=24))
+    late = service.subscriber(ended_at=NOON - timedelta(days=20))
+    days = [day_key(days) for days in (66, 60, 45, 36, 31, 20, 10, 2, 0)]
+
+    for _ in range(3):
+        for day in days:
+            assert service.run(JOB, partition=day).ok
+        service.advance(days=1)
+
+    assert service.charged() == {late: 1}
+    assert service.attempts(over) == []
+    service.check_books()
+
+
+def test_a_decline_whose_grace_is_over_is_not_tried_again_through_its_old_day(service: Service) -> None:
+    subscription = service.subscriber(script="canceled:insufficient_funds", ended_at=NOON)
+    service.run(JOB)
+    service.advance(days=20)
+
+    run = service.run(JOB, partition="2026-03-13")
+
+    assert len(service.attempts(subscription)) == 1
+    assert run.reasons(f"subscription {subscription}") == [
+        "leave: declined (insufficient_funds) and the grace of 3 days is over"
+    ]
+
+
+def test_an_end_that_is_moved_back_into_a_settled_period_brings_no_second_charge(service: Service) -> None:
+    subscription = service.subscriber()
+    service.run(JOB)
+    service.execute("UPDATE subscriptions SET ended_at = ended_at - interval '30 days'")
+    service.advance(days=1)
+
+    run = service.run(JOB)
+
+    assert service.charged() == {subscription: 1}
+    assert run.reasons(f"subscription {subscription}") == [
+        "leave: its end lies within a period that was paid and settled, until 2026-04-12: it was moved back"
+    ]
+
+
+def test_of_two_active_subscriptions_of_one_user_and_plan_only_the_last_is_charged_and_a_person_is_told_once(
+    service: Service,
+) -> None:
+    first, last = (service.subscriber(user="anna", ended_at=NOON - timedelta(days=days)) for days in (2, 0))
+
+    runs = [service.run(JOB) for _ in range(2)]
+
+    assert service.charged() == {last: 1}
+    assert [run.ok for run in runs] == [True, True]
+    assert [run.report["quarantined"] for run in runs] == [1, 1]
+    [entry] = service.rows("quarantine")
+    assert (entry.kind, entry.subscription_id, entry.external_payment_id) == ("two_active", first, None)
+    assert f"subscription {last}" in entry.reason
+
+
 def test_a_pending_charge_is_asked_about_and_never_sent_again(service: Service) -> None:
     subscription = service.subscriber(script="pending")
     service.run(JOB)

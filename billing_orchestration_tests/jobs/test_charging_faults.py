@@ -848,6 +848,35 @@ def test_a_planned_attempt_whose_period_is_not_due_any_more_is_void_and_never_se
     assert posts(service) == []
 
 
+@pytest.mark.parametrize(
+    ("how", "state"),
+    [
+        ({"effect": "change", "set": {"amount.value": "1.00"}}, "REVIEW"),
+        ({"effect": "change", "set": {"status": "pending"}}, "PENDING"),
+        (LOST["silence after the charge"], "UNKNOWN"),
+    ],
+    ids=["in review", "pending", "unknown"],
+)
+def test_a_day_that_support_adds_while_a_paid_charge_is_not_settled_brings_no_second_one(
+    hasty: Service, how: Mapping[str, Any], state: str
+) -> None:
+    service = hasty
+    subscription = service.subscriber()
+    lose(service, subscription, how)
+    service.run(JOB, ops=SENT_ONCE)
+    assert states(service, subscription) == [state]
+    service.execute("UPDATE subscriptions SET ended_at = ended_at + interval '1 day'")
+    service.advance(hours=22)
+    recovered(service)
+    service.sandbox.misbehave("get", effect="change", set={"status": "pending"})
+
+    run = service.run(JOB)
+
+    assert service.charged() == {subscription: 1}
+    assert len(posts(service, subscription)) == 1
+    assert any("2026-03-12" in reason for reason in run.reasons(f"subscription {subscription}"))
+
+
 @pytest.mark.parametrize("arrived", [True, False])
 def test_an_unknown_charge_of_a_period_that_is_not_due_any_more_is_not_sent_again_but_searched_for(
     service: Service, arrived: bool

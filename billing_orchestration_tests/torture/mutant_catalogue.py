@@ -42,6 +42,7 @@ _SETTLING = "database/settling.py"
 _FACTS = "database/settling_facts.py"
 _ROWS = "database/settlement_rows.py"
 _ATTEMPTS = "database/attempts.py"
+_SECOND_LOOK = "database/second_look.py"
 _SHARDING = "jobs/autopayment/shards.py"
 _MIGRATION = "database/migrations/versions/0001_records_of_renewal_and_settlement.py"
 
@@ -62,7 +63,11 @@ _UNCLEAR = (
     "domain/test_settlement.py::test_a_renewal_that_the_webhook_has_written_beside_another_grant_is_left_to_a_person"
 )
 
-_OVER_WITH_ITS_GRACE = "paid_until <= rules.calendar.day_of(as_of) - timedelta(days=rules.grace_days)"
+_OVER_WITH_ITS_GRACE = "paid_until <= today - timedelta(days=rules.grace_days)"
+_MOVED_END = (
+    "database/test_attempts.py::"
+    "test_a_subscription_whose_end_was_moved_while_a_charge_was_open_or_in_review_is_not_charged"
+)
 _SETTLING_DRY = "jobs/test_run_config.py::test_a_dry_run_shows_what_the_run_would_do_and_writes_nothing_anywhere"
 _LOST_ANSWER = (
     _FAULTS + "test_a_charge_whose_answer_is_lost_is_sent_again_with_the_same_key_and_body[the answer is cut off]"
@@ -107,8 +112,8 @@ PROMISED = (
         (
             Edit(
                 _CHARGING,
-                "dict.fromkeys(open_and_claim(locks, stamp, [work.attempt for work in group]), False)",
-                "dict.fromkeys([work.attempt.id for work in group], False)",
+                "return open_and_claim(connection, stamp, [work.attempt for work in group])",
+                "return Claimed(dict.fromkeys([work.attempt.id for work in group], False), {})",
             ),
             Edit(
                 _CHARGING,
@@ -297,7 +302,7 @@ FURTHER = (
         (
             Edit(
                 _ATTEMPTS,
-                "AND (a.first_sent_at IS NULL OR a.first_sent_at > :oldest_key)",
+                "AND (w.first_sent_at IS NULL OR w.first_sent_at > :oldest_key)",
                 "AND CAST(:oldest_key AS timestamptz) IS NOT NULL",
             ),
         ),
@@ -319,26 +324,90 @@ FURTHER = (
         "the subscription not looked at before sending",
         "renewed, canceled or paused meanwhile: not charged",
         (
-            Edit(
-                _ATTEMPTS,
-                "WHERE s.status = 'ACTIVE' AND s.ended_at = w.period_start\n"
-                "          AND s.plan_id = w.plan_id AND s.user_id = w.user_id\n",
-                "WHERE true\n",
-            ),
+            Edit(_SECOND_LOOK, "WHEN s.status IS DISTINCT FROM 'ACTIVE'", "WHEN false"),
+            Edit(_SECOND_LOOK, "WHEN s.ended_at IS DISTINCT FROM w.period_start", "WHEN false"),
         ),
         (_ATTEMPT_ROWS + "test_a_subscription_that_changed_is_not_charged",),
     ),
     Mutant(
         "a charge beside an open one of another period",
         "an open attempt is answered before the next charge",
+        (Edit(_SECOND_LOOK, "AND (a.state IN {sql_list(*OPEN)} OR", "AND ("),),
+        (_MOVED_END,),
+    ),
+    Mutant(
+        "a charge beside one in review of another period",
+        "what a person judges is judged before the next charge",
+        (Edit(_SECOND_LOOK, 'OR {in_review("a")}', ""),),
+        (_MOVED_END,),
+    ),
+    Mutant(
+        "a charge beside one in review, as decided",
+        "what a person judges is judged before the next charge",
+        (Edit(_RENEWALS, "for attempt in in_review if not", "for attempt in () if not"),),
+        ("domain/test_renewals.py::test_a_subscription_with_an_attempt_of_another_period_in_review_is_not_charged",),
+    ),
+    Mutant(
+        "a settled period charged once more when its end was moved back",
+        "no period begins before the end of one that was settled",
+        (Edit(_SECOND_LOOK, "AND st.period_end > w.period_start)", "AND false)"),),
+        (_ATTEMPT_ROWS + "test_no_period_begins_before_the_end_of_one_that_was_settled",),
+    ),
+    Mutant(
+        "a settled period decided to be charged once more",
+        "no period begins before the end of one that was settled",
+        (Edit(_RENEWALS, "due.ended_at < due.settled_until:", "False:"),),
+        (
+            "domain/test_renewals.py::test_no_period_begins_before_the_end_of_one_that_was_settled",
+            _AUTOPAYMENT + "test_an_end_that_is_moved_back_into_a_settled_period_brings_no_second_charge",
+        ),
+    ),
+    Mutant(
+        "an entry that names the charge overlooked",
+        "an open quarantine entry that names the attempt holds it",
+        (Edit(_SECOND_LOOK, "(q.attempt_id = w.id OR (", "(false OR ("),),
+        (_ATTEMPT_ROWS + "test_an_open_quarantine_entry_about_an_attempt_holds_it",),
+    ),
+    Mutant(
+        "an entry about another try of the period overlooked",
+        "a paid attempt that our records have lost holds its subscription",
+        (Edit(_SECOND_LOOK, "AND q.subscription_id = w.subscription_id)))", "AND false)))"),),
+        (_ATTEMPT_ROWS + "test_a_paid_attempt_that_our_records_have_lost_holds_its_subscription_whatever_its_number",),
+    ),
+    Mutant(
+        "an entry that names the planned attempt not decided by",
+        "an open quarantine entry that names the attempt holds it",
+        (Edit(_RENEWALS, "if (entry := holds.find(attempt)) is not None:", "if False:"),),
+        ("domain/test_renewals.py::test_an_open_quarantine_entry_that_names_the_planned_attempt_holds_the_charge",),
+    ),
+    Mutant(
+        "the second look older than its lock",
+        "what is found while the subscription is waited for counts",
         (
             Edit(
                 _ATTEMPTS,
-                "AND a.state IN {sql_list(*OPEN)})\n        -- By id",
-                "AND false)\n        -- By id",
+                '_LOCK_SUBSCRIPTIONS, {"ids": [attempt.subscription_id for attempt in attempts]}',
+                '_LOCK_SUBSCRIPTIONS, {"ids": []}',
             ),
         ),
-        (_ATTEMPT_ROWS + "test_a_subscription_whose_end_was_moved_while_a_charge_was_open_is_not_charged_again",),
+        (_ATTEMPT_ROWS + "test_what_is_found_while_the_subscription_is_waited_for_holds_the_charge",),
+    ),
+    Mutant(
+        "two active subscriptions of one user and plan charged",
+        "only the one that ends last is charged",
+        (Edit(_RENEWALS, "if due.outlasted_by is not None:", "if False:"),),
+        (
+            "domain/test_renewals.py::test_of_two_active_subscriptions_of_one_user_and_plan_the_one_that_ends_first_waits_for_a_person",
+        ),
+    ),
+    Mutant(
+        "two active subscriptions of one user and plan claimed",
+        "only the one that ends last is charged",
+        (Edit(_SECOND_LOOK, "WHEN EXISTS (SELECT FROM subscriptions t WHERE {OUTLASTS})", "WHEN false"),),
+        (
+            _ATTEMPT_ROWS
+            + "test_of_two_active_subscriptions_of_one_user_and_plan_only_the_one_that_ends_last_is_charged",
+        ),
     ),
     Mutant(
         "a claim that never grows old",
@@ -524,8 +593,8 @@ FURTHER = (
             ),
             Edit(
                 _ATTEMPTS,
-                "AND a.state IN {sql_list(State.PLANNED, State.UNKNOWN)}\n",
-                "AND a.state IN {sql_list(*OPEN)}\n",
+                "AND w.state IN {sql_list(State.PLANNED, State.UNKNOWN)}\n",
+                "AND w.state IN {sql_list(*OPEN)}\n",
             ),
         ),
         ("domain/test_renewals.py::test_a_pending_attempt_is_only_asked_about_and_never_sent_again",),
@@ -757,18 +826,36 @@ FURTHER = (
     ),
     Mutant(
         "today by as_of",
-        "a backfill of three days is not three tries on one card",
+        "what may be charged is measured by the clock on the wall, whatever day a backfill stands for",
         (
             Edit(
-                _RENEWALS,
-                "today = rules.calendar.day_of(now)",
-                "today = rules.calendar.day_of(as_of)",
+                "jobs/autopayment/steps.py",
+                "        now=clock.now(),\n        rules",
+                "        now=renewals.scope.as_of,\n        rules",
             ),
         ),
         (
             _AUTOPAYMENT + "test_a_backfill_of_three_days_is_not_three_tries_on_one_card",
-            "domain/test_renewals.py::test_a_backfill_of_three_days_is_not_three_tries_on_one_card",
+            _AUTOPAYMENT + "test_a_decline_whose_grace_is_over_is_not_tried_again_through_its_old_day",
+            _AUTOPAYMENT + "test_a_backfill_of_nine_weeks_on_three_days_charges_no_customer_twice",
         ),
+    ),
+    Mutant(
+        "overdue by as_of",
+        "what may be charged is measured by the clock on the wall, whatever day a backfill stands for",
+        (
+            Edit(
+                "jobs/autopayment/steps.py",
+                "calendar.day_of(clock.now()) - timedelta(days=max_overdue_days)",
+                "calendar.day_of(scope.as_of) - timedelta(days=max_overdue_days)",
+            ),
+            Edit(
+                "jobs/autopayment/steps.py",
+                "        now=clock.now(),\n        rules",
+                "        now=renewals.scope.as_of,\n        rules",
+            ),
+        ),
+        (_AUTOPAYMENT + "test_a_backfill_of_old_days_charges_nobody_for_periods_that_are_over",),
     ),
     Mutant(
         "a hard decline tried again",

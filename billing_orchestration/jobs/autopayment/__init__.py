@@ -59,7 +59,7 @@ class DueConfig(dg.Config):
     max_overdue_days: int = Field(
         default=30,
         ge=0,
-        description="A subscription that ended more than this many billing days before as_of is reported, not charged.",
+        description="A subscription that ended more than this many billing days ago is reported, not charged.",
     )
     shards: int | None = Field(
         default=None,

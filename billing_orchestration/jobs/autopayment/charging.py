@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
-from billing_orchestration.database.attempts import claim, close, open_and_claim, try_lock, unlock
+from billing_orchestration.database.attempts import Claimed, claim, close, open_and_claim, try_lock, unlock
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.engine import translated
 from billing_orchestration.database.one_by_one import NotWritten, one_by_one
@@ -98,9 +98,11 @@ class Work:
 
 @dataclass(slots=True)
 class Claims:
-    """What may be sent, each with whether it may have been sent before; and what the database refused to look at."""
+    """What may be sent, each with whether it may have been sent before; what the second look forbids, and what the
+    database refused to look at, each with why."""
 
     claimed: dict[uuid.UUID, bool] = field(default_factory=dict)
+    held: dict[uuid.UUID, str] = field(default_factory=dict)
     refused: dict[uuid.UUID, str] = field(default_factory=dict)
 
 
@@ -123,7 +125,7 @@ class Charging:
         held = {work.attempt.id for work in group if work.sends}
         return held | (try_lock(locks, new) if new else set())
 
-    def claim(self, locks: "sa.Connection", group: Sequence[Work]) -> Claims:
+    def claim(self, connection: "sa.Connection", group: Sequence[Work]) -> Claims:
         """Step 2, committed: which of these may be sent now. A row that somebody keeps locked holds up no other."""
         claims = Claims()
         # Two transactions: what the one has committed must not be claimed again because the other failed.
@@ -132,22 +134,22 @@ class Charging:
             [work for work in group if not work.is_to_be_opened],
         ):
             # No second try of a row that is busy: the others of the group wait for their send.
-            for works, result in one_by_one(part, lambda works: self._claim_together(locks, works), tries=1):
+            for works, result in one_by_one(part, lambda works: self._claim_together(connection, works), tries=1):
                 if isinstance(result, NotWritten):
                     claims.refused[works[0].attempt.id] = result.reason
                 else:
-                    claims.claimed.update(result)
+                    claims.claimed.update(result.sent_before)
+                    claims.held.update(result.held)
         return claims
 
-    def _claim_together(self, locks: "sa.Connection", group: Sequence[Work]) -> Mapping[uuid.UUID, bool]:
-        """One transaction; all of them new, or all sent again. In autocommit one statement is one transaction."""
-        stamp = self.make_stamp()
-        for work in group:
-            work.claimed_at = stamp.at
-        if group[0].is_to_be_opened:
-            with translated():
-                return dict.fromkeys(open_and_claim(locks, stamp, [work.attempt for work in group]), False)
-        with self.database.begin() as connection:
+    def _claim_together(self, connection: "sa.Connection", group: Sequence[Work]) -> Claimed:
+        """One transaction; all of them new, or all sent again."""
+        with translated(), connection.begin():
+            stamp = self.make_stamp()
+            for work in group:
+                work.claimed_at = stamp.at
+            if group[0].is_to_be_opened:
+                return open_and_claim(connection, stamp, [work.attempt for work in group])
             return claim(connection, stamp, [work.attempt.id for work in group], stamp.at - KEY_LIFETIME)
 
     def send(self, work: Work, is_stopped: Callable[[], bool]) -> ProviderPayment | Exception:

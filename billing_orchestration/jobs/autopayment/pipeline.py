@@ -158,6 +158,14 @@ class Pipeline:
         return connection
 
     @contextmanager
+    def _own_connection(self) -> "Iterator[sa.Connection]":
+        """A thread's own, which does not return to the pool."""
+        with self._charging.database.engine.connect() as connection:
+            connection.detach()
+            keep_to_indexes(connection)
+            yield connection
+
+    @contextmanager
     def _database_threads(self, locks: "sa.Connection") -> Iterator[None]:
         """The threads of all steps but the sends, until they are asked to end."""
         start = self._threads.start
@@ -182,13 +190,14 @@ class Pipeline:
             self._events.put(_Broken(error))
 
     def _keep_claiming(self, locks: "sa.Connection") -> None:
-        """Steps 5, 1 and 2: the only thread that uses the connection of the locks."""
-        while (order := self._to_claim.get()) is not None:
-            group, done = order
-            self._charging.unlock(locks, done)
-            free = self._charging.lock(locks, group)
-            claims = self._charging.claim(locks, [work for work in group if work.attempt.id in free])
-            self._events.put(_Claimed(group, free, claims))
+        """Steps 5, 1 and 2: the only thread that uses the connection of the locks. Claims have one of their own."""
+        with self._own_connection() as connection:
+            while (order := self._to_claim.get()) is not None:
+                group, done = order
+                self._charging.unlock(locks, done)
+                free = self._charging.lock(locks, group)
+                claims = self._charging.claim(connection, [work for work in group if work.attempt.id in free])
+                self._events.put(_Claimed(group, free, claims))
 
     def _keep_sending(self) -> None:
         """Step 3."""
@@ -201,9 +210,7 @@ class Pipeline:
 
     def _keep_concluding(self) -> None:
         """Step 4, on a connection of its own."""
-        with self._charging.database.engine.connect() as connection:
-            connection.detach()
-            keep_to_indexes(connection)
+        with self._own_connection() as connection:
             while (batch := self._to_write.get()) is not None:
                 by_answer = {id(judged.answer): judged for judged in batch}
                 written = self._charging.conclude(connection, [judged.answer for judged in batch])
@@ -289,7 +296,8 @@ class Pipeline:
             if attempt_id in claims.refused:
                 self._leave(work, f"not sent: {claims.refused[attempt_id]}")
             else:
-                reason = "looked at again right before sending: renewed, canceled, paused or charged meanwhile, " + (
+                why = claims.held.get(attempt_id, "its attempt is closed, or its key too old")
+                reason = f"looked at again right before sending: {why}; " + (
                     f"its outcome stays open and is searched after {KEY_LIFETIME_HOURS} h"
                     if work.sent_before
                     else "not charged"

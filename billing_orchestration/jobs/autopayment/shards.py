@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import dagster as dg
@@ -27,6 +26,7 @@ from billing_orchestration.jobs.autopayment.steps import (
     RenewalPlan,
     apply_plan,
     ask_about_open,
+    bounds_of_due,
     decide,
     read_renewals,
     shown,
@@ -141,14 +141,8 @@ def divide_due(
         raise RunRefused(
             "a plan is approved as a whole: give either approved_plan or shards. Nothing was read or written"
         )
-    calendar = database.calendar
-    due_day = calendar.day_of(scope.as_of)
     with database.read() as connection:
-        counts = count_due(
-            connection,
-            over_before=calendar.end_of(due_day),
-            oldest=calendar.start_of(due_day - timedelta(days=max_overdue_days)),
-        )
+        counts = count_due(connection, **bounds_of_due(database.calendar, scope, clock, max_overdue_days))
     # A wrong shop key is found by one request, not by one of each shard.
     provider.client.check()
     if scope.max_changes is not None:

@@ -6,7 +6,7 @@ They take what a run works on and return what it found; what a run's page shows 
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import dagster as dg
 from pydantic import Field
@@ -28,7 +28,9 @@ from billing_orchestration.domain.answers import (
     scan_windows,
 )
 from billing_orchestration.domain.attempts import Attempt, State
+from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.decisions import Action, Code, Decision
+from billing_orchestration.domain.problem_kinds import TWO_ACTIVE
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
 from billing_orchestration.domain.renewals import (
     Charge,
@@ -116,17 +118,25 @@ def read_renewals(
 ) -> Renewals:
     """The database's slice: what is due, with saved method, price and attempts, and all open attempts."""
     settings, calendar = database.settings, database.calendar
-    due_day = calendar.day_of(scope.as_of)
     with database.read() as connection:
         found = fetch_due(
             connection,
-            over_before=calendar.end_of(due_day),
-            oldest=calendar.start_of(due_day - timedelta(days=max_overdue_days)),
+            **bounds_of_due(calendar, scope, clock, max_overdue_days),
             today=calendar.start_of(calendar.day_of(clock.now())),
             shard=shard,
         )
     rules = RenewalRules(calendar, settings.subscription_grace_days, max_overdue_days)
     return Renewals(scope, rules, found)
+
+
+def bounds_of_due(
+    calendar: BillingCalendar, scope: RunScope, clock: Clock, max_overdue_days: int
+) -> dict[str, datetime]:
+    """Which ends are looked at: up to the day that the run stands for, and back from today on the wall."""
+    return {
+        "over_before": calendar.end_of(calendar.day_of(scope.as_of)),
+        "oldest": calendar.start_of(calendar.day_of(clock.now()) - timedelta(days=max_overdue_days)),
+    }
 
 
 def ask_about_open(renewals: Renewals, provider: ProviderConnection, clock: Clock, threads: Threads) -> AskedRenewals:
@@ -186,9 +196,10 @@ def decide(asked: AskedRenewals, clock: Clock) -> list[RenewalDecision]:
         renewals.slice.due,
         renewals.slice.open_attempts,
         asked.view,
-        as_of=renewals.scope.as_of,
         now=clock.now(),
         rules=renewals.rules,
+        in_review=renewals.slice.in_review,
+        holds=renewals.slice.holds,
     )
     decisions.extend(
         NotCharged(
@@ -253,6 +264,10 @@ def apply_plan(
                 report.decisions.append(shown(decision))
             if decision.needs_retry:
                 report.again.append(f"{decision.subject}: {decision.reason}")
+    if not scope.dry_run:
+        outlasted = [_two_active(d) for d in plan.decisions if isinstance(d, NotCharged) and d.two_active is not None]
+        report.quarantined += len(outlasted)
+        report.opened += open_all(database, stamp(), outlasted)
     report.skipped += len(plan.refused)
     report.decisions.extend(plan.refused)
     report_unusable(report, plan.unusable, database=database, stamp=stamp(), dry_run=scope.dry_run)
@@ -341,6 +356,10 @@ def _charge(
     report.stopped_by, report.stop_code = pipeline.pace.stop_reason, pipeline.pace.stop_code
     report.quarantined += len(refused)
     report.opened += open_all(database, charging.make_stamp(), refused)
+
+
+def _two_active(decision: NotCharged) -> Problem:
+    return Problem(decision.subject, TWO_ACTIVE, decision.reason, subscription_id=decision.two_active)
 
 
 def _refused(attempt: Attempt, reason: str) -> Problem:

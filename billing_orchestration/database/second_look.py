@@ -1,0 +1,52 @@
+"""The second look: what forbids a charge, seen in the statement that claims it, with its subscription under lock.
+
+`decide_renewals` has asked the same of the run's slice, which may be hours old by then.
+"""
+
+from __future__ import annotations
+
+from billing_orchestration.database.conventions import sql_list
+from billing_orchestration.domain.attempts import OPEN, State
+from billing_orchestration.domain.problem_kinds import IGNORED, UNKNOWN_ATTEMPT
+
+
+def in_review(attempt: str) -> str:
+    """SQL: whether a person decides about an attempt, named by its alias.
+
+    A payment that a person ignored grants nothing, so its attempt holds nothing back.
+    """
+    return f"""({attempt}.state = '{State.REVIEW}' AND NOT EXISTS (
+        SELECT FROM billing_orchestration.quarantine q
+        WHERE q.attempt_id = {attempt}.id AND q.external_payment_id = {attempt}.external_payment_id
+          AND q.resolution = '{IGNORED}'))"""
+
+
+# Which of several ACTIVE subscriptions `t` of one user and plan outlasts `s`.
+OUTLASTS = """t.user_id = s.user_id AND t.plan_id = s.plan_id AND t.status = 'ACTIVE'
+    AND (coalesce(t.ended_at, 'infinity'), t.id) > (coalesce(s.ended_at, 'infinity'), s.id)"""
+
+# NULL: `w`, an attempt, may be sent. `s` is its subscription, if there is one. Else a clause that says why not.
+WHY_NOT = f"""CASE
+    WHEN s.id IS NULL THEN 'the subscription is gone'
+    WHEN s.status IS DISTINCT FROM 'ACTIVE' THEN 'the subscription is ' || coalesce(s.status::text, 'without a status')
+    WHEN s.ended_at IS DISTINCT FROM w.period_start THEN 'its end has moved to ' || coalesce(s.ended_at::text, 'none')
+    WHEN s.plan_id IS DISTINCT FROM w.plan_id THEN 'it is on another plan'
+    WHEN s.user_id IS DISTINCT FROM w.user_id THEN 'it belongs to another user'
+    -- An end that was moved while a charge was under way: that charge may have paid for this very time.
+    WHEN EXISTS (
+        SELECT FROM billing_orchestration.renewal_attempts a
+        WHERE a.subscription_id = w.subscription_id AND a.period_start <> w.period_start
+          AND (a.state IN {sql_list(*OPEN)} OR {in_review("a")}))
+        THEN 'an attempt for another period of it is open or in review'
+    WHEN EXISTS (
+        SELECT FROM billing_orchestration.settlements st
+        WHERE st.subscription_id = w.subscription_id AND st.period_end > w.period_start)
+        THEN 'a period that was settled ends later'
+    WHEN EXISTS (
+        SELECT FROM billing_orchestration.quarantine q
+        WHERE q.resolved_at IS NULL AND q.attempt_id IS NOT NULL
+          AND (q.attempt_id = w.id OR (q.kind = '{UNKNOWN_ATTEMPT}' AND q.subscription_id = w.subscription_id)))
+        THEN 'an open quarantine entry is about this charge'
+    WHEN EXISTS (SELECT FROM subscriptions t WHERE {OUTLASTS})
+        THEN 'another ACTIVE subscription of the same user and plan ends later'
+END"""
