@@ -264,7 +264,7 @@ def expire_locked(
 
 
 _STALE_PAYMENTS = sa.text("""
-    SELECT id, external_payment_id, amount::text AS amount, currency::text AS currency
+    SELECT id, external_payment_id, amount::text AS amount, currency::text AS currency, subscription_id
     FROM payments WHERE status = 'PENDING' AND created_at < :created_before ORDER BY created_at, id
 """)
 
@@ -283,8 +283,8 @@ def stream_stale_payments(
     )
     for page in rows.tuples().partitions(size):
         yield [
-            StalePayment(id_, external_id, None if currency is None else _money(amount, currency))
-            for id_, external_id, amount, currency in page
+            StalePayment(id_, external_id, None if currency is None else _money(amount, currency), subscription_id)
+            for id_, external_id, amount, currency, subscription_id in page
         ]
 
 

@@ -60,6 +60,7 @@ class ServiceIndex:
 
 _ACTIVE = "WHERE (status = 'ACTIVE'::subscriptionstatusenum)"
 _PENDING = "WHERE (status = 'PENDING'::paymentstatusenum)"
+_GRANTED_TO_NOBODY = "WHERE ((status = 'SUCCEEDED'::paymentstatusenum) AND (subscription_id IS NULL))"
 _PAYMENT_ID = "btree (external_payment_id)"
 _PAYMENT_ID_NOT_NULL = "btree (external_payment_id) WHERE (external_payment_id IS NOT NULL)"
 
@@ -70,6 +71,11 @@ SERVICE_INDEXES = (
     ServiceIndex("bo_subscriptions_active_ended_at", "subscriptions", (f"btree (ended_at) {_ACTIVE}",)),
     ServiceIndex("bo_subscriptions_active_user_plan", "subscriptions", (f"btree (user_id, plan_id) {_ACTIVE}",)),
     ServiceIndex("bo_payments_pending_created_at", "payments", (f"btree (created_at) {_PENDING}",)),
+    ServiceIndex(
+        "bo_payments_granted_to_nobody",
+        "payments",
+        (f"btree (GREATEST(created_at, updated_at)) {_GRANTED_TO_NOBODY}",),
+    ),
     ServiceIndex("bo_payments_subscription_id", "payments", ("btree (subscription_id)",)),
     ServiceIndex("bo_prices_plan_currency", "prices", ("btree (plan_id, currency)",)),
     # The unique one first: where it is, the plain one is not needed.

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.conventions import naive_utc, sql_list
 from billing_orchestration.domain.attempts import KEY_LIFETIME, State
-from billing_orchestration.domain.problem_kinds import SECOND_SUCCESS
+from billing_orchestration.domain.problem_kinds import IGNORED, SECOND_SUCCESS
 
 # How far back a check looks: long enough for a weekend and a holiday. Settlements are found by their time.
 LOOKS_BACK = timedelta(days=7)
@@ -54,6 +54,21 @@ _NOT_GRANTED = sa.text(f"""
     JOIN payments p ON p.external_payment_id = s.external_payment_id AND p.id <> s.payment_id
     WHERE s.settled_at > :since AND s.kind <> 'refunded' AND p.status = 'SUCCEEDED'
       AND p.subscription_id <> s.subscription_id
+    UNION ALL
+    -- The webhook died half-way, and no matching run has seen the payment since. What a person set aside is no news.
+    SELECT 'payment ' || p.id || coalesce(' (' || p.external_payment_id || ')', '') || ' is SUCCEEDED, '
+           || 'and granted to nobody: it is linked to no subscription'
+    FROM payments p
+    WHERE p.status = 'SUCCEEDED' AND p.subscription_id IS NULL
+      AND greatest(p.created_at, p.updated_at) > :naive_since AND greatest(p.created_at, p.updated_at) < :naive_recent
+      AND NOT EXISTS (
+        SELECT FROM billing_orchestration.settlements s WHERE s.external_payment_id = p.external_payment_id)
+      AND NOT EXISTS (
+        SELECT FROM payments o WHERE o.external_payment_id = p.external_payment_id AND o.id <> p.id
+          AND (o.status = 'REFUNDED' OR (o.status = 'SUCCEEDED' AND o.subscription_id IS NOT NULL)))
+      AND NOT EXISTS (
+        SELECT FROM billing_orchestration.quarantine q
+        WHERE q.external_payment_id = p.external_payment_id AND q.resolution = '{IGNORED}')
 """)
 
 _OLD_UNKNOWN = sa.text(f"""
@@ -79,14 +94,16 @@ _NOT_COVERED = sa.text("""
 """)
 
 
-def _ask(connection: sa.Connection, statement: sa.TextClause, since: datetime) -> Verdict:
-    broken = [str(what) for what in connection.execute(statement, {"since": since}).scalars()]
+def _ask(connection: sa.Connection, statement: sa.TextClause, since: datetime, **bounds: datetime) -> Verdict:
+    broken = [str(what) for what in connection.execute(statement, {"since": since, **bounds}).scalars()]
     return Verdict(not broken, tuple(broken[:_MOST_NAMED]), len(broken))
 
 
 def paid_is_granted(connection: sa.Connection, now: datetime) -> Verdict:
-    """Every settled success has its payment row and its closed attempt, and the reverse; and only one grant."""
-    return _ask(connection, _NOT_GRANTED, now - LOOKS_BACK)
+    """Every success has one grant: settlements, payment rows and closed attempts belong together."""
+    since = now - LOOKS_BACK
+    bounds = {"naive_since": naive_utc(since), "naive_recent": naive_utc(now - MATCHING_MAY_LAG)}
+    return _ask(connection, _NOT_GRANTED, since, **bounds)
 
 
 def no_old_unknown(connection: sa.Connection, now: datetime) -> Verdict:

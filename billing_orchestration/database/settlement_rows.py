@@ -94,7 +94,7 @@ class Rows:
                     "currency": payment.money.currency,
                     "payment_provider_id": grant.payment_provider_id,
                     "external_payment_id": payment.id,
-                    "saved_at": payment.captured_at or payment.created_at,
+                    "saved_at": payment.succeeded_at,
                 }
             )
 

@@ -65,6 +65,9 @@ def read_facts(
     paid_meanwhile = _read_paid_meanwhile(
         connection, {id_: attempt for id_, attempt in of_payment.items() if books.has_succeeded(id_)}
     )
+    changed_meanwhile = _read_changed_meanwhile(
+        connection, [payment for payment in batch if books.is_half_settled(payment.id) and payment.id not in of_payment]
+    )
     periods = _by_period(attempts.values())
     return {
         payment.id: Facts(
@@ -77,6 +80,7 @@ def read_facts(
             plans=plans,
             provider_ids=provider_ids,
             paid_meanwhile=payment.id in paid_meanwhile,
+            changed_meanwhile=payment.id in changed_meanwhile,
         )
         for payment in batch
     }
@@ -113,18 +117,18 @@ def lock_user_names(connection: sa.Connection, names: Sequence[str]) -> None:
 _LOCK_PAYMENT_ROWS = f"""
     WITH held AS (
         SELECT id, subscription_id, payment_provider_id, status::text AS status, amount,
-               currency::text AS currency, external_payment_id
+               currency::text AS currency, external_payment_id, greatest(created_at, updated_at) AS touched_at
         FROM payments WHERE external_payment_id = ANY(%(ids)s) ORDER BY id FOR NO KEY UPDATE
     )
     SELECT 'row' AS what, external_payment_id, status AS word, id, subscription_id, payment_provider_id, amount,
-           currency
+           currency, {readable("touched_at")} AS touched_at
     FROM held
     UNION ALL
-    SELECT 'settled', external_payment_id, kind, NULL, NULL, NULL, NULL, NULL
+    SELECT 'settled', external_payment_id, kind, NULL, NULL, NULL, NULL, NULL, NULL
     FROM billing_orchestration.settlements WHERE external_payment_id = ANY(%(ids)s)
     UNION ALL
     SELECT DISTINCT 'set aside', external_payment_id, NULL, CAST(NULL AS int), CAST(NULL AS int), CAST(NULL AS int),
-           CAST(NULL AS numeric), NULL
+           CAST(NULL AS numeric), NULL, CAST(NULL AS timestamp)
     FROM billing_orchestration.quarantine
     -- An entry about a row of the service's (its expiry was refused) says nothing about the provider's payment.
     WHERE external_payment_id = ANY(%(ids)s) AND resolution = '{IGNORED}'
@@ -144,14 +148,18 @@ class _Books:
         """Whether a row says that the payment succeeded."""
         return any(row.status == "SUCCEEDED" for row in self.rows[payment_id])
 
+    def is_half_settled(self, payment_id: str) -> bool:
+        """Whether a row says so without having granted it, and we have not settled it either."""
+        return payment_id not in self.settled_as and any(row.is_half_settled for row in self.rows[payment_id])
+
 
 def _lock_payment_rows(connection: sa.Connection, ids: Sequence[str]) -> _Books:
     books = _Books({id_: [] for id_ in ids})
     found = connection.exec_driver_sql(_LOCK_PAYMENT_ROWS, {"ids": list(ids)})
-    for what, payment_id, word, row_id, subscription_id, provider_id, amount, currency in found:
+    for what, payment_id, word, row_id, subscription_id, provider_id, amount, currency, touched_at in found:
         if what == "row":
             money = Money(amount, currency) if currency is not None else None
-            row = PaymentRow(row_id, subscription_id, provider_id, word, money, payment_id)
+            row = PaymentRow(row_id, subscription_id, provider_id, word, money, payment_id, _utc(touched_at))
             books.rows.setdefault(payment_id, []).append(row)
         elif what == "settled":
             books.settled_as[payment_id] = word
@@ -239,30 +247,40 @@ def _utc(instant: datetime | None) -> datetime | None:
 
 # The payment rows once more, and what no transaction of ours changes.
 _READ_BESIDE = """
-    SELECT 'row' AS what, id, NULL AS duration, NULL AS duration_unit
+    SELECT 'row' AS what, id, NULL AS number, NULL AS word, NULL AS amount
     FROM payments WHERE external_payment_id = ANY(%(ids)s)
     UNION ALL
-    SELECT 'plan', id, duration, duration_unit FROM plans WHERE id = ANY(CAST(%(plans)s AS int[]))
+    SELECT 'price', plan_id, CAST(NULL AS int), currency::text, amount
+    FROM prices WHERE plan_id = ANY(CAST(%(plans)s AS int[])) AND currency IS NOT NULL AND amount IS NOT NULL
     UNION ALL
-    SELECT 'provider', id, CAST(NULL AS int), NULL FROM payment_providers
+    SELECT 'plan', id, duration, duration_unit, NULL FROM plans WHERE id = ANY(CAST(%(plans)s AS int[]))
+    UNION ALL
+    SELECT 'provider', id, CAST(NULL AS int), NULL, NULL FROM payment_providers
 """
 
 
 def _read_beside(
     connection: sa.Connection, books: _Books, plan_ids: Iterable[int]
 ) -> tuple[dict[int, PlanRow], frozenset[int]]:
-    """The plans, and the ids of all payment providers. Raises ChangedMeanwhile when payment rows have appeared."""
+    """The plans with their prices, and the ids of all payment providers.
+
+    Raises ChangedMeanwhile when payment rows have appeared.
+    """
     appeared: set[int] = set()
-    plans: dict[int, PlanRow] = {}
+    periods: dict[int, tuple[int | None, str | None]] = {}
+    prices: dict[int, set[Money]] = {}
     providers: set[int] = set()
     bound = {"ids": list(books.rows), "plans": sorted(plan_ids)}
-    for what, id_, duration, unit in connection.exec_driver_sql(_READ_BESIDE, bound):
+    for what, id_, number, word, amount in connection.exec_driver_sql(_READ_BESIDE, bound):
         if what == "row":
             appeared.add(id_)
+        elif what == "price":
+            prices.setdefault(id_, set()).add(Money(amount, word))
         elif what == "plan":
-            plans[id_] = PlanRow(id_, duration, unit)
+            periods[id_] = number, word
         else:
             providers.add(id_)
+    plans = {id_: PlanRow(id_, *period, frozenset(prices.get(id_, ()))) for id_, period in periods.items()}
     appeared -= {row.id for rows in books.rows.values() for row in rows}
     if appeared:
         # The service's webhook writes a row and extends the subscription in one transaction. Its new row cannot be
@@ -304,4 +322,29 @@ def _read_paid_meanwhile(connection: sa.Connection, written_by_service: Mapping[
     found = connection.execute(
         _PAID_MEANWHILE, {"ids": ids, "subscriptions": subscriptions, "methods": methods, "since": since}
     )
+    return set(found.scalars())
+
+
+# What the service may have granted and then failed to link to the payment, by whatever status it has now.
+_CHANGED_MEANWHILE = """
+    SELECT DISTINCT x.external_payment_id
+    FROM unnest(
+        CAST(%(ids)s AS text[]), CAST(%(users)s AS text[]), CAST(%(plans)s AS int[]), CAST(%(since)s AS timestamp[]))
+        AS x (external_payment_id, user_id, plan_id, since)
+    JOIN subscriptions s ON s.user_id = x.user_id AND s.plan_id = x.plan_id
+    WHERE s.status IS DISTINCT FROM 'CREATED' AND greatest(s.created_at, s.updated_at) >= x.since
+"""
+
+
+def _read_changed_meanwhile(connection: sa.Connection, half_settled: Sequence[ProviderPayment]) -> set[str]:
+    """Of purchases that the service has half settled: those whose user's subscription was changed since."""
+    asked = [
+        (payment.id, *named, naive_utc(payment.succeeded_at - SCAN_MARGIN))
+        for payment in half_settled
+        if (named := _user_and_plan(payment)) is not None
+    ]
+    if not asked:
+        return set()
+    ids, users, plans, since = (list(column) for column in zip(*asked, strict=True))
+    found = connection.exec_driver_sql(_CHANGED_MEANWHILE, {"ids": ids, "users": users, "plans": plans, "since": since})
     return set(found.scalars())

@@ -72,7 +72,6 @@ class Code:
     # Payments that both sides know.
     NO_PROVIDER_ID = "no_provider_id"
     DUPLICATE = "duplicate"
-    NO_SUBSCRIPTION = "no_subscription"
     LEFT_TO_WEBHOOK = "left_to_webhook"
     SETTLED_BEFORE = "settled_before"
     SET_ASIDE = "set_aside"

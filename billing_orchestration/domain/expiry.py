@@ -14,6 +14,7 @@ from billing_orchestration.domain.provider_payment import (
     CANCELED,
     SUCCEEDED,
     WAITING_FOR_CAPTURE,
+    WEBHOOK_GRACE,
     ProviderPayment,
     UnusablePayment,
 )
@@ -39,6 +40,7 @@ class StalePayment(NamedTuple):
     id: int
     external_payment_id: str | None
     money: Money | None
+    subscription_id: int | None = None
 
     @property
     def subject(self) -> str:
@@ -104,7 +106,9 @@ def _unpaid(ttl_days: int, why: str) -> str:
     return f"PENDING for more than {ttl_days} days, and {why}"
 
 
-def decide_payment_expiry(row: StalePayment, answer: ProviderAnswer | None, ttl_days: int) -> PaymentExpiry:
+def decide_payment_expiry(
+    row: StalePayment, answer: ProviderAnswer | None, ttl_days: int, now: datetime
+) -> PaymentExpiry:
     """What becomes of a stale PENDING payment, by the provider's answer (None: it has no provider id)."""
     if answer is None:
         return ExpirePayment(row, _unpaid(ttl_days, "it never got a payment at the provider"), Code.NEVER_AT_PROVIDER)
@@ -120,6 +124,9 @@ def decide_payment_expiry(row: StalePayment, answer: ProviderAnswer | None, ttl_
     if isinstance(answer, UnusablePayment):
         reason = f"the provider's record of it cannot be used: {answer.reason}"
         return KeepPending(row, reason, "unreadable", quarantine=answer)
+    if answer.status == SUCCEEDED and answer.succeeded_within(WEBHOOK_GRACE, now):
+        reason = "paid this very minute: left to the service's webhook, then to the matching jobs"
+        return KeepPending(row, reason, Code.LEFT_TO_WEBHOOK)
     if answer.status == SUCCEEDED:
         return SettleLate(row, answer)
     if answer.status == WAITING_FOR_CAPTURE:

@@ -90,8 +90,8 @@ KINDS: Mapping[ProblemKind, Kind] = {
         "a renewal was paid, and its subscription is gone or has no end", _AGAIN, _ATTACH, _NOTHING
     ),
     "unclear_grant": Kind(
-        "a renewal was paid and the service wrote its row, but another payment was granted to the subscription"
-        " meanwhile: it is unknown whether this one was granted too",
+        "paid, and the service wrote its row as SUCCEEDED, but it is unknown whether it granted it: another payment was"
+        " granted to the subscription meanwhile, or the row is linked to no subscription and one was changed since",
         "the service had not granted it: one more period is granted now",
         _ATTACH,
         "the service had granted it: nothing more is granted",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 from billing_orchestration.domain.money import Money
+
+# How long what has just succeeded is left to the service's own webhook, which usually comes within seconds.
+WEBHOOK_GRACE = timedelta(minutes=1)
 
 PENDING = "pending"
 WAITING_FOR_CAPTURE = "waiting_for_capture"
@@ -158,6 +161,15 @@ class ProviderPayment:
     def method_label(self) -> str | None:
         """The service's label for the method, or None where it has none."""
         return METHOD_LABELS.get(self.method_type) if self.method_type else None
+
+    @property
+    def succeeded_at(self) -> datetime:
+        """When a success succeeded, by the provider's clock."""
+        return self.captured_at or self.created_at
+
+    def succeeded_within(self, grace: timedelta, now: datetime) -> bool:
+        """Whether a success is younger than that. A provider whose clock is ahead says "now", never "in the future"."""
+        return max(now - self.succeeded_at, timedelta(0)) < grace
 
     @property
     def refunded_in_full(self) -> bool:

@@ -15,7 +15,7 @@ from billing_orchestration.domain.billing_calendar import BillingCalendar, Perio
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.problem_kinds import ProblemKind
-from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
+from billing_orchestration.domain.provider_payment import SUCCEEDED, WEBHOOK_GRACE, ProviderPayment
 from billing_orchestration.domain.settlement_decisions import (
     CloseAsGranted,
     Facts,
@@ -37,10 +37,23 @@ FINAL_ROWS = ("SUCCEEDED", "REFUNDED")
 
 
 def choose_row(rows: Sequence[PaymentRow], money: Money) -> PaymentRow | None:
-    """The row to settle among those that carry one provider id: it agrees on the money, then PENDING before EXPIRED."""
-    candidates = [row for row in rows if row.status in SETTLEABLE_ROWS]
-    order = {status: rank for rank, status in enumerate(SETTLEABLE_ROWS)}
-    return min(candidates, key=lambda row: (row.money != money, order[row.status or ""], row.id), default=None)
+    """The row to settle among those that carry one provider id.
+
+    The customer's own, which names a subscription, comes first: the others expire as its duplicates. Then one that
+    agrees on the money, then what is half settled, then PENDING before EXPIRED.
+    """
+    candidates = [row for row in rows if row.status in SETTLEABLE_ROWS or row.is_half_settled]
+    order = {status: rank for rank, status in enumerate(("SUCCEEDED", *SETTLEABLE_ROWS))}
+    return min(
+        candidates,
+        key=lambda row: (row.subscription_id is None, row.money != money, order[row.status or ""], row.id),
+        default=None,
+    )
+
+
+def holder_of(rows: Sequence[PaymentRow]) -> PaymentRow | None:
+    """The row by which the service holds a purchase as settled; one that was granted to nobody is none."""
+    return next((row for row in rows if row.status in FINAL_ROWS and not row.is_half_settled), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +69,11 @@ class _Case:
 
     @property
     def final_row(self) -> PaymentRow | None:
-        """The row that the service holds as settled."""
-        return next((row for row in self.facts.rows if row.status in FINAL_ROWS), None)
+        """The row that the service holds as settled. A renewal's need not be linked: its attempt is."""
+        rows = self.facts.rows
+        if self.facts.attempt is None:
+            return holder_of(rows)
+        return next((row for row in rows if row.status in FINAL_ROWS), None)
 
     @property
     def has_other_money(self) -> bool:
@@ -105,6 +121,8 @@ def decide_settlement(
         )
     if (agreed := _agreed(case)) is not None:
         return agreed
+    if (at_work := _webhook_at_work(case)) is not None:
+        return at_work
     if attempt is None and case.row is None and facts.rows:
         return _no_row_to_settle(case)
     if payment.refunded_in_full:
@@ -129,7 +147,8 @@ def _is_attached(ruling: Ruling | None) -> bool:
 
 def _row_to_settle(payment: ProviderPayment, facts: Facts, ruling: Ruling | None) -> PaymentRow | None:
     """The row that fits; by a person's word also one with a status that is not settled otherwise."""
-    row = choose_row(facts.rows, payment.money)
+    rows = facts.rows if facts.attempt is None else [row for row in facts.rows if not row.is_half_settled]
+    row = choose_row(rows, payment.money)
     if row is None and ruling is not None:
         return next((row for row in facts.rows if row.status not in FINAL_ROWS), None)
     return row
@@ -138,7 +157,7 @@ def _row_to_settle(payment: ProviderPayment, facts: Facts, ruling: Ruling | None
 def _holder(rows: Sequence[PaymentRow]) -> PaymentRow | None:
     """The row that holds a payment which was settled: real data may have older ones with the same provider id."""
     final = (row for row in rows if row.status in FINAL_ROWS)
-    return next(final, rows[0] if rows else None)
+    return holder_of(rows) or next(final, rows[0] if rows else None)
 
 
 def _agreed(case: _Case) -> Leave | None:
@@ -150,6 +169,19 @@ def _agreed(case: _Case) -> Leave | None:
         return case.leave(Code.BOTH_AGREE, f"{final.subject} is {final.status}: both sides agree", final)
     if attempt.state in (State.SUCCEEDED, State.REFUNDED) and attempt.external_payment_id in (None, case.payment.id):
         return case.leave(Code.BOTH_AGREE, f"attempt {attempt.number} is {attempt.state}", final)
+    return None
+
+
+def _webhook_at_work(case: _Case) -> Leave | None:
+    """A purchase that the service has half settled a moment ago: its grant may be on its way."""
+    if case.facts.attempt is not None:
+        return None
+    for row in case.facts.rows:
+        if row.is_half_settled and row.touched_at is not None and abs(case.now - row.touched_at) < WEBHOOK_GRACE:
+            reason = (
+                f"{row.subject} became SUCCEEDED a moment ago: left to the service's webhook, the next tick looks again"
+            )
+            return case.leave(Code.LEFT_TO_WEBHOOK, reason, row)
     return None
 
 
@@ -178,6 +210,8 @@ def _decide_purchase(case: _Case) -> SettlementDecision:
     if linked is not None and linked.user_id != user_id:
         reason = f"metadata names user {user_id}, the row belongs to user {linked.user_id}"
         return case.quarantine("foreign_metadata", reason)
+    if (doubt := _doubt_about(case, facts.plans[plan_id])) is not None:
+        return doubt
     subscription = _active_subscription(facts, user_id, plan_id, linked)
     try:
         period = _period_of(facts.plans[plan_id], plan_id)
@@ -191,7 +225,10 @@ def _decide_purchase(case: _Case) -> SettlementDecision:
             end = case.calendar.next_end(subscription.started_at, start, period)
     except UnusablePeriod as error:
         return case.quarantine("period", str(error))
-    found = f"{row.status} here, paid at the provider" if row else "paid at the provider, unknown here"
+    if row is None:
+        found = "paid at the provider, unknown here"
+    else:
+        found = f"{row.status} here{', granted to nobody' if row.is_half_settled else ''}, paid at the provider"
     grant = "its subscription is extended by a period" if subscription else "a subscription is created"
     return Settle(
         payment=case.payment,
@@ -212,6 +249,25 @@ def _decide_purchase(case: _Case) -> SettlementDecision:
         notice_kind="spent_period",
         correct_money=case.has_other_money,  # only by a person's word
     )
+
+
+def _doubt_about(case: _Case, plan: PlanRow) -> Quarantine | None:
+    """What only a person can decide: a price that the plan never had, or a grant that may be there already."""
+    if case.ruling is not None:
+        return None
+    if case.row is None and case.payment.money not in plan.prices:
+        prices = ", ".join(sorted(str(price) for price in plan.prices)) or "none"
+        return case.quarantine(
+            "amount_differs",
+            f"{case.payment.money} at the provider, no row here; plan {plan.id} has the prices: {prices}",
+        )
+    if case.facts.changed_meanwhile and any(row.is_half_settled for row in case.facts.rows):
+        reason = (
+            "the service holds it as SUCCEEDED without a subscription, and the user's subscription on the plan was"
+            " changed since it was paid: it is unknown whether that was its grant"
+        )
+        return case.quarantine("unclear_grant", reason)
+    return None
 
 
 def _active_subscription(
@@ -242,7 +298,7 @@ def _spent_before_it_was_paid(
     payment: ProviderPayment, subscription: SubscriptionRow | None, end: datetime
 ) -> str | None:
     """By the rule, a customer who pays for a long stale subscription buys a period that is already over."""
-    if subscription is None or end > (payment.captured_at or payment.created_at):
+    if subscription is None or end > payment.succeeded_at:
         return None
     return (
         f"paid, and by the rule subscription {subscription.id} was extended from its old end: to {end:%Y-%m-%d}, which"

@@ -15,7 +15,10 @@ from billing_orchestration.domain.provider_payment import ProviderPayment
 
 @dataclass(frozen=True, slots=True)
 class PaymentRow:
-    """A row of the service's `payments`. `money` is None when its currency is null."""
+    """A row of the service's `payments`. `money` is None when its currency is null.
+
+    `touched_at`: when the service wrote it last, as far as that is known and asked.
+    """
 
     id: int
     subscription_id: int | None
@@ -23,11 +26,17 @@ class PaymentRow:
     status: str | None
     money: Money | None
     external_payment_id: str | None
+    touched_at: datetime | None = None
 
     @property
     def subject(self) -> str:
         """How a person reads it in a report."""
         return f"payment {self.id}"
+
+    @property
+    def is_half_settled(self) -> bool:
+        """SUCCEEDED, and linked to no subscription: whoever wrote it may have died before the grant."""
+        return self.status == "SUCCEEDED" and self.subscription_id is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +53,12 @@ class SubscriptionRow:
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """A row of the service's `plans`, as far as settling needs it."""
+    """A row of the service's `plans`, as far as settling needs it, with what it costs in each currency."""
 
     id: int
     duration: int | None
     duration_unit: str | None
+    prices: frozenset[Money] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,8 @@ class Facts:
     `rows`: the payments rows with its id. `attempt` and `rivals`: the attempt it names, and the other attempts of that
     period. `subscriptions`: those of the attempt, of the rows, and the ACTIVE ones of the metadata's user and plan.
     `paid_meanwhile`: another payment was granted to the attempt's subscription since the attempt was sent.
+    `changed_meanwhile`: a subscription of the metadata's user and plan was changed since it was paid (asked where a row
+    is half settled).
     """
 
     settled_as: str | None
@@ -70,6 +82,7 @@ class Facts:
     plans: Mapping[int, PlanRow]
     provider_ids: frozenset[int]
     paid_meanwhile: bool = False
+    changed_meanwhile: bool = False
 
 
 @dataclass(frozen=True, slots=True)

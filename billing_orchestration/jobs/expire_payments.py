@@ -158,18 +158,20 @@ def fetch_stale_at_provider(
 def diff_stale_payments(
     context: dg.OpExecutionContext,
     billing_database: dg.ResourceParam[BillingDatabase],
+    clock: dg.ResourceParam[Clock],
     hand_over: dg.ResourceParam[HandOver],
 ) -> None:
     """One decision per row."""
     with told_plainly():
         asked = hand_over.take(AskedPayments)
         ttl_days = billing_database.settings.pending_payment_ttl_days
+        now = clock.now()
     expiries: Spool[ExpirePayment] = Spool()
     late: list[SettleLate] = []
     kept: list[KeepPending] = []
     shown = Tally(ROWS_SHOWN)
     for page in asked.rows.pages():
-        decisions = [decide_payment_expiry(row, answer, ttl_days) for row, answer in page]
+        decisions = [decide_payment_expiry(row, answer, ttl_days, now) for row, answer in page]
         shown.extend(_shown(decision) for decision in decisions)
         expiries.add([decision for decision in decisions if isinstance(decision, ExpirePayment)])
         late += [decision for decision in decisions if isinstance(decision, SettleLate)]
@@ -271,7 +273,8 @@ def _settle_late(
 ) -> list[ExpirePayment]:
     """Settle what is paid at the provider; return the rows beside it that will never be paid.
 
-    Of several rows with one provider id, one holds the payment. The others are duplicates and expire.
+    Of several rows with one provider id, one holds the payment. The others are duplicates and expire, but for one that
+    names a subscription which the payment was not granted to: whoever wrote it meant another customer's, or period.
     """
     paid = {decision.payment.id: decision.payment for decision in plan.late}
     results = list(
@@ -284,12 +287,21 @@ def _settle_late(
         )
     )
     report_settled(report, iter(results), database=database, stamp=make_stamp(), dry_run=plan.scope.dry_run)
-    holders = {result.payment.id: _holder_of(result) for result in results}
-    return [
-        ExpirePayment(decision.row, f"a duplicate: payment {holder} holds the provider's payment", Code.DUPLICATE)
-        for decision in plan.late
-        if (holder := holders[decision.payment.id]) is not None and holder != decision.row.id
-    ]
+    by_payment = {result.payment.id: result for result in results}
+    duplicates = []
+    for decision in plan.late:
+        result, row = by_payment[decision.payment.id], decision.row
+        holder = _holder_of(result)
+        if holder is None or holder == row.id:
+            continue
+        if row.subscription_id in (None, *_granted_to(result)):
+            reason = f"a duplicate: payment {holder} holds the provider's payment"
+            duplicates.append(ExpirePayment(row, reason, Code.DUPLICATE))
+        else:
+            reason = f"names subscription {row.subscription_id}, but payment {holder} holds the provider's payment"
+            report.skipped += 1
+            report.decisions.append(Decision(Action.LEAVE, row.subject, reason, row.money, Code.DUPLICATE))
+    return duplicates
 
 
 def _holder_of(result: Settled | Failed) -> int | None:
@@ -302,6 +314,14 @@ def _holder_of(result: Settled | Failed) -> int | None:
     if isinstance(result.decision, (Settle, RecordRefund, CloseAsGranted)):
         return result.payment_row_id or (result.decision.row.id if result.decision.row else None)
     return None
+
+
+def _granted_to(result: Settled | Failed) -> tuple[int | None, ...]:
+    """The subscriptions that the row which holds a payment is linked to, and was before."""
+    if isinstance(result, Failed):
+        return ()
+    row = result.decision.row
+    return result.subscription_id, row.subscription_id if row is not None else None
 
 
 def _report_kept(report: RunReport, plan: ExpiryPlan, database: BillingDatabase, stamp: Stamp) -> None:

@@ -13,6 +13,8 @@ from billing_orchestration.database.matching import fetch_pending
 from billing_orchestration.domain.matching import by_provider_id, diff_pending
 from billing_orchestration.domain.settlement_decisions import PaymentRow
 from billing_orchestration.jobs.matching_slice import (
+    WEBHOOK_GRACE_S,
+    MatchingDiffConfig,
     MatchingPlan,
     PaidSlice,
     PaidSliceConfig,
@@ -81,12 +83,19 @@ def fetch_pending_payments(
 
 
 @dg.op(description="Compare: PENDING here and succeeded there is to be settled.", ins=AFTER)
-def diff_pending_payments(context: dg.OpExecutionContext, hand_over: dg.ResourceParam[HandOver]) -> None:
+def diff_pending_payments(
+    context: dg.OpExecutionContext,
+    config: MatchingDiffConfig,
+    clock: dg.ResourceParam[Clock],
+    hand_over: dg.ResourceParam[HandOver],
+) -> None:
     """The diff of two complete slices."""
     with told_plainly():
         match = hand_over.take(PendingMatch)
     rows = by_provider_id(match.rows)
-    diff = diff_pending(match.paid.slice.payments, rows, match.nameless)
+    diff = diff_pending(
+        match.paid.slice.payments, rows, match.nameless, now=clock.now(), webhook_grace=config.webhook_grace
+    )
     hand_over.leave(plan_matching(context, match.paid, diff, rows))
 
 
@@ -126,5 +135,6 @@ matching_pending_payments_every_2_minutes_schedule = tick_schedule(
     cron="*/2 * * * *",
     timezone="UTC",
     partition_key=hour_key,
+    op_config={"diff_pending_payments": {"webhook_grace_s": WEBHOOK_GRACE_S}},
     description="Every two minutes. After an outage, one tick covers all of it, up to seven days.",
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import dagster as dg
 from pydantic import Field
@@ -11,8 +11,9 @@ from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.database.matching import advance_watermark, read_watermark
 from billing_orchestration.domain.decisions import Action, Decision
 from billing_orchestration.domain.matching import MatchingDiff
-from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
+from billing_orchestration.domain.provider_payment import WEBHOOK_GRACE, ProviderPayment, UnusablePayment
 from billing_orchestration.domain.run_scope import (
+    CATCH_UP_OVERLAP,
     MATCHING_WINDOW,
     RunScope,
     Window,
@@ -36,6 +37,8 @@ from billing_orchestration.jobs.settling import open_all, report_settled, report
 from billing_orchestration.provider.client import Slice
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
 
+WEBHOOK_GRACE_S = int(WEBHOOK_GRACE.total_seconds())
+
 
 class PaidSliceConfig(dg.Config):
     """How the provider's list is read."""
@@ -54,6 +57,26 @@ class PaidSliceConfig(dg.Config):
         gt=0,
         description="Limit of requests per second, all parts together, if the provider gave you one. Left out: none.",
     )
+
+
+class MatchingDiffConfig(dg.Config):
+    """What is left to the service's webhook."""
+
+    webhook_grace_s: int = Field(
+        default=0,
+        ge=0,
+        # What is left now must lie in what the next run covers again, also when that run comes after an outage.
+        le=int(CATCH_UP_OVERLAP.total_seconds()),
+        description=(
+            "Leave payments that succeeded less than this many seconds ago to the service's webhook, whatever row they"
+            f" have. Scheduled ticks use {WEBHOOK_GRACE_S}; a manual launch repairs at once (0)."
+        ),
+    )
+
+    @property
+    def webhook_grace(self) -> timedelta:
+        """The same as a duration."""
+        return timedelta(seconds=self.webhook_grace_s)
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,15 @@ those ids*, whatever a row's status or age: a window on the database's side woul
 """
 
 from dataclasses import dataclass
-from datetime import timedelta
 
 import dagster as dg
-from pydantic import Field
 
 from billing_orchestration.database.matching import fetch_rows, fetch_settled
 from billing_orchestration.domain.matching import by_provider_id, diff_successful
-from billing_orchestration.domain.run_scope import CATCH_UP_OVERLAP
 from billing_orchestration.domain.settlement_decisions import PaymentRow
 from billing_orchestration.jobs.matching_slice import (
+    WEBHOOK_GRACE_S,
+    MatchingDiffConfig,
     MatchingPlan,
     PaidSlice,
     PaidSliceConfig,
@@ -30,23 +29,6 @@ from billing_orchestration.resources import AFTER, BillingDatabase, Clock, HandO
 JOB = "matching_successful_payments_job"
 # A tick takes seconds, one that catches up seven days minutes. A run that takes longer than this hangs.
 MAX_RUNTIME_S = 1800
-# What a scheduled tick leaves to the service's own webhook, which usually comes within seconds.
-WEBHOOK_GRACE_S = 60
-
-
-class SuccessfulMatchingConfig(dg.Config):
-    """What only this job needs."""
-
-    webhook_grace_s: int = Field(
-        default=0,
-        ge=0,
-        # What is left now must lie in what the next run covers again, also when that run comes after an outage.
-        le=int(CATCH_UP_OVERLAP.total_seconds()),
-        description=(
-            "Leave payments without a row to the service's webhook if they succeeded less than this many seconds ago."
-            f" Scheduled ticks use {WEBHOOK_GRACE_S}; a manual launch repairs at once (0)."
-        ),
-    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +83,7 @@ def fetch_known_payments(
 )
 def diff_successful_payments(
     context: dg.OpExecutionContext,
-    config: SuccessfulMatchingConfig,
+    config: MatchingDiffConfig,
     clock: dg.ResourceParam[Clock],
     hand_over: dg.ResourceParam[HandOver],
 ) -> None:
@@ -114,7 +96,7 @@ def diff_successful_payments(
         rows,
         match.settled,
         now=clock.now(),
-        webhook_grace=timedelta(seconds=config.webhook_grace_s),
+        webhook_grace=config.webhook_grace,
     )
     hand_over.leave(plan_matching(context, match.paid, diff, rows))
 

@@ -58,8 +58,9 @@ class MoneyCheck:
 CHECKS = (
     MoneyCheck(
         paid_is_granted,
-        "Every succeeded provider payment is granted, once: each settlement has its payment row and attempt, each"
-        " succeeded attempt its settlement, and no second row grants the payment again (7 days).",
+        "Every succeeded payment is granted, once: each settlement has its payment row and attempt, each succeeded"
+        " attempt its settlement, each SUCCEEDED row a subscription, and no second row grants a payment again (7"
+        " days).",
         "a customer may have paid without a grant, or been granted without a payment.",
         "look at each with `billing-orchestration explain payment ID`; somebody may have changed rows by hand.",
     ),

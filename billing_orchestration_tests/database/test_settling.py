@@ -41,6 +41,12 @@ def kind_of(settled: Settled) -> str | None:
     return settled.decision.kind if isinstance(settled.decision, Quarantine) else None
 
 
+def word_of(settled: Settled) -> str:
+    """What was granted, or why nothing was."""
+    decision = settled.decision
+    return decision.code if isinstance(decision, Leave) else str(getattr(decision, "kind", "refunded"))
+
+
 # A purchase
 
 
@@ -147,6 +153,7 @@ def test_whatever_the_zone_of_an_instant_the_tables_hold_utc(books: Books, zone:
 
 
 def test_a_purchase_that_saved_its_method_is_remembered_for_renewals(books: Books) -> None:
+    books.price(books.monthly, "299.00", "EUR")
     settled = only(books.settle(books.paid("p", method_id="card", method_saved=True, currency="EUR")))
     (saved,) = books.rows("saved_methods")
     assert (saved.subscription_id, saved.payment_method_id, saved.currency) == (settled.subscription_id, "card", "EUR")
@@ -400,13 +407,87 @@ def test_a_renewal_with_another_amount_goes_to_review_and_stays_there(books: Boo
     assert books.rows("payments") == books.rows("settlements") == []
 
 
+# What the service's webhook has half done
+
+
+def test_a_row_that_succeeded_and_was_granted_to_nobody_is_granted_once_and_linked(books: Books) -> None:
+    row_id = books.payment("p", status="SUCCEEDED")
+    settled = only(books.settle(books.paid("p")))
+    assert (word_of(settled), settled.payment_row_id) == ("created", row_id)
+    row = books.row("payments", row_id)
+    assert (row.status, row.subscription_id) == ("SUCCEEDED", settled.subscription_id)
+    assert word_of(only(books.settle(books.paid("p")))) == "settled_before"
+    assert len(books.rows("subscriptions")) == 1
+
+
+@pytest.mark.parametrize("status", ["ACTIVE", "EXPIRED", "CANCELED"])
+def test_a_subscription_that_was_changed_since_may_be_the_grant_that_was_never_linked(
+    books: Books, status: str
+) -> None:
+    subscription_id = books.subscription("anna", status=status, ended_at=NOON + 30 * A_DAY)
+    books.payment("p", status="SUCCEEDED")
+    grant = "extended" if status == "ACTIVE" else "created"
+    for changed_at, kind in (
+        (NOON - timedelta(hours=2), grant),  # it was paid 19 minutes ago, and clocks may differ by 30
+        (NOON - timedelta(minutes=40), "unclear_grant"),
+        (NOON - timedelta(minutes=10), "unclear_grant"),
+    ):
+        books.execute("UPDATE subscriptions SET updated_at = :at", at=changed_at.replace(tzinfo=None))
+        with books.engine.connect() as connection:  # rolled back
+            [settled] = settle_batch(
+                connection, [books.paid("p")], stamp=books.stamp(), calendar=books.calendar, is_live=False
+            )
+        assert word_of(settled) == kind
+    assert books.ended_at(subscription_id) == NOON + 30 * A_DAY
+
+
+def test_another_plans_or_an_unpaid_subscription_says_nothing_about_a_grant(books: Books) -> None:
+    now = NOON.replace(tzinfo=None)
+    for status, plan_id in (("ACTIVE", books.plan()), ("CREATED", books.monthly)):
+        other = books.subscription("anna", plan_id=plan_id, status=status)
+        books.execute("UPDATE subscriptions SET updated_at = :at WHERE id = :id", at=now, id=other)
+    books.payment("p", status="SUCCEEDED")
+    assert word_of(only(books.settle(books.paid("p")))) == "created"
+
+
+def test_the_customers_own_row_is_settled_and_not_a_duplicate_without_a_subscription(books: Books) -> None:
+    books.tolerate_duplicates()
+    subscription_id = books.subscription("anna")
+    duplicates = [books.payment("p"), books.payment("p", status="SUCCEEDED")]
+    own = books.payment("p", subscription_id=subscription_id)
+    settled = only(books.settle(books.paid("p")))
+    assert (word_of(settled), settled.subscription_id, settled.payment_row_id) == ("extended", subscription_id, own)
+    assert books.statuses("payments", *duplicates, own) == ["PENDING", "SUCCEEDED", "SUCCEEDED"]
+
+
+@pytest.mark.parametrize(
+    ("amount", "currency", "kind"),
+    [
+        ("1.00", "RUB", "amount_differs"),
+        ("299.00", "USD", "amount_differs"),
+        ("199.00", "RUB", "created"),
+        ("3.50", "EUR", "created"),
+    ],
+)
+def test_what_nobody_has_written_down_must_be_one_of_the_plans_prices(
+    books: Books, amount: str, currency: str, kind: str
+) -> None:
+    for price in (("199.00", "RUB"), ("3.50", "EUR")):
+        books.price(books.monthly, *price)
+    books.price(books.plan(price=None), "1.00")
+    books.price(books.monthly, "77.00", None)
+    settled = only(books.settle(books.paid("p", amount=amount, currency=currency)))
+    assert word_of(settled) == kind
+    assert len(books.rows("payments")) == len(books.rows("subscriptions")) == (kind == "created")
+
+
 # Once
 
 
 def every_kind(books: Books) -> list[ProviderPayment]:
     """One payment for each kind of decision, each for a customer of its own."""
     books.payment("pending")
-    books.payment("agreed", status="SUCCEEDED")
+    books.payment("agreed", status="SUCCEEDED", subscription_id=books.subscription("a"))
     books.payment("canceled", status="CANCELED")
     books.payment("differs", amount="1.00")
     renewed, extended = books.attempt(books.subscription("r")), books.subscription("e")
@@ -652,7 +733,12 @@ Change = Callable[[Books], object]
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(lambda books: books.execute("UPDATE payments SET status = 'SUCCEEDED'"), id="row finished"),
+        pytest.param(
+            lambda books: books.execute(
+                "UPDATE payments SET status = 'SUCCEEDED', subscription_id = :id", id=books.subscription()
+            ),
+            id="row finished",
+        ),
         pytest.param(
             lambda books: books.execute("UPDATE payments SET external_payment_id = 'other'"), id="row renamed"
         ),

@@ -128,7 +128,7 @@ def test_a_database_that_defaults_to_repeatable_read_changes_nothing_about_it(bo
 WEBHOOK_INSERTS = """
     INSERT INTO payments (subscription_id, payment_provider_id, status, currency, amount, external_payment_id,
                           created_at, updated_at)
-    VALUES (%s, %s, 'SUCCEEDED', 'RUB', 299, %s, now(), now())
+    VALUES (%s, %s, 'SUCCEEDED', 'RUB', 299, %s, '2026-03-12 12:00', '2026-03-12 12:00')
 """
 WEBHOOK_INSERTS_NAMED = WEBHOOK_INSERTS.replace("%s, %s", ":subscription, :provider").replace("%s", ":id")
 

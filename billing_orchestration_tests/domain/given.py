@@ -154,7 +154,7 @@ def facts(rows: Iterable[PaymentRow] = (), subscriptions: Iterable[SubscriptionR
         attempt=None,
         rivals=(),
         subscriptions={subscription.id: subscription for subscription in subscriptions},
-        plans={3: PlanRow(3, 1, "month")},
+        plans={3: PlanRow(3, 1, "month", frozenset({PRICE}))},
         provider_ids=frozenset({1}),
     )
     return dataclasses.replace(known, **changes)

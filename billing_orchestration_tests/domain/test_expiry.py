@@ -87,7 +87,15 @@ def test_a_payment_is_stale_when_it_was_created_more_than_seven_days_before(age:
 
 def test_a_stale_payment_that_succeeded_there_is_settled() -> None:
     payment = a_payment()
-    assert decide_payment_expiry(STALE, payment, TTL_DAYS) == SettleLate(STALE, payment)
+    assert decide_payment_expiry(STALE, payment, TTL_DAYS, NOW) == SettleLate(STALE, payment)
+
+
+def test_a_stale_payment_that_was_paid_this_very_minute_is_left_to_the_webhook_and_the_matching_jobs() -> None:
+    decision = decide_payment_expiry(STALE, a_payment(captured_at=NOW - timedelta(seconds=59)), TTL_DAYS, NOW)
+    assert isinstance(decision, KeepPending)
+    assert (decision.code, decision.needs_retry, decision.quarantine) == ("left_to_webhook", False, None)
+    payment = a_payment(captured_at=NOW - timedelta(seconds=60))
+    assert decide_payment_expiry(STALE, payment, TTL_DAYS, NOW) == SettleLate(STALE, payment)
 
 
 @pytest.mark.parametrize(
@@ -102,21 +110,21 @@ def test_a_stale_payment_that_succeeded_there_is_settled() -> None:
 def test_a_stale_payment_that_is_pending_canceled_or_not_found_there_expires(
     answer: object, word: str, code: str
 ) -> None:
-    decision = decide_payment_expiry(STALE, answer, TTL_DAYS)  # type: ignore[arg-type]
+    decision = decide_payment_expiry(STALE, answer, TTL_DAYS, NOW)  # type: ignore[arg-type]
     assert isinstance(decision, ExpirePayment)
     assert (decision.code, word in decision.reason) == (code, True)
     assert "7 days" in decision.reason
 
 
 def test_a_stale_payment_whose_money_is_held_stays_pending_and_is_reported() -> None:
-    decision = decide_payment_expiry(STALE, a_payment(status=WAITING_FOR_CAPTURE), TTL_DAYS)
+    decision = decide_payment_expiry(STALE, a_payment(status=WAITING_FOR_CAPTURE), TTL_DAYS, NOW)
     assert isinstance(decision, KeepPending)
     assert "held" in decision.reason
     assert (decision.needs_retry, decision.quarantine) == (False, None)
 
 
 def test_a_stale_payment_about_which_the_provider_does_not_answer_stays_pending_and_makes_the_run_red() -> None:
-    decision = decide_payment_expiry(STALE, NoAnswer("HTTP 502"), TTL_DAYS)
+    decision = decide_payment_expiry(STALE, NoAnswer("HTTP 502"), TTL_DAYS, NOW)
     assert isinstance(decision, KeepPending)
     assert decision.needs_retry
     assert "HTTP 502" in decision.reason
@@ -124,7 +132,7 @@ def test_a_stale_payment_about_which_the_provider_does_not_answer_stays_pending_
 
 def test_a_stale_payment_whose_record_cannot_be_read_stays_pending_and_goes_to_a_person() -> None:
     odd = UnusablePayment("pay-1", "amount is missing", {"id": "pay-1"})
-    decision = decide_payment_expiry(STALE, odd, TTL_DAYS)
+    decision = decide_payment_expiry(STALE, odd, TTL_DAYS, NOW)
     assert isinstance(decision, KeepPending)
     assert decision.quarantine == odd
     assert not decision.needs_retry
@@ -134,12 +142,12 @@ def test_every_status_of_the_provider_has_an_answer_and_only_unpaid_ones_expire(
     expired = {
         status
         for status in STATUSES
-        if isinstance(decide_payment_expiry(STALE, a_payment(status=status), TTL_DAYS), ExpirePayment)
+        if isinstance(decide_payment_expiry(STALE, a_payment(status=status), TTL_DAYS, NOW), ExpirePayment)
     }
     assert expired == {PENDING, CANCELED}
 
 
 def test_what_is_kept_pending_is_no_change() -> None:
     answers = [a_payment(), None, NoAnswer("silence"), a_payment(status=WAITING_FOR_CAPTURE), NotFoundThere()]
-    decisions = [decide_payment_expiry(STALE, answer, TTL_DAYS) for answer in answers]
+    decisions = [decide_payment_expiry(STALE, answer, TTL_DAYS, NOW) for answer in answers]
     assert sum(isinstance(decision, (SettleLate, ExpirePayment)) for decision in decisions) == 3

@@ -90,10 +90,67 @@ def test_what_a_person_has_set_aside_is_left() -> None:
 
 @pytest.mark.parametrize("status", ["SUCCEEDED", "REFUNDED"])
 def test_a_row_that_is_succeeded_or_refunded_is_left(status: str) -> None:
-    decision = settle(a_payment(), facts([a_row("PENDING", id=1), a_row(status, id=2)]))
+    decision = settle(a_payment(), facts([a_row("PENDING", id=1), a_row(status, id=2, subscription_id=12)]))
     assert isinstance(decision, Leave)
     assert decision.row is not None
     assert decision.row.id == 2
+
+
+def test_a_row_that_is_succeeded_and_granted_to_nobody_is_settled_and_linked() -> None:
+    row = a_row("SUCCEEDED")
+    for subscriptions, kind in ([], "created"), ([a_subscription()], "extended"):
+        decision = settle(a_payment(), facts([row], subscriptions))
+        assert isinstance(decision, Settle)
+        assert (decision.kind, decision.row, decision.row_is_final) == (kind, row, False)
+        assert "granted to nobody" in decision.reason
+
+
+@pytest.mark.parametrize("ruling", [None, Ruling(), Ruling(attach_to=12)])
+def test_a_row_that_became_succeeded_this_very_minute_is_left_to_the_webhook(ruling: Ruling | None) -> None:
+    for age_s, is_left in (0, True), (59, True), (60, False):
+        row = a_row("SUCCEEDED", touched_at=NOW - timedelta(seconds=age_s))
+        known = facts([row, a_row("PENDING", id=8)], [a_subscription()])
+        decision = settle(a_payment(), known, ruling=ruling)
+        assert isinstance(decision, Leave if is_left else Settle)
+        if isinstance(decision, Leave):
+            assert decision.code == "left_to_webhook"
+    # Any other row may be as fresh as it likes.
+    fresh = a_row("PENDING", touched_at=NOW)
+    assert isinstance(settle(a_payment(), facts([fresh])), Settle)
+
+
+def test_a_row_that_is_succeeded_is_left_to_a_person_when_its_grant_may_be_there_unlinked() -> None:
+    known = facts([a_row("SUCCEEDED")], [a_subscription()], changed_meanwhile=True)
+    decision = settle(a_payment(), known)
+    assert isinstance(decision, Quarantine)
+    assert (decision.kind, decision.row) == ("unclear_grant", a_row("SUCCEEDED"))
+    # Only where the service has begun to settle it: a subscription changes for many reasons.
+    assert isinstance(settle(a_payment(), dataclasses.replace(known, rows=[a_row("PENDING")])), Settle)
+    granted = settle(a_payment(), known, ruling=Ruling())
+    assert isinstance(granted, Settle)
+    assert granted.kind == "extended"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"money": CHEAPER}, "amount_differs"),
+        ({"metadata": {}}, "metadata"),
+        ({"is_test": True}, "test_payment"),
+    ],
+)
+def test_what_speaks_against_a_grant_does_so_for_a_row_that_is_succeeded_too(
+    changes: dict[str, Any], kind: str
+) -> None:
+    decision = settle(a_payment(**changes), facts([a_row("SUCCEEDED")]))
+    assert isinstance(decision, Quarantine)
+    assert decision.kind == kind
+
+
+def test_a_row_that_is_succeeded_and_granted_to_nobody_becomes_refunded_when_its_money_went_back() -> None:
+    decision = settle(a_payment(**FULL), facts([a_row("SUCCEEDED")], changed_meanwhile=True))
+    assert isinstance(decision, RecordRefund)
+    assert (decision.row, decision.row_is_final) == (a_row("SUCCEEDED"), False)
 
 
 @pytest.mark.parametrize(("status", "kind"), [("CANCELED", "canceled_here"), (None, "status_unknown")])
@@ -489,6 +546,32 @@ def test_a_row_of_another_amount_or_currency_goes_to_a_person(money: Money | Non
     assert str(PRICE) in decision.reason
 
 
+@pytest.mark.parametrize("money", [CHEAPER, Money(Decimal("1.00"), "RUB"), Money(PRICE.amount, "USD")])
+def test_without_a_row_a_success_must_be_one_of_the_plans_prices(money: Money) -> None:
+    for subscriptions in ([], [a_subscription()]):
+        decision = settle(a_payment(money=money), facts(subscriptions=subscriptions))
+        assert isinstance(decision, Quarantine)
+        assert decision.kind == "amount_differs"
+        assert str(money) in decision.reason
+        assert str(PRICE) in decision.reason
+        assert isinstance(settle(a_payment(money=money), facts(subscriptions=subscriptions), ruling=Ruling()), Settle)
+
+
+def test_any_of_the_plans_prices_will_do_without_a_row_and_none_is_asked_of_a_plan_where_there_is_one() -> None:
+    prices = frozenset({PRICE, CHEAPER, Money(Decimal("3.50"), "EUR")})
+    for price in prices:
+        known = facts(plans={3: PlanRow(3, 1, "month", prices)})
+        assert isinstance(settle(a_payment(money=price), known), Settle)
+    # The service knows what it sold (a discount, say): its row decides.
+    assert isinstance(settle(a_payment(money=CHEAPER), facts([a_row("PENDING", money=CHEAPER)])), Settle)
+
+
+def test_a_plan_without_a_price_sells_nothing() -> None:
+    decision = settle(a_payment(), facts(plans={3: PlanRow(3, 1, "month")}))
+    assert isinstance(decision, Quarantine)
+    assert decision.kind == "amount_differs"
+
+
 def test_the_amount_is_looked_at_before_the_metadata() -> None:
     decision = settle(a_payment(metadata={}), facts([a_row("PENDING", money=CHEAPER)]))
     assert isinstance(decision, Quarantine)
@@ -616,7 +699,8 @@ def test_an_active_subscription_without_an_end_goes_to_a_person() -> None:
 @pytest.mark.parametrize("plan", [PlanRow(3, None, "month"), PlanRow(3, 1, None), PlanRow(3, -1, "days")])
 @pytest.mark.parametrize("has_subscription", [True, False])
 def test_a_plan_whose_period_cannot_be_computed_goes_to_a_person(plan: PlanRow, has_subscription: bool) -> None:
-    known = facts(subscriptions=[a_subscription()] if has_subscription else [], plans={3: plan})
+    sold = dataclasses.replace(plan, prices=frozenset({PRICE}))
+    known = facts(subscriptions=[a_subscription()] if has_subscription else [], plans={3: sold})
     decision = settle(a_payment(), known)
     assert isinstance(decision, Quarantine)
     assert decision.kind == "period"
@@ -652,7 +736,7 @@ def test_a_late_success_revives_an_expired_payment() -> None:
     ("rows", "chosen"),
     [
         ([], None),
-        ([a_row("SUCCEEDED"), a_row("CANCELED"), a_row("REFUNDED"), a_row(None)], None),
+        ([a_row("SUCCEEDED", subscription_id=12), a_row("CANCELED"), a_row("REFUNDED"), a_row(None)], None),
         ([a_row("EXPIRED", id=1), a_row("PENDING", id=2)], 2),
         ([a_row("EXPIRED", id=1), a_row("CREATED", id=2)], 2),
         ([a_row("CREATED", id=1), a_row("PENDING", id=2)], 2),
@@ -661,7 +745,13 @@ def test_a_late_success_revives_an_expired_payment() -> None:
         ([a_row("PENDING", id=1, money=CHEAPER), a_row("EXPIRED", id=2)], 2),
         ([a_row("PENDING", id=1, money=None), a_row("EXPIRED", id=2)], 2),
         ([a_row("EXPIRED", id=1, money=CHEAPER), a_row("PENDING", id=2, money=CHEAPER)], 2),
-        ([a_row("SUCCEEDED", id=1), a_row("EXPIRED", id=2, money=CHEAPER)], 2),
+        ([a_row("SUCCEEDED", id=1, subscription_id=12), a_row("EXPIRED", id=2, money=CHEAPER)], 2),
+        # What the service has half settled comes before what it has only begun.
+        ([a_row("PENDING", id=1), a_row("SUCCEEDED", id=2)], 2),
+        # The customer's own row names a subscription: never the duplicate that expires.
+        ([a_row("PENDING", id=1), a_row("PENDING", id=2, subscription_id=12)], 2),
+        ([a_row("SUCCEEDED", id=1), a_row("PENDING", id=2, subscription_id=12)], 2),
+        ([a_row("PENDING", id=1), a_row("EXPIRED", id=2, subscription_id=12, money=CHEAPER)], 2),
     ],
 )
 def test_of_several_rows_with_one_provider_id_the_one_that_agrees_is_finished(
@@ -674,25 +764,34 @@ def test_of_several_rows_with_one_provider_id_the_one_that_agrees_is_finished(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    statuses=st.lists(st.sampled_from(["CREATED", "PENDING", "EXPIRED", "CANCELED", "SUCCEEDED", "REFUNDED", None])),
+    books=st.lists(
+        st.tuples(
+            st.sampled_from(["CREATED", "PENDING", "EXPIRED", "CANCELED", "SUCCEEDED", "REFUNDED", None]),
+            st.sampled_from([None, 12]),
+        )
+    ),
     changes=st.sampled_from([{}, FULL, {"is_test": True}, {"money": CHEAPER}, {"metadata": {}}]),
     settled_as=st.sampled_from([None, None, None, "created"]),
     subscription=st.none() | st.sampled_from(["ACTIVE", "EXPIRED", "CANCELED"]),
+    changed=st.booleans(),
 )
 def test_nothing_is_granted_unpaid_twice_or_unclear(
-    statuses: list[str | None], changes: dict[str, Any], settled_as: str | None, subscription: str | None
+    books: list[tuple[str | None, int | None]],
+    changes: dict[str, Any],
+    settled_as: str | None,
+    subscription: str | None,
+    changed: bool,
 ) -> None:
-    rows = [a_row(status, id=number) for number, status in enumerate(statuses, 1)]
+    rows = [a_row(status, id=number, subscription_id=linked) for number, (status, linked) in enumerate(books, 1)]
     subscriptions = [a_subscription(status=subscription)] if subscription else []
-    decision = settle(a_payment(**changes), facts(rows, subscriptions, settled_as=settled_as))
+    known = facts(rows, subscriptions, settled_as=settled_as, changed_meanwhile=changed)
+    decision = settle(a_payment(**changes), known)
     granted = isinstance(decision, Settle)
-    money_is_right = "money" not in changes or not any(
-        status in ("CREATED", "PENDING", "EXPIRED") for status in statuses
-    )
-    clear = changes in ({}, {"money": CHEAPER}) and money_is_right
-    open_row = any(status in ("CREATED", "PENDING", "EXPIRED") for status in statuses)
-    settled_row = any(status in ("SUCCEEDED", "REFUNDED") for status in statuses)
-    assert granted is (clear and settled_as is None and not settled_row and (open_row or not statuses))
+    half_settled = ("SUCCEEDED", None) in books
+    open_row = half_settled or any(status in ("CREATED", "PENDING", "EXPIRED") for status, _ in books)
+    settled_row = any(status == "REFUNDED" for status, _ in books) or ("SUCCEEDED", 12) in books
+    clear = changes == {} and not (half_settled and changed)
+    assert granted is (clear and settled_as is None and not settled_row and (open_row or not books))
     if isinstance(decision, Settle):
         assert decision.period_end > decision.period_start
         assert (decision.subscription is not None) is (subscription == "ACTIVE")
@@ -707,6 +806,7 @@ CHEAPER_ROW = a_row("PENDING", money=CHEAPER)
     ("payment", "known", "kind"),
     [
         (a_payment(), facts([CHEAPER_ROW]), "amount_differs"),
+        (a_payment(), facts([a_row("SUCCEEDED")], changed_meanwhile=True), "unclear_grant"),
         (a_payment(is_test=True), facts(), "test_payment"),
         (a_payment(), facts([a_row("CANCELED")]), "canceled_here"),
         (a_payment(), facts([a_row(None)]), "status_unknown"),
@@ -740,7 +840,8 @@ def test_a_person_cannot_accept_what_makes_a_grant_impossible() -> None:
 def test_no_ruling_grants_twice_or_what_went_back(ruling: Ruling) -> None:
     known = facts(subscriptions=[a_subscription()])
     assert isinstance(settle(a_payment(), dataclasses.replace(known, settled_as="created"), ruling=ruling), Leave)
-    assert isinstance(settle(a_payment(), dataclasses.replace(known, rows=[a_row("SUCCEEDED")]), ruling=ruling), Leave)
+    granted = dataclasses.replace(known, rows=[a_row("SUCCEEDED", subscription_id=12)])
+    assert isinstance(settle(a_payment(), granted, ruling=ruling), Leave)
     assert isinstance(settle(a_payment(**FULL), known, ruling=ruling), RecordRefund)
 
 

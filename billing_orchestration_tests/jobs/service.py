@@ -17,7 +17,7 @@ import dagster as dg
 import sqlalchemy as sa
 
 from billing_orchestration.definitions import build_definitions
-from billing_orchestration.jobs.matching_successful_payments import WEBHOOK_GRACE_S
+from billing_orchestration.jobs.matching_slice import WEBHOOK_GRACE_S
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.settings import Settings
@@ -206,8 +206,9 @@ class Service(Books):
     def tick(self, job: str, **given: Any) -> Run:
         """Run a job as a tick of its schedule does: `as_of` is the tick's own time (now, unless given)."""
         given.setdefault("as_of", self.now)
-        if job == "matching_successful_payments_job":
-            given.setdefault("ops", {"diff_successful_payments": {"webhook_grace_s": WEBHOOK_GRACE_S}})
+        if job.startswith("matching_"):
+            diff = f"diff_{job.removeprefix('matching_').removesuffix('_job')}"
+            given.setdefault("ops", {diff: {"webhook_grace_s": WEBHOOK_GRACE_S}})
         return self.run(job, tags={"dagster/schedule_name": f"{job}_schedule"}, **given)
 
     def connect_provider(self, settings: Settings) -> PaymentProvider:

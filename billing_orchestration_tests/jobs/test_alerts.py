@@ -11,6 +11,7 @@ import pytest
 from pydantic import SecretStr
 
 from billing_orchestration.alerting import Alerts
+from billing_orchestration.database.money_checks import paid_is_granted
 from billing_orchestration.definitions import build_definitions
 from billing_orchestration.jobs.money_checks import tick
 from billing_orchestration.jobs.run_alerts import retry_undelivered
@@ -328,6 +329,25 @@ def test_a_second_row_that_grants_a_settled_payment_to_another_subscription_brea
     service.payment("paid-once", status="SUCCEEDED", subscription_id=other)
 
     assert [name for name, passed in checks(service).items() if not passed] == ["paid_is_granted"]
+
+
+def test_a_success_that_was_granted_to_nobody_breaks_its_check(service: Service) -> None:
+    hour = timedelta(hours=1)
+    for name, age in (("lost", 2 * hour), ("at work", hour / 2), ("long ago", 8 * 24 * hour)):
+        service.payment(name, status="SUCCEEDED", created_at=service.now - age)
+    assert not checks(service)["paid_is_granted"]
+    with service.engine.connect() as connection:
+        [told] = paid_is_granted(connection, service.now).broken
+    assert "(lost) is SUCCEEDED, and granted to nobody" in told
+
+    service.tolerate_duplicates()
+    twin = service.paid_row("lost", service.subscription())
+    assert checks(service)["paid_is_granted"]
+
+    service.execute("DELETE FROM payments WHERE id = :id", id=twin)
+    service.paid_there("lost", plan_id=service.plan(), created_at=service.now - 2 * hour)
+    assert service.run(MATCHING, as_of=service.now - hour).ok
+    assert checks(service)["paid_is_granted"]
 
 
 def test_an_outcome_unknown_for_more_than_23_hours_breaks_its_check(service: Service) -> None:

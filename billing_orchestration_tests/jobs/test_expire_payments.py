@@ -305,6 +305,40 @@ def test_of_several_rows_with_one_paid_id_one_is_settled_and_the_others_expire_a
     service.check_books()
 
 
+def test_the_customers_own_row_never_expires_as_a_duplicate(service: Service) -> None:
+    service.tolerate_duplicates()
+    plan = service.plan()
+    subscription = service.subscription("anna", plan_id=plan)
+    there(service, "paid", plan_id=plan)
+    duplicates = [stale(service, "paid"), stale(service, "paid", status="SUCCEEDED", days=60)]
+    own = stale(service, "paid", subscription_id=subscription)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.statuses("payments", *duplicates, own) == ["EXPIRED", "SUCCEEDED", "SUCCEEDED"]
+    assert service.settled("paid") == ["extended"]
+    assert service.ended_at(subscription) == NOON + timedelta(days=31)
+
+
+def test_a_row_that_names_a_subscription_which_the_payment_was_not_granted_to_does_not_expire_as_a_duplicate(
+    service: Service,
+) -> None:
+    service.tolerate_duplicates()
+    plan = service.plan()
+    granted, other = (service.subscription("anna", plan_id=plan, ended_at=NOON + timedelta(days=day)) for day in (1, 2))
+    there(service, "paid", plan_id=plan)
+    service.paid_row("paid", granted)
+    row = stale(service, "paid", subscription_id=other)
+    duplicate = stale(service, "paid", subscription_id=granted)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.statuses("payments", row, duplicate) == ["PENDING", "EXPIRED"]
+    assert f"names subscription {other}" in run.reasons(f"payment {row}")[0]
+
+
 def test_a_duplicate_of_a_payment_that_was_settled_before_expires_whichever_row_is_older(service: Service) -> None:
     service.tolerate_duplicates()
     plan = service.plan()

@@ -188,6 +188,39 @@ def test_rows_are_looked_up_by_id_so_that_no_orphan_is_invented_at_the_edge_of_t
     assert service.snapshot() == before
 
 
+def test_a_success_whose_webhook_died_before_the_grant_is_granted_and_linked(service: Service) -> None:
+    plan = service.plan()
+    subscription = service.subscription("boris", plan_id=plan, ended_at=NOON + timedelta(days=3))
+    for user in ("anna", "boris"):
+        service.paid_there(f"of {user}", user=user, plan_id=plan)
+        service.payment(f"of {user}", status="SUCCEEDED")
+    service.paid_there("of vera", user="vera", plan_id=plan, amount="1.00")
+    service.payment("of vera", status="SUCCEEDED")
+
+    run = service.tick(JOB)
+
+    assert run.ok, run.failure
+    assert [service.settled(f"of {user}") for user in ("anna", "boris", "vera")] == [["created"], ["extended"], []]
+    assert service.ended_at(subscription) == datetime(2026, 4, 15, 12, 0, tzinfo=UTC)
+    [created] = service.rows("subscriptions", "user_id = 'anna'")
+    linked = {row.external_payment_id: row.subscription_id for row in service.rows("payments")}
+    assert linked == {"of anna": created.id, "of boris": subscription, "of vera": None}
+    assert service.quarantined("of vera") == ["amount_differs"]
+    after = service.snapshot()
+    assert service.tick(JOB).ok
+    assert service.snapshot() == after
+
+
+def test_a_rouble_without_a_row_buys_no_plan_until_a_person_accepts_it(service: Service) -> None:
+    service.paid_there("cheap", plan_id=service.plan("2990.00"), amount="1.00")
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.rows("subscriptions") == []
+    assert service.quarantined("cheap") == ["amount_differs"]
+
+
 def test_of_several_rows_with_one_id_a_settled_one_speaks_for_all(service: Service) -> None:
     service.tolerate_duplicates()
     plan = service.plan()
@@ -277,6 +310,43 @@ def test_a_scheduled_run_leaves_a_payment_younger_than_a_minute_to_the_webhook(s
     service.advance(minutes=2)
     assert service.tick(JOB).ok
     assert {row.user_id for row in service.rows("subscriptions")} == {"anna", "boris", "vera"}
+
+
+@pytest.mark.parametrize("job", [JOB, "matching_pending_payments_job"])
+def test_a_webhook_without_locks_is_not_granted_beside(service: Service, job: str) -> None:
+    plan = service.plan()
+    service.paid_there("fresh", user="anna", plan_id=plan, created_at=NOON - timedelta(seconds=30))
+    payment = service.payment("fresh", created_at=NOON - timedelta(seconds=40))
+    # The handler has read the row as PENDING; the tick comes; then the handler writes by the row's id.
+    run = service.tick(job)
+    assert run.ok, run.failure
+    assert service.status("payments", payment) == "PENDING"
+    assert "webhook" in run.reasons("payment fresh")[0]
+    granted = service.subscription("anna", plan_id=plan, ended_at=NOON + timedelta(days=31))
+    service.execute(
+        "UPDATE payments SET status = 'SUCCEEDED', subscription_id = :granted WHERE id = :id",
+        granted=granted,
+        id=payment,
+    )
+    service.advance(minutes=2)
+
+    assert service.tick(job).ok
+
+    assert [row.id for row in service.rows("subscriptions")] == [granted]
+    assert service.settled("fresh") == []
+
+
+@pytest.mark.parametrize("job", [JOB, "matching_pending_payments_job"])
+def test_what_was_left_to_a_webhook_that_never_comes_is_settled_by_a_later_tick(service: Service, job: str) -> None:
+    service.paid_there("fresh", plan_id=service.plan(), created_at=NOON - timedelta(seconds=59))
+    service.payment("fresh", created_at=NOON - timedelta(days=1))
+    assert service.tick(job).ok
+    assert service.watermark(job) == NOON
+    service.advance(hours=3)
+
+    assert service.tick(job).ok
+
+    assert service.settled("fresh") == ["created"]
 
 
 def test_a_manual_launch_repairs_a_payment_of_any_youth(service: Service) -> None:

@@ -164,10 +164,11 @@ def test_what_a_tick_requests_runs(service: Service, instance: dg.DagsterInstanc
     assert dg.validate_run_config(build_definitions().get_job_def(job), request.run_config)
 
 
-def test_a_tick_of_the_successful_matching_leaves_a_minute_to_the_webhook(instance: dg.DagsterInstance) -> None:
-    request = requested(instance, "matching_successful_payments_every_2_minutes_schedule", NOON)
+@pytest.mark.parametrize("what", ["pending_payments", "successful_payments"])
+def test_a_tick_of_either_matching_leaves_a_minute_to_the_webhook(instance: dg.DagsterInstance, what: str) -> None:
+    request = requested(instance, f"matching_{what}_every_2_minutes_schedule", NOON)
 
-    assert request.run_config["ops"] == {"diff_successful_payments": {"config": {"webhook_grace_s": 60}}}
+    assert request.run_config["ops"] == {f"diff_{what}": {"config": {"webhook_grace_s": 60}}}
 
 
 # --- When it is skipped

@@ -56,6 +56,8 @@ _STALE = "jobs/test_expire_payments.py::"
 _OVER = "jobs/test_expire_subscriptions.py::"
 _SETTLING_RACES = "database/test_settling_races.py::"
 _ATTEMPT_ROWS = "database/test_attempts.py::"
+_SETTLING_DB = "database/test_settling.py::"
+_PURCHASES = "domain/test_settlement.py::"
 
 _SHARDS = "jobs/test_shards.py::"
 _SHARDED_SLICE = "database/test_renewals.py::test_the_shards_together_hold_everything_once[3]"
@@ -177,7 +179,7 @@ PROMISED = (
     Mutant(
         "the diff without REFUNDED rows",
         "what the service holds as REFUNDED is left",
-        (Edit("domain/matching.py", '_FINAL = ("SUCCEEDED", "REFUNDED")', '_FINAL = ("SUCCEEDED",)'),),
+        (Edit(_SETTLEMENT, 'FINAL_ROWS = ("SUCCEEDED", "REFUNDED")', 'FINAL_ROWS = ("SUCCEEDED",)'),),
         ("domain/test_matching.py::test_a_success_that_the_service_holds_as_succeeded_or_refunded_is_left",),
     ),
     Mutant(
@@ -1132,6 +1134,104 @@ FURTHER = (
             ("expiry of payments", "jobs/expire_payments.py", "expiry_of_payments_are_plotted"),
             ("expiry of subscriptions", "jobs/expire_subscriptions.py", "expiry_of_subscriptions_are_plotted"),
         )
+    ),
+    # --- purchases: what a webhook leaves half done, and what nobody has written down
+    Mutant(
+        "a rouble buys any plan",
+        "a success without a row must be one of the plan's prices",
+        (Edit(_SETTLEMENT, "if case.row is None and case.payment.money not in plan.prices:", "if False:"),),
+        (
+            _PURCHASES + "test_without_a_row_a_success_must_be_one_of_the_plans_prices",
+            _SUCCESSFUL + "test_a_rouble_without_a_row_buys_no_plan_until_a_person_accepts_it",
+        ),
+    ),
+    Mutant(
+        "a webhook that died half-way taken for a grant",
+        "a SUCCEEDED row that was granted to nobody is settled",
+        (
+            Edit(
+                _SETTLEMENT, "if row.status in FINAL_ROWS and not row.is_half_settled)", "if row.status in FINAL_ROWS)"
+            ),
+        ),
+        (
+            _PURCHASES + "test_a_row_that_is_succeeded_and_granted_to_nobody_is_settled_and_linked",
+            _SUCCESSFUL + "test_a_success_whose_webhook_died_before_the_grant_is_granted_and_linked",
+        ),
+    ),
+    Mutant(
+        "a webhook that is half-way overtaken",
+        "a row that became SUCCEEDED a moment ago is left to the webhook",
+        (
+            Edit(
+                _SETTLEMENT, "if (at_work := _webhook_at_work(case)) is not None:", "if (at_work := None) is not None:"
+            ),
+        ),
+        (_PURCHASES + "test_a_row_that_became_succeeded_this_very_minute_is_left_to_the_webhook",),
+    ),
+    Mutant(
+        "an unlinked grant granted again",
+        "a subscription that was changed since the payment may be its grant",
+        (Edit(_FACTS, "    if not asked:\n        return set()\n", "    if True:\n        return set()\n"),),
+        (_SETTLING_DB + "test_a_subscription_that_was_changed_since_may_be_the_grant_that_was_never_linked",),
+    ),
+    Mutant(
+        "an unlinked grant ignored",
+        "what the webhook may have granted already is a person's to decide",
+        (Edit(_SETTLEMENT, "if case.facts.changed_meanwhile and any(", "if False and any("),),
+        (_PURCHASES + "test_a_row_that_is_succeeded_is_left_to_a_person_when_its_grant_may_be_there_unlinked",),
+    ),
+    Mutant(
+        "the customer's own row passed over",
+        "the row that names a subscription is settled, its duplicates are not",
+        (Edit(_SETTLEMENT, "(row.subscription_id is None, row.money != money,", "(row.money != money,"),),
+        (
+            _SETTLING_DB + "test_the_customers_own_row_is_settled_and_not_a_duplicate_without_a_subscription",
+            _STALE + "test_the_customers_own_row_never_expires_as_a_duplicate",
+        ),
+    ),
+    Mutant(
+        "another subscription's row expired as a duplicate",
+        "a row that names a subscription which was not granted never expires as a duplicate",
+        (
+            Edit(
+                "jobs/expire_payments.py",
+                "if row.subscription_id in (None, *_granted_to(result)):",
+                "if True:",
+            ),
+        ),
+        (
+            _STALE + "test_a_row_that_names_a_subscription_which_the_payment_was_not_granted_to"
+            "_does_not_expire_as_a_duplicate",
+        ),
+    ),
+    Mutant(
+        "no minute for a webhook that has its row",
+        "a payment younger than a minute is left to the webhook, with a row or without",
+        (
+            Edit(
+                "domain/matching.py",
+                "        elif payment.succeeded_within(webhook_grace, now):",
+                "        elif not found and payment.succeeded_within(webhook_grace, now):",
+            ),
+            Edit(
+                "domain/matching.py",
+                "            if payment.succeeded_within(webhook_grace, now):",
+                "            if False:",
+            ),
+        ),
+        (_SUCCESSFUL + "test_a_webhook_without_locks_is_not_granted_beside",),
+    ),
+    Mutant(
+        "a success granted to nobody not told",
+        "a money check says when a SUCCEEDED payment was granted to nobody",
+        (
+            Edit(
+                "database/money_checks.py",
+                "AND p.subscription_id IS NULL\n",
+                "AND p.subscription_id IS NULL AND false\n",
+            ),
+        ),
+        ("jobs/test_alerts.py::test_a_success_that_was_granted_to_nobody_breaks_its_check",),
     ),
 )
 

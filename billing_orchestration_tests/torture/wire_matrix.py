@@ -93,14 +93,16 @@ def _crowded(scenario: Scenario) -> Scenario:
         story = scenario.prepare(service)
         # In the window that matching reads: successes that the service has written down itself ...
         agreed = [f"agreed-{number}" for number in range(120)]
+        granted = service.subscription("crowd", ended_at=NOON + 60 * DAY)
         service.provider.add_payments(
             {"id": name, "created_at": NOON - HOUR / 3, "amount": "299.00", "metadata": {"user_id": name}}
             for name in agreed
         )
         service.execute(
-            "INSERT INTO payments (payment_provider_id, status, currency, amount, external_payment_id, created_at,"
-            " updated_at) SELECT :provider, 'SUCCEEDED', 'RUB', 299, name, :at, :at"
+            "INSERT INTO payments (subscription_id, payment_provider_id, status, currency, amount, external_payment_id,"
+            " created_at, updated_at) SELECT :granted, :provider, 'SUCCEEDED', 'RUB', 299, name, :at, :at"
             " FROM unnest(CAST(:names AS text[])) AS name",
+            granted=granted,
             provider=service.provider_id,
             names=agreed,
             at=(NOON - HOUR / 3).replace(tzinfo=None),
@@ -111,7 +113,8 @@ def _crowded(scenario: Scenario) -> Scenario:
              "metadata": {"user_id": "x"}}
             for number in range(120)
         )  # fmt: skip
-        return story
+        ends = {**story.expected.ends, granted: ("ACTIVE", NOON + 60 * DAY)}
+        return replace(story, expected=replace(story.expected, ends=ends))
 
     return replace(scenario, name=f"{scenario.name}, among many", prepare=prepare)
 

@@ -228,7 +228,7 @@ class World:
             "fetch_stale_at_provider": {"max_concurrency": 1},
         }
         if tick is not None:
-            ops["diff_successful_payments"] = {"webhook_grace_s": 60}
+            ops["diff_pending_payments"] = ops["diff_successful_payments"] = {"webhook_grace_s": 60}
         return ops
 
     def _look_after(self, job: str, process: Process, end: RunEnd) -> None:
