@@ -145,12 +145,21 @@ class Books:
 
     def refuse_changes_of(self, table: str, *ids: int) -> None:
         """A trigger of the service's will not have these rows changed."""
+        self.meddle(table, f"NEW.id IN ({', '.join(map(str, ids))})", "RAISE EXCEPTION 'not this one'")
+
+    def meddle(self, table: str, condition: str, deed: str, *, event: str = "UPDATE", at_commit: bool = False) -> None:
+        """A trigger of the service's does this to the rows that meet a condition (PL/pgSQL)."""
+        when, kind = (f"BEFORE {event}", "TRIGGER")
+        if at_commit:
+            when, kind = (f"AFTER {event}", "CONSTRAINT TRIGGER")
         self.execute(f"""
-            CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-            $$ BEGIN IF new.id IN ({", ".join(map(str, ids))}) THEN RAISE EXCEPTION 'not this one'; END IF;
-            RETURN new; END $$
+            CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN IF {condition} THEN {deed}; END IF; RETURN NEW; END $$
         """)
-        self.execute(f"CREATE TRIGGER refuse BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION refuse()")
+        self.execute(f"""
+            CREATE {kind} meddle {when} ON {table} {"DEFERRABLE INITIALLY DEFERRED" if at_commit else ""}
+            FOR EACH ROW EXECUTE FUNCTION meddle()
+        """)
 
     def _touched(self) -> dict[str, Any]:
         long_ago = naive(self.now - timedelta(days=60))

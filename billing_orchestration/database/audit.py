@@ -239,6 +239,17 @@ def open_problems(connection: sa.Connection, stamp: Stamp, problems: Sequence[Pr
     return {row.problem_key for row in opened}
 
 
+_KNOWN_PROBLEMS = sa.text(f"""
+    SELECT problem_key FROM billing_orchestration.quarantine
+    WHERE problem_key = ANY(:keys) AND (resolved_at IS NULL OR resolution IN {sql_list(*LAST_WORDS)})
+""")
+
+
+def known_problems(connection: sa.Connection, keys: Sequence[str]) -> set[str]:
+    """Which of these problems are open, or resolved for good."""
+    return set(connection.execute(_KNOWN_PROBLEMS, {"keys": list(keys)}).scalars())
+
+
 # Plain text for the driver, alone or inside another statement.
 CLOSE_SETTLED = """
     UPDATE billing_orchestration.quarantine

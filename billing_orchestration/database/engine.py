@@ -126,29 +126,53 @@ def translate(error: BaseException) -> BillingDatabaseError:
     if isinstance(error, BillingDatabaseError):
         return error
     original = error.orig if isinstance(error, exc.DBAPIError) and error.orig is not None else error
-    reason = _one_line(original)
-    state = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None) or ""
+    state = getattr(original, "sqlstate", None) or ""
     if isinstance(error, exc.TimeoutError):
         return DatabaseBusy("no connection of the pool became free in time: fewer threads, or a larger pool_size")
-    if not state and re.search(_LOST, reason):
+    translated = _by_state(state, original) if state else _without_state(error, original)
+    translated.sqlstate = state
+    return translated
+
+
+def _without_state(error: BaseException, original: BaseException) -> BillingDatabaseError:
+    """What the client library says, without a word of the server's."""
+    reason = _one_line(original)
+    if re.search(_LOST, reason):
         return _lost(reason)
-    if not state and (
+    if (
         isinstance(error, exc.OperationalError)
         or isinstance(original, psycopg.OperationalError)
         or re.search(_BAD_OPTION, reason)
     ):
         return _no_connection(reason)
-    if state.startswith("08") or state in {"57P01", "57P02", "57P03", "57P05", "25P03"}:
-        return _lost(reason)
-    if state.startswith(("28", "3D")) or state in {"53300"}:
-        return _no_connection(reason)
+    if isinstance(original, (psycopg.DataError, psycopg.IntegrityError)):
+        return RowRefused(f"the database refused a statement: {reason}")
+    return BillingDatabaseError(f"the database refused a statement: {reason}")
+
+
+def _by_state(state: str, original: BaseException) -> BillingDatabaseError:
+    reason = _one_line(original)
+    diagnosis = getattr(original, "diag", None)
+    severity = getattr(diagnosis, "severity_nonlocalized", None) or getattr(diagnosis, "severity", None)
+    if severity in {"FATAL", "PANIC"}:
+        # The session is over. A trigger cannot say this.
+        is_about_access = state.startswith(("28", "3D")) or state == "53300"
+        return _no_connection(reason) if is_about_access else _lost(reason)
+    if state in _BUSY:
+        return DatabaseBusy(f"the database was busy and changed nothing: {reason}; the next run tries again")
+    if state[:2] not in _OF_THE_DATABASE:
+        return RowRefused(f"the database refused a statement: {reason}")
+    doubtful = _of_the_database(state, reason)
+    doubtful.is_doubtful = True
+    return doubtful
+
+
+def _of_the_database(state: str, reason: str) -> BillingDatabaseError:
     if state == "53100":
         return DatabaseFull(
             f"the disk of the PostgreSQL server is full: {reason}; nothing of that statement was written."
             " Free disk space there; the next run completes this one"
         )
-    if state in {"55P03", "40P01", "40001", "57014"} or state.startswith("53"):
-        return DatabaseBusy(f"the database was busy and changed nothing: {reason}; the next run tries again")
     if state == "42501":
         return AccessDenied(
             f"the role of BILLING_DATABASE_URL may not do this: {reason}; grant it, or use the tables' owner"
@@ -157,13 +181,31 @@ def translate(error: BaseException) -> BillingDatabaseError:
         return SchemaProblem(
             f"the database is not in the expected shape: {reason}; `billing-orchestration doctor` names what differs"
         )
-    if isinstance(original, (psycopg.DataError, psycopg.IntegrityError)) or state[:2] in _ABOUT_ROWS:
-        return RowRefused(f"the database refused a statement: {reason}")
     return BillingDatabaseError(f"the database refused a statement: {reason}")
 
 
-# Classes of SQLSTATE that are about the values at hand: data, integrity, triggers and what they raise, checked views.
-_ABOUT_ROWS = frozenset({"22", "23", "27", "39", "44", "P0"})
+# A lock, a deadlock, a serialization failure, a canceled statement: a retry may succeed.
+_BUSY = frozenset({"55P03", "40P01", "40001", "57014"})
+# Classes of SQLSTATE about the connection, the server, rights and shape. Whatever else a statement raises is about the
+# values at hand: data, integrity, a trigger's own code.
+_OF_THE_DATABASE = frozenset(
+    {
+        "08",  # connection
+        "0A",  # not supported: also a prepared plan that a table has outgrown
+        "25",  # transaction state: read only
+        "26",  # a prepared statement is gone
+        "28",  # authorization
+        "34",  # a cursor is gone
+        "3D",  # database
+        "3F",  # schema
+        "42",  # privileges, and names of tables and columns
+        "53",  # resources
+        "57",  # intervention of an operator
+        "58",  # the operating system
+        "F0",  # configuration file
+        "XX",  # internal
+    }
+)
 
 
 def _lost(reason: str) -> DatabaseUnavailable:

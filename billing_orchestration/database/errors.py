@@ -4,7 +4,8 @@
     ├── DatabaseUnavailable    no connection, or it was lost: refused, wrong password, no such database, restarting
     │   └── DatabaseFull       its disk is full: it reads, and writes nothing
     ├── DatabaseBusy           a lock, a deadlock or a timeout: nothing was changed, a retry may succeed
-    ├── RowRefused             a value, a constraint or a trigger: this row cannot be written as it is, others can
+    ├── RowRefused             a value, a constraint, a trigger: this row cannot be written as it is, others can
+    │   └── NotAsMeant         a trigger made something else of it, without an error
     ├── AccessDenied           the role of BILLING_DATABASE_URL may not do this
     └── SchemaProblem          the database is reachable, but not what this version works on
         ├── SchemaMissing      `migrate` never ran here
@@ -19,7 +20,15 @@ from __future__ import annotations
 
 
 class BillingDatabaseError(Exception):
-    """Any failure of the billing database. Its text is one line for the person who reads the run."""
+    """Any failure of the billing database. Its text is one line for the person who reads the run.
+
+    `sqlstate`: PostgreSQL's code, if it gave one. `is_doubtful`: the code is one of the database's (a missing
+    privilege, a missing table, no memory), but a statement raised it and the session goes on. So a trigger may have
+    raised it for one row, and only what becomes of the others tells.
+    """
+
+    sqlstate: str = ""
+    is_doubtful: bool = False
 
 
 class DatabaseUnavailable(BillingDatabaseError):
@@ -36,6 +45,13 @@ class DatabaseBusy(BillingDatabaseError):
 
 class RowRefused(BillingDatabaseError):
     """The database refuses these values: a retry will not help, but it says nothing about other rows."""
+
+
+class NotAsMeant(RowRefused):
+    """A trigger or rule of the service's swallowed or altered a change. What was written must be rolled back."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"a trigger or rule of the service's made something else of {what} than was written")
 
 
 class AccessDenied(BillingDatabaseError):

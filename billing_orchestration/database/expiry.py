@@ -13,8 +13,9 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.audit import LONGEST_NAME, Stamp, storable, storable_name, to_json
 from billing_orchestration.database.conventions import naive_utc, sql_list
-from billing_orchestration.database.engine import translate
-from billing_orchestration.database.errors import RowRefused
+from billing_orchestration.database.engine import translated
+from billing_orchestration.database.errors import BillingDatabaseError, NotAsMeant
+from billing_orchestration.database.one_by_one import is_about_every_row
 from billing_orchestration.database.second_look import in_review
 from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.expiry import StalePayment
@@ -125,18 +126,20 @@ _LOCK_ALL = sa.text(f"""
 """)
 # A statement of its own, so that it sees the attempts committed while the locks were waited for. A condition in the
 # locking statement would not: PostgreSQL rechecks only the locked row, and not even that if the row was only locked,
-# as charging does.
+# as charging does. What a trigger of the service's left otherwise than it was meant is counted apart.
 _EXPIRE_LOCKED = """
     WITH expired AS (
         UPDATE subscriptions s SET status = 'EXPIRED', updated_at = :naive_at
         WHERE {locked} AND s.status = 'ACTIVE' AND s.ended_at < :over_before AND NOT {held}
-        RETURNING s.id, s.ended_at
+        RETURNING s.id, s.ended_at, s.status IS NOT DISTINCT FROM 'EXPIRED' AS is_expired
+    ), trail AS (
+        INSERT INTO billing_orchestration.audit_trail (at, job, run_id, entity, entity_id, action, old, new, reason)
+        SELECT :at, :job, :run_id, 'subscription', id::text, 'expired',
+               CAST('{{"status": "ACTIVE"}}' AS jsonb), CAST('{{"status": "EXPIRED"}}' AS jsonb),
+               'ended ' || ended_at::text || :reason
+        FROM expired
     )
-    INSERT INTO billing_orchestration.audit_trail (at, job, run_id, entity, entity_id, action, old, new, reason)
-    SELECT :at, :job, :run_id, 'subscription', id::text, 'expired',
-           CAST('{{"status": "ACTIVE"}}' AS jsonb), CAST('{{"status": "EXPIRED"}}' AS jsonb),
-           'ended ' || ended_at::text || :reason
-    FROM expired
+    SELECT count(*) AS changed, coalesce(array_agg(id) FILTER (WHERE NOT is_expired), '{{}}') AS otherwise FROM expired
 """
 _EXPIRE_BY_ID = sa.text(_EXPIRE_LOCKED.format(locked="s.id = ANY(:ids)", held=_HELD_BACK))
 # The places become an array only at run time. A planner that saw ten thousand of them would expect them scattered over
@@ -144,17 +147,36 @@ _EXPIRE_BY_ID = sa.text(_EXPIRE_LOCKED.format(locked="s.id = ANY(:ids)", held=_H
 _EXPIRE_IN_PLACE = sa.text(
     _EXPIRE_LOCKED.format(locked="s.ctid = ANY(CAST(CAST(:places AS text) AS tid[]))", held=_HELD_BACK)
 )
+# Of rows that this transaction has locked and not changed: those that it should have changed.
+_STILL_OVER = sa.text(f"""
+    SELECT s.id FROM subscriptions s
+    WHERE s.id = ANY(:ids) AND s.status = 'ACTIVE' AND s.ended_at < :over_before AND NOT {_HELD_BACK}
+""")
+# A deferred trigger or constraint speaks up now, while it is known about which rows.
+_CHECK_DEFERRED = sa.text("SET CONSTRAINTS ALL IMMEDIATE")
 
 
 class NotExpired(Exception):
-    """A trigger or constraint of the service's refuses to expire one of these; `__cause__` says why.
+    """A trigger or constraint of the service's refuses to expire one of these; `refusal` says why.
 
+    `locked`: how many were to expire with them. `each`: every one of these is refused; otherwise it is not known which.
     Nothing of the chunk was changed. The transaction can only be rolled back.
     """
 
-    def __init__(self, ids: Sequence[int]) -> None:
+    def __init__(self, ids: Sequence[int], refusal: BillingDatabaseError, *, locked: int, each: bool) -> None:
         super().__init__(f"{len(ids)} subscriptions could not be expired")
         self.ids = tuple(ids)
+        self.refusal = refusal
+        self.locked = locked
+        self.each = each
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """How many subscriptions a transaction has locked, and how many of them it has expired."""
+
+    locked: int
+    expired: int
 
 
 def expire_subscriptions(
@@ -166,32 +188,37 @@ def expire_subscriptions(
     size: int,
     wait_for_locks: bool,
     passed_over: Sequence[int] = (),
-) -> int:
+) -> Chunk:
     """Expire at most `size` subscriptions that are over and not held back, oldest first, with the audit trail.
 
     The precondition is read under lock: a subscription that was renewed meanwhile is no longer over, and one that is
-    being charged is held back. Without `wait_for_locks`, rows that others have locked are skipped; those of
-    `passed_over` always are. Returns how many expired. Raises NotExpired when the database refuses one of the chunk.
+    being charged is held back. So a whole chunk may be left as it is while there are others: commit, and go on with
+    the next chunk, which no longer finds it. Without `wait_for_locks`, rows that others have locked are skipped; those
+    of `passed_over` always are. Raises NotExpired when the database refuses one of the chunk.
     """
     bound = {"over_before": naive_utc(over_before)}
-    chosen = {**bound, "size": size, "passed_over": list(passed_over)}
     connection.execute(_GIVE_ROOM_TO_HELD_BACK)
-    while True:
-        # A chunk that turns out to be held back is released before the next one is locked, so the order of locks holds.
-        chunk = connection.begin_nested()
-        ids = list(connection.execute(_LOCK_ALL if wait_for_locks else _LOCK_FREE, chosen).scalars())
-        try:
-            result = connection.execute(_EXPIRE_BY_ID, {**bound, **_audited(stamp, reason), "ids": ids})
-        except sa.exc.DBAPIError as error:
-            refusal = translate(error)
-            if isinstance(refusal, RowRefused):
-                raise NotExpired(ids) from refusal
+    ids = list(
+        connection.execute(
+            _LOCK_ALL if wait_for_locks else _LOCK_FREE, {**bound, "size": size, "passed_over": list(passed_over)}
+        ).scalars()
+    )
+    if not ids:
+        return Chunk(0, 0)
+    try:
+        with translated():
+            result = connection.execute(_EXPIRE_BY_ID, {**bound, **_audited(stamp, reason), "ids": ids}).one()
+            connection.execute(_CHECK_DEFERRED)
+            refused = list(result.otherwise)
+            if result.changed < len(ids):
+                refused += connection.execute(_STILL_OVER, {**bound, "ids": ids}).scalars()
+    except BillingDatabaseError as error:
+        if is_about_every_row(error):
             raise
-        # A whole chunk may be held back or renewed by now while others are left: the next look no longer finds it.
-        if result.rowcount or not ids:
-            chunk.commit()
-            return int(result.rowcount)
-        chunk.rollback()
+        raise NotExpired(ids, error, locked=len(ids), each=len(ids) == 1) from error
+    if refused:
+        raise NotExpired(sorted(set(refused)), NotAsMeant("it"), locked=len(ids), each=True)
+    return Chunk(len(ids), result.changed)
 
 
 def _audited(stamp: Stamp, reason: str) -> dict[str, Any]:
@@ -205,7 +232,7 @@ def _audited(stamp: Stamp, reason: str) -> dict[str, Any]:
     }
 
 
-_LOWEST_ID = -(2**31)
+_LOWEST_ID = -(2**63)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +251,7 @@ _LOCK_AFTER = sa.text(f"""
     WITH free AS (
         SELECT s.ctid AS place, s.ended_at, s.id FROM subscriptions s
         WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before
-          AND (s.ended_at, s.id) > (CAST(:last_end AS timestamp), :last_id) AND NOT {_HELD_BACK}
+          AND (s.ended_at, s.id) > (CAST(:last_end AS timestamp), CAST(:last_id AS bigint)) AND NOT {_HELD_BACK}
         ORDER BY s.ended_at, s.id LIMIT :size FOR NO KEY UPDATE OF s SKIP LOCKED
     ), last AS (SELECT ended_at, id FROM free ORDER BY ended_at DESC, id DESC LIMIT 1)
     SELECT count(*) AS found, CAST(array_agg(place) AS text) AS places,
@@ -257,10 +284,14 @@ def expire_locked(
 
     Nothing that is held back expires. Charging locks the subscription (FOR SHARE) and writes its attempt in one
     transaction. If that was committed before the row was locked here, this later statement sees the attempt. If it is
-    under way, the row was skipped. If it waits for this transaction, it finds EXPIRED.
+    under way, the row was skipped. If it waits for this transaction, it finds EXPIRED. Raises NotAsMeant when a trigger
+    makes something else of a row: roll the chunk back.
     """
     bound = {"over_before": naive_utc(over_before), **_audited(stamp, reason), "places": locked.places}
-    return int(connection.execute(_EXPIRE_IN_PLACE, bound).rowcount)
+    result = connection.execute(_EXPIRE_IN_PLACE, bound).one()
+    if result.otherwise:
+        raise NotAsMeant("a subscription")
+    return int(result.changed)
 
 
 _STALE_PAYMENTS = sa.text("""
@@ -305,11 +336,12 @@ def fetch_stale_payments(connection: sa.Connection, created_before: datetime) ->
 _EXPIRE_PAYMENTS = sa.text("""
     WITH expired AS (
         UPDATE payments p SET status = 'EXPIRED', updated_at = :naive_at
-        FROM ROWS FROM (unnest(CAST(:ids AS int[])), jsonb_array_elements_text(CAST(:external_ids AS jsonb)),
+        FROM ROWS FROM (unnest(CAST(:ids AS bigint[])), jsonb_array_elements_text(CAST(:external_ids AS jsonb)),
                         jsonb_array_elements_text(CAST(:names AS jsonb)), unnest(CAST(:numbers AS int[])))
              AS x (id, external_id, name, reason)
         WHERE p.id = x.id AND p.external_payment_id IS NOT DISTINCT FROM x.external_id AND p.status = 'PENDING'
-        RETURNING p.id, coalesce(x.name, x.external_id) AS name, x.reason
+        RETURNING p.id, coalesce(x.name, x.external_id) AS name, x.reason,
+                  p.status IS NOT DISTINCT FROM 'EXPIRED' AS is_expired
     ), trail AS (
         INSERT INTO billing_orchestration.audit_trail
             (at, job, run_id, entity, entity_id, action, old, new, reason, external_payment_id)
@@ -317,7 +349,16 @@ _EXPIRE_PAYMENTS = sa.text("""
                CAST('{"status": "EXPIRED"}' AS jsonb), (CAST(:reasons AS text[]))[reason], name
         FROM expired
     )
-    SELECT CASE WHEN count(*) < :count THEN coalesce(array_agg(id), '{}') END FROM expired
+    SELECT CASE WHEN count(*) < :count THEN coalesce(array_agg(id), '{}') END, coalesce(bool_and(is_expired), true)
+    FROM expired
+""")
+# A trigger that swallows the UPDATE leaves the row PENDING, and says nothing.
+_STILL_PENDING = sa.text("""
+    SELECT EXISTS (
+        SELECT FROM payments p
+        JOIN ROWS FROM (unnest(CAST(:ids AS bigint[])), jsonb_array_elements_text(CAST(:external_ids AS jsonb)))
+             AS x (id, external_id) ON p.id = x.id
+        WHERE p.external_payment_id IS NOT DISTINCT FROM x.external_id AND p.status = 'PENDING')
 """)
 
 
@@ -332,7 +373,8 @@ _ROW_BY_ROW = sa.text(
 def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[tuple[StalePayment, str]]) -> set[int]:
     """PENDING -> EXPIRED for these rows, each with its reason; return the ids of those that still were PENDING.
 
-    A row whose provider id has changed since it was read is skipped: the answer was about another payment.
+    A row whose provider id has changed since it was read is skipped: the answer was about another payment. Raises
+    NotAsMeant when a trigger of the service's makes something else of one of them.
     """
     if not reasons:
         return set()
@@ -343,12 +385,12 @@ def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[t
     external_ids = [row.external_payment_id for row, _ in reasons]
     numbers: dict[str, int] = {}
     reason_numbers = [numbers.setdefault(reason, len(numbers) + 1) for _, reason in reasons]
-    expired = connection.execute(
+    # Written out here, they cost a fifth of what the driver needs for a list.
+    asked = {"ids": _int_array(ids), "external_ids": to_json(external_ids)}
+    expired, as_meant = connection.execute(
         _EXPIRE_PAYMENTS,
         {
-            # Written out here, they cost a fifth of what the driver needs for a list.
-            "ids": _int_array(ids),
-            "external_ids": to_json(external_ids),
+            **asked,
             "names": to_json(names) if any(names) else "[]",
             "numbers": _int_array(reason_numbers),
             "reasons": [storable(reason) for reason in numbers],
@@ -358,8 +400,12 @@ def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[t
             "job": stamp.job,
             "run_id": stamp.run_id,
         },
-    ).scalar_one()
-    return set(ids if expired is None else expired)
+    ).one()
+    if as_meant and expired is None:
+        return set(ids)
+    if not as_meant or connection.execute(_STILL_PENDING, asked).scalar_one():
+        raise NotAsMeant("a payment")
+    return set(expired)
 
 
 def _int_array(numbers: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,9 +22,9 @@ from billing_orchestration.database.audit import (
     to_json,
 )
 from billing_orchestration.database.conventions import naive_utc
+from billing_orchestration.database.errors import NotAsMeant
 from billing_orchestration.database.settlement_rows import Rows, new_subscription, problem_of, subscription_of
 from billing_orchestration.database.settling_facts import ChangedMeanwhile, read_facts
-from billing_orchestration.database.tables import subscriptions as subscriptions_table
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.problem_kinds import FOR_A_PERSON, KINDS
 from billing_orchestration.domain.provider_payment import ProviderPayment
@@ -70,7 +71,8 @@ def settle_batch(
     Idempotent by the provider's payment id: `settlements` has it as its primary key, so a payment that was settled in
     another transaction is found settled, and one that is being settled is waited for. Killed before the caller's
     commit: nothing of the batch is written. Ids must be distinct; payments of one user belong in different batches.
-    Raises ChangedMeanwhile (or a database error) for the whole batch: settle its payments one at a time then.
+    Raises ChangedMeanwhile, NotAsMeant (or another database error) for the whole batch: settle its payments one at a
+    time then.
     """
     if not batch:
         return []
@@ -149,40 +151,75 @@ def _refuse_collisions(decisions: Sequence[SettlementDecision]) -> None:
             seen.add(key)
 
 
+# A column may hold whole seconds only.
+_ABOUT = "BETWEEN interval '-1 second' AND interval '1 second'"
+_CREATE_SUBSCRIPTIONS = f"""
+    WITH wanted AS (
+        SELECT * FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
+            number int, user_id text, status text, started_at timestamp, ended_at timestamp, plan_id bigint,
+            created_at timestamp, updated_at timestamp)
+    ), created AS (
+        INSERT INTO subscriptions (user_id, status, started_at, ended_at, plan_id, created_at, updated_at)
+        SELECT user_id, status::subscriptionstatusenum, started_at, ended_at, plan_id, created_at, updated_at
+        FROM wanted ORDER BY number
+        RETURNING id, user_id, status::text AS status, started_at, ended_at, plan_id
+    )
+    -- No two of a batch are for one user and plan.
+    SELECT w.number, c.id FROM created c JOIN wanted w USING (user_id, plan_id, status)
+    WHERE c.started_at - w.started_at {_ABOUT} AND c.ended_at - w.ended_at {_ABOUT}
+"""
+
+
 def _create_subscriptions(
     connection: sa.Connection, stamp: Stamp, decisions: Sequence[SettlementDecision]
 ) -> dict[str, int]:
-    """Create the subscriptions of new customers; return their ids by provider payment id."""
+    """Create the subscriptions of new customers; return their ids by provider payment id. Raises NotAsMeant."""
     grants = [decision for decision in decisions if isinstance(decision, Settle) and decision.subscription is None]
     if not grants:
         return {}
-    ids = connection.execute(
-        sa.insert(subscriptions_table).returning(subscriptions_table.c.id, sort_by_parameter_order=True),
-        [new_subscription(grant, stamp.at) for grant in grants],
-    ).scalars()
-    return {grant.payment.id: id_ for grant, id_ in zip(grants, ids, strict=True)}
+    rows = [
+        {
+            "number": number,
+            **{
+                name: naive_utc(value) if isinstance(value, datetime) else value
+                for name, value in new_subscription(grant, stamp.at).items()
+            },
+        }
+        for number, grant in enumerate(grants)
+    ]
+    created = connection.exec_driver_sql(_CREATE_SUBSCRIPTIONS, {"rows": to_json(rows)}).all()
+    if len(created) != len(grants):
+        raise NotAsMeant("a new subscription")
+    return {grants[number].payment.id: id_ for number, id_ in created}
 
 
 _FINISH_PAYMENT = """
-    UPDATE payments p
-    SET status = x.status::paymentstatusenum, subscription_id = coalesce(x.subscription_id, p.subscription_id),
-        payment_method = coalesce(x.payment_method::paymentmethodsenum, p.payment_method), updated_at = %(naive_at)s,
-        amount = coalesce(x.amount, p.amount), currency = coalesce(x.currency::currencyenum, p.currency)
-    FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
-        id int, status text, old_status text, subscription_id int, payment_method text, amount numeric(8,2),
-        currency text)
-    WHERE p.id = x.id AND p.status::text IS NOT DISTINCT FROM x.old_status
+    WITH finished AS (
+        UPDATE payments p
+        SET status = x.status::paymentstatusenum, subscription_id = coalesce(x.subscription_id, p.subscription_id),
+            payment_method = coalesce(x.payment_method::paymentmethodsenum, p.payment_method),
+            updated_at = %(naive_at)s, amount = coalesce(x.amount, p.amount),
+            currency = coalesce(x.currency::currencyenum, p.currency)
+        FROM jsonb_to_recordset(CAST(%(rows)s AS jsonb)) AS x (
+            id bigint, status text, old_status text, subscription_id bigint, payment_method text, amount numeric(8,2),
+            currency text)
+        WHERE p.id = x.id AND p.status::text IS NOT DISTINCT FROM x.old_status
+        RETURNING p.status::text = x.status
+                  AND (x.subscription_id IS NULL OR p.subscription_id = x.subscription_id)
+                  AND (x.amount IS NULL OR (p.amount = x.amount AND p.currency::text = x.currency)) AS as_meant
+    )
+    SELECT count(*) FILTER (WHERE as_meant) FROM finished
 """
 
 
 def _finish_payments(connection: sa.Connection, stamp: Stamp, rows: Rows) -> None:
-    """Turn payment rows SUCCEEDED or REFUNDED. Raises ChangedMeanwhile."""
+    """Turn payment rows SUCCEEDED or REFUNDED. They were read under lock. Raises NotAsMeant."""
     if not rows.finished:
         return
     bound = {"rows": to_json(rows.finished), "naive_at": naive_utc(stamp.at)}
-    finished = connection.exec_driver_sql(_FINISH_PAYMENT, bound).rowcount
+    finished = connection.exec_driver_sql(_FINISH_PAYMENT, bound).scalar_one()
     if finished != len(rows.finished):
-        raise ChangedMeanwhile(f"{len(rows.finished)} payment rows were to be finished, {finished} could be")
+        raise NotAsMeant("a payment row")
 
 
 _CLOSE_ATTEMPTS = """
@@ -213,8 +250,8 @@ _SAVE_METHODS = sa.text("""
         (subscription_id, payment_method_id, currency, payment_provider_id, saved_by_external_payment_id, saved_at)
     SELECT x.subscription_id, x.payment_method_id, x.currency, x.payment_provider_id, x.external_payment_id, x.saved_at
     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
-        subscription_id int, payment_method_id text, currency text, payment_provider_id int, external_payment_id text,
-        saved_at timestamptz)
+        subscription_id bigint, payment_method_id text, currency text, payment_provider_id bigint,
+        external_payment_id text, saved_at timestamptz)
     ON CONFLICT (subscription_id) DO UPDATE
     SET payment_method_id = excluded.payment_method_id, currency = excluded.currency,
         payment_provider_id = excluded.payment_provider_id,
@@ -231,20 +268,21 @@ def _save_methods(connection: sa.Connection, rows: Rows) -> None:
 
 
 # Everything that a batch changes, in one statement: a batch spends more time on round trips than on the work itself.
-# What it updates was locked and read before; each part repeats its precondition and returns how many rows it changed.
-# The provider's ids of a batch are distinct, so a new payment row is found by its own.
+# What it updates was locked and read before; each part repeats its precondition and returns how many rows are now as
+# they were meant. The provider's ids of a batch are distinct, so a new payment row is found by its own.
 _WRITE = f"""
-    WITH paid AS (
+    WITH wanted AS (
+        SELECT * FROM jsonb_to_recordset(CAST(%(payments)s AS jsonb)) AS x (
+            number int, subscription_id bigint, payment_provider_id bigint, payment_method text, status text,
+            currency text, amount numeric(8,2), external_payment_id text, created_at timestamp, updated_at timestamp)
+    ), paid AS (
         INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,
                               external_payment_id, created_at, updated_at)
         SELECT x.subscription_id, x.payment_provider_id, x.payment_method::paymentmethodsenum,
                x.status::paymentstatusenum, x.currency::currencyenum, x.amount, x.external_payment_id, x.created_at,
                x.updated_at
-        FROM jsonb_to_recordset(CAST(%(payments)s AS jsonb)) AS x (
-            number int, subscription_id int, payment_provider_id int, payment_method text, status text,
-            currency text, amount numeric(8,2), external_payment_id text, created_at timestamp, updated_at timestamp)
-        ORDER BY x.number
-        RETURNING external_payment_id, id
+        FROM wanted x ORDER BY x.number
+        RETURNING external_payment_id, id, subscription_id, status, amount, currency
     ), settled AS (
         INSERT INTO billing_orchestration.settlements
             (external_payment_id, kind, payment_id, subscription_id, attempt_id, user_id, plan_id, amount, currency,
@@ -252,9 +290,11 @@ _WRITE = f"""
         SELECT x.external_payment_id, x.kind, coalesce(x.payment_id, paid.id), x.subscription_id, x.attempt_id,
                x.user_id, x.plan_id, x.amount, x.currency, x.period_start, x.period_end, %(at)s, %(run_id)s
         FROM jsonb_to_recordset(CAST(%(settlements)s AS jsonb)) AS x (
-            external_payment_id text, kind text, payment_id int, subscription_id int, attempt_id uuid, user_id text,
-            plan_id int, amount numeric(8,2), currency text, period_start timestamp, period_end timestamp)
+            external_payment_id text, kind text, payment_id bigint, subscription_id bigint, attempt_id uuid,
+            user_id text, plan_id bigint, amount numeric(8,2), currency text, period_start timestamp,
+            period_end timestamp)
         LEFT JOIN paid ON x.payment_id IS NULL AND paid.external_payment_id = x.external_payment_id
+        WHERE coalesce(x.payment_id, paid.id) IS NOT NULL
     ), noted AS (
         INSERT INTO billing_orchestration.audit_trail
             (at, job, run_id, entity, entity_id, action, old, new, reason, external_payment_id)
@@ -264,6 +304,7 @@ _WRITE = f"""
             number int, entity text, entity_id text, action text, old jsonb, new jsonb, reason text,
             external_payment_id text)
         LEFT JOIN paid ON x.entity_id IS NULL AND paid.external_payment_id = x.external_payment_id
+        WHERE coalesce(x.entity_id, CAST(paid.id AS text)) IS NOT NULL
         ORDER BY x.number
     ), healed AS (
         -- The open problems of these payments, of the kinds that are gone by their settlement.
@@ -276,21 +317,27 @@ _WRITE = f"""
         SET ended_at = x.ended_at, updated_at = %(naive_at)s,
             status = CASE WHEN x.reactivate THEN 'ACTIVE'::subscriptionstatusenum ELSE s.status END
         FROM jsonb_to_recordset(CAST(%(extensions)s AS jsonb)) AS x (
-            id int, ended_at timestamp, old_ended_at timestamp, old_status text, reactivate boolean)
+            id bigint, ended_at timestamp, old_ended_at timestamp, old_status text, reactivate boolean)
         WHERE s.id = x.id AND s.ended_at = x.old_ended_at AND s.status::text IS NOT DISTINCT FROM x.old_status
-        RETURNING s.id
+        RETURNING s.ended_at - x.ended_at {_ABOUT}
+                  AND s.status::text IS NOT DISTINCT FROM CASE WHEN x.reactivate THEN 'ACTIVE' ELSE x.old_status END
+                  AS as_meant
     )
-    SELECT 'paid' AS what, id, external_payment_id FROM paid
+    SELECT 'paid' AS what, paid.id, paid.external_payment_id
+    FROM paid JOIN wanted USING (external_payment_id)
+    WHERE paid.subscription_id IS NOT DISTINCT FROM wanted.subscription_id AND paid.status::text = wanted.status
+      AND paid.amount = wanted.amount AND paid.currency::text = wanted.currency
     UNION ALL SELECT 'healed', id, external_payment_id FROM healed
     UNION ALL SELECT 'closed', count(*), NULL FROM closed
-    UNION ALL SELECT 'extended', count(*), NULL FROM extended
+    UNION ALL SELECT 'extended', count(*) FILTER (WHERE as_meant), NULL FROM extended
 """
 
 
 def _write(connection: sa.Connection, stamp: Stamp, rows: Rows) -> dict[str, int]:
     """Write the rest of it; return the ids of all settled payment rows by provider payment id.
 
-    Raises ChangedMeanwhile when a row is not what it was: the caller's transaction must be rolled back then.
+    Raises ChangedMeanwhile when an attempt is not what it was, NotAsMeant when the service's rows are not what was
+    written: the caller's transaction must be rolled back then.
     """
     if not (rows.changes or rows.settlements):
         return {}
@@ -312,14 +359,18 @@ def _write(connection: sa.Connection, stamp: Stamp, rows: Rows) -> dict[str, int
     )
     payment_rows = {row["external_payment_id"]: row["payment_id"] for row in rows.settlements if row["payment_id"]}
     healed: list[tuple[int, str]] = []
+    new_rows = 0
     for what, number, payment_id in written:
         if what == "paid":
             payment_rows[payment_id] = number
+            new_rows += 1
         elif what == "healed":
             healed.append((number, payment_id))
         elif what == "closed" and number != len(rows.closings):
             raise ChangedMeanwhile(f"{len(rows.closings)} attempts were to be closed, {number} could be")
         elif what == "extended" and number != len(rows.extensions):
-            raise ChangedMeanwhile(f"{len(rows.extensions)} subscriptions were to be extended, {number} could be")
+            raise NotAsMeant("the subscription's new end")
+    if new_rows != len(rows.payments):
+        raise NotAsMeant("a new payment row")
     record_healed(connection, stamp, healed)
     return payment_rows

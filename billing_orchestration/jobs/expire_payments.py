@@ -15,7 +15,7 @@ from pydantic import Field
 
 from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.database.expiry import expire_payments, stream_stale_payments
-from billing_orchestration.database.one_by_one import NotWritten, one_by_one
+from billing_orchestration.database.one_by_one import NotWritten, Witnesses, one_by_one
 from billing_orchestration.database.settling import Settled
 from billing_orchestration.domain.decisions import Action, Code, Decision, Tally
 from billing_orchestration.domain.expiry import (
@@ -46,7 +46,14 @@ from billing_orchestration.jobs.run_report import (
     told_plainly,
 )
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
-from billing_orchestration.jobs.settling import Failed, open_all, report_settled, report_unusable, settle_all
+from billing_orchestration.jobs.settling import (
+    Failed,
+    Refused,
+    report_refused,
+    report_settled,
+    report_unusable,
+    settle_all,
+)
 from billing_orchestration.jobs.spool import Spool
 from billing_orchestration.resources import AFTER, BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
 from billing_orchestration.threads import Threads
@@ -357,7 +364,8 @@ def expire_pages(
     Unlike expire_subscriptions_job, whose chunks are a million rows that PostgreSQL finds and locks itself, this job
     knows each row and its reason, because it has asked about each.
     """
-    refused: list[Problem] = []
+    refused: list[Refused] = []
+    witnesses = Witnesses()
 
     def write(page: Sequence[ExpirePayment]) -> set[int]:
         if dry_run:
@@ -366,7 +374,7 @@ def expire_pages(
             return expire_payments(connection, make_stamp(), [(expiry.row, expiry.reason) for expiry in page])
 
     def write_page(page: Sequence[ExpirePayment]) -> _Written:
-        return list(one_by_one(page, write, tries=1, part_size=PART))
+        return list(one_by_one(page, write, tries=1, part_size=PART, witnesses=witnesses))
 
     def finish(written: Future[_Written]) -> None:
         for part, result in written.result():
@@ -374,11 +382,7 @@ def expire_pages(
                 _report_expired(report, part, result)
                 continue
             row = part[0].row
-            if result.for_good:
-                refused.append(_refused(row, result.reason))
-            else:
-                report.again.append(f"{row.subject}: {result.reason}")
-                report.decisions.append(Decision(Action.TRY_AGAIN, row.subject, result.reason, row.money))
+            refused.append(Refused(_problem(row, result.reason), result, row.money))
 
     # Each page locks its own rows, in the order of their ids: no two of them wait for each other. Leaving the pool
     # waits for what is under way.
@@ -390,11 +394,7 @@ def expire_pages(
                 finish(under_way.popleft())
         while under_way:
             finish(under_way.popleft())
-    report.quarantined += len(refused)
-    report.decisions.extend(
-        Decision(Action.QUARANTINE, problem.subject, problem.reason, code=problem.kind) for problem in refused
-    )
-    report.opened += open_all(database, make_stamp(), refused)
+    report_refused(report, refused, database=database, stamp=make_stamp())
 
 
 def _report_expired(report: RunReport, page: Sequence[ExpirePayment], expired: set[int]) -> None:
@@ -418,7 +418,7 @@ def _report_expired(report: RunReport, page: Sequence[ExpirePayment], expired: s
     )
 
 
-def _refused(row: StalePayment, error: str) -> Problem:
+def _problem(row: StalePayment, error: str) -> Problem:
     return Problem(
         row.subject,
         "not_writable",

@@ -11,8 +11,9 @@ from datetime import datetime
 import dagster as dg
 
 from billing_orchestration.database.audit import Problem, Stamp
-from billing_orchestration.database.errors import DatabaseBusy, RowRefused
+from billing_orchestration.database.errors import BillingDatabaseError, DatabaseBusy
 from billing_orchestration.database.expiry import (
+    Chunk,
     NotExpired,
     OverSlice,
     digest_over,
@@ -21,6 +22,7 @@ from billing_orchestration.database.expiry import (
     fetch_over,
     lock_over,
 )
+from billing_orchestration.database.one_by_one import NotWritten, Witnesses, is_about_every_row
 from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.expiry import subscriptions_over_before
 from billing_orchestration.domain.run_scope import RunScope, guard_verdict
@@ -40,7 +42,7 @@ from billing_orchestration.jobs.run_report import (
     told_plainly,
 )
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
-from billing_orchestration.jobs.settling import open_all
+from billing_orchestration.jobs.settling import Refused, report_refused
 from billing_orchestration.resources import AFTER, BillingDatabase, Clock, HandOver, RunSettings
 from billing_orchestration.threads import Threads
 
@@ -198,12 +200,7 @@ def expire_chunks(
         expiring.side_by_side()
     for wait_for_locks in (False, True):
         expiring.one_after_another(wait_for_locks=wait_for_locks)
-    refused = list(expiring.refused.values())
-    report.quarantined = len(refused)
-    report.decisions.extend(
-        Decision(Action.QUARANTINE, problem.subject, problem.reason, code=problem.kind) for problem in refused
-    )
-    report.opened = open_all(database, expiring.stamp(), refused)
+    expiring.report_refused()
 
 
 @dataclass
@@ -216,7 +213,8 @@ class _Expiring:
     threads: Threads
     report: RunReport
     log: Callable[[str], None]
-    refused: dict[int, Problem] = field(default_factory=dict)
+    refused: dict[int, BillingDatabaseError] = field(default_factory=dict)
+    witnesses: Witnesses = field(default_factory=Witnesses)
 
     def stamp(self) -> Stamp:
         return Stamp(JOB, self.over.scope.run_id, self.clock.now())
@@ -226,6 +224,9 @@ class _Expiring:
         return f"the grace of {self.database.settings.subscription_grace_days} days is over"
 
     def _expired(self, count: int) -> None:
+        if not count:
+            return
+        self.witnesses.written()
         self.report.applied += count
         self.log(f"expired {self.report.applied} of {self.over.wanted}")
 
@@ -237,24 +238,30 @@ class _Expiring:
         size = CHUNK
         while left := max(0, self.over.wanted - self.report.applied - len(self.refused)):
             try:
-                expired = self._expire_oldest(min(size, left), wait_for_locks=wait_for_locks)
+                chunk = self._expire_oldest(min(size, left), wait_for_locks=wait_for_locks)
             except DatabaseBusy as error:
                 self.report.again.append(f"{left} subscriptions: {error}")
                 return
             except NotExpired as error:
-                if len(error.ids) > 1:
+                if error.each:
+                    self._pass_over(error)
+                else:
                     size = max(1, len(error.ids) // SHRINK)
-                    continue
-                self.refused |= {id_: _refused(id_, str(error.__cause__)) for id_ in error.ids}
-                if len(self.refused) >= MOST_REFUSED and not self.report.applied and error.__cause__ is not None:
-                    raise error.__cause__ from None
                 continue
-            if not expired:
+            if not chunk.locked:
                 return
-            self._expired(expired)
+            self._expired(chunk.expired)
             size = min(CHUNK, size * SHRINK)
 
-    def _expire_oldest(self, size: int, *, wait_for_locks: bool) -> int:
+    def _pass_over(self, error: NotExpired) -> None:
+        """Leave these out from now on. Raises the refusal if it seems to be about all others too."""
+        self.refused |= dict.fromkeys(error.ids, error.refusal)
+        if error.refusal.is_doubtful:
+            self.witnesses.refused(error.refusal)
+        elif len(self.refused) >= MOST_REFUSED and len(error.ids) == error.locked and not self.report.applied:
+            raise error.refusal
+
+    def _expire_oldest(self, size: int, *, wait_for_locks: bool) -> Chunk:
         with self.database.begin() as connection:
             return expire_subscriptions(
                 connection,
@@ -265,6 +272,19 @@ class _Expiring:
                 wait_for_locks=wait_for_locks,
                 passed_over=list(self.refused),
             )
+
+    def report_refused(self) -> None:
+        """Put into quarantine what the database refuses, or leave it to the next run."""
+        refused = []
+        for id_, error in self.refused.items():
+            is_in_doubt = error.is_doubtful and not self.report.applied
+            refusal = NotWritten(
+                str(error),
+                for_good=not is_in_doubt and not isinstance(error, DatabaseBusy),
+                doubt=error if is_in_doubt else None,
+            )
+            refused.append(Refused(_problem(id_, refusal.reason), refusal))
+        report_refused(self.report, refused, database=self.database, stamp=self.stamp())
 
     def side_by_side(self) -> None:
         """Expire some chunks at once, each from where the one before it ends.
@@ -298,10 +318,11 @@ class _Expiring:
             while is_more:
                 try:
                     is_more = expire_next()
-                except RowRefused:
-                    continue
                 except DatabaseBusy:
                     return
+                except BillingDatabaseError as error:
+                    if is_about_every_row(error):
+                        raise
 
         # Leaving the pool waits for what is under way: nothing is committed behind the caller's back.
         with self.threads.make_pool(SIDE_BY_SIDE, "expire") as pool:
@@ -310,7 +331,7 @@ class _Expiring:
             worker.result()
 
 
-def _refused(subscription_id: int, error: str) -> Problem:
+def _problem(subscription_id: int, error: str) -> Problem:
     return Problem(
         f"subscription {subscription_id}",
         "not_writable",

@@ -9,10 +9,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from billing_orchestration.database.audit import Problem, Stamp, evidence_of, open_problems
-from billing_orchestration.database.one_by_one import NotWritten, one_by_one
+from billing_orchestration.database.audit import Problem, Stamp, evidence_of, known_problems, open_problems
+from billing_orchestration.database.one_by_one import NotWritten, Witnesses, one_by_one
 from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
 from billing_orchestration.domain.decisions import Action, Decision
+from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.problem_kinds import NOT_WRITABLE
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.domain.settlement_decisions import CloseAsGranted, Leave, Quarantine, RecordRefund, Settle
@@ -26,11 +27,10 @@ BATCH_SIZE = 200
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A payment that could not be settled. `for_good`: the database refuses it, so a retry would not help."""
+    """A payment that could not be settled."""
 
     payment: ProviderPayment
-    reason: str
-    for_good: bool
+    refusal: NotWritten
 
 
 def batches(payments: Sequence[ProviderPayment], size: int = BATCH_SIZE) -> Iterator[list[ProviderPayment]]:
@@ -74,10 +74,11 @@ def settle_all(
         with database.begin() as connection:
             return settle_batch(connection, batch, stamp=stamp, calendar=calendar, is_live=is_live)
 
+    witnesses = Witnesses()
     for batch in batches(payments):
-        for part, result in one_by_one(batch, settle):
+        for part, result in one_by_one(batch, settle, witnesses=witnesses):
             if isinstance(result, NotWritten):
-                yield Failed(part[0], result.reason, for_good=result.for_good)
+                yield Failed(part[0], result)
             else:
                 yield from result
 
@@ -86,28 +87,15 @@ def report_settled(
     report: RunReport, results: Iterator[Settled | Failed], *, database: BillingDatabase, stamp: Stamp, dry_run: bool
 ) -> None:
     """Add what became of the payments to the report; put what the database refuses for good into the quarantine."""
-    refused: list[Problem] = []
+    refused: list[Refused] = []
     for result in results:
         payment = result.payment
         subject = f"payment {payment.id}"
         if isinstance(result, Failed):
-            if result.for_good:
-                report.quarantined += 1
-                report.decisions.append(
-                    Decision(Action.QUARANTINE, subject, result.reason, payment.money, NOT_WRITABLE)
-                )
-                refused.append(
-                    Problem(
-                        subject,
-                        NOT_WRITABLE,
-                        f"settling it failed: {result.reason}",
-                        external_payment_id=payment.id,
-                        evidence=evidence_of({"id": payment.id, "metadata": payment.metadata}),
-                    )
-                )
-            else:
-                report.again.append(f"{subject}: {result.reason}")
-                report.decisions.append(Decision(Action.TRY_AGAIN, subject, result.reason, payment.money))
+            reason = f"settling it failed: {result.refusal.reason}"
+            evidence = evidence_of({"id": payment.id, "metadata": payment.metadata})
+            problem = Problem(subject, NOT_WRITABLE, reason, external_payment_id=payment.id, evidence=evidence)
+            refused.append(Refused(problem, result.refusal, payment.money))
             continue
         decision = result.decision
         reason = decision.reason
@@ -132,11 +120,45 @@ def report_settled(
         elif isinstance(decision, Leave):
             report.skipped += 1
             report.decisions.append(Decision(Action.LEAVE, subject, reason, payment.money, decision.code))
-    if not dry_run:
-        report.opened += open_all(database, stamp, refused)
+    report_refused(report, refused, database=database, stamp=stamp, dry_run=dry_run)
 
 
 _VERBS = {"created": Action.CREATE, "extended": Action.EXTEND, "renewed": Action.RENEW}
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A row that the database did not take: the problem that it would be for a person, and what the database said."""
+
+    problem: Problem
+    refusal: NotWritten
+    money: Money | None = None
+
+
+def report_refused(
+    report: RunReport, refused: Sequence[Refused], *, database: BillingDatabase, stamp: Stamp, dry_run: bool = False
+) -> None:
+    """Put before a person what the database refuses for good; leave to the next run what it may take then.
+
+    Where nothing tells whether an error is about the row or about the database, an earlier run may have found out: a
+    row that is in quarantine already stays there.
+    """
+    if not refused:
+        return
+    with database.read() as connection:
+        known = known_problems(connection, [row.problem.key for row in refused if row.refusal.doubt is not None])
+    problems = []
+    for row in refused:
+        subject, reason = row.problem.subject, row.refusal.reason
+        if row.refusal.for_good or row.problem.key in known:
+            problems.append(row.problem)
+            report.decisions.append(Decision(Action.QUARANTINE, subject, reason, row.money, row.problem.kind))
+        else:
+            report.again.append(f"{subject}: {reason}")
+            report.decisions.append(Decision(Action.TRY_AGAIN, subject, reason, row.money))
+    report.quarantined += len(problems)
+    if not dry_run:
+        report.opened += open_all(database, stamp, problems)
 
 
 def open_all(database: BillingDatabase, stamp: Stamp, problems: Sequence[Problem]) -> int:

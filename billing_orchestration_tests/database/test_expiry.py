@@ -35,10 +35,14 @@ STAMP = Stamp("expire_subscriptions_job", "the run", NOON)
 
 
 def expire(books: Books, size: int = 100, *, wait: bool = False, over_before: datetime = NOON) -> int:
-    with books.engine.begin() as connection:
-        return expire_subscriptions(
-            connection, STAMP, over_before=over_before, reason="the grace is over", size=size, wait_for_locks=wait
-        )
+    """The next chunk that is not held back as a whole."""
+    while True:
+        with books.engine.begin() as connection:
+            chunk = expire_subscriptions(
+                connection, STAMP, over_before=over_before, reason="the grace is over", size=size, wait_for_locks=wait
+            )
+        if chunk.expired or not chunk.locked:
+            return chunk.expired
 
 
 def over(books: Books, sample_size: int = 10) -> OverSlice:
@@ -205,7 +209,8 @@ def test_a_subscription_that_is_being_expired_is_not_charged(books: Books, wait:
             return set(open_and_claim(connection, books.stamp(), [attempt]).sent_before)
 
     with ThreadPoolExecutor() as pool, books.engine.connect() as expiring:
-        assert expire_subscriptions(expiring, STAMP, over_before=NOON, reason="over", size=9, wait_for_locks=wait)
+        chunk = expire_subscriptions(expiring, STAMP, over_before=NOON, reason="over", size=9, wait_for_locks=wait)
+        assert chunk.expired
         charging = start_blocked(pool, books.engine, charge)
         expiring.commit()
         assert charging.result() == set()

@@ -120,7 +120,7 @@ def planned(books: Books, modes: Sequence[str]) -> Iterator[tuple[sa.Connection,
     def explain(
         connection: sa.Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
     ) -> None:
-        if not many and "SAVEPOINT" not in statement:
+        if not many and not statement.startswith(("SAVEPOINT", "ROLLBACK TO", "RELEASE", "SET")):
             plans.found.append((statement, list(_whole_tables(cursor.connection, statement, parameters or {}, modes))))
 
     with books.engine.connect() as connection:
@@ -239,10 +239,10 @@ def what_is_over(books: Books) -> None:
     def work(connection: sa.Connection) -> None:
         assert fetch_over(connection, bound, 100).over == SIZE // 50
         for wait in (False, True):
-            expired = expire_subscriptions(
+            chunk = expire_subscriptions(
                 connection, books.stamp(), over_before=bound, reason="over", size=100, wait_for_locks=wait
             )
-            assert expired == 100
+            assert chunk.expired == 100
         locked = lock_over(connection, bound, 100, None)
         assert locked is not None
         assert lock_over(connection, bound, 100, locked.last) is not None

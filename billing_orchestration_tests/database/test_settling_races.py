@@ -400,7 +400,7 @@ def in_transaction(books: Books, work: Callable[[sa.Connection], object]) -> Cal
 def over(books: Books, connection: sa.Connection, size: int = 100) -> int:
     return expire_subscriptions(
         connection, books.stamp(), over_before=NOON + A_DAY, reason="over", size=size, wait_for_locks=True
-    )
+    ).expired
 
 
 def test_expiry_that_waits_locks_subscriptions_in_the_order_of_settling(books: Books, database_url: str) -> None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Protocol
 from billing_orchestration.database.attempts import Claimed, claim, close, open_and_claim, try_lock, unlock
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.engine import translated
-from billing_orchestration.database.one_by_one import NotWritten, one_by_one
+from billing_orchestration.database.one_by_one import NotWritten, Witnesses, one_by_one
 from billing_orchestration.database.settling import Settled, settle_batch
 from billing_orchestration.domain.answers import (
     Closing,
@@ -118,6 +118,9 @@ class Charging:
     provider: ChargesPayments
     make_stamp: Callable[[], Stamp]
     log: Callable[[str], None]
+    # What the claims of the run say about a doubtful refusal, and what its conclusions say.
+    claim_witnesses: Witnesses = field(default_factory=Witnesses)
+    conclude_witnesses: Witnesses = field(default_factory=Witnesses)
 
     def lock(self, locks: "sa.Connection", group: Sequence[Work]) -> set[uuid.UUID]:
         """Step 1: which of these are ours. An attempt that waited for another send has kept its lock."""
@@ -134,7 +137,9 @@ class Charging:
             [work for work in group if not work.is_to_be_opened],
         ):
             # No second try of a row that is busy: the others of the group wait for their send.
-            for works, result in one_by_one(part, lambda works: self._claim_together(connection, works), tries=1):
+            for works, result in one_by_one(
+                part, lambda works: self._claim_together(connection, works), tries=1, witnesses=self.claim_witnesses
+            ):
                 if isinstance(result, NotWritten):
                     claims.refused[works[0].attempt.id] = result.reason
                 else:
@@ -191,7 +196,7 @@ class Charging:
                 close(connection, stamp, [answer for answer in part if isinstance(answer, Closing)])
             return {result.payment.id: result for result in settled}
 
-        for part, result in one_by_one(answers, write):
+        for part, result in one_by_one(answers, write, witnesses=self.conclude_witnesses):
             for answer in part:
                 if isinstance(result, NotWritten):
                     yield answer, result

@@ -3,10 +3,12 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from billing_orchestration.database.audit import Problem, evidence_of
 from billing_orchestration.database.one_by_one import NotWritten
 from billing_orchestration.database.settling import Settled
 from billing_orchestration.domain.answers import Closing
 from billing_orchestration.domain.attempts import Attempt
+from billing_orchestration.domain.problem_kinds import NOT_WRITABLE
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.settlement_decisions import Leave, Quarantine, RecordRefund, Settle
 
@@ -17,6 +19,7 @@ class ChargeResult:
 
     `outcome`: charged | pending | declined | stopped | rejected | review | refunded | unknown | never sent | skipped.
     `code`: the provider's word for a decline, the problem's kind for a review. `needs_retry`: the run ends red.
+    `problem`: what a person has to look at.
     """
 
     attempt: Attempt
@@ -26,6 +29,7 @@ class ChargeResult:
     needs_retry: bool = False
     newly_quarantined: bool = False
     code: str = ""
+    problem: Problem | None = None
 
 
 def result_of(attempt: Attempt, answer: ProviderPayment | Closing, result: Settled | NotWritten | None) -> ChargeResult:
@@ -39,7 +43,8 @@ def result_of(attempt: Attempt, answer: ProviderPayment | Closing, result: Settl
         reason = (
             f"paid at the provider ({answer.id}), not granted yet: {why}; the matching jobs or the next run settle it"
         )
-        return ChargeResult(attempt, "unknown", reason, needs_retry=True)
+        problem = _not_granted(attempt, answer, why) if result is not None and result.for_good else None
+        return ChargeResult(attempt, "unknown", reason, needs_retry=True, problem=problem)
     decision = result.decision
     if isinstance(decision, Quarantine):
         return ChargeResult(
@@ -51,6 +56,18 @@ def result_of(attempt: Attempt, answer: ProviderPayment | Closing, result: Settl
         return ChargeResult(attempt, "charged", f"{decision.reason}, by another run")
     until = f", paid until {decision.period_end:%Y-%m-%d}" if isinstance(decision, Settle) else ""
     return ChargeResult(attempt, "charged", f"payment {answer.id}{until}")
+
+
+def _not_granted(attempt: Attempt, payment: ProviderPayment, why: str) -> Problem:
+    return Problem(
+        f"payment {payment.id}",
+        NOT_WRITABLE,
+        f"a renewal was paid and could not be granted: {why}",
+        external_payment_id=payment.id,
+        subscription_id=attempt.subscription_id,
+        attempt_id=attempt.id,
+        evidence=evidence_of({"id": payment.id, "metadata": payment.metadata}),
+    )
 
 
 class Results:

@@ -341,6 +341,8 @@ def _charge(
         report.numbers[word] = report.numbers.get(word, 0) + 1
         if result.outcome == "rejected" and result.decline_class not in SHOP_REFUSALS:
             refused.append(_refused(attempt, result.reason))
+        if result.problem is not None:
+            refused.append(result.problem)
         if result.outcome in ("declined", "stopped"):
             name = f"declines: {result.decline_class}"
             report.numbers[name] = report.numbers.get(name, 0) + 1
