@@ -167,8 +167,19 @@ def test_what_every_row_meets_alike_stops_the_run_with_the_reason_and_fills_no_q
     assert not run.ok
     assert "no_such_table" in run.failure
     assert "doctor" in run.failure
+    assert "must be retried" not in run.failure
     assert not any(case.is_done(service, row) for row in rows)
     assert service.rows("quarantine") == []
+
+
+def test_what_is_each_rows_own_fault_puts_each_before_a_person(service: Service) -> None:
+    extensions(service)
+    service.meddle("subscriptions", "true", TWO_ROWS_AS_ONE)
+
+    run = service.run("matching_pending_payments_job")
+
+    assert run.ok, run.failure
+    assert len(service.rows("quarantine", "kind = 'not_writable'")) == OTHERS + 1
 
 
 def test_many_rows_that_a_trigger_swallows_never_stop_the_others(service: Service) -> None:

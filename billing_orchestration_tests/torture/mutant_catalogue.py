@@ -249,9 +249,8 @@ PROMISED = (
         (
             Edit(
                 "database/one_by_one.py",
-                "        except Exception:  # noqa: BLE001 - whatever it is, each item gets its own try and"
-                " its own words below\n",
-                "        except Exception:\n            raise\n",
+                "        if is_about_every_row(error):\n            raise\n    else:",
+                "        raise\n    else:",
             ),
         ),
         (_PENDING + "test_a_row_that_the_services_own_trigger_refuses_never_stops_the_others",),
@@ -260,7 +259,57 @@ PROMISED = (
 
 # --- and others ---------------------------------------------------------------------------------------------------
 
+_SPOILT = "jobs/test_refused_rows.py::test_one_row_that_a_trigger_spoils_never_stops_the_others"
+
 FURTHER = (
+    Mutant(
+        "a trigger's code taken for the database's",
+        "a code of the database's that only one row meets is that row's fault",
+        (Edit("database/one_by_one.py", "SchemaProblem)) and not error.is_doubtful", "SchemaProblem))"),),
+        (_SPOILT + "[extensions-a table that is missing]",),
+    ),
+    Mutant(
+        "only data and integrity taken for a row's",
+        "whatever is not about the connection, rights, shape or resources is the row's fault",
+        (
+            Edit(
+                "database/engine.py",
+                "    if state[:2] not in _OF_THE_DATABASE:\n",
+                '    if state[:2] in ("22", "23", "P0"):\n',
+            ),
+        ),
+        ("jobs/test_refused_rows.py::test_what_is_each_rows_own_fault_puts_each_before_a_person",),
+    ),
+    Mutant(
+        "no end to a doubt",
+        "what a few rows in a row meet alike is the database's fault",
+        (Edit("database/one_by_one.py", "        if self._in_a_row >= FEW:\n", "        if False:\n"),),
+        (
+            "jobs/test_refused_rows.py::"
+            "test_what_every_row_meets_alike_stops_the_run_with_the_reason_and_fills_no_quarantine[purchases]",
+        ),
+    ),
+    Mutant(
+        "an extension that was reverted",
+        "what RETURNING says is compared with what was meant",
+        (Edit(_SETTLING, "'extended', count(*) FILTER (WHERE as_meant)", "'extended', count(*)"),),
+        (
+            "jobs/test_refused_rows.py::"
+            "test_a_renewal_that_is_paid_and_cannot_be_granted_is_told_and_never_stops_the_others[reverted]",
+        ),
+    ),
+    Mutant(
+        "an expiry that was reverted",
+        "what RETURNING says is compared with what was meant",
+        (Edit("database/expiry.py", "FILTER (WHERE NOT is_expired)", "FILTER (WHERE false)"),),
+        (_SPOILT + "[subscriptions that are over-reverted]",),
+    ),
+    Mutant(
+        "a deferred trigger heard at commit",
+        "a deferred trigger speaks up while its rows are known",
+        (Edit("database/expiry.py", "            connection.execute(_CHECK_DEFERRED)\n", ""),),
+        (_SPOILT + "[subscriptions that are over-at commit]",),
+    ),
     Mutant(
         "the new subscription in another transaction",
         "a created subscription and its payment row are written together or not at all",
