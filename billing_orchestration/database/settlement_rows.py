@@ -192,6 +192,7 @@ class Rows:
         """The record by which the payment is never settled again."""
         payment = decision.payment
         grant = decision if isinstance(decision, Settle) else None
+        start, end = _period_of(decision)
         self.settlements.append(
             {
                 "external_payment_id": payment.id,
@@ -203,8 +204,8 @@ class Rows:
                 "plan_id": grant.plan_id if grant else payment.claims.plan_id,
                 "amount": payment.money.amount,
                 "currency": payment.money.currency,
-                "period_start": naive_utc(grant.period_start) if grant else None,
-                "period_end": naive_utc(grant.period_end) if grant else None,
+                "period_start": None if start is None else naive_utc(start),
+                "period_end": None if end is None else naive_utc(end),
             }
         )
 
@@ -220,6 +221,13 @@ class Rows:
     ) -> None:
         name = None if entity_id is None else str(entity_id)
         self.changes.append(Change(entity, name, action, decision.reason, old, new, decision.payment.id))
+
+
+def _period_of(decision: Settle | RecordRefund | CloseAsGranted) -> tuple[datetime | None, datetime | None]:
+    """The period that a payment has paid, whoever granted it. No other may begin before its end."""
+    if isinstance(decision, CloseAsGranted):
+        return decision.attempt.period_start, decision.period_end
+    return (decision.period_start, decision.period_end) if isinstance(decision, Settle) else (None, None)
 
 
 def _payment_status(decision: Settle | RecordRefund) -> str:

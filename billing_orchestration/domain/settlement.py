@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from billing_orchestration.domain.attempts import LIVE, Attempt, State
 from billing_orchestration.domain.billing_calendar import BillingCalendar, Period, UnusablePeriod, parse_period
@@ -32,6 +32,9 @@ from billing_orchestration.domain.settlement_decisions import (
 
 # Row statuses from which a success is settled: a late success revives an expired payment.
 SETTLEABLE_ROWS = ("PENDING", "CREATED", "EXPIRED")
+# How far from where a paid period ends the service's own grant may have moved the end: clocks, and a rounded day. For
+# short periods a quarter of them, so that a bonus day is never taken for a paid week.
+GRANT_TOLERANCE = timedelta(days=1)
 # Row statuses that say the payment is settled.
 FINAL_ROWS = ("SUCCEEDED", "REFUNDED")
 
@@ -425,8 +428,7 @@ def _decide_renewal(case: _Case, attempt: Attempt) -> SettlementDecision:
         reason = f"a renewal was paid, and subscription {attempt.subscription_id} {missing}"
         return _review(case.quarantine("subscription_gone", reason), attempt, facts)
     if final is not None:
-        is_moved = subscription.ended_at > attempt.period_start
-        written = _decide_renewal_written_by_service(case, attempt, final, is_moved=is_moved)
+        written = _decide_renewal_written_by_service(case, attempt, final, subscription, subscription.ended_at)
         if written is not None:
             return written
     return _renew(case, attempt, subscription, subscription.ended_at)
@@ -444,11 +446,11 @@ def _decide_second_success(case: _Case, attempt: Attempt, other: str) -> Settlem
 
 
 def _decide_renewal_written_by_service(
-    case: _Case, attempt: Attempt, final: PaymentRow, *, is_moved: bool
+    case: _Case, attempt: Attempt, final: PaymentRow, subscription: SubscriptionRow, ended_at: datetime
 ) -> SettlementDecision | None:
     """The service's webhook has written the row of a renewal. None: it did not grant it, so that is still to be done.
 
-    `is_moved`: the subscription's end is no longer the one that the attempt was to extend.
+    It has granted it if the end has moved by about the period that was paid, and nothing else has moved it.
     """
     facts, void_first = case.facts, _live_rival(attempt, case.facts)
     if final.status == "REFUNDED":
@@ -462,16 +464,38 @@ def _decide_renewal_written_by_service(
             "the service holds it as REFUNDED",
             void_first,
         )
-    if is_moved and facts.paid_meanwhile and case.ruling is None:
-        # Nothing records who moved the end: a guess would lose a paid period, or grant one twice.
-        reason = (
-            "the service holds this renewal as paid, and another payment was granted to the subscription meanwhile:"
-            " it is unknown whether the renewal was granted too"
-        )
-        return _review(Quarantine(case.payment, "unclear_grant", reason, final), attempt, facts)
-    if is_moved and not facts.paid_meanwhile:
+    if ended_at <= attempt.period_start:
+        return None
+    granted_until = _granted_until(case, attempt, subscription, ended_at)
+    if granted_until is not None and not facts.paid_meanwhile:
         reason = f"the service has settled it already ({final.subject})"
-        return CloseAsGranted(case.payment, final, attempt, attempt.subscription_id, reason, void_first)
+        return CloseAsGranted(case.payment, final, attempt, attempt.subscription_id, granted_until, reason, void_first)
+    if case.ruling is not None:
+        return None
+    # Nothing records who moved the end: a guess would lose a paid period, or grant one twice.
+    meanwhile = (
+        "another payment was granted to the subscription meanwhile"
+        if facts.paid_meanwhile
+        else f"the subscription's end has moved to {ended_at:%Y-%m-%d}, which is not by about the period that was paid"
+    )
+    reason = f"the service holds this renewal as paid, and {meanwhile}: it is unknown whether the renewal was granted"
+    return _review(Quarantine(case.payment, "unclear_grant", reason, final), attempt, facts)
+
+
+def _granted_until(case: _Case, attempt: Attempt, subscription: SubscriptionRow, ended_at: datetime) -> datetime | None:
+    """The end of the period that the service has granted, if the subscription's end is about there.
+
+    The service may keep the anchor day as we do, or count from the old end.
+    """
+    calendar, start = case.calendar, attempt.period_start
+    try:
+        period = _period_of(case.facts.plans.get(attempt.plan_id), attempt.plan_id)
+        ends = (calendar.next_end(subscription.started_at, start, period), calendar.add_period(start, period))
+    except UnusablePeriod:
+        return None
+    for end in ends:
+        if abs(ended_at - end) <= min(GRANT_TOLERANCE, (end - start) / 4):
+            return min(end, ended_at)
     return None
 
 

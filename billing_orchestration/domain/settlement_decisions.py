@@ -145,12 +145,16 @@ class RecordRefund:
 
 @dataclass(frozen=True, slots=True)
 class CloseAsGranted:
-    """The service's own webhook handler has granted a renewal of ours already: only the attempt is closed."""
+    """The service's own webhook handler has granted a renewal of ours already: only the attempt is closed.
+
+    `period_end`: the end of the period that it granted.
+    """
 
     payment: ProviderPayment
     row: PaymentRow
     attempt: Attempt
     subscription_id: int
+    period_end: datetime
     reason: str
     void_first: Attempt | None = None
 

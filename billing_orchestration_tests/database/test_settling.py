@@ -285,6 +285,17 @@ def test_a_renewal_that_the_webhook_has_paid_and_extended_only_closes_the_attemp
     assert books.read_attempt(attempt.id).state == State.SUCCEEDED
     (settlement,) = books.rows("settlements")
     assert (settlement.kind, settlement.payment_id, settlement.attempt_id) == ("renewed", row_id, attempt.id)
+    assert (settlement.period_start, settlement.period_end) == (naive(NOON), naive(MONTH_LATER))
+
+
+def test_a_bonus_day_on_top_of_a_paid_renewal_is_not_taken_for_its_grant(books: Books) -> None:
+    subscription_id = books.subscription("anna")
+    attempt = books.attempt(subscription_id)
+    books.payment("renewal", status="SUCCEEDED", subscription_id=subscription_id)
+    books.execute("UPDATE subscriptions SET ended_at = ended_at + interval '1 day'")
+    assert kind_of(only(books.settle(books.renewal(attempt)))) == "unclear_grant"
+    assert books.read_attempt(attempt.id).state == State.REVIEW
+    assert books.rows("settlements") == []
 
 
 @pytest.mark.parametrize("beside", ["a purchase that the webhook granted", "a purchase that was settled here"])

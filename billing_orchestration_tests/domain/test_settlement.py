@@ -44,6 +44,7 @@ from billing_orchestration_tests.domain.given import (
 
 CHEAPER = Money(Decimal("199.00"), "RUB")
 NEXT_END = datetime(2026, 4, 12, 9, 0, tzinfo=UTC)
+SECOND = timedelta(seconds=1)
 FULL = {"refunded_amount": PRICE.amount}
 CLOSED_UNPAID = (State.DECLINED, State.STOPPED, State.REJECTED, State.VOID)
 LIVE = (State.PLANNED, State.UNKNOWN, State.PENDING, State.SUCCEEDED, State.REVIEW, State.REFUNDED)
@@ -365,6 +366,70 @@ def test_a_renewal_that_the_webhook_has_written_and_granted_only_closes_the_atte
     decision = settle(the_payment_of(attempt), known)
     assert isinstance(decision, CloseAsGranted)
     assert (decision.attempt, decision.row, decision.subscription_id) == (attempt, row, 12)
+    assert decision.period_end == NEXT_END
+
+
+def moved(
+    to: datetime, *, plan: PlanRow | None = None, ruling: Ruling | None = None, **subscription: Any
+) -> SettlementDecision:
+    """The service holds the renewal as paid, and the end of its subscription is there by now."""
+    started = a_subscription(**subscription)
+    due = a_due_subscription(ended_at=started.ended_at)
+    attempt = a_sent_attempt(due)
+    row = a_row("SUCCEEDED", external_payment_id="renewal-1", subscription_id=12)
+    known = renewal_facts(
+        attempt,
+        row,
+        subscriptions={12: dataclasses.replace(started, ended_at=to)},
+        plans={3: plan or PlanRow(3, 1, "month")},
+    )
+    return settle(the_payment_of(attempt), known, ruling=ruling)
+
+
+@pytest.mark.parametrize(
+    ("ended_at", "granted"),
+    [
+        (NEXT_END, NEXT_END),
+        (NEXT_END - DAY, NEXT_END - DAY),
+        (NEXT_END + DAY, NEXT_END),  # a bonus day on top of the grant: the paid period ends before it
+        (NEXT_END - DAY - SECOND, None),
+        (NEXT_END + DAY + SECOND, None),
+    ],
+)
+def test_the_service_has_granted_a_renewal_if_the_end_moved_by_about_the_period(
+    ended_at: datetime, granted: datetime | None
+) -> None:
+    decision = moved(ended_at)
+    assert (decision.period_end if isinstance(decision, CloseAsGranted) else None) == granted
+
+
+@pytest.mark.parametrize("ended_at", [NOW + DAY, NEXT_END - 2 * DAY, NEXT_END + 31 * DAY])
+def test_an_end_that_moved_by_something_else_than_the_period_is_no_grant(ended_at: datetime) -> None:
+    decision = moved(ended_at)
+    assert isinstance(decision, Quarantine)
+    assert (decision.kind, decision.review is not None) == ("unclear_grant", True)
+    assert f"moved to {ended_at:%Y-%m-%d}" in decision.reason
+    accepted = moved(ended_at, ruling=Ruling())
+    assert isinstance(accepted, Settle)
+    assert accepted.period_start == ended_at
+
+
+def test_the_service_may_count_a_month_from_the_old_end_or_keep_the_anchor_day() -> None:
+    short = {"started_at": datetime(2026, 1, 31, tzinfo=UTC), "ended_at": datetime(2026, 2, 28, tzinfo=UTC)}
+    for day in (28, 31):
+        assert isinstance(moved(datetime(2026, 3, day, tzinfo=UTC), **short), CloseAsGranted)
+
+
+@pytest.mark.parametrize(("hours", "granted"), [(24, True), (30, True), (18, True), (31, False), (12, False)])
+def test_of_a_short_period_a_quarter_is_about_as_much(hours: int, granted: bool) -> None:
+    ended_at = a_subscription().ended_at + timedelta(hours=hours)  # type: ignore[operator]
+    assert isinstance(moved(ended_at, plan=PlanRow(3, 1, "days")), CloseAsGranted) is granted
+
+
+def test_without_a_usable_period_nothing_tells_a_grant_from_a_favour() -> None:
+    decision = moved(NEXT_END, plan=PlanRow(3, None, "month"))
+    assert isinstance(decision, Quarantine)
+    assert decision.kind == "unclear_grant"
 
 
 def test_a_renewal_that_the_webhook_has_written_but_not_granted_is_granted_and_its_row_stays_as_it_is() -> None:
@@ -378,8 +443,8 @@ def test_a_renewal_that_the_webhook_has_written_but_not_granted_is_granted_and_i
 def test_a_renewal_that_the_webhook_has_written_beside_another_grant_is_left_to_a_person() -> None:
     attempt = a_sent_attempt()
     row = a_row("SUCCEEDED", external_payment_id="renewal-1", subscription_id=12)
-    moved = {12: a_subscription(ended_at=NEXT_END)}
-    known = renewal_facts(attempt, row, subscriptions=moved, paid_meanwhile=True)
+    extended = {12: a_subscription(ended_at=NEXT_END)}
+    known = renewal_facts(attempt, row, subscriptions=extended, paid_meanwhile=True)
     decision = settle(the_payment_of(attempt), known)
     assert isinstance(decision, Quarantine)
     assert (decision.kind, decision.review, decision.row) == ("unclear_grant", attempt, row)

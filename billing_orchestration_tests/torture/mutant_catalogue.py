@@ -1131,21 +1131,47 @@ FURTHER = (
     Mutant(
         "an unclear grant granted again",
         "what the webhook may have granted already is a person's to decide",
-        (Edit(_SETTLEMENT, "if is_moved and facts.paid_meanwhile and case.ruling is None:", "if False:"),),
+        (
+            Edit(
+                _SETTLEMENT,
+                "    if case.ruling is not None:\n        return None\n    # Nothing",
+                "    return None\n    # Nothing",
+            ),
+        ),
         (_UNCLEAR,),
     ),
     Mutant(
         "an unclear grant taken for granted",
         "a paid renewal is not lost behind another grant",
         (
-            Edit(_SETTLEMENT, "if is_moved and facts.paid_meanwhile and case.ruling is None:", "if False:"),
             Edit(
                 _SETTLEMENT,
-                "if is_moved and not facts.paid_meanwhile:",
-                "if is_moved:",
+                "if granted_until is not None and not facts.paid_meanwhile:",
+                "if granted_until is not None:",
             ),
         ),
         (_UNCLEAR,),
+    ),
+    Mutant(
+        "a bonus day taken for the grant",
+        "an end that moved by something else than the period proves no renewal granted",
+        (Edit(_SETTLEMENT, "if abs(ended_at - end) <= min(GRANT_TOLERANCE, (end - start) / 4):", "if True:"),),
+        (
+            "domain/test_settlement.py::test_an_end_that_moved_by_something_else_than_the_period_is_no_grant",
+            "database/test_settling.py::test_a_bonus_day_on_top_of_a_paid_renewal_is_not_taken_for_its_grant",
+        ),
+    ),
+    Mutant(
+        "the service's own grant without its period",
+        "no period begins before the end of one that the service granted for a renewal",
+        (
+            Edit(
+                _ROWS,
+                "        return decision.attempt.period_start, decision.period_end\n",
+                "        return None, None\n",
+            ),
+        ),
+        ("database/test_settling.py::test_a_renewal_that_the_webhook_has_paid_and_extended_only_closes_the_attempt",),
     ),
     Mutant(
         "a grant of the meantime not looked for",
