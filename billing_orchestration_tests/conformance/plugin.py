@@ -134,10 +134,8 @@ class Report:
         return result
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        missing = [name for name in EXPECTED if not self._judge.judged[name]]
-        if missing and session.exitstatus == 0 and not session.config.option.keyword:
+        if self._missing and session.exitstatus == 0 and not session.config.option.keyword:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            self._judge.excused.update(f"none, but never judged: {name}" for name in missing)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         terminalreporter.section("judged by the published file")
@@ -145,3 +143,9 @@ class Report:
             terminalreporter.line(f"{count:7} {name or 'unknown to the file'}")
         for name, count in sorted(self._judge.excused.items()):
             terminalreporter.line(f"{count:7} deviations: {name}")
+        if self._missing:
+            terminalreporter.line(f"never judged: {', '.join(self._missing)}")
+
+    @property
+    def _missing(self) -> list[str]:
+        return [name for name in EXPECTED if not self._judge.judged[name]]
