@@ -43,7 +43,8 @@ def result_of(attempt: Attempt, answer: ProviderPayment | Closing, result: Settl
         reason = (
             f"paid at the provider ({answer.id}), not granted yet: {why}; the matching jobs or the next run settle it"
         )
-        problem = _not_granted(attempt, answer, why) if result is not None and result.for_good else None
+        is_refused = result is not None and (result.for_good or result.doubt is not None)
+        problem = _not_granted(attempt, answer, why) if is_refused else None
         return ChargeResult(attempt, "unknown", reason, needs_retry=True, problem=problem)
     decision = result.decision
     if isinstance(decision, Quarantine):
@@ -59,13 +60,13 @@ def result_of(attempt: Attempt, answer: ProviderPayment | Closing, result: Settl
 
 
 def _not_granted(attempt: Attempt, payment: ProviderPayment, why: str) -> Problem:
+    # It does not name the attempt: that would hold the next run, which hears of the payment and grants it.
     return Problem(
         f"payment {payment.id}",
         NOT_WRITABLE,
         f"a renewal was paid and could not be granted: {why}",
         external_payment_id=payment.id,
         subscription_id=attempt.subscription_id,
-        attempt_id=attempt.id,
         evidence=evidence_of({"id": payment.id, "metadata": payment.metadata}),
     )
 
