@@ -9,7 +9,6 @@ fault.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable
 from datetime import date
@@ -21,6 +20,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from billing_orchestration.database_address import read_address, read_run_history_address
+from billing_orchestration.loopback import is_loopback
 
 PRODUCTION_API_URL = "https://api.yookassa.ru/v3"
 DEFAULT_TIMEZONE = "UTC"
@@ -58,18 +58,9 @@ def _api_url(text: str) -> str:
         raise ValueError("must hold no user and password; put them into YOOKASSA_SHOP_ID and YOOKASSA_SECRET_KEY")
     if parts.query or parts.fragment:
         raise ValueError("must end with the path, without ? and #, as in " + PRODUCTION_API_URL)
-    if parts.scheme == "http" and not _is_loopback(host):
+    if parts.scheme == "http" and not is_loopback(host):
         raise ValueError("is plain http to another machine: the secret key would travel in clear; use https")
     return text.rstrip("/")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _credential(text: str) -> str:

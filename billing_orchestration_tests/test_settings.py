@@ -115,6 +115,7 @@ def test_an_empty_setting_that_has_a_default_is_the_default(environment: pytest.
         ("YOOKASSA_API_URL", "http://secret.yookassa.ru/v3", "would travel in clear"),
         ("YOOKASSA_API_URL", "http://127.0.0.1.example.com/v3", "would travel in clear"),
         ("YOOKASSA_API_URL", "http://10.0.0.1/v3", "would travel in clear"),
+        ("YOOKASSA_API_URL", "http://secret.localhost/v3", "would travel in clear"),
         ("BILLING_TIMEZONE", "live_secret", "not a time zone"),
         ("BILLING_TIMEZONE", "Europe", "not a time zone"),
         ("BILLING_TIMEZONE", "../../etc/passwd", "not a time zone"),

@@ -7,8 +7,9 @@ out. No finding shows a secret, and an expected fault never ends in a traceback.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from enum import Enum
@@ -100,6 +101,14 @@ def _settings(here: Installation) -> Iterator[Finding]:
         yield fault("settings.wrong", text)
     if not here.faults:
         yield ok("settings", "complete and well formed")
+
+
+def _env_file(here: Installation) -> Iterator[Finding]:  # noqa: ARG001
+    with suppress(OSError):
+        if Path(".env").stat().st_mode & stat.S_IRWXO:
+            yield warning(
+                "env_file.open", ".env holds secrets, and every user of this machine may read it", "chmod 600 .env"
+            )
 
 
 def _time_zone(here: Installation) -> Iterator[Finding]:
@@ -349,6 +358,7 @@ def _no_run_history(environment: Mapping[str, str]) -> Finding:
 # Every check, and the settings without which it cannot be made.
 CHECKS: tuple[tuple[Callable[[Installation], Iterator[Finding]], tuple[str, ...]], ...] = (
     (_settings, ()),
+    (_env_file, ()),
     (_time_zone, (".env", "BILLING_TIMEZONE", "BILLING_FIRST_DAY")),
     (_alerts, (".env", "ALERT_URLS")),
     (_billing_database, (".env", "BILLING_DATABASE_URL")),

@@ -16,7 +16,6 @@ import time
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
@@ -27,6 +26,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ClosedPoolError, LocationParseError, ReadTimeoutError
 from urllib3.response import HTTPResponse
 from urllib3.util import Url, parse_url
+
+from billing_orchestration.loopback import is_loopback
 
 # Where an operator names the certificates to trust, in the order in which `requests` and OpenSSL look.
 _CERTIFICATE_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -214,7 +215,7 @@ def _parse_api_url(api_url: str) -> Url:
 
 def _proxy_for(url: Url) -> tuple[str, int, None, Mapping[str, str]] | None:
     """The proxy that HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY name for this URL; never one for this machine."""
-    if _is_loopback((url.host or "").strip("[]")) or proxy_bypass(url.netloc or ""):
+    if is_loopback((url.host or "").strip("[]")) or proxy_bypass(url.netloc or ""):
         return None
     named = getproxies()
     address = named.get(url.scheme or "") or named.get("all")
@@ -231,15 +232,6 @@ def _proxy_for(url: Url) -> tuple[str, int, None, Mapping[str, str]] | None:
         account = unquote(proxy.auth) + ("" if ":" in proxy.auth else ":")
         headers["Proxy-Authorization"] = "Basic " + b64encode(account.encode()).decode("ascii")
     return f"http://{proxy.netloc}", 1, None, headers
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _tls_context() -> ssl.SSLContext:

@@ -6,6 +6,7 @@ settings (environment or `.env`) reaches it. What is started here is ended here.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -38,6 +39,10 @@ _HURRY = {"autopayment_job": {"ops": {"charge_renewals": {"config": {"resend_wai
 _ATTACHED_AGO = timedelta(days=14)
 # A write of the demo need not survive a power cut.
 _FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+
+
+# In each folder that the demo made, and may delete in.
+_MARKER = "made-by-the-billing-orchestration-demo"
 
 
 class StageError(RuntimeError):
@@ -166,7 +171,7 @@ def mark_complete(stage: Stage) -> None:
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    folder.mkdir(exist_ok=True)
+    _claim(folder)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,6 +180,19 @@ def _only_one(folder: Path) -> Iterator[None]:
                 "another `make demo` or `make dev` is using this data: end it first (Ctrl-C in its terminal)"
             ) from None
         yield
+
+
+def _claim(folder: Path) -> None:
+    """Make a folder for the demo's data, or see that it is ours: what is in it may be deleted. Raises StageError."""
+    marker = folder / _MARKER
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+    strange = folder.is_symlink() or folder.stat().st_uid != os.getuid()
+    if strange or (any(folder.iterdir()) and not marker.is_file()):
+        raise StageError(
+            f"{folder} was not made by this demo, so it is left alone: move it away (or rm -r, if the demo made it)"
+        )
+    marker.touch()
 
 
 def _forget(folder: Path) -> None:
@@ -197,7 +215,7 @@ def _postgres(folder: Path) -> Any:
     if any(sign.isspace() or sign in "\"'$\\" for sign in str(data.resolve())):
         # The embedded server puts its socket's path into a command line without quotes.
         data = Path(tempfile.gettempdir()) / f"billing-demo-{sha256(str(data).encode()).hexdigest()[:12]}" / "postgres"
-        data.parent.mkdir(exist_ok=True)
+        _claim(data.parent)
     if data.exists() and not (data / "global" / "pg_control").exists():
         shutil.rmtree(data)  # an earlier start was interrupted before the data was whole
     for last in (False, True):

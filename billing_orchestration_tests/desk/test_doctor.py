@@ -78,6 +78,15 @@ def test_an_unreadable_env_file_is_a_fault(healthy: pytest.MonkeyPatch, tmp_path
     assert faults() == ["settings.wrong"]
 
 
+@pytest.mark.parametrize(("mode", "found"), [(0o600, []), (0o640, []), (0o644, ["env_file.open"])])
+def test_an_env_file_that_every_user_may_read_is_a_warning(
+    healthy: pytest.MonkeyPatch, tmp_path: Path, mode: int, found: list[str]
+) -> None:
+    (tmp_path / ".env").touch()
+    (tmp_path / ".env").chmod(mode)
+    assert warnings() == found
+
+
 def test_a_first_day_to_come_is_a_warning(healthy: pytest.MonkeyPatch) -> None:
     healthy.setenv("BILLING_FIRST_DAY", "2999-01-01")
     assert warnings() == ["time_zone.first_day"]

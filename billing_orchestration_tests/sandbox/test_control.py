@@ -28,6 +28,8 @@ serve(port=0, shop_id="42", secret_key="live_42", state_file=pathlib.Path(sys.ar
 
 
 def order(sandbox_url: str, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    if body is None and method == "POST":
+        body = {}
     answer = urllib3.request(method, sandbox_url + path, json=body, retries=False, timeout=20)
     return answer.status, answer.json()
 
@@ -175,6 +177,27 @@ def test_an_order_that_means_nothing_is_refused_with_the_reason(sandbox: Sandbox
     status, answer = order(sandbox.control_url, "POST", path, body)
     assert status == 400
     assert answer["error"]
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.localhost", "127.0.0.1.evil.example", "localhost."])
+def test_the_controls_answer_to_no_name_of_another_machine(sandbox: Sandbox, host: str) -> None:
+    sandbox.provider.add_payment(id="secret")
+    headers = {"Host": f"{host}:{sandbox.port}"}
+    for path in ("/payments", "/ledger"):
+        answer = urllib3.request("GET", sandbox.control_url + path, headers=headers, retries=False)
+        assert (answer.status, b"secret" in answer.data) == (403, False)
+
+
+@pytest.mark.parametrize(
+    "content_type", [None, "text/plain", "text/plain; application/json", "application/x-www-form-urlencoded"]
+)
+def test_an_order_in_a_form_that_any_web_page_can_send_is_refused(sandbox: Sandbox, content_type: str | None) -> None:
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    answer = urllib3.request(
+        "POST", sandbox.control_url + "/payments", body=b'{"amount": "5.00"}', headers=headers, retries=False
+    )
+    assert answer.status == 415
+    assert sandbox.provider.payments() == []
 
 
 def test_the_sandbox_says_in_one_line_that_its_port_is_taken(sandbox: Sandbox) -> None:

@@ -1,4 +1,8 @@
-"""The sandbox's controls under /sandbox, for a driver in another process. Loopback only, no credentials."""
+"""The sandbox's controls under /sandbox, for a driver in another process.
+
+They ask for no credentials, so they answer this machine only, by a name of this machine, and take orders as
+`application/json`: a page in somebody's browser can send neither of the two from another site.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from billing_orchestration.sandbox.provider.api import ProviderApi
 from billing_orchestration.sandbox.provider.clock import SandboxClock, iso
 from billing_orchestration.sandbox.provider.misbehaviour import Misbehaviour
 
+_THIS_MACHINE = frozenset({"127.0.0.1", "::1", "localhost"})
 # What the cabinet and the customers can do to a thing, by its kind, and which method of the account does it.
 _OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "methods": {"activate": "activate_method", "deactivate": "deactivate_method"},
@@ -66,8 +71,12 @@ def _route(method: str, path: str, action: Callable[..., Any]) -> Route:
     """`action` takes the control, what the path names and, after it, the body of a POST."""
 
     async def endpoint(request: Request) -> Response:
-        if request.client is None or request.client.host not in {"127.0.0.1", "::1"}:
+        if request.client is None or request.client.host not in _THIS_MACHINE:
             return JSONResponse({"error": "the sandbox is driven from its own machine only"}, status_code=403)
+        if request.url.hostname not in _THIS_MACHINE:
+            return JSONResponse({"error": "the sandbox is driven as 127.0.0.1 or localhost only"}, status_code=403)
+        if method == "POST" and request.headers.get("content-type") != "application/json":
+            return JSONResponse({"error": "an order is sent as application/json"}, status_code=415)
         given = list(request.path_params.values())
         if method == "POST":
             given.append(json.loads(await request.body() or b"{}"))
