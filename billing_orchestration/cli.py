@@ -1,4 +1,4 @@
-"""The command `billing-orchestration`: migrate, doctor, quarantine, explain, sandbox, demo.
+"""The command `billing-orchestration`: migrate, doctor, webserver, quarantine, explain, sandbox, demo.
 
 An expected failure is one line on stderr. Exit codes: 0 done, 1 failed, 2 wrong usage. Each command imports only what
 it needs, so that `--help` and a typing error answer at once.
@@ -11,6 +11,7 @@ import getpass
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 FAILED = 1
 INTERRUPTED = 130
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor = commands.add_parser("doctor", help="check settings, database, schema and provider; say how to fix each")
     doctor.set_defaults(run=_doctor)
+    _add_webserver(commands)
     _add_casework(commands)
     sandbox = commands.add_parser("sandbox", help="start the provider's sandbox on this machine")
     sandbox.set_defaults(run=_sandbox)
@@ -74,6 +76,27 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="run the five jobs on example data, and show what changed")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_webserver(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    # Short options as Dagster's own command has them, so -h is none of help's.
+    webserver = commands.add_parser(
+        "webserver",
+        add_help=False,
+        help="serve the Dagster UI, guarded: who may open it, from where, and in which form",
+        description="Serves the Dagster UI. Beyond this machine it asks for a login (UI_AUTH).",
+    )
+    webserver.set_defaults(run=_webserver)
+    webserver.add_argument("--help", action="help", help="show this help message and exit")
+    webserver.add_argument("-h", "--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
+    webserver.add_argument("-p", "--port", type=_port, default=3000, help="the port (default: %(default)s)")
+    webserver.add_argument(
+        "-w", "--workspace", type=Path, default=Path("workspace.yaml"), help="where the code is (default: %(default)s)"
+    )
+    webserver.add_argument(
+        "-l", "--path-prefix", type=_prefix, default="", help="the path before every other, as in /dagster"
+    )
+    webserver.add_argument("--new-login", metavar="USER", help="make a password for a user instead, and show it once")
 
 
 def _add_casework(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -122,6 +145,12 @@ def _port(text: str) -> int:
     if not 0 <= port <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
     return port
+
+
+def _prefix(text: str) -> str:
+    if text and not text.startswith("/"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not begin with a slash")
+    return text.rstrip("/")
 
 
 def _migrate(arguments: argparse.Namespace) -> None:
@@ -174,6 +203,23 @@ def _explain(arguments: argparse.Namespace) -> None:
             _say_all(explain_payment(desk.engine, desk.connect, arguments.id))
         else:
             _say_all(explain_subscription(desk.engine, desk.connect, _row_id(arguments.id)))
+
+
+def _webserver(arguments: argparse.Namespace) -> None:
+    if arguments.new_login is not None:
+        from billing_orchestration.ui_login import new_login
+
+        try:
+            password, entry = new_login(arguments.new_login)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        _say(f"The password of {arguments.new_login}, shown only now: {password}")
+        _say(f"Put into .env: UI_AUTH={entry}")
+        _say("For several users: UI_AUTH=basic:USER:HASH,USER:HASH")
+        return
+    from billing_orchestration.ui.webserver import serve
+
+    serve(arguments.host, arguments.port, arguments.workspace, arguments.path_prefix)
 
 
 def _user() -> str:

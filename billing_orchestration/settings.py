@@ -21,6 +21,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from billing_orchestration.database_address import read_address, read_run_history_address
 from billing_orchestration.loopback import is_loopback
+from billing_orchestration.ui_login import LoginProxy, Passwords, read_login
 
 PRODUCTION_API_URL = "https://api.yookassa.ru/v3"
 DEFAULT_TIMEZONE = "UTC"
@@ -28,6 +29,7 @@ DEFAULT_UI_URL = "http://localhost:3000"
 DEFAULT_FIRST_DAY = date(2026, 1, 1)
 # Ten years. More is a typing error, and dates overflow.
 LONGEST_SPAN_DAYS = 3650
+_HOST_AND_PORT = re.compile(r"([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
 
 class SettingsError(ValueError):
@@ -117,6 +119,27 @@ def _ui_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def _ui_auth(value: str | SecretStr) -> SecretStr:
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    read_login(text)
+    return SecretStr(text)
+
+
+def _ui_hosts(text: str) -> str:
+    names = [name.strip().lower() for name in text.split(",")]
+    if not all(_HOST_AND_PORT.fullmatch(name) for name in names):
+        raise ValueError("must hold names as a browser shows them, with the port if it shows one, separated by commas")
+    return ",".join(names)
+
+
+def _yes_or_no(value: str | bool) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value not in {"yes", "no"}:
+        raise ValueError("must be yes or no")
+    return value == "yes"
+
+
 def _alert_urls(value: str | SecretStr) -> SecretStr:
     text = value.get_secret_value() if isinstance(value, SecretStr) else value
     # Only their form: `doctor` has the library read each.
@@ -169,6 +192,9 @@ class Settings(BaseSettings):
     dagster_postgres_url: Annotated[str | None, BeforeValidator(_run_history_address)] = Field(default=None, repr=False)
     alert_urls: Annotated[SecretStr | None, BeforeValidator(_alert_urls)] = None
     dagster_ui_url: Annotated[str, BeforeValidator(_ui_url)] = DEFAULT_UI_URL
+    ui_auth: Annotated[SecretStr | None, BeforeValidator(_ui_auth)] = None
+    ui_hosts: Annotated[str | None, BeforeValidator(_ui_hosts)] = None
+    ui_read_only: Annotated[bool, BeforeValidator(_yes_or_no)] = False
     first_partition_day: Annotated[date, BeforeValidator(_day)] = Field(
         default=DEFAULT_FIRST_DAY, validation_alias="BILLING_FIRST_DAY"
     )
@@ -189,6 +215,16 @@ class Settings(BaseSettings):
         """Whether the secret key is a live shop's, where a test payment must never grant anything."""
         return self.yookassa_secret_key.get_secret_value().startswith("live_")
 
+    @property
+    def ui_login(self) -> Passwords | LoginProxy | None:
+        """Who may use the UI; None: everybody on this machine."""
+        return None if self.ui_auth is None else read_login(self.ui_auth.get_secret_value())
+
+    @property
+    def ui_names(self) -> frozenset[str]:
+        """Under which names, with their ports, the UI is opened, beside those of this machine."""
+        return frozenset({urlsplit(self.dagster_ui_url).netloc.lower(), *(self.ui_hosts or "").split(",")} - {""})
+
 
 def load_settings() -> Settings:
     """Read and check the environment. Raises SettingsError with every fault in one line."""
@@ -200,11 +236,20 @@ def load_settings() -> Settings:
 
 def load_database_url() -> str:
     """Read the one setting that `migrate` needs. Raises SettingsError."""
+    return _load_only("BILLING_DATABASE_URL").billing_database_url
+
+
+def load_ui_settings() -> Settings:
+    """Read what the webserver needs; do not use the other settings. Raises SettingsError."""
+    return _load_only("UI_AUTH", "UI_HOSTS", "UI_READ_ONLY", "DAGSTER_UI_URL")
+
+
+def _load_only(*variables: str) -> Settings:
     settings, faults = load_what_is_right()
-    wrong = {variable: fault for variable, fault in faults.items() if variable in {"BILLING_DATABASE_URL", ".env"}}
+    wrong = {variable: fault for variable, fault in faults.items() if variable in {*variables, ".env"}}
     if wrong:
         raise SettingsError(wrong)
-    return settings.billing_database_url
+    return settings
 
 
 def load_what_is_right() -> tuple[Settings, dict[str, str]]:

@@ -12,6 +12,7 @@ from billing_orchestration.settings import (
     SettingsError,
     load_database_url,
     load_settings,
+    load_ui_settings,
     load_what_is_right,
     partition_first_day,
     partition_timezone,
@@ -34,6 +35,9 @@ VARIABLES = (
     "DAGSTER_POSTGRES_URL",
     "ALERT_URLS",
     "DAGSTER_UI_URL",
+    "UI_AUTH",
+    "UI_HOSTS",
+    "UI_READ_ONLY",
 )
 
 
@@ -100,6 +104,14 @@ def test_an_empty_setting_that_has_a_default_is_the_default(environment: pytest.
         ("ALERT_URLS", "secret-token", "must hold URLs of the apprise library"),
         ("DAGSTER_UI_URL", "localhost:3000", "is not an http(s) URL"),
         ("DAGSTER_UI_URL", "http://[secret/", "is not a URL"),
+        ("UI_AUTH", "vera:secret", "begins with neither basic: nor header:"),
+        ("UI_AUTH", "basic:vera:secret", "without the hash of a password"),
+        ("UI_AUTH", "basic:secret", "without the hash of a password"),
+        ("UI_AUTH", "header:X Secret", "names no header"),
+        ("UI_AUTH", "header:X-Forwarded-User from secret", "must name the proxy by addresses or networks"),
+        ("UI_HOSTS", "https://secret.example", "must hold names as a browser shows them"),
+        ("UI_HOSTS", "*.secret.example", "must hold names as a browser shows them"),
+        ("UI_READ_ONLY", "secret", "must be yes or no"),
         ("YOOKASSA_SHOP_ID", "100500:test_secret", "holds a colon"),
         ("YOOKASSA_SHOP_ID", "100 500", "holds a space"),
         ("YOOKASSA_SECRET_KEY", "test_secret key", "holds a space"),
@@ -234,6 +246,20 @@ def test_migrate_needs_the_database_url_alone(environment: pytest.MonkeyPatch) -
     environment.delenv("BILLING_DATABASE_URL")
     with pytest.raises(SettingsError, match=r"^BILLING_DATABASE_URL is not set: put [^;]*$"):
         load_database_url()
+
+
+def test_the_webserver_needs_neither_shop_nor_database(environment: pytest.MonkeyPatch) -> None:
+    for name in REQUIRED:
+        environment.delenv(name)
+    environment.setenv("DAGSTER_UI_URL", "https://Dagster.example/billing")
+    environment.setenv("UI_HOSTS", "other.example, 10.0.0.5:3000")
+    environment.setenv("UI_READ_ONLY", "yes")
+    settings = load_ui_settings()
+    assert settings.ui_names == {"dagster.example", "other.example", "10.0.0.5:3000"}
+    assert (settings.ui_login, settings.ui_read_only) == (None, True)
+    environment.setenv("UI_AUTH", "nobody")
+    with pytest.raises(SettingsError, match=r"^UI_AUTH begins"):
+        load_ui_settings()
 
 
 def test_what_is_right_can_be_used_beside_what_is_wrong(environment: pytest.MonkeyPatch) -> None:

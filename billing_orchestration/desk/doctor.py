@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from enum import Enum
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 
@@ -23,9 +24,11 @@ from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES
 from billing_orchestration.database.engine import create_engine, read
 from billing_orchestration.database.errors import BillingDatabaseError, SchemaProblem
 from billing_orchestration.database.indexes import SERVICE_INDEXES, describe_duplicates, index_states
+from billing_orchestration.loopback import is_loopback
 from billing_orchestration.provider.client import PaymentProvider
 from billing_orchestration.provider.errors import Forbidden, NeverSent, ProviderError, WrongCredentials
 from billing_orchestration.settings import PRODUCTION_API_URL, Settings, load_what_is_right
+from billing_orchestration.ui_login import LoginProxy
 
 # `created_at` is compared with the provider's clock: half a minute decides which payments a matching run sees.
 TOLERABLE_SKEW = timedelta(seconds=2)
@@ -129,6 +132,20 @@ def _alerts(here: Installation) -> Iterator[Finding]:
         yield fault("alerts.unreadable", f"{unreadable} of ALERT_URLS cannot be read", "see apprise's documentation")
     else:
         yield ok("alerts", f"failed runs and money checks alert {len(receivers)} receivers")
+
+
+def _ui(here: Installation) -> Iterator[Finding]:
+    login, address = here.settings.ui_login, urlsplit(here.settings.dagster_ui_url)
+    if login is None:
+        yield ok("ui", "UI_AUTH is not set: the UI asks for no login, and listens on its own machine only")
+    elif isinstance(login, LoginProxy):
+        yield ok("ui", "the UI is for those whom the login proxy names")
+    elif address.scheme == "http" and not is_loopback(address.hostname or ""):
+        yield warning(
+            "ui.clear", "DAGSTER_UI_URL is plain http, so passwords of the UI travel in clear", "put TLS in front of it"
+        )
+    else:
+        yield ok("ui", f"the UI asks for the password of one of {len(login.hashes)} users")
 
 
 # The billing database: each check has a transaction of its own.
@@ -361,6 +378,7 @@ CHECKS: tuple[tuple[Callable[[Installation], Iterator[Finding]], tuple[str, ...]
     (_env_file, ()),
     (_time_zone, (".env", "BILLING_TIMEZONE", "BILLING_FIRST_DAY")),
     (_alerts, (".env", "ALERT_URLS")),
+    (_ui, (".env", "UI_AUTH", "DAGSTER_UI_URL")),
     (_billing_database, (".env", "BILLING_DATABASE_URL")),
     (_provider, (".env", "YOOKASSA_SHOP_ID", "YOOKASSA_SECRET_KEY", "YOOKASSA_API_URL")),
     (_shop, (".env", "YOOKASSA_SECRET_KEY", "YOOKASSA_API_URL")),

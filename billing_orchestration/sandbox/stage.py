@@ -33,7 +33,16 @@ SHOP_ID = "100500"
 # A live key, so that a test payment shows up as what it is. It opens nothing but the sandbox.
 SECRET_KEY = "live_sandbox"  # noqa: S105 - the sandbox has no secrets
 MODULE = "billing_orchestration.definitions"
-_FOREIGN = ("BILLING_", "YOOKASSA_", "DAGSTER_", "PENDING_PAYMENT_", "SUBSCRIPTION_GRACE_", "RUN_HISTORY_", "ALERT_")
+_FOREIGN = (
+    "BILLING_",
+    "YOOKASSA_",
+    "DAGSTER_",
+    "PENDING_PAYMENT_",
+    "SUBSCRIPTION_GRACE_",
+    "RUN_HISTORY_",
+    "ALERT_",
+    "UI_",
+)
 # A spectator need not wait as long as a provider in trouble deserves.
 _HURRY = {"autopayment_job": {"ops": {"charge_renewals": {"config": {"resend_wait_s": 0.5}}}}}
 _ATTACHED_AGO = timedelta(days=14)

@@ -29,7 +29,16 @@ from billing_orchestration_tests.waiting import wait_until
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 MODULE = "billing_orchestration.definitions"
-_OURS = ("BILLING_", "YOOKASSA_", "DAGSTER_", "PENDING_PAYMENT_", "SUBSCRIPTION_GRACE_", "RUN_HISTORY_", "ALERT_")
+_OURS = (
+    "BILLING_",
+    "YOOKASSA_",
+    "DAGSTER_",
+    "PENDING_PAYMENT_",
+    "SUBSCRIPTION_GRACE_",
+    "RUN_HISTORY_",
+    "ALERT_",
+    "UI_",
+)
 # Only a test that would fail anyway waits this long; a tick of the matching jobs comes every two minutes.
 PATIENCE_S = 300.0
 _END_TIMEOUT_S = 20.0

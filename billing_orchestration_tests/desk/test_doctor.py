@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from billing_orchestration.database.migrating import migrate
 from billing_orchestration.desk.doctor import Finding, Level, diagnose
 from billing_orchestration.sandbox.provider.server import Sandbox
+from billing_orchestration.ui_login import new_login
 from billing_orchestration_tests.fixtures.installation import ROOT
 from billing_orchestration_tests.fixtures.postgres import Server, create_service_database
 
@@ -44,7 +45,7 @@ def warnings() -> list[str]:
 
 def test_a_healthy_installation_has_neither_fault_nor_warning(healthy: pytest.MonkeyPatch) -> None:
     assert found(Level.FAULT, Level.WARNING) == {}
-    assert len(examine()) == 13
+    assert len(examine()) == 14
 
 
 def test_doctor_changes_nothing(healthy: pytest.MonkeyPatch, database_url: str, sandbox: Sandbox) -> None:
@@ -85,6 +86,23 @@ def test_an_env_file_that_every_user_may_read_is_a_warning(
     (tmp_path / ".env").touch()
     (tmp_path / ".env").chmod(mode)
     assert warnings() == found
+
+
+@pytest.mark.parametrize(
+    ("auth", "url", "warned"),
+    [
+        (new_login("vera")[1], "http://dagster.example", ["ui.clear"]),
+        (new_login("vera")[1], "https://dagster.example", []),
+        (new_login("vera")[1], "http://localhost:3000", []),
+        ("header:X-Forwarded-User", "http://dagster.example", []),
+    ],
+)
+def test_passwords_of_the_ui_that_travel_in_clear_are_a_warning(
+    healthy: pytest.MonkeyPatch, auth: str, url: str, warned: list[str]
+) -> None:
+    healthy.setenv("UI_AUTH", auth)
+    healthy.setenv("DAGSTER_UI_URL", url)
+    assert warnings() == warned
 
 
 def test_a_first_day_to_come_is_a_warning(healthy: pytest.MonkeyPatch) -> None:
