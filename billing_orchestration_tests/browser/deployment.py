@@ -77,7 +77,8 @@ class Deployment:
 
     def start_webserver(self) -> None:
         """Start the webserver and wait until it answers."""
-        self._start("webserver", ["dagster-webserver", "-h", HOST, "-p", str(self.web_port), *self._where_the_code_is])
+        command = ["billing-orchestration", "webserver", "-h", HOST, "-p", str(self.web_port), *self._where_the_code_is]
+        self._start("webserver", command)
         wait_for(lambda: self._alive("webserver") and self._answers(), "an answering webserver")
 
     def start_daemon(self) -> None:
