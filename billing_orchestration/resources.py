@@ -19,7 +19,7 @@ from billing_orchestration.database.engine import begin, create_engine, read
 from billing_orchestration.database.health import check_schema
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.run_scope import RunRefused, RunScope, as_of_partition, check_max_changes, parse_as_of
-from billing_orchestration.provider.client import PaymentProvider
+from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.settings import Settings
 from billing_orchestration.threads import OF_THE_SYSTEM, Threads
 
@@ -215,6 +215,7 @@ def connect_provider(settings: Settings, threads: Threads = OF_THE_SYSTEM) -> Pa
         shop_id=settings.yookassa_shop_id,
         secret_key=settings.yookassa_secret_key.get_secret_value(),
         api_url=settings.yookassa_api_url,
+        timeouts=Timeouts(charge_done_s=settings.yookassa_charge_done_s),
         threads=threads,
     )
 

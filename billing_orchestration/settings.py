@@ -16,10 +16,19 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from billing_orchestration.database_address import read_address, read_run_history_address
+from billing_orchestration.domain.attempts import CHARGE_DONE_S
 from billing_orchestration.loopback import is_loopback
 from billing_orchestration.ui_login import LoginProxy, Passwords, read_login
 
@@ -30,6 +39,8 @@ DEFAULT_FIRST_DAY = date(2026, 1, 1)
 # Ten years. More is a typing error, and dates overflow.
 LONGEST_SPAN_DAYS = 3650
 _HOST_AND_PORT = re.compile(r"([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
+# A run waits for it.
+LONGEST_CHARGE_S = 600.0
 
 
 class SettingsError(ValueError):
@@ -184,6 +195,7 @@ class Settings(BaseSettings):
     yookassa_shop_id: Annotated[str, BeforeValidator(_shop_id)]
     yookassa_secret_key: SecretStr
     yookassa_api_url: Annotated[str, BeforeValidator(_api_url)] = PRODUCTION_API_URL
+    yookassa_charge_done_s: float = CHARGE_DONE_S
     billing_timezone: Annotated[ZoneInfo, BeforeValidator(_timezone)] = ZoneInfo(DEFAULT_TIMEZONE)
     pending_payment_ttl_days: Annotated[int, BeforeValidator(_days(1))] = 7
     subscription_grace_days: Annotated[int, BeforeValidator(_days(0))] = 3
@@ -209,6 +221,22 @@ class Settings(BaseSettings):
     @classmethod
     def _secret_key(cls, value: str | SecretStr) -> SecretStr:
         return SecretStr(_credential(value.get_secret_value() if isinstance(value, SecretStr) else value))
+
+    @field_validator("yookassa_charge_done_s", mode="before")
+    @classmethod
+    def _charge_done_s(cls, value: str | float, info: ValidationInfo) -> float:
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = -1.0
+        if not 0 <= seconds <= LONGEST_CHARGE_S:
+            raise ValueError(f"is not a number of seconds from {CHARGE_DONE_S:g} to {LONGEST_CHARGE_S:g}")
+        if seconds < CHARGE_DONE_S and not is_loopback(urlsplit(info.data.get("yookassa_api_url", "")).hostname or ""):
+            raise ValueError(
+                f"is below {CHARGE_DONE_S:g}, which is only for the sandbox: the provider may still be at work on a"
+                " charge, and a second one with its key could charge twice"
+            )
+        return seconds
 
     @property
     def is_live_shop(self) -> bool:

@@ -26,6 +26,7 @@ REQUIRED = {
 VARIABLES = (
     *REQUIRED,
     "YOOKASSA_API_URL",
+    "YOOKASSA_CHARGE_DONE_S",
     "BILLING_TIMEZONE",
     "BILLING_FIRST_DAY",
     "PENDING_PAYMENT_TTL_DAYS",
@@ -128,6 +129,10 @@ def test_an_empty_setting_that_has_a_default_is_the_default(environment: pytest.
         ("YOOKASSA_API_URL", "http://127.0.0.1.example.com/v3", "would travel in clear"),
         ("YOOKASSA_API_URL", "http://10.0.0.1/v3", "would travel in clear"),
         ("YOOKASSA_API_URL", "http://secret.localhost/v3", "would travel in clear"),
+        ("YOOKASSA_CHARGE_DONE_S", "44.9", "is below 45, which is only for the sandbox"),
+        ("YOOKASSA_CHARGE_DONE_S", "secret", "from 45 to 600"),
+        ("YOOKASSA_CHARGE_DONE_S", "601", "from 45 to 600"),
+        ("YOOKASSA_CHARGE_DONE_S", "nan", "from 45 to 600"),
         ("BILLING_TIMEZONE", "live_secret", "not a time zone"),
         ("BILLING_TIMEZONE", "Europe", "not a time zone"),
         ("BILLING_TIMEZONE", "../../etc/passwd", "not a time zone"),
@@ -179,6 +184,13 @@ def test_a_trailing_slash_goes_and_plain_http_is_for_this_machine(
 ) -> None:
     environment.setenv("YOOKASSA_API_URL", given)
     assert load_settings().yookassa_api_url == read
+
+
+def test_only_a_sandbox_may_be_said_to_finish_its_charges_sooner(environment: pytest.MonkeyPatch) -> None:
+    assert load_settings().yookassa_charge_done_s == 45.0
+    environment.setenv("YOOKASSA_API_URL", "http://127.0.0.1:8080/v3")
+    environment.setenv("YOOKASSA_CHARGE_DONE_S", "3")
+    assert load_settings().yookassa_charge_done_s == 3.0
 
 
 def test_an_env_file_is_read_and_the_environment_goes_before_it(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -129,10 +129,12 @@ def count_open_attempts(connection: sa.Connection) -> int:
 @dataclass(frozen=True, slots=True)
 class Claimed:
     """`sent_before`: attempts that may be sent now, each with whether it may have been sent before.
-    `held`: attempts that the second look forbids, each with why."""
+    `held`: attempts that the second look forbids, each with why.
+    `at_work`: attempts that the provider may still be at work on, each with when it was last sent."""
 
     sent_before: Mapping[uuid.UUID, bool]
     held: Mapping[uuid.UUID, str]
+    at_work: Mapping[uuid.UUID, datetime] = field(default_factory=dict)
 
 
 # A statement of its own before each claim: the claim then sees what was committed while the rows were waited for.
@@ -150,9 +152,10 @@ _OPEN_AND_CLAIM = sa.text(f"""
     ), opened AS (
         INSERT INTO billing_orchestration.renewal_attempts
             (id, subscription_id, period_start, number, state, idempotence_key, body, amount, currency, user_id,
-             plan_id, payment_provider_id, payment_method_id, planned_at, first_sent_at, last_sent_at, sends, run_id)
+             plan_id, payment_provider_id, payment_method_id, planned_at, first_sent_at, last_sent_at, sends,
+             unanswered, run_id)
         SELECT id, subscription_id, period_start, number, '{State.PLANNED}', idempotence_key, body, amount, currency,
-               user_id, plan_id, payment_provider_id, payment_method_id, :at, :at, :at, 1, :run_id
+               user_id, plan_id, payment_provider_id, payment_method_id, :at, :at, :at, 1, true, :run_id
         -- By period: two runs may meet with different numbers of it, and the second waits for the first.
         FROM looked WHERE why IS NULL ORDER BY subscription_id, period_start, number
         ON CONFLICT DO NOTHING
@@ -197,11 +200,9 @@ def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[A
 
 
 _LOCK = sa.text("""
-    WITH held AS (
-        SELECT a.subscription_id FROM billing_orchestration.renewal_attempts a WHERE a.id = ANY(:ids)
-        ORDER BY a.subscription_id, a.period_start, a.number FOR UPDATE
-    )
-    SELECT DISTINCT subscription_id FROM held
+    SELECT a.id, a.subscription_id, a.last_sent_at, a.unanswered AND a.last_sent_at > :done_before AS is_at_work
+    FROM billing_orchestration.renewal_attempts a WHERE a.id = ANY(:ids)
+    ORDER BY a.subscription_id, a.period_start, a.number FOR UPDATE
 """)
 _CLAIM = sa.text(f"""
     WITH looked AS (
@@ -211,7 +212,7 @@ _CLAIM = sa.text(f"""
           AND (w.first_sent_at IS NULL OR w.first_sent_at > :oldest_key)
     ), claimed AS (
         UPDATE billing_orchestration.renewal_attempts a
-        SET first_sent_at = coalesce(a.first_sent_at, :at), last_sent_at = :at, sends = a.sends + 1
+        SET first_sent_at = coalesce(a.first_sent_at, :at), last_sent_at = :at, sends = a.sends + 1, unanswered = true
         FROM looked l WHERE a.id = l.id AND l.why IS NULL
         RETURNING a.id
     )
@@ -219,28 +220,38 @@ _CLAIM = sa.text(f"""
 """)
 
 
-def claim(connection: sa.Connection, stamp: Stamp, attempt_ids: Sequence[uuid.UUID], oldest_key: datetime) -> Claimed:
+def claim(
+    connection: sa.Connection,
+    stamp: Stamp,
+    attempt_ids: Sequence[uuid.UUID],
+    oldest_key: datetime,
+    done_before: datetime,
+) -> Claimed:
     """Claim open attempts for another send, after a second look at each.
 
     The attempt and its subscription are looked at under lock, as in `open_and_claim`. Whether an attempt may have been
     sent is read from the row as it is now: another run may have sent it meanwhile, and an answer that says "not this
     time" must not be taken for "never". An attempt whose first send was at `oldest_key` or before is never sent again:
-    the provider may have forgotten its key. Commit before sending.
+    the provider may have forgotten its key. One whose last send was not answered and is younger than `done_before` is
+    not sent yet, whoever sent it: two requests with one key at the same time may be two charges. Commit before sending.
     """
     if not attempt_ids:
         return Claimed({}, {})
-    ids = list(attempt_ids)
+    locked = connection.execute(_LOCK, {"ids": list(attempt_ids), "done_before": done_before}).all()
+    at_work = {row.id: row.last_sent_at for row in locked if row.is_at_work}
+    free = [row for row in locked if not row.is_at_work]
     # The subscriptions are locked after the attempts and by id, as settling does.
-    subscription_ids = list(connection.execute(_LOCK, {"ids": ids}).scalars())
-    connection.execute(_LOCK_SUBSCRIPTIONS, {"ids": subscription_ids})
-    return _claimed(connection.execute(_CLAIM, {"ids": ids, "at": stamp.at, "oldest_key": oldest_key}))
+    connection.execute(_LOCK_SUBSCRIPTIONS, {"ids": list({row.subscription_id for row in free})})
+    bound = {"ids": [row.id for row in free], "at": stamp.at, "oldest_key": oldest_key}
+    return _claimed(connection.execute(_CLAIM, bound), at_work)
 
 
-def _claimed(looked: sa.CursorResult[Any]) -> Claimed:
+def _claimed(looked: sa.CursorResult[Any], at_work: Mapping[uuid.UUID, datetime] | None = None) -> Claimed:
     rows = looked.all()
     return Claimed(
         {row.id: row.sent_before for row in rows if row.is_claimed},
         {row.id: row.why for row in rows if not row.is_claimed},
+        at_work or {},
     )
 
 
@@ -249,7 +260,7 @@ _CLOSE = sa.text(f"""
         SELECT * FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
             id uuid, state text, reason text, external_payment_id text, decline_party text, decline_reason text,
             decline_class text, never_sent boolean, absent_since timestamptz, as_read boolean, read_state text,
-            read_sends int)
+            read_sends int, unanswered boolean)
     ), before AS (
         SELECT a.id, a.state FROM billing_orchestration.renewal_attempts a JOIN x ON x.id = a.id
         WHERE a.state IN {sql_list(*OPEN)}
@@ -263,6 +274,7 @@ _CLOSE = sa.text(f"""
         decline_party = x.decline_party, decline_reason = x.decline_reason, decline_class = x.decline_class,
         first_sent_at = CASE WHEN x.never_sent THEN NULL ELSE a.first_sent_at END,
         last_sent_at = CASE WHEN x.never_sent THEN NULL ELSE a.last_sent_at END,
+        unanswered = coalesce(x.unanswered, a.unanswered),
         first_absent_at = coalesce(x.absent_since, a.first_absent_at),
         closed_at = CASE WHEN x.state IN {sql_list(*OPEN)} THEN NULL ELSE CAST(:at AS timestamptz) END
     FROM x JOIN before b ON b.id = x.id
@@ -295,6 +307,7 @@ def close(connection: sa.Connection, stamp: Stamp, closings: Sequence[Closing]) 
             "as_read": closing.as_read,
             "read_state": closing.attempt.state,
             "read_sends": closing.attempt.sends,
+            "unanswered": closing.unanswered,
         }
         for closing in by_id.values()
     ]

@@ -133,6 +133,10 @@ renewal_attempts = sa.Table(
     sa.Column("first_sent_at", Instant, comment="committed before the first send; NULL: certainly never sent"),
     sa.Column("last_sent_at", Instant),
     sa.Column("sends", sa.Integer, nullable=False, server_default="0"),
+    sa.Column(
+        "unanswered", sa.Boolean, nullable=False, server_default="false",
+        comment="the last send was claimed, and nothing says that the provider has finished with it",
+    ),
     sa.Column("external_payment_id", sa.Text, comment="the provider's id of the NEW payment"),
     sa.Column("decline_party", sa.Text),
     sa.Column("decline_reason", sa.Text, comment="the provider's own word, as received"),

@@ -34,7 +34,8 @@ class Closing:
 
     `never_sent` withdraws the claim of a first send that certainly did not leave this machine. `as_read`: apply it only
     while the attempt is still as it was read; for whoever decides without holding the attempt's lock. `resend`: this
-    run may send the same key and body again.
+    run may send the same key and body again. `unanswered`: the provider may still be at work on the last send (None:
+    as before).
     """
 
     attempt: Attempt
@@ -48,6 +49,7 @@ class Closing:
     as_read: bool = False
     absent_since: datetime | None = None
     resend: bool = False
+    unanswered: bool | None = None
 
     def given_up(self) -> Closing:
         """The same when this run will not send it again: the claim of a send that certainly never left is withdrawn."""
@@ -78,6 +80,7 @@ def judge_payment(attempt: Attempt, payment: ProviderPayment) -> Closing:
         decline_party=payment.cancellation_party,
         decline_reason=payment.cancellation_reason,
         decline_class=decline_class,
+        unanswered=False,
     )
 
 
@@ -104,21 +107,29 @@ def judge_refusal(attempt: Attempt, reason: str, *, status_code: int, code: str,
     """
     if sent_before:
         reason = f"an earlier send may have been executed, and this one was refused: {reason}"
-        return Closing(attempt, State.UNKNOWN, reason)
-    return Closing(attempt, State.REJECTED, reason, decline_reason=code or None, decline_class=str(status_code))
+        return Closing(attempt, State.UNKNOWN, reason, unanswered=False)
+    return Closing(
+        attempt,
+        State.REJECTED,
+        reason,
+        decline_reason=code or None,
+        decline_class=str(status_code),
+        unanswered=False,
+    )
 
 
 def judge_unsent(attempt: Attempt, reason: str, *, sent_before: bool) -> Closing:
     """This request certainly did not leave. It may be sent again: nothing can come of the same key but one charge."""
-    return Closing(attempt, State.UNKNOWN if sent_before else State.PLANNED, reason, resend=True)
+    return Closing(attempt, State.UNKNOWN if sent_before else State.PLANNED, reason, resend=True, unanswered=False)
 
 
-def judge_silence(attempt: Attempt, reason: str, *, is_recognised: bool) -> Closing:
+def judge_silence(attempt: Attempt, reason: str, *, is_recognised: bool, answered: bool = False) -> Closing:
     """No usable answer: the request may have been executed.
 
-    The same key asks for the same charge, so it may be sent again; not after an error that nobody knows.
+    The same key asks for the same charge, so it may be sent again; not after an error that nobody knows. `answered`: by
+    the provider itself, so that nothing of this send is under way any more.
     """
-    return Closing(attempt, State.UNKNOWN, reason, resend=is_recognised)
+    return Closing(attempt, State.UNKNOWN, reason, resend=is_recognised, unanswered=not answered)
 
 
 def names_another_attempt(attempt: Attempt, payment: ProviderPayment) -> bool:

@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
 
+from billing_orchestration.domain.attempts import CHARGE_DONE_S
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.provider.errors import (
     Forbidden,
@@ -60,6 +61,8 @@ class Timeouts:
     charge_read_s: float = 40.0
     # A page of 100 payments takes a fraction of a second; 15 s is silence.
     read_s: float = 15.0
+    # A charge that got no answer is not repeated before this much time has passed since its claim.
+    charge_done_s: float = CHARGE_DONE_S
 
 
 class _Payments:
@@ -127,6 +130,7 @@ class PaymentProvider:
         self.api_url = api_url.rstrip("/")
         self.shop_id = shop_id
         self.is_live = secret_key.startswith("live_")
+        self.charge_done_s = timeouts.charge_done_s
         self._read_attempts = read_attempts
         self._read_backoff_s = read_backoff_s
         self._threads = threads

@@ -55,12 +55,17 @@ class OutcomeUnknown(ProviderError):
     """The request may have been executed. For a charge: money may have moved.
 
     `timed_out`: it took the whole read timeout; `retry_after_s`: the delay the provider asks for, if any.
+    `answered`: by the provider itself, which has finished with this request. Anything else may be a proxy's word while
+    the provider is still at work.
     """
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None, timed_out: bool = False) -> None:
+    def __init__(
+        self, message: str, *, retry_after_s: float | None = None, timed_out: bool = False, answered: bool = False
+    ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.timed_out = timed_out
+        self.answered = answered
 
 
 class RateLimited(OutcomeUnknown):

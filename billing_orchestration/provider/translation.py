@@ -87,9 +87,14 @@ class Translator:
             )
         if status == 429:
             when = "" if delay_s is None else f", it asks for {delay_s:g} s"
-            return RateLimited(f"{answered}: too many requests{when}. {_unknown(call)}", retry_after_s=delay_s)
+            return RateLimited(
+                f"{answered}: too many requests{when}. {_unknown(call)}", retry_after_s=delay_s, answered=True
+            )
         if status == 202:
-            return StillProcessing(f"{answered}: still in progress. {_unknown(call)}", retry_after_s=delay_s)
+            # "Ask again with the same key", says its documentation: the provider knows the key by now.
+            return StillProcessing(
+                f"{answered}: still in progress. {_unknown(call)}", retry_after_s=delay_s, answered=True
+            )
         if by_provider and status == 403:
             return Forbidden(
                 f"{answered}: the credentials are right, but the shop may not do this; recurring charges are enabled "
@@ -99,12 +104,16 @@ class Translator:
         if by_provider and status == 400:
             if call.moves_money and "idempoten" in said.lower():
                 # The provider holds an earlier request with this key, and that one may have been executed.
-                return OutcomeUnknown(f"{answered}: the provider knows this key already. {_unknown(call)}")
+                return OutcomeUnknown(
+                    f"{answered}: the provider knows this key already. {_unknown(call)}", answered=True
+                )
             return RequestRejected(f"{answered}: the provider rejects the request. {_rejected(call)}", **refusal)
         if by_provider and status == 404 and call.by_id:
             return PaymentNotFound(f"{answered}: the provider has no such payment in this shop.", **refusal)
         kind = "the provider's own error" if by_provider else f"not the provider's JSON but {_kind_of(answer)}"
-        return OutcomeUnknown(f"{answered}, {kind}{self._hint(status)}. {_unknown(call)}", retry_after_s=delay_s)
+        return OutcomeUnknown(
+            f"{answered}, {kind}{self._hint(status)}. {_unknown(call)}", retry_after_s=delay_s, answered=by_provider
+        )
 
     def _refusal(self, status: int, document: Any) -> tuple[_Refusal, str]:
         """What the provider's error JSON says: in its fields, and as one text."""
@@ -124,7 +133,8 @@ class Translator:
     def of_unusable(self, answer: Answer, call: Call, reason: str) -> OutcomeUnknown:
         """The error for an HTTP 200 that does not hold what was asked."""
         return OutcomeUnknown(
-            f"{call.what}: HTTP 200 with {_kind_of(answer)}, {self.foreign(reason)}. {_unknown(call)}"
+            f"{call.what}: HTTP 200 with {_kind_of(answer)}, {self.foreign(reason)}. {_unknown(call)}",
+            answered=isinstance(_document(answer), dict),
         )
 
     def foreign(self, text: str) -> str:

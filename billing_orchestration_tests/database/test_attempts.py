@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -30,6 +31,7 @@ from billing_orchestration.domain.answers import Closing
 from billing_orchestration.domain.attempts import ALL_STATES, KEY_LIFETIME, LIVE, OPEN, Attempt, State
 from billing_orchestration.domain.problem_kinds import ProblemKind
 from billing_orchestration_tests.books import NOON, Books, naive
+from billing_orchestration_tests.domain.given import an_attempt
 from billing_orchestration_tests.waiting import at_once, start_blocked, wait_until
 
 A_DAY = timedelta(days=1)
@@ -43,9 +45,11 @@ def begin(books: Books, *attempts: Attempt) -> set[uuid.UUID]:
         return set(open_and_claim(connection, books.stamp(), attempts).sent_before)
 
 
-def send_again(books: Books, *attempts: Attempt, oldest_key: datetime = NOON - KEY_LIFETIME) -> dict[uuid.UUID, bool]:
+def send_again(
+    books: Books, *attempts: Attempt, oldest_key: datetime = NOON - KEY_LIFETIME, done_before: datetime = NOON
+) -> Mapping[uuid.UUID, bool]:
     with books.engine.begin() as connection:
-        claimed = claim(connection, books.stamp(), [attempt.id for attempt in attempts], oldest_key)
+        claimed = claim(connection, books.stamp(), [attempt.id for attempt in attempts], oldest_key, done_before)
     return dict(claimed.sent_before)
 
 
@@ -56,7 +60,7 @@ def look(books: Books, *attempts: Attempt) -> Claimed:
 
 def look_again(books: Books, *attempts: Attempt) -> Claimed:
     with books.engine.begin() as connection:
-        return claim(connection, books.stamp(), [attempt.id for attempt in attempts], NOON - KEY_LIFETIME)
+        return claim(connection, books.stamp(), [attempt.id for attempt in attempts], NOON - KEY_LIFETIME, NOON)
 
 
 def a_problem(books: Books, kind: ProblemKind, *, payment_id: str | None = None, **about: Any) -> int:
@@ -359,6 +363,39 @@ def test_a_success_that_is_settled_meanwhile_is_not_sent_again(books: Books, dat
         gate.commit()
         settling.result()
         assert sending.result() == {}
+
+
+SECONDS_45 = timedelta(seconds=45)
+
+
+@pytest.mark.parametrize(
+    ("told", "waits"),
+    [
+        (None, True),
+        (Closing(an_attempt(), State.UNKNOWN, "the connection was cut", unanswered=True), True),
+        (Closing(an_attempt(), State.UNKNOWN, "a first absence"), True),
+        (Closing(an_attempt(), State.UNKNOWN, "HTTP 500", unanswered=False), False),
+        (Closing(an_attempt(), State.PLANNED, "withheld", unanswered=False), False),
+    ],
+    ids=["killed", "cut", "searched", "answered", "never left"],
+)
+def test_a_send_without_an_answer_is_not_repeated_before_the_provider_can_have_finished(
+    books: Books, told: Closing | None, waits: bool
+) -> None:
+    planned, other = (books.planned(books.subscription()) for _ in range(2))
+    begin(books, planned)
+    if told is not None:
+        conclude(books, replace(told, attempt=planned))
+    answered = books.attempt(other.subscription_id)
+
+    with books.engine.begin() as connection:
+        early = claim(connection, books.stamp(), [planned.id, answered.id], NOON - KEY_LIFETIME, NOON - SECONDS_45)
+        connection.rollback()
+    assert early.at_work == ({planned.id: NOON} if waits else {})
+    assert early.sent_before == ({answered.id: True} if waits else {planned.id: True, answered.id: True})
+    assert send_again(books, planned, done_before=NOON) == {planned.id: True}
+    # And so is each further send.
+    assert send_again(books, planned, done_before=NOON - TICK) == {}
 
 
 def test_sending_nothing_is_no_work(books: Books) -> None:

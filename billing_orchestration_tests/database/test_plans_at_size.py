@@ -214,7 +214,7 @@ def charging(books: Books) -> None:
 
     def work(connection: sa.Connection) -> None:
         assert open_and_claim(connection, books.stamp(), fresh).sent_before
-        claim(connection, books.stamp(), again, NOON - A_DAY)
+        claim(connection, books.stamp(), again, NOON - A_DAY, NOON)
         attempts = by_ids(connection, again)
         assert close(connection, books.stamp(), [Closing(a, State.DECLINED, "declined") for a in attempts.values()])
         assert open_attempts(connection)

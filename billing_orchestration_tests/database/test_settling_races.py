@@ -462,7 +462,7 @@ def test_charging_locks_attempts_in_the_order_of_settling(books: Books, database
 
     def work(connection: sa.Connection) -> object:
         if again == "claim":
-            return claim(connection, stamp, [a.id for a in attempts], NOON - A_DAY)
+            return claim(connection, stamp, [a.id for a in attempts], NOON - A_DAY, NOON)
         return close(connection, stamp, [Closing(a, State.UNKNOWN, "silence") for a in attempts])
 
     blocked_pair(
@@ -507,7 +507,7 @@ def test_settling_charging_and_both_expiries_in_any_order_never_deadlock(flawed_
         with books.engine.begin() as connection:
             opened = set(open_and_claim(connection, stamp, planned).sent_before)
         with books.engine.begin() as connection:
-            claim(connection, stamp, [attempt.id for attempt in planned], NOON - A_DAY)
+            claim(connection, stamp, [attempt.id for attempt in planned], NOON - A_DAY, NOON)
         states = [State.UNKNOWN, State.PENDING, State.DECLINED, State.DECLINED]
         closings = [Closing(a, chance.choice(states), "answer") for a in planned if a.id in opened]
         with books.engine.begin() as connection:

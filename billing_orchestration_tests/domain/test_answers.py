@@ -135,6 +135,19 @@ def test_silence_and_what_is_not_recognised_is_unknown_and_never_failed(is_recog
     assert closing.resend is is_recognised
 
 
+def test_only_silence_leaves_the_provider_at_work_on_a_charge() -> None:
+    attempt = an_attempt()
+    answers = [
+        judge_payment(attempt, the_payment_of(attempt, status=PENDING)),
+        judge_refusal(attempt, "no", status_code=400, code="", sent_before=False),
+        judge_refusal(attempt, "no", status_code=400, code="", sent_before=True),
+        judge_unsent(attempt, "refused connection", sent_before=True),
+        judge_silence(attempt, "HTTP 500", is_recognised=True, answered=True),
+    ]
+    assert [closing.unanswered for closing in answers] == [False] * 5
+    assert judge_silence(attempt, "the connection was cut", is_recognised=True).unanswered
+
+
 def test_only_attempts_that_may_have_been_sent_and_are_too_old_to_send_again_are_searched() -> None:
     old = 30 * HOUR
     searched = [a_sent_attempt(number=1, ago=old), a_sent_attempt(number=2, state=State.PLANNED, ago=old)]

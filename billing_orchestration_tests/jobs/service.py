@@ -77,8 +77,11 @@ class Service(Books):
             yookassa_api_url=sandbox.url,
             **settings,
         )
-        self.timeouts = Timeouts(connect_s=2.0, charge_read_s=2.0, read_s=2.0)
+        # Their clock stands still: what waits for the end of an unanswered charge would wait for ever.
+        self.timeouts = Timeouts(connect_s=2.0, charge_read_s=2.0, read_s=2.0, charge_done_s=0.0)
         self._instance: dg.DagsterInstance | None = None
+        # A clock that runs (`utc_now`) instead of `now`, which stands still unless a test moves it.
+        self.clock: Callable[[], datetime] | None = None
         self.set_time(now)
 
     # --- time
@@ -176,7 +179,7 @@ class Service(Books):
             run_config["ops"] = op_config
         definitions = build_definitions(
             load=load or (lambda: self.settings),
-            now=lambda: self.now,
+            now=self.clock or (lambda: self.now),
             connect=self.connect_provider,
             threads=threads,
         )

@@ -68,14 +68,14 @@ KINDS = {name: LOST[name] for name in (
 @pytest.fixture
 def hasty(impatient: Service) -> Service:
     """A service that takes four fifths of a second for silence, and gives a locked row up after a fifth."""
-    impatient.timeouts = Timeouts(connect_s=2.0, charge_read_s=0.8, read_s=2.0)
+    impatient.timeouts = Timeouts(connect_s=2.0, charge_read_s=0.8, read_s=2.0, charge_done_s=0.0)
     return impatient
 
 
 def recovered(service: Service) -> None:
     """The provider answers again, and the next run has the patience for it, however busy the machine is."""
     service.sandbox.behave()
-    service.timeouts = Timeouts(connect_s=10.0, charge_read_s=30.0, read_s=30.0)
+    service.timeouts = Timeouts(connect_s=10.0, charge_read_s=30.0, read_s=30.0, charge_done_s=0.0)
 
 
 def lose(service: Service, subscription: int, how: Mapping[str, Any], times: int | None = 1) -> None:
@@ -608,7 +608,7 @@ def _sleepless(settings: Settings, slept: list[float]) -> PaymentProvider:
         shop_id=settings.yookassa_shop_id,
         secret_key=settings.yookassa_secret_key.get_secret_value(),
         api_url=settings.yookassa_api_url,
-        timeouts=Timeouts(connect_s=2.0, charge_read_s=2.0, read_s=2.0),
+        timeouts=Timeouts(connect_s=2.0, charge_read_s=2.0, read_s=2.0, charge_done_s=0.0),
         sleep=slept.append,
     )
 

@@ -126,7 +126,7 @@ def test_the_end_of_a_run_stops_without_a_reason() -> None:
 
 def test_each_wait_before_a_resend_is_three_times_longer_up_to_a_minute() -> None:
     patient = pace(max_sends=6)
-    assert [patient.wait_before_resend(sends, 0, None) for sends in range(1, 7)] == [2.0, 6.0, 18.0, 54.0, 60.0, None]
+    assert [patient.wait_before_resend(sends, 0, 0.0) for sends in range(1, 7)] == [2.0, 6.0, 18.0, 54.0, 60.0, None]
 
 
 def test_the_providers_own_wish_is_honoured_up_to_a_minute() -> None:
@@ -136,13 +136,13 @@ def test_the_providers_own_wish_is_honoured_up_to_a_minute() -> None:
 
 
 def test_an_attempt_that_was_throttled_may_be_sent_ten_times_and_its_other_sends_still_count() -> None:
-    assert pace().wait_before_resend(9, 9, None) is not None
-    assert pace().wait_before_resend(10, 10, None) is None
-    assert pace().wait_before_resend(4, 1, None) is None
+    assert pace().wait_before_resend(9, 9, 0.0) is not None
+    assert pace().wait_before_resend(10, 10, 0.0) is None
+    assert pace().wait_before_resend(4, 1, 0.0) is None
 
 
 def test_nothing_is_sent_again_after_a_stop() -> None:
-    assert pace(WRONG_KEY).wait_before_resend(1, 0, None) is None
+    assert pace(WRONG_KEY).wait_before_resend(1, 0, 0.0) is None
 
 
 # --- who is sent next

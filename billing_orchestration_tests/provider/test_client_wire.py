@@ -97,6 +97,31 @@ def test_what_is_not_understood_of_a_charge_is_unknown_and_sent_once(reaction: R
         assert waits == []
 
 
+@pytest.mark.parametrize(
+    ("reaction", "is_answered"),
+    [
+        (error(500, "internal_server_error"), True),
+        (error(429, "too_many_requests"), True),
+        (html(429), True),
+        (answer(202, {"type": "processing", "retry_after": 1}), True),
+        (answer(200, payment(amount=None)), True),
+        (html(502), False),
+        (html(200), False),
+        (answer(504, ""), False),
+        (answer(200, ""), False),
+        (answer(200, b'{"id": "2d0e7f6a-0001", "status": "succ'), False),
+        (b"", False),
+    ],
+)
+def test_only_the_providers_own_answer_says_that_it_has_finished_with_a_charge(
+    reaction: Reaction, is_answered: bool
+) -> None:
+    """What a proxy says, or nobody, leaves it at work."""
+    with shop(reaction, PAID) as (provider, _, _), pytest.raises(OutcomeUnknown) as raised:
+        provider.create_payment(BODY, KEY)
+    assert raised.value.answered is is_answered
+
+
 def test_production_waits_for_a_charge_longer_than_the_provider_may_take() -> None:
     """As documented: connect 5 s, GET 15 s; a POST is answered within 30 s or is a 500, so 35 to 40 s."""
     settings = Settings(
@@ -111,6 +136,8 @@ def test_production_waits_for_a_charge_longer_than_the_provider_may_take() -> No
     in_force = client._payments._timeouts
     assert (client._wire.connect_s, in_force.read_s) == (5.0, 15.0)
     assert 35.0 <= in_force.charge_read_s <= 40.0
+    # Longer than it may take to connect and to be answered: nothing is under way any more when it is sent again.
+    assert client.charge_done_s == 45.0 >= client._wire.connect_s + in_force.charge_read_s
 
 
 @pytest.mark.parametrize("reaction", [error(401, "invalid_credentials"), html(401), answer(401, "")])

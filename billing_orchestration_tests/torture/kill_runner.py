@@ -131,7 +131,7 @@ def _execute(case: Case, tell: Any) -> None:
             shop_id=settings.yookassa_shop_id,
             secret_key=settings.yookassa_secret_key.get_secret_value(),
             api_url=settings.yookassa_api_url,
-            timeouts=Timeouts(connect_s=2.0, charge_read_s=case.patience_s, read_s=case.patience_s),
+            timeouts=Timeouts(2.0, charge_read_s=case.patience_s, read_s=case.patience_s, charge_done_s=0.0),
             read_attempts=3,
             read_backoff_s=0.01,
         )

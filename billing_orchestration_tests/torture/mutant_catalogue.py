@@ -6,27 +6,8 @@ engineer would try next. The tests of a mutant are chosen narrowly: those whose 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Edit:
-    """`old`, which `file` of the package holds exactly once, becomes `new`."""
-
-    file: str
-    old: str
-    new: str
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A fault with its name, the rule that it breaks, and where the suite should notice (pytest's node ids)."""
-
-    name: str
-    rule: str
-    edits: tuple[Edit, ...]
-    tests: tuple[str, ...]
-
+from billing_orchestration_tests.torture.mutant import Edit, Mutant
+from billing_orchestration_tests.torture.mutants_of_pace import PACE
 
 _ANSWERS = "domain/answers.py"
 _ATTEMPT = "domain/attempts.py"
@@ -344,7 +325,7 @@ FURTHER = (
     Mutant(
         "first_sent_at not written",
         "what may have been sent is known to be so after a crash",
-        (Edit(_ATTEMPTS, ":at, :at, :at, 1, :run_id", ":at, NULL, :at, 1, :run_id"),),
+        (Edit(_ATTEMPTS, ":at, :at, :at, 1, true, :run_id", ":at, NULL, :at, 1, true, :run_id"),),
         (_ATTEMPT_ROWS + "test_what_is_written_ahead_is_all_that_the_next_run_needs",),
     ),
     Mutant(
@@ -463,7 +444,7 @@ FURTHER = (
     Mutant(
         "a claim that never grows old",
         "a run that slept for a day sends nothing",
-        (Edit(_CHARGING, "_CLAIM_LIFETIME = timedelta(minutes=10)", "_CLAIM_LIFETIME = timedelta(days=9)"),),
+        (Edit(_CHARGING, "_CLAIM_LIFETIME = timedelta(seconds=5)", "_CLAIM_LIFETIME = timedelta(days=9)"),),
         (_RACES + "test_a_run_that_slept_for_a_day_between_claim_and_send_sends_nothing",),
     ),
     Mutant(
@@ -1310,4 +1291,4 @@ FURTHER = (
     ),
 )
 
-ALL = (*PROMISED, *FURTHER)
+ALL = (*PROMISED, *FURTHER, *PACE)

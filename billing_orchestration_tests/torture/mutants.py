@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from billing_orchestration_tests.fixtures.postgres import BORROWED, start_server
-from billing_orchestration_tests.torture.mutant_catalogue import ALL, Edit, Mutant
+from billing_orchestration_tests.torture.mutant import Edit, Mutant
+from billing_orchestration_tests.torture.mutant_catalogue import ALL
 from billing_orchestration_tests.torture.mutant_runner import ASSERTION, ERROR, PASSED
 
 ROOT = Path(__file__).parents[2]

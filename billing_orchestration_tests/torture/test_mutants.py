@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from billing_orchestration_tests.fixtures.postgres import Server
-from billing_orchestration_tests.torture.mutant_catalogue import ALL, PROMISED, Edit, Mutant
+from billing_orchestration_tests.torture.mutant import Edit, Mutant
+from billing_orchestration_tests.torture.mutant_catalogue import ALL, PROMISED
 from billing_orchestration_tests.torture.mutants import (
     BROKEN,
     KILLED,

@@ -53,15 +53,16 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
 # A claim that was committed longer ago than this is made again before the send: the process may have been suspended, or
-# have waited behind many 429. Both the hour between KEY_LIFETIME and the provider's 24 h and the margin of a search
-# (SCAN_MARGIN) count on a send that follows its claim soon.
-_CLAIM_LIFETIME = timedelta(minutes=10)
+# its sender was busy. Whether the provider has finished with a send is counted from its claim: 5 s until it is sent,
+# 5 s to connect and the provider's own 30 s are less than CHARGE_DONE_S.
+_CLAIM_LIFETIME = timedelta(seconds=5)
 
 
 class ChargesPayments(Protocol):
     """The part of the provider's client that charging needs."""
 
     is_live: bool
+    charge_done_s: float
 
     def create_payment(
         self, body: str, idempotence_key: str, before_send: Callable[[], None] | None = None
@@ -79,7 +80,8 @@ class Work:
     """An attempt on its way through the steps.
 
     `sent_before`: an earlier request may have been executed, of this run or another. `uncounted`: how many of `sends`
-    were withheld or answered by 429, and so do not count against `max_sends`.
+    were withheld or answered by 429, and so do not count against `max_sends`. `put_off`: how often it could not be
+    claimed because the provider may still have been at work on an earlier send.
     """
 
     attempt: Attempt
@@ -88,6 +90,7 @@ class Work:
     order: int = 0
     sends: int = 0
     uncounted: int = 0
+    put_off: int = 0
     claimed_at: datetime | None = None
 
     @property
@@ -99,11 +102,15 @@ class Work:
 @dataclass(slots=True)
 class Claims:
     """What may be sent, each with whether it may have been sent before; what the second look forbids, and what the
-    database refused to look at, each with why."""
+    database refused to look at, each with why.
+
+    `wait_s`: what the provider may still be at work on, each with the seconds until it has certainly finished.
+    """
 
     claimed: dict[uuid.UUID, bool] = field(default_factory=dict)
     held: dict[uuid.UUID, str] = field(default_factory=dict)
     refused: dict[uuid.UUID, str] = field(default_factory=dict)
+    wait_s: dict[uuid.UUID, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +152,7 @@ class Charging:
                 else:
                     claims.claimed.update(result.sent_before)
                     claims.held.update(result.held)
+                    claims.wait_s.update({id_: self.at_work_s(sent_at) for id_, sent_at in result.at_work.items()})
         return claims
 
     def _claim_together(self, connection: "sa.Connection", group: Sequence[Work]) -> Claimed:
@@ -155,7 +163,18 @@ class Charging:
                 work.claimed_at = stamp.at
             if group[0].is_to_be_opened:
                 return open_and_claim(connection, stamp, [work.attempt for work in group])
-            return claim(connection, stamp, [work.attempt.id for work in group], stamp.at - KEY_LIFETIME)
+            return claim(
+                connection,
+                stamp,
+                [work.attempt.id for work in group],
+                stamp.at - KEY_LIFETIME,
+                stamp.at - timedelta(seconds=self.provider.charge_done_s),
+            )
+
+    def at_work_s(self, claimed_at: datetime) -> float:
+        """For how many more seconds the provider may be at work on a send that was claimed then and got no answer."""
+        done_s = self.provider.charge_done_s
+        return min(max(0.0, done_s - (self.make_stamp().at - claimed_at).total_seconds()), done_s)
 
     def send(self, work: Work, is_stopped: Callable[[], bool]) -> ProviderPayment | Exception:
         """Step 3: one POST, no transaction open. Returns the answer, or what went wrong instead. Never raises."""
@@ -174,7 +193,7 @@ class Charging:
         except Exception as error:  # noqa: BLE001 - judged below; one that nobody knows leaves the outcome unknown
             return error
         if names_another_attempt(attempt, answer):
-            return OutcomeUnknown(f"the answer names another attempt (payment {answer.id})")
+            return OutcomeUnknown(f"the answer names another attempt (payment {answer.id})", answered=True)
         return as_answer_to(attempt, answer)
 
     def conclude(
@@ -222,4 +241,9 @@ def judge(work: Work, answer: ProviderPayment | Exception) -> Closing:
     if isinstance(answer, (Withheld, NeverSent)):
         return judge_unsent(attempt, str(answer), sent_before=work.sent_before)
     work.sent_before = True
-    return judge_silence(attempt, str(answer) or repr(answer), is_recognised=isinstance(answer, OutcomeUnknown))
+    return judge_silence(
+        attempt,
+        str(answer) or repr(answer),
+        is_recognised=isinstance(answer, OutcomeUnknown),
+        answered=getattr(answer, "answered", False),
+    )

@@ -111,9 +111,10 @@ class Pace:
             return 0  # the database is behind: what it has not written yet must not grow without end
         return max(0, room)
 
-    def wait_before_resend(self, sends: int, uncounted: int, retry_after_s: float | None) -> float | None:
+    def wait_before_resend(self, sends: int, uncounted: int, least_s: float) -> float | None:
         """Seconds until an attempt may be sent again; None when it has had its tries, or charging has stopped.
 
+        `least_s`: the provider's own wish, or until it has finished with the last send.
         `uncounted` of its `sends` do not count against `max_sends`: they were withheld, or answered by 429.
         """
         if self.is_stopped:
@@ -122,4 +123,4 @@ class Pace:
         if sends - uncounted >= self._limits.max_sends or sends >= most:
             return None
         wait_s = self._limits.resend_wait_s * _WAIT_GROWTH ** (sends - 1)
-        return min(max(wait_s, retry_after_s or 0.0), _LONGEST_WAIT_S)
+        return min(max(wait_s, least_s), _LONGEST_WAIT_S)

@@ -40,6 +40,8 @@ _ENOUGH_RESULTS = 24
 # Two, so that one batch is decided while the other waits for its commit. More would only make smaller batches.
 _WRITERS = 2
 _PROGRESS_EVERY_S = 10.0
+# How often an attempt is put off that the provider may still be at work on. Once is enough where all clocks agree.
+_MOST_TIMES_PUT_OFF = 2
 
 
 @dataclass(slots=True)
@@ -288,12 +290,18 @@ class Pipeline:
                     work.sent_before = claims.claimed[attempt_id]
                 self._hand_to_sender(work)
                 continue
+            if attempt_id in claims.wait_s and work.put_off < _MOST_TIMES_PUT_OFF:
+                self._put_off(work, claims.wait_s[attempt_id])
+                continue
             if attempt_id not in event.free:
                 reason = "another run is charging it at this moment"
                 self._finish(work, ChargeResult(work.attempt, "skipped", reason, code=Code.CHARGED_ELSEWHERE))
                 continue
             self._to_unlock.append(attempt_id)
-            if attempt_id in claims.refused:
+            if attempt_id in claims.wait_s:
+                work.sent_before = True
+                self._leave(work, "not sent again: the provider may still be at work on its last send")
+            elif attempt_id in claims.refused:
                 self._leave(work, f"not sent: {claims.refused[attempt_id]}")
             else:
                 why = claims.held.get(attempt_id, "its attempt is closed, or its key too old")
@@ -303,6 +311,13 @@ class Pipeline:
                     else "not charged"
                 )
                 self._finish(work, ChargeResult(work.attempt, "skipped", reason, code=Code.CHANGED_MEANWHILE))
+
+    def _put_off(self, work: Work, seconds: float) -> None:
+        """Keep it until the provider has certainly finished with its last send, which nobody has an answer to."""
+        work.put_off += 1
+        if not work.sends:  # else its lock is kept, as always between two sends
+            self._to_unlock.append(work.attempt.id)
+        self._waiting.send_again(work, self._now_s() + seconds)
 
     def _hand_to_sender(self, work: Work) -> None:
         work.sends += 1
@@ -320,8 +335,10 @@ class Pipeline:
         closing = judge(work, answer)
         wait_s = None
         if closing.resend:
-            retry_after_s = getattr(answer, "retry_after_s", None)
-            wait_s = self.pace.wait_before_resend(work.sends, work.uncounted, retry_after_s)
+            least_s = getattr(answer, "retry_after_s", None) or 0.0
+            if closing.unanswered and work.claimed_at is not None:
+                least_s = self._charging.at_work_s(work.claimed_at)
+            wait_s = self.pace.wait_before_resend(work.sends, work.uncounted, least_s)
         return _Judged(work, closing if wait_s is not None else closing.given_up(), wait_s)
 
     def _write_more(self) -> None:
