@@ -63,10 +63,6 @@ class Pace:
             self.stop_reason, self.stop_code = reason, code
         self._stopped.set()
 
-    def sleep(self, seconds: float) -> None:
-        """Wait; a stop ends the wait."""
-        self._stopped.wait(max(0.0, seconds))
-
     def note(self, answer: ProviderPayment | Exception) -> None:
         """Follow an answer: faster after what the provider has understood, slower after a failure."""
         if isinstance(answer, Withheld):

@@ -144,10 +144,10 @@ class Pipeline:
         """Hand out what can be handed out and take what comes; False when nothing is left to do."""
         self._claim_more()
         self._write_more()
-        if self._in_flight or self._claiming or self._writing:
-            self._take_events()
-        elif not self._judged:
-            return self._wait_for_resend()
+        under_way = self._in_flight or self._claiming or self._writing or self._judged
+        if not under_way and (self.pace.is_stopped or not self._waiting):
+            return False
+        self._take_events()
         return True
 
     # --- the threads
@@ -255,14 +255,6 @@ class Pipeline:
         if self._waiting.next_at is not None and not self._claiming and not self.pace.is_stopped:
             waits.append(self._waiting.next_at - self._now_s())
         return max(0.001, min(waits))
-
-    def _wait_for_resend(self) -> bool:
-        """With nothing under way: wait for the next re-send. False when there is nothing to wait for."""
-        if self.pace.is_stopped:
-            return False
-        if self._waiting.next_at is not None and not self._waiting.ready:
-            self.pace.sleep(self._waiting.next_at - self._now_s())
-        return bool(self._waiting)
 
     # --- between the steps
 
