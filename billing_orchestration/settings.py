@@ -28,7 +28,6 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from billing_orchestration.database_address import read_address, read_run_history_address
-from billing_orchestration.domain.attempts import CHARGE_DONE_S
 from billing_orchestration.loopback import is_loopback
 from billing_orchestration.ui_login import LoginProxy, Passwords, read_login
 
@@ -39,7 +38,8 @@ DEFAULT_FIRST_DAY = date(2026, 1, 1)
 # Ten years. More is a typing error, and dates overflow.
 LONGEST_SPAN_DAYS = 3650
 _HOST_AND_PORT = re.compile(r"([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
-# A run waits for it.
+# By then YooKassa has finished with a charge: it answers within 30 s, or with HTTP 500. A run waits for it, so not for ever.
+CHARGE_DONE_S = 45.0
 LONGEST_CHARGE_S = 600.0
 
 

@@ -21,8 +21,6 @@ _KEY_NAMESPACE = uuid.UUID("b4b3d0a4-2c59-5f0e-8a53-5f6b1a1f0c22")
 # between covers slow or queued sends and clocks that disagree.
 KEY_LIFETIME_HOURS = 23
 KEY_LIFETIME = timedelta(hours=KEY_LIFETIME_HOURS)
-# By then the provider has finished with a charge, answered or not: it answers within 30 s, or with HTTP 500.
-CHARGE_DONE_S = 45.0
 # Two complete scans this far apart must both miss an attempt before it counts as never executed.
 SCAN_DISTANCE = timedelta(hours=1)
 # How far around an attempt's sends its payment is searched: our clock and the provider's may differ.

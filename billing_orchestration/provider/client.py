@@ -18,7 +18,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
 
-from billing_orchestration.domain.attempts import CHARGE_DONE_S
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.provider.errors import (
     Forbidden,
@@ -61,8 +60,9 @@ class Timeouts:
     charge_read_s: float = 40.0
     # A page of 100 payments takes a fraction of a second; 15 s is silence.
     read_s: float = 15.0
-    # A charge that got no answer is not repeated before this much time has passed since its claim.
-    charge_done_s: float = CHARGE_DONE_S
+    # A charge that got no answer is not repeated before this much time has passed since its claim: by then the provider
+    # has finished with it. More than the time to connect and to be answered.
+    charge_done_s: float = 45.0
 
 
 class _Payments:

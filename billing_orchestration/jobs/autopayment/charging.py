@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 # A claim that was committed longer ago than this is made again before the send: the process may have been suspended, or
 # its sender was busy. Whether the provider has finished with a send is counted from its claim: 5 s until it is sent,
-# 5 s to connect and the provider's own 30 s are less than CHARGE_DONE_S.
+# 5 s to connect and the provider's own 30 s are less than its 45 s.
 _CLAIM_LIFETIME = timedelta(seconds=5)
 
 
