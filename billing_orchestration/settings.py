@@ -38,7 +38,8 @@ DEFAULT_FIRST_DAY = date(2026, 1, 1)
 # Ten years. More is a typing error, and dates overflow.
 LONGEST_SPAN_DAYS = 3650
 _HOST_AND_PORT = re.compile(r"([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
-# By then YooKassa has finished with a charge: it answers within 30 s, or with HTTP 500. A run waits for it, so not for ever.
+# By then YooKassa has finished with a charge: it answers within 30 s, or with HTTP 500. A run waits for it, so there is
+# an upper bound.
 CHARGE_DONE_S = 45.0
 LONGEST_CHARGE_S = 600.0
 
