@@ -19,6 +19,7 @@ from billing_orchestration.jobs import (
 )
 from billing_orchestration.jobs.approval import PLANS
 from billing_orchestration.jobs.autopayment.shards import in_process_or_multiprocess
+from billing_orchestration.jobs.missed_days import missed_days_sensor
 from billing_orchestration.jobs.money_checks import GROUP
 from billing_orchestration.jobs.partitions import DAILY
 from billing_orchestration.jobs.run_alerts import failed_run_sensor
@@ -52,6 +53,7 @@ SCHEDULES = (
     matching_successful_payments.matching_successful_payments_every_2_minutes_schedule,
     prune_run_history.run_history_daily_schedule,
 )
+_DAILY_SCHEDULES = tuple(schedule for schedule in SCHEDULES if "daily" in schedule.name)
 _PLOTTED_BY_DAY = (autopayment.autopayment_job.name, expire_payments.JOB, expire_subscriptions.JOB)
 _PLOTTED_BY_TICK = (matching_pending_payments.JOB, matching_successful_payments.JOB)
 
@@ -75,7 +77,7 @@ def build_definitions(
         schedules=SCHEDULES,
         assets=[*money_checks.money_assets, *_plotted_assets()],
         asset_checks=money_checks.money_asset_checks,
-        sensors=[failed_run_sensor(JOBS), money_checks.money_checks_sensor],
+        sensors=[failed_run_sensor(JOBS), money_checks.money_checks_sensor, missed_days_sensor(_DAILY_SCHEDULES)],
         executor=executor,
         resources=_resources(load, now, connect or partial(connect_provider, threads=threads), threads),
     )

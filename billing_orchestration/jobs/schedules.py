@@ -8,13 +8,15 @@ import dagster as dg
 
 from billing_orchestration.resources import SCHEDULE_TAG
 
-_UNFINISHED = [
+UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
 ]
+# Dagster's mark of the tick that a run belongs to.
+RUN_KEY_TAG = "dagster/run_key"
 # Ahead of backfills in the queue: the present comes first.
 _PRIORITY = "10"
 # At most one run of a job at once (dagster.yaml): a courtesy. The database's constraints keep the promise.
@@ -38,8 +40,8 @@ def tick_schedule(
 ) -> dg.ScheduleDefinition:
     """A schedule of a job. A tick is skipped, with a reason, while the run of an earlier tick is unfinished.
 
-    Only runs of this schedule count, or a long backfill would silence it. Missed ticks are not made up for: the next
-    one covers what they would have.
+    Only runs of this schedule count, or a long backfill would silence it. Missed ticks of a matching job are not made
+    up for: the next one covers what they would have. For daily jobs see `missed_days`.
     """
 
     @dg.schedule(
@@ -51,15 +53,18 @@ def tick_schedule(
         description=description,
     )
     def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        unfinished = context.instance.get_run_records(
-            dg.RunsFilter(job_name=job.name, statuses=_UNFINISHED, tags={SCHEDULE_TAG: name}), limit=1
-        )
-        if unfinished:
-            run = unfinished[0].dagster_run
-            return dg.SkipReason(
-                f"run {run.run_id[:8]} of an earlier tick is still {run.status.value}; the next tick covers this one"
-            )
         tick = context.scheduled_execution_time
+        # A daemon that was killed between creating this tick's run and launching it evaluates the tick again, and
+        # launches the run that it finds by its key. That run is not an earlier tick's.
+        for record in context.instance.get_run_records(
+            dg.RunsFilter(job_name=job.name, statuses=UNFINISHED, tags={SCHEDULE_TAG: name})
+        ):
+            run = record.dagster_run
+            if run.tags.get(RUN_KEY_TAG) != tick.isoformat():
+                return dg.SkipReason(
+                    f"run {run.run_id[:8]} of an earlier tick is still {run.status.value};"
+                    " the next tick covers this one"
+                )
         run_config: dict[str, Any] = {"resources": {"run": {"config": {"as_of": tick.isoformat()}}}}
         if op_config:
             run_config["ops"] = {op: {"config": config} for op, config in op_config.items()}

@@ -212,6 +212,18 @@ def test_a_run_that_ended_stops_no_tick(instance: dg.DagsterInstance, status: st
     assert isinstance(tick(instance, MATCHING_SCHEDULE, NOON), dg.RunRequest)
 
 
+def test_a_tick_that_is_evaluated_again_does_not_take_its_own_run_for_an_earlier_ones(
+    instance: dg.DagsterInstance,
+) -> None:
+    # The daemon was killed between creating the tick's run and launching it.
+    name = "autopayment_daily_schedule"
+    key = requested(instance, name, NOON).run_key
+    begin(instance, ALL[name][0], "NOT_STARTED", dagster__schedule_name=name, dagster__run_key=str(key))
+
+    assert requested(instance, name, NOON).run_key == key
+    assert isinstance(tick(instance, name, NOON + timedelta(days=1)), dg.SkipReason)
+
+
 def test_a_backfill_a_manual_launch_and_another_jobs_tick_stop_no_tick(instance: dg.DagsterInstance) -> None:
     job = ALL[MATCHING_SCHEDULE][0]
     begin(instance, job, "STARTED", dagster__backfill="abc")
