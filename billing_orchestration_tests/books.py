@@ -253,7 +253,12 @@ class Books:
 
     def renewal(self, attempt: Attempt, payment_id: str = "renewal", **fields: Any) -> ProviderPayment:
         """The provider's success of one of our attempts."""
-        metadata = {ATTEMPT_KEY: str(attempt.id), "subscription_id": str(attempt.subscription_id)}
+        metadata = {
+            ATTEMPT_KEY: str(attempt.id),
+            "subscription_id": str(attempt.subscription_id),
+            "period_start": attempt.period_start.isoformat(),
+            **fields.pop("metadata", {}),
+        }
         return self.paid(payment_id, user=attempt.user_id, plan_id=attempt.plan_id, metadata=metadata, **fields)
 
     def stamp(self, run_id: str = "run", job: str = "job") -> Stamp:

@@ -141,21 +141,20 @@ class Claimed:
 # By id, as settling and expiry lock them: so two transactions wait for each other instead of deadlocking.
 _LOCK_SUBSCRIPTIONS = sa.text("SELECT FROM subscriptions s WHERE s.id = ANY(:ids) ORDER BY s.id FOR SHARE")
 
+# What is frozen when an attempt is planned, as it travels into a statement.
+_FIELDS = """id uuid, subscription_id int, period_start timestamp, number int, idempotence_key uuid, body text,
+    amount numeric(8,2), currency text, user_id text, plan_id int, payment_provider_id int, payment_method_id text"""
+_NAMES = ", ".join(column.split()[0] for column in _FIELDS.replace("8,2", "").split(","))
+
 _OPEN_AND_CLAIM = sa.text(f"""
     WITH wanted AS (
-        SELECT x.* FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
-            id uuid, subscription_id int, period_start timestamp, number int, idempotence_key uuid, body text,
-            amount numeric(8,2), currency text, user_id text, plan_id int, payment_provider_id int,
-            payment_method_id text)
+        SELECT x.* FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x ({_FIELDS})
     ), looked AS (
         SELECT w.*, {WHY_NOT} AS why FROM wanted w LEFT JOIN subscriptions s ON s.id = w.subscription_id
     ), opened AS (
         INSERT INTO billing_orchestration.renewal_attempts
-            (id, subscription_id, period_start, number, state, idempotence_key, body, amount, currency, user_id,
-             plan_id, payment_provider_id, payment_method_id, planned_at, first_sent_at, last_sent_at, sends,
-             unanswered, run_id)
-        SELECT id, subscription_id, period_start, number, '{State.PLANNED}', idempotence_key, body, amount, currency,
-               user_id, plan_id, payment_provider_id, payment_method_id, :at, :at, :at, 1, true, :run_id
+            ({_NAMES}, state, planned_at, first_sent_at, last_sent_at, sends, unanswered, run_id)
+        SELECT {_NAMES}, '{State.PLANNED}', :at, :at, :at, 1, true, :run_id
         -- By period: two runs may meet with different numbers of it, and the second waits for the first.
         FROM looked WHERE why IS NULL ORDER BY subscription_id, period_start, number
         ON CONFLICT DO NOTHING
@@ -177,26 +176,29 @@ def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[A
     """
     if not attempts:
         return Claimed({}, {})
-    rows = [
-        {
-            "id": attempt.id,
-            "subscription_id": attempt.subscription_id,
-            "period_start": naive_utc(attempt.period_start),
-            "number": attempt.number,
-            "idempotence_key": attempt.idempotence_key,
-            "body": attempt.body,
-            "amount": attempt.money.amount,
-            "currency": attempt.money.currency,
-            "user_id": attempt.user_id,
-            "plan_id": attempt.plan_id,
-            "payment_provider_id": attempt.payment_provider_id,
-            "payment_method_id": attempt.payment_method_id,
-        }
-        for attempt in attempts
-    ]
+    rows = [_row_of(attempt) for attempt in attempts]
     connection.execute(_LOCK_SUBSCRIPTIONS, {"ids": [attempt.subscription_id for attempt in attempts]})
     looked = connection.execute(_OPEN_AND_CLAIM, {"rows": to_json(rows), "at": stamp.at, "run_id": stamp.run_id})
     return _claimed(looked)
+
+
+_INSERT_LOST = sa.text(f"""
+    INSERT INTO billing_orchestration.renewal_attempts
+        ({_NAMES}, state, planned_at, first_sent_at, sends, last_error, run_id)
+    SELECT {_NAMES}, '{State.VOID}', x.sent_at, x.sent_at, 1, 'its record was lost: rebuilt from its payment', :run_id
+    FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x ({_FIELDS}, sent_at timestamptz)
+    ON CONFLICT DO NOTHING
+""")
+
+
+def insert_lost(connection: sa.Connection, stamp: Stamp, attempts: Sequence[Attempt]) -> int:
+    """Write attempts that were rebuilt from their payments, VOID until those are settled; return how many.
+
+    Nobody knows when such an attempt was sent last: `last_sent_at` stays empty, and says nothing about how young our
+    records are.
+    """
+    rows = [{**_row_of(attempt), "sent_at": attempt.first_sent_at} for attempt in attempts]
+    return int(connection.execute(_INSERT_LOST, {"rows": to_json(rows), "run_id": stamp.run_id}).rowcount)
 
 
 _LOCK = sa.text("""
@@ -244,6 +246,23 @@ def claim(
     connection.execute(_LOCK_SUBSCRIPTIONS, {"ids": list({row.subscription_id for row in free})})
     bound = {"ids": [row.id for row in free], "at": stamp.at, "oldest_key": oldest_key}
     return _claimed(connection.execute(_CLAIM, bound), at_work)
+
+
+def _row_of(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "id": attempt.id,
+        "subscription_id": attempt.subscription_id,
+        "period_start": naive_utc(attempt.period_start),
+        "number": attempt.number,
+        "idempotence_key": attempt.idempotence_key,
+        "body": attempt.body,
+        "amount": attempt.money.amount,
+        "currency": attempt.money.currency,
+        "user_id": attempt.user_id,
+        "plan_id": attempt.plan_id,
+        "payment_provider_id": attempt.payment_provider_id,
+        "payment_method_id": attempt.payment_method_id,
+    }
 
 
 def _claimed(looked: sa.CursorResult[Any], at_work: Mapping[uuid.UUID, datetime] | None = None) -> Claimed:

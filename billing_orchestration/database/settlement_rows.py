@@ -51,7 +51,8 @@ class Rows:
     """Everything that a batch changes, each list for one statement or one part of it.
 
     `extensions`: subscriptions. `finished` and `payments`: the service's payment rows, old and new. `voids`: attempts
-    that give way; `closings`: attempts that end. `settlements`, `methods`, `changes`: our own records.
+    that give way; `closings`: attempts that end, `recreated` those of them that the database had lost. `settlements`,
+    `methods`, `changes`: our own records.
     """
 
     at: datetime
@@ -60,6 +61,7 @@ class Rows:
     payments: list[Row] = field(default_factory=list)
     voids: list[Row] = field(default_factory=list)
     closings: list[Row] = field(default_factory=list)
+    recreated: list[Attempt] = field(default_factory=list)
     settlements: list[Row] = field(default_factory=list)
     methods: list[Row] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
@@ -172,14 +174,15 @@ class Rows:
         if decision.void_first is not None:
             reason = "never sent: a late success came for its period"
             self.voids.append(self._closing(decision.void_first, State.VOID, None, reason))
+        if attempt is not None and attempt.is_recreated:
+            self.recreated.append(attempt)
         if attempt is not None and attempt.state != state:
             self.closings.append(self._closing(attempt, state, decision.payment.id, decision.reason))
 
     def _closing(self, attempt: Attempt, state: str, payment_id: str | None, reason: str) -> Row:
         new = {"state": state, "subscription_id": attempt.subscription_id}
-        self.changes.append(
-            Change("attempt", str(attempt.id), state.lower(), reason, {"state": attempt.state}, new, payment_id)
-        )
+        old = None if attempt.is_recreated else {"state": attempt.state}
+        self.changes.append(Change("attempt", str(attempt.id), state.lower(), reason, old, new, payment_id))
         return {
             "id": attempt.id,
             "state": state,

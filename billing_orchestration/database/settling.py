@@ -13,6 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from billing_orchestration.database.attempts import insert_lost
 from billing_orchestration.database.audit import (
     CLOSE_SETTLED,
     Stamp,
@@ -84,6 +85,7 @@ def settle_batch(
         rows.add(decision, subscription_of(decision, created))
     _finish_payments(connection, stamp, rows)
     _void_attempts(connection, stamp, rows)
+    _insert_lost_attempts(connection, stamp, rows)
     _save_methods(connection, rows)
     payment_rows = _write(connection, stamp, rows)
     problems = {decision.payment.id: problem_of(decision) for decision in decisions}
@@ -243,6 +245,15 @@ def _void_attempts(connection: sa.Connection, stamp: Stamp, rows: Rows) -> None:
     voided = connection.exec_driver_sql(_CLOSE_ATTEMPTS, bound).rowcount
     if voided != len(rows.voids):
         raise ChangedMeanwhile(f"{len(rows.voids)} attempts were to be voided, {voided} could be")
+
+
+def _insert_lost_attempts(connection: sa.Connection, stamp: Stamp, rows: Rows) -> None:
+    """Write the attempts that were rebuilt from their payments, before they end. Raises ChangedMeanwhile."""
+    if not rows.recreated:
+        return
+    inserted = insert_lost(connection, stamp, rows.recreated)
+    if inserted != len(rows.recreated):
+        raise ChangedMeanwhile(f"{len(rows.recreated)} lost attempts were to be written, {inserted} could be")
 
 
 _SAVE_METHODS = sa.text("""

@@ -10,7 +10,7 @@ constant text, so the server plans it once for a connection.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
@@ -20,6 +20,7 @@ from billing_orchestration.database.attempts import ATTEMPT_COLUMNS, attempt_of_
 from billing_orchestration.database.conventions import naive_utc, readable
 from billing_orchestration.database.errors import DatabaseBusy
 from billing_orchestration.domain.attempts import SCAN_MARGIN, Attempt
+from billing_orchestration.domain.lost_attempts import Identity, identity_of, recreate
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.problem_kinds import IGNORED, NOT_WRITABLE
 from billing_orchestration.domain.provider_payment import ProviderPayment
@@ -43,7 +44,9 @@ def read_facts(
     lock_users(connection, batch)
     books = _lock_payment_rows(connection, [payment.id for payment in batch])
     named = {payment.id: payment.claims.renewal_attempt_id for payment in batch}
-    attempts = _lock_periods(connection, [id_ for id_ in named.values() if id_ is not None])
+    identities = {payment.id: identity for payment in batch if (identity := identity_of(payment)) is not None}
+    attempts = _lock_periods(connection, [id_ for id_ in named.values() if id_ is not None], identities.values())
+    lost = {id_: identity for id_, identity in identities.items() if named[id_] not in attempts}
     attached = {ruling.attach_to for ruling in rulings.values() if ruling.attach_to is not None}
     purchases = sorted({purchase for payment in batch if (purchase := _user_and_plan(payment)) is not None})
     subscriptions = _lock_subscriptions(
@@ -52,6 +55,7 @@ def read_facts(
             *attached,
             *(row.subscription_id for rows in books.rows.values() for row in rows if row.subscription_id is not None),
             *(attempt.subscription_id for attempt in attempts.values()),
+            *(identity.subscription_id for identity in lost.values()),
         },
         purchases,
     )
@@ -62,6 +66,9 @@ def read_facts(
     }
     plans, provider_ids = _read_beside(connection, books, plan_ids)
     of_payment = {id_: attempts[name] for id_, name in named.items() if name is not None and name in attempts}
+    rebuilt = dict(_rebuild(batch, lost, books, subscriptions, plans, provider_ids))
+    of_payment.update({id_: attempt for id_, attempt in rebuilt.items() if isinstance(attempt, Attempt)})
+    misfits = {id_: why for id_, why in rebuilt.items() if isinstance(why, str)}
     paid_meanwhile = _read_paid_meanwhile(
         connection, {id_: attempt for id_, attempt in of_payment.items() if books.has_succeeded(id_)}
     )
@@ -81,9 +88,27 @@ def read_facts(
             provider_ids=provider_ids,
             paid_meanwhile=payment.id in paid_meanwhile,
             changed_meanwhile=payment.id in changed_meanwhile,
+            misfit=misfits.get(payment.id),
         )
         for payment in batch
     }
+
+
+def _rebuild(
+    batch: Sequence[ProviderPayment],
+    lost: Mapping[str, Identity],
+    books: _Books,
+    subscriptions: Mapping[int, SubscriptionRow],
+    plans: Mapping[int, PlanRow],
+    provider_ids: frozenset[int],
+) -> Iterator[tuple[str, Attempt | str]]:
+    """The attempts that the database has lost, by their payment's id; or why one does not fit."""
+    for payment in batch:
+        if (identity := lost.get(payment.id)) is not None:
+            subscription = subscriptions.get(identity.subscription_id)
+            plan = plans.get(payment.claims.plan_id or 0)
+            is_written = books.has_succeeded(payment.id)
+            yield payment.id, recreate(payment, identity, subscription, plan, provider_ids, is_written=is_written)
 
 
 def _user_and_plan(payment: ProviderPayment) -> tuple[str, int] | None:
@@ -172,20 +197,30 @@ def _lock_payment_rows(connection: sa.Connection, ids: Sequence[str]) -> _Books:
 
 # --- attempts ---
 
-# The named attempts and all others of their periods.
+# The named attempts and all others of their periods; also those of periods whose named attempt is lost.
 _LOCK_PERIODS = f"""
     SELECT {", ".join(column.name for column in ATTEMPT_COLUMNS)}
     FROM billing_orchestration.renewal_attempts
     WHERE (subscription_id, period_start) IN (
-        SELECT subscription_id, period_start FROM billing_orchestration.renewal_attempts WHERE id = ANY(%(ids)s))
+        SELECT subscription_id, period_start FROM billing_orchestration.renewal_attempts WHERE id = ANY(%(ids)s)
+        UNION SELECT * FROM unnest(CAST(%(subscriptions)s AS int[]), CAST(%(starts)s AS timestamp[])))
     ORDER BY subscription_id, period_start, number FOR UPDATE
 """
 
 
-def _lock_periods(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> Mapping[uuid.UUID, Attempt]:
+def _lock_periods(
+    connection: sa.Connection, attempt_ids: Sequence[uuid.UUID], identities: Collection[Identity]
+) -> Mapping[uuid.UUID, Attempt]:
     if not attempt_ids:
         return {}
-    found = connection.exec_driver_sql(_LOCK_PERIODS, {"ids": attempt_ids})
+    found = connection.exec_driver_sql(
+        _LOCK_PERIODS,
+        {
+            "ids": attempt_ids,
+            "subscriptions": [identity.subscription_id for identity in identities],
+            "starts": [naive_utc(identity.period_start) for identity in identities],
+        },
+    )
     return {row[0]: attempt_of_raw(row) for row in found}
 
 
@@ -203,7 +238,8 @@ def _rivals(attempt: Attempt | None, periods: _Periods) -> list[Attempt]:
     """The other attempts of its period."""
     if attempt is None:
         return []
-    return [other for other in periods[attempt.subscription_id, attempt.period_start] if other is not attempt]
+    of_period = periods.get((attempt.subscription_id, attempt.period_start), ())
+    return [other for other in of_period if other is not attempt]
 
 
 # --- subscriptions ---

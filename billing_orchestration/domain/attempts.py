@@ -53,7 +53,10 @@ ALL_STATES = (*LIVE, State.DECLINED, State.STOPPED, State.REJECTED, State.VOID)
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt as the database holds it. Instants are aware UTC; `first_sent_at` None: certainly never sent."""
+    """One attempt as the database holds it. Instants are aware UTC; `first_sent_at` None: certainly never sent.
+
+    `is_recreated`: the database has lost it, and it was rebuilt from its payment (`lost_attempts`).
+    """
 
     id: uuid.UUID
     subscription_id: int
@@ -74,6 +77,7 @@ class Attempt:
     decline_class: str | None = None
     decline_reason: str | None = None
     first_absent_at: datetime | None = None
+    is_recreated: bool = False
 
     @property
     def may_have_been_sent(self) -> bool:

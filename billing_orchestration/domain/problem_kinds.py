@@ -82,7 +82,7 @@ KINDS: Mapping[ProblemKind, Kind] = {
     "unknown_attempt": Kind(
         "paid, and it names a renewal attempt that this database does not have: another installation's charge, or a"
         " database restored from before it",
-        "says that it still cannot be granted this way",
+        _AGAIN,
         _ATTACH,
         "nothing is granted: it belongs to the other installation, or was refunded",
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -109,6 +109,14 @@ def _read_id(value: object) -> int | None:
     return number if 1 <= number <= 2_147_483_647 else None
 
 
+def _read_instant(value: object) -> datetime | None:
+    try:
+        instant = datetime.fromisoformat(value) if isinstance(value, str) else None
+        return None if instant is None or instant.tzinfo is None else instant.astimezone(timezone.utc)
+    except (ValueError, OverflowError):
+        return None
+
+
 def _read_uuid(value: object) -> uuid.UUID | None:
     try:
         return uuid.UUID(value) if isinstance(value, str) else None
@@ -151,6 +159,16 @@ class ProviderPayment:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "claims", Claims.of(self.metadata))
+
+    @property
+    def claimed_period(self) -> tuple[int, datetime] | None:
+        """The subscription and the start of the period that a renewal of ours names in its metadata.
+
+        Read when it is asked for: few payments are ever asked.
+        """
+        subscription_id = _read_id(self.metadata.get("subscription_id"))
+        period_start = _read_instant(self.metadata.get("period_start"))
+        return None if subscription_id is None or period_start is None else (subscription_id, period_start)
 
     @property
     def lock_name(self) -> str:

@@ -13,8 +13,9 @@ from datetime import datetime, timedelta
 from billing_orchestration.domain.attempts import LIVE, Attempt, State
 from billing_orchestration.domain.billing_calendar import BillingCalendar, Period, UnusablePeriod, parse_period
 from billing_orchestration.domain.decisions import Code
+from billing_orchestration.domain.lost_attempts import identity_of
 from billing_orchestration.domain.money import Money
-from billing_orchestration.domain.problem_kinds import ProblemKind
+from billing_orchestration.domain.problem_kinds import UNKNOWN_ATTEMPT, ProblemKind
 from billing_orchestration.domain.provider_payment import SUCCEEDED, WEBHOOK_GRACE, ProviderPayment
 from billing_orchestration.domain.settlement_decisions import (
     CloseAsGranted,
@@ -116,12 +117,7 @@ def decide_settlement(
     if facts.set_aside:
         return case.leave(Code.SET_ASIDE, "ignored by a person's decision (quarantine)", _holder(facts.rows))
     if attempt is None and payment.claims.renewal_attempt_id is not None and not _is_attached(ruling):
-        return Quarantine(
-            payment,
-            "unknown_attempt",
-            "it names a renewal attempt that this database does not know: another installation's charge, or a database"
-            " restored from before it",
-        )
+        return _decide_unknown_attempt(case)
     if (agreed := _agreed(case)) is not None:
         return agreed
     if (at_work := _webhook_at_work(case)) is not None:
@@ -142,6 +138,20 @@ def decide_settlement(
             "amount_differs", f"{case.row.money or 'no currency'} here, {payment.money} at the provider"
         )
     return _decide_purchase(case)
+
+
+def _decide_unknown_attempt(case: _Case) -> Quarantine:
+    """No row of ours, and none could be rebuilt. If the id is derived as ours are, its subscription is held."""
+    identity = identity_of(case.payment)
+    reason = (
+        "it names a renewal attempt that this database does not know: another installation's charge, or a database"
+        " restored from before it"
+    )
+    if case.facts.misfit is not None:
+        reason += f". It could not be settled by itself: {case.facts.misfit}"
+    return Quarantine(
+        case.payment, UNKNOWN_ATTEMPT, reason, subscription_id=None if identity is None else identity.subscription_id
+    )
 
 
 def _is_attached(ruling: Ruling | None) -> bool:

@@ -69,6 +69,7 @@ class Facts:
     `rows`: the payments rows with its id. `attempt` and `rivals`: the attempt it names, and the other attempts of that
     period. `subscriptions`: those of the attempt, of the rows, and the ACTIVE ones of the metadata's user and plan.
     `paid_meanwhile`: another payment was granted to the attempt's subscription since the attempt was sent.
+    `misfit`: why the lost attempt that it names could not be rebuilt, although its id is one of ours.
     `changed_meanwhile`: a subscription of the metadata's user and plan was changed since it was paid (asked where a row
     is half settled).
     """
@@ -83,6 +84,7 @@ class Facts:
     provider_ids: frozenset[int]
     paid_meanwhile: bool = False
     changed_meanwhile: bool = False
+    misfit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

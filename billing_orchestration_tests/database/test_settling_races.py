@@ -327,6 +327,20 @@ def test_an_attempt_opened_while_a_late_success_is_settled_makes_it_a_second_suc
     assert books.read_attempt(first.id).state == State.DECLINED
 
 
+def test_a_lost_renewal_that_a_run_claims_at_this_moment_is_settled_as_that_attempts(
+    books: Books, database_url: str
+) -> None:
+    subscription_id = books.subscription("anna")
+    lost = books.planned(subscription_id)
+    with ThreadPoolExecutor() as pool, books.engine.connect() as charging:
+        assert open_and_claim(charging, books.stamp(), [lost]).sent_before
+        settling = start_blocked(pool, books.engine, partial(persistently, books, books.renewal(lost)))
+        charging.commit()
+        (settled,) = settling.result()
+    assert isinstance(settled.decision, Settle)
+    assert books.read_attempt(lost.id).state == State.SUCCEEDED
+
+
 def test_no_attempt_is_opened_for_a_period_that_a_late_success_is_paying(books: Books) -> None:
     subscription_id = books.subscription("anna")
     first = books.attempt(subscription_id, state=State.DECLINED)

@@ -35,6 +35,7 @@ _PENDING = "jobs/test_matching_pending_payments.py::"
 _SUCCESSFUL = "jobs/test_matching_successful_payments.py::"
 _STALE = "jobs/test_expire_payments.py::"
 _OVER = "jobs/test_expire_subscriptions.py::"
+_LOST = "database/test_lost_attempts.py::"
 _SETTLING_RACES = "database/test_settling_races.py::"
 _ATTEMPT_ROWS = "database/test_attempts.py::"
 _SETTLING_DB = "database/test_settling.py::"
@@ -411,6 +412,50 @@ FURTHER = (
         "an open quarantine entry that names the attempt holds it",
         (Edit(_RENEWALS, "if (entry := holds.find(attempt)) is not None:", "if False:"),),
         ("domain/test_renewals.py::test_an_open_quarantine_entry_that_names_the_planned_attempt_holds_the_charge",),
+    ),
+    *(
+        Mutant(
+            f"a lost renewal granted: {what}",
+            "a lost attempt is settled by itself only where id, subscription, period and amount fit",
+            (Edit("domain/lost_attempts.py", old, new),),
+            (_LOST + f"test_a_renewal_whose_attempt_was_lost_and_that_does_not_fit_waits_for_a_person[{case}]",),
+        )
+        for what, old, new, case in (
+            ("any id", "[0] == named", "[0] != named", "an id that is not derived from it"),
+            ("any amount", "if payment.money not in plan.prices:", "if False:", "another amount"),
+            (
+                "any end",
+                "if not is_written and subscription.ended_at != identity.period_start:",
+                "if False:",
+                "an end that was moved",
+            ),
+            (
+                "any user",
+                "(claims.user_id, claims.plan_id) != (subscription.user_id, subscription.plan_id) or",
+                "",
+                "another user",
+            ),
+        )
+    ),
+    Mutant(
+        "a lost renewal left to a person",
+        "what its metadata proves is settled by itself",
+        (Edit(_FACTS, "            of_payment[payment.id] = rebuilt\n", "            pass\n"),),
+        (
+            "jobs/test_restored_database.py::test_a_charge_that_the_database_has_lost_is_settled_by_a_matching_tick_and_not_made_again",
+        ),
+    ),
+    Mutant(
+        "a lost renewal that does not fit holds nothing",
+        "a paid attempt that our records have lost holds its subscription",
+        (
+            Edit(
+                _SETTLEMENT,
+                "subscription_id=None if identity is None else identity.subscription_id",
+                "subscription_id=None",
+            ),
+        ),
+        (_LOST + "test_a_renewal_whose_attempt_was_lost_and_that_does_not_fit_waits_for_a_person[another amount]",),
     ),
     Mutant(
         "the second look older than its lock",
