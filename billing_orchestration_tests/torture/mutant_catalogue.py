@@ -440,7 +440,13 @@ FURTHER = (
     Mutant(
         "a lost renewal left to a person",
         "what its metadata proves is settled by itself",
-        (Edit(_FACTS, "            of_payment[payment.id] = rebuilt\n", "            pass\n"),),
+        (
+            Edit(
+                _FACTS,
+                "for id_, attempt in rebuilt.items() if isinstance(attempt, Attempt)",
+                "for id_, attempt in rebuilt.items() if attempt is None",
+            ),
+        ),
         (
             "jobs/test_restored_database.py::test_a_charge_that_the_database_has_lost_is_settled_by_a_matching_tick_and_not_made_again",
         ),
