@@ -18,6 +18,7 @@ from billing_orchestration.alerting import Alerts
 from billing_orchestration.database.engine import begin, create_engine, read
 from billing_orchestration.database.health import check_schema
 from billing_orchestration.domain.billing_calendar import BillingCalendar
+from billing_orchestration.domain.receipts import ReceiptRules
 from billing_orchestration.domain.run_scope import RunRefused, RunScope, as_of_partition, check_max_changes, parse_as_of
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.settings import Settings
@@ -143,6 +144,21 @@ def _partition_window(context: dg.OpExecutionContext) -> dg.TimeWindow:
             f"the partition {key!r} is not one of this job's keys: {error}. Nothing was read or written"
         ) from error
     return window
+
+
+def receipt_rules(settings: Settings) -> ReceiptRules | None:
+    """What each charge's receipt is made by. None: charges carry none."""
+    if settings.receipts == "off" or settings.receipt_vat_code is None or settings.receipt_payment_mode is None:
+        return None
+    return ReceiptRules(
+        vat_code=settings.receipt_vat_code,
+        payment_mode=settings.receipt_payment_mode,
+        payment_subject=settings.receipt_payment_subject,
+        measure=settings.receipt_measure,
+        tax_system_code=settings.receipt_tax_system_code,
+        fallback_email=settings.receipt_fallback_email,
+        item=settings.receipt_item,
+    )
 
 
 class BillingDatabase:

@@ -162,6 +162,52 @@ def _alert_urls(value: str | SecretStr) -> SecretStr:
     return SecretStr(text)
 
 
+def _one_of(*values: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if value not in values:
+            raise ValueError(f"is none of {', '.join(sorted(values))}")
+        return value
+
+    return check
+
+
+def _code(highest: int) -> Callable[[str | int], int]:
+    def check(value: str | int) -> int:
+        text = str(value)
+        if not (text.isascii() and text.isdigit() and 1 <= int(text) <= highest):
+            raise ValueError(f"is not a whole number from 1 to {highest}")
+        return int(text)
+
+    return check
+
+
+# What a receipt's item says about when it was paid.
+_PAYMENT_MODES = (
+    "advance", "credit", "credit_payment", "full_payment", "full_prepayment", "partial_payment", "partial_prepayment",
+)  # fmt: skip
+
+
+def _word(value: str) -> str:
+    if not re.fullmatch(r"[a-z_]{1,64}", value):
+        raise ValueError("is not one of the provider's words, such as service or piece")
+    return value
+
+
+def _email(value: str) -> str:
+    if not re.fullmatch(r"[^@\s]+@[^@\s]+\.[^@\s.]+", value) or len(value) > 254:
+        raise ValueError("is not an email address")
+    return value
+
+
+def _template(*names: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if set(re.findall(r"\{([^{}]*)\}", value)) - set(names):
+            raise ValueError(f"has a name in braces that is none of {', '.join(sorted(names))}")
+        return value
+
+    return check
+
+
 # Where no value can be guessed, what to put there.
 _WAYS_OUT = {
     "BILLING_DATABASE_URL": "the billing service's database, as postgresql://USER:PASSWORD@HOST:5432/DATABASE",
@@ -208,6 +254,15 @@ class Settings(BaseSettings):
     ui_auth: Annotated[SecretStr | None, BeforeValidator(_ui_auth)] = None
     ui_hosts: Annotated[str | None, BeforeValidator(_ui_hosts)] = None
     ui_read_only: Annotated[bool, BeforeValidator(_yes_or_no)] = False
+    receipt_vat_code: Annotated[int | None, BeforeValidator(_code(12))] = None
+    receipt_payment_mode: Annotated[str | None, BeforeValidator(_one_of(*_PAYMENT_MODES))] = None
+    receipt_payment_subject: Annotated[str, BeforeValidator(_word)] = "service"
+    receipt_measure: Annotated[str, BeforeValidator(_word)] = "piece"
+    receipt_tax_system_code: Annotated[int | None, BeforeValidator(_code(6))] = None
+    receipt_fallback_email: Annotated[str | None, BeforeValidator(_email)] = Field(default=None, repr=False)
+    receipt_item: Annotated[str, BeforeValidator(_template("plan", "period_start"))] = "{plan}"
+    # After those that it needs.
+    receipts: Annotated[str, BeforeValidator(_one_of("off", "with_payment"))] = "off"
     first_partition_day: Annotated[date, BeforeValidator(_day)] = Field(
         default=DEFAULT_FIRST_DAY, validation_alias="BILLING_FIRST_DAY"
     )
@@ -238,6 +293,16 @@ class Settings(BaseSettings):
                 " charge, and a second one with its key could charge twice"
             )
         return seconds
+
+    @field_validator("receipts")
+    @classmethod
+    def _complete(cls, receipts: str, info: ValidationInfo) -> str:
+        needed = ("receipt_vat_code", "receipt_payment_mode")
+        # One that is wrong is not among the data, and is a fault of its own.
+        missing = [name.upper() for name in needed if info.data.get(name, "wrong") is None]
+        if receipts != "off" and missing:
+            raise ValueError(f"needs {' and '.join(missing)}: ask the shop's accountant")
+        return receipts
 
     @property
     def is_live_shop(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from billing_orchestration.resources import receipt_rules
 from billing_orchestration.settings import (
     PRODUCTION_API_URL,
     SettingsError,
@@ -39,6 +40,14 @@ VARIABLES = (
     "UI_AUTH",
     "UI_HOSTS",
     "UI_READ_ONLY",
+    "RECEIPTS",
+    "RECEIPT_VAT_CODE",
+    "RECEIPT_PAYMENT_MODE",
+    "RECEIPT_PAYMENT_SUBJECT",
+    "RECEIPT_MEASURE",
+    "RECEIPT_TAX_SYSTEM_CODE",
+    "RECEIPT_FALLBACK_EMAIL",
+    "RECEIPT_ITEM",
 )
 
 
@@ -133,6 +142,16 @@ def test_an_empty_setting_that_has_a_default_is_the_default(environment: pytest.
         ("YOOKASSA_CHARGE_DONE_S", "secret", "from 45 to 600"),
         ("YOOKASSA_CHARGE_DONE_S", "601", "from 45 to 600"),
         ("YOOKASSA_CHARGE_DONE_S", "nan", "from 45 to 600"),
+        ("RECEIPTS", "secret", "is none of off, with_payment"),
+        ("RECEIPTS", "with_payment", "needs RECEIPT_VAT_CODE and RECEIPT_PAYMENT_MODE"),
+        ("RECEIPT_VAT_CODE", "0", "from 1 to 12"),
+        ("RECEIPT_VAT_CODE", "13", "from 1 to 12"),
+        ("RECEIPT_VAT_CODE", "secret", "from 1 to 12"),
+        ("RECEIPT_PAYMENT_MODE", "secret", "is none of advance"),
+        ("RECEIPT_PAYMENT_SUBJECT", "Secret service", "is not one of the provider's words"),
+        ("RECEIPT_TAX_SYSTEM_CODE", "7", "from 1 to 6"),
+        ("RECEIPT_FALLBACK_EMAIL", "secret", "is not an email address"),
+        ("RECEIPT_ITEM", "{secret}", "a name in braces"),
         ("BILLING_TIMEZONE", "live_secret", "not a time zone"),
         ("BILLING_TIMEZONE", "Europe", "not a time zone"),
         ("BILLING_TIMEZONE", "../../etc/passwd", "not a time zone"),
@@ -290,3 +309,16 @@ def test_what_is_right_can_be_used_beside_what_is_wrong(environment: pytest.Monk
 def test_a_live_shop_is_known_by_its_key(environment: pytest.MonkeyPatch, key: str, live: bool) -> None:
     environment.setenv("YOOKASSA_SECRET_KEY", key)
     assert load_settings().is_live_shop is live
+
+
+def test_a_shop_with_receipts_needs_what_its_accountant_says(environment: pytest.MonkeyPatch) -> None:
+    assert receipt_rules(load_settings()) is None
+    environment.setenv("RECEIPTS", "with_payment")
+    environment.setenv("RECEIPT_VAT_CODE", "12")
+    assert fault().startswith("RECEIPTS needs RECEIPT_PAYMENT_MODE:")
+    environment.setenv("RECEIPT_PAYMENT_MODE", "full_prepayment")
+    rules = receipt_rules(load_settings())
+    assert rules is not None
+    assert (rules.vat_code, rules.payment_mode, rules.payment_subject, rules.measure, rules.tax_system_code) == (
+        12, "full_prepayment", "service", "piece", None,
+    )  # fmt: skip

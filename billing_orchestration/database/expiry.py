@@ -20,15 +20,22 @@ from billing_orchestration.database.second_look import in_review
 from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.expiry import StalePayment
 from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.problem_kinds import NO_CONTACT
 
-# Held back from expiry: the outcome of a charge is not known, or a person is deciding about it. There are few:
+# Held back from expiry: the outcome of a charge is not known, or a person is deciding about it, or it could not be
+# charged because its receipt would reach nobody. There are few:
 # PostgreSQL reads them once a statement, into a hash, and looks each of ten thousand rows up in it.
 _HELD_BACK = f"""s.id IN (
     SELECT a.subscription_id FROM billing_orchestration.renewal_attempts a
     WHERE a.state IN {sql_list(State.UNKNOWN, State.PENDING)}
        OR (a.state = '{State.PLANNED}' AND a.first_sent_at IS NOT NULL)
-       OR {in_review("a")})"""
+       OR {in_review("a")}
+    UNION ALL
+    SELECT q.subscription_id FROM billing_orchestration.quarantine q
+    WHERE q.kind = '{NO_CONTACT}' AND q.resolved_at IS NULL AND q.subscription_id IS NOT NULL)"""
 
+
+_WHY_HELD = "a charge whose outcome is not known or pending, or one whose receipt would reach nobody"
 
 # Where PostgreSQL expects the hash not to fit, each row walks through the whole list instead. With its default of 4 MB
 # that happens from some hundred thousand open attempts on. This is enough for millions; memory is taken as needed.
@@ -87,9 +94,7 @@ def fetch_over(connection: sa.Connection, over_before: datetime, sample_size: in
     over = connection.execute(_COUNT_OVER, bound).scalar_one()
     held = connection.execute(_COUNT_HELD_BACK, bound).scalar_one()
     samples = tuple(
-        SubscriptionSample(
-            row.id, row.user_id, row.ended_at, "a charge whose outcome is not known or pending" if row.held else None
-        )
+        SubscriptionSample(row.id, row.user_id, row.ended_at, _WHY_HELD if row.held else None)
         for row in connection.execute(_SAMPLE_OVER, {**bound, "size": sample_size})
     )
     return OverSlice(active.active, over, held, active.without_end, samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes
-from billing_orchestration.domain.problem_kinds import NOT_WRITABLE
+from billing_orchestration.domain.problem_kinds import MENDED, NO_CONTACT, NOT_WRITABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +108,15 @@ def close_entry(connection: sa.Connection, stamp: Stamp, entry: Entry, resolutio
             ],
         )
     return bool(closed)
+
+
+_REACHABLE = """
+    WHERE subscription_id = ANY(:ids) AND kind = :kind AND resolved_at IS NULL ORDER BY id FOR UPDATE
+"""
+
+
+def close_reachable(connection: sa.Connection, stamp: Stamp, subscription_ids: Sequence[int]) -> int:
+    """Close what said that these subscriptions' receipts would reach nobody; return how many."""
+    entries = _entries(connection, _REACHABLE, ids=list(subscription_ids), kind=NO_CONTACT)
+    reason = f"nothing stands in the way of its charge any more: run {stamp.run_id}"
+    return sum(close_entry(connection, stamp, entry, MENDED, reason, stamp.job) for entry in entries)

@@ -49,7 +49,7 @@ class DueSlice:
 # payment that is not one of our renewals (a renewal's id is not chargeable), and the plan's prices in that currency.
 _DUE = f"""
     SELECT s.id, s.user_id, s.plan_id, {readable("s.started_at")} AS started_at, s.ended_at,
-           pl.duration, pl.duration_unit, price.amounts,
+           pl.name AS plan_name, pl.duration, pl.duration_unit, price.amounts,
            method.id AS method_id, method.currency AS method_currency, method.provider_id AS method_provider_id,
            settled.until AS settled_until, longest.id AS outlasted_by
     FROM subscriptions s
@@ -90,6 +90,7 @@ _DUE_COLUMNS: Mapping[str, Any] = {
     "plan_id": sa.Integer,
     "started_at": UtcNaive,
     "ended_at": UtcNaive,
+    "plan_name": sa.String,
     "duration": sa.Integer,
     "duration_unit": sa.String,
     "method_id": sa.String,
@@ -215,6 +216,7 @@ def fetch_due(
             method_declined_at=declined.get(row.method_id) if row.method_id else None,
             settled_until=row.settled_until,
             outlasted_by=row.outlasted_by,
+            plan_name=row.plan_name,
         )
         for row in connection.execute(_statement(_DUE, shard).columns(**_DUE_COLUMNS), bounds)
     )

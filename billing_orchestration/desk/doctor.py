@@ -270,6 +270,7 @@ def _provider(here: Installation) -> Iterator[Finding]:
             )
         ) as provider:
             provider.check()
+            receipts = list(_receipts(here, provider))
     except WrongCredentials:
         yield fault(
             "provider.credentials",
@@ -294,6 +295,27 @@ def _provider(here: Installation) -> Iterator[Finding]:
         )
     else:
         yield ok("provider", f"reached, and it accepts the credentials: {settings.yookassa_api_url}")
+        yield from receipts
+
+
+def _receipts(here: Installation, provider: PaymentProvider) -> Iterator[Finding]:
+    if "RECEIPTS" in here.faults:
+        return
+    try:
+        fiscalizes = provider.has_fiscalization()
+    except ProviderError:
+        fiscalizes = None  # such as: these credentials may not ask
+    told = f"RECEIPTS is {here.settings.receipts}"
+    if fiscalizes is None:
+        yield ok("receipts", f"{told}; it is unknown whether the provider registers this shop's receipts")
+    elif fiscalizes and here.settings.receipts == "off":
+        yield fault(
+            "receipts.off",
+            "the provider registers this shop's receipts and refuses a charge without one, and RECEIPTS is off",
+            "set RECEIPTS=with_payment, and what the accountant says for RECEIPT_VAT_CODE and RECEIPT_PAYMENT_MODE",
+        )
+    else:
+        yield ok("receipts", f"{told}, and the provider {'registers them' if fiscalizes else 'asks for none'}")
 
 
 def _shop(here: Installation) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ restored from a backup.
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from billing_orchestration.domain.money import Money
@@ -64,7 +64,8 @@ class Attempt:
     number: int
     state: str
     idempotence_key: uuid.UUID
-    body: str
+    # It may hold the customer's contact.
+    body: str = field(repr=False)
     money: Money
     user_id: str
     plan_id: int

@@ -60,6 +60,7 @@ class Code:
     GRACE_OVER = "grace_over"
     UNCLEAR_DECLINES = "unclear_declines"
     NO_METHOD = "no_method"
+    NO_CONTACT = "no_contact"
     CHARGED_ELSEWHERE = "charged_elsewhere"
     METHOD_DECLINED_TODAY = "method_declined_today"
     UNUSABLE_SUBSCRIPTION = "unusable_subscription"

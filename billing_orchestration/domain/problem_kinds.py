@@ -42,15 +42,19 @@ ProblemKind = Literal[
     "not_writable",
     "rejected",
     "gap",
+    "no_contact",
+    "receipt",
 ]
 NOT_WRITABLE: ProblemKind = "not_writable"
 UNKNOWN_ATTEMPT: ProblemKind = "unknown_attempt"
 TWO_ACTIVE: ProblemKind = "two_active"
 SECOND_SUCCESS: ProblemKind = "second_success"
+NO_CONTACT: ProblemKind = "no_contact"
+RECEIPT: ProblemKind = "receipt"
 # Opened for a payment that is granted: no resolution grants it once more.
-GRANTED_ALREADY: tuple[ProblemKind, ...] = ("unwanted_renewal", "spent_period")
+GRANTED_ALREADY: tuple[ProblemKind, ...] = ("unwanted_renewal", "spent_period", "receipt")
 # The others are proved to be gone by a later, successful settling of the payment.
-FOR_A_PERSON: tuple[ProblemKind, ...] = (*GRANTED_ALREADY, SECOND_SUCCESS, TWO_ACTIVE, "rejected", "gap")
+FOR_A_PERSON: tuple[ProblemKind, ...] = (*GRANTED_ALREADY, SECOND_SUCCESS, TWO_ACTIVE, "rejected", "gap", "no_contact")
 
 # What a person makes of a problem. After MENDED it may open a new entry; the others are the last word.
 ACCEPTED, ATTACHED, IGNORED, MENDED = "accepted", "attached", "ignored", "mended"
@@ -145,6 +149,19 @@ KINDS: Mapping[ProblemKind, Kind] = {
         "the hours were backfilled",
         "",
         "they are left as they are",
+    ),
+    "no_contact": Kind(
+        "a renewal is due and its receipt would reach nobody: not charged, and held back from expiry until this is"
+        " resolved. It closes by itself when a run finds a contact",
+        "it was fixed; alerts again if not",
+        "",
+        "it never alerts again; the subscription expires like any other that is not paid",
+    ),
+    "receipt": Kind(
+        "a renewal was paid and granted, and its fiscal receipt was not registered",
+        "the receipt was made at the provider or in the register; the grant stands",
+        "",
+        "it is left without a receipt; the grant stands",
     ),
 }
 

@@ -155,6 +155,8 @@ class ProviderPayment:
     cancellation_party: str | None = None
     cancellation_reason: str | None = None
     income_amount: Decimal | None = None
+    # It changes while a payment stays the same: two lists that differ in it alone do not contradict each other.
+    receipt_registration: str | None = field(default=None, compare=False)
     claims: Claims = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -179,6 +181,12 @@ class ProviderPayment:
     def method_label(self) -> str | None:
         """The service's label for the method, or None where it has none."""
         return METHOD_LABELS.get(self.method_type) if self.method_type else None
+
+    @property
+    def lacks_receipt(self) -> bool:
+        """Whether it is a renewal of ours that was paid, and whose fiscal receipt was not registered."""
+        canceled = self.receipt_registration == CANCELED and self.status == SUCCEEDED
+        return canceled and self.claims.renewal_attempt_id is not None
 
     @property
     def succeeded_at(self) -> datetime:

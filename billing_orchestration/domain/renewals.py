@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
+from typing import Any
 
 from billing_orchestration.domain import declines
 from billing_orchestration.domain.answers import ProviderView, judge_payment
@@ -25,6 +26,7 @@ from billing_orchestration.domain.billing_calendar import BillingCalendar, Unusa
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.money import CURRENCIES, Money
 from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, ProviderPayment
+from billing_orchestration.domain.receipts import ReceiptRules, contact_of, receipt_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class DueSubscription:
     `method_*` is the saved method with the currency and provider of the payment that saved it (None: none is known),
     `prices` the plan's prices in that currency, `attempts` those of the period that begins at `ended_at`.
     `settled_until` is the end of the last period that was settled for it, `outlasted_by` another ACTIVE subscription of
-    the same user and plan that ends later.
+    the same user and plan that ends later. `email` and `phone` are where its receipts go.
     """
 
     id: int
@@ -53,6 +55,9 @@ class DueSubscription:
     method_declined_at: datetime | None = None
     settled_until: datetime | None = None
     outlasted_by: int | None = None
+    plan_name: str | None = None
+    email: str | None = field(default=None, repr=False)
+    phone: str | None = field(default=None, repr=False)
 
     @property
     def subject(self) -> str:
@@ -62,11 +67,12 @@ class DueSubscription:
 
 @dataclass(frozen=True, slots=True)
 class RenewalRules:
-    """The numbers behind the decisions, from settings and the job's config."""
+    """What is behind the decisions, from settings and the job's config. Without `receipt`, charges carry none."""
 
     calendar: BillingCalendar
     grace_days: int
     max_overdue_days: int
+    receipt: ReceiptRules | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,7 @@ class NotCharged:
     """A due subscription or an open attempt that is left as it is. `needs_retry` makes the run red at its end.
 
     `two_active`: the subscription that a person has to look at, because another one of its user outlasts it.
+    `no_contact`: the one whose receipt would reach nobody.
     """
 
     subject: str
@@ -123,18 +130,30 @@ class NotCharged:
     money: Money | None = None
     needs_retry: bool = False
     two_active: int | None = None
+    no_contact: int | None = None
 
 
 RenewalDecision = Charge | Resend | Conclude | Void | NoteAbsence | NotCharged
 
 
 def plan_attempt(
-    due: DueSubscription, *, number: int, user_id: str, plan_id: int, method_id: str, money: Money, provider_id: int
+    due: DueSubscription,
+    *,
+    number: int,
+    user_id: str,
+    plan_id: int,
+    method_id: str,
+    money: Money,
+    provider_id: int,
+    receipt_rules: ReceiptRules | None = None,
 ) -> Attempt:
-    """The attempt with its identity, its key and the exact body that will be sent, frozen together."""
+    """The attempt with its identity, its key and the exact body that will be sent, frozen together.
+
+    Where a receipt is due and nobody can be reached, the body has none: `decide_renewal` charges no such attempt.
+    """
     period_start = due.ended_at.astimezone(timezone.utc)
     attempt_id, idempotence_key = identify(due.id, period_start, number)
-    body = {
+    body: dict[str, Any] = {
         "amount": {"value": f"{money.amount:.2f}", "currency": money.currency},
         "capture": True,
         "payment_method_id": method_id,
@@ -148,6 +167,10 @@ def plan_attempt(
             "payment_provider_id": str(provider_id),
         },
     }
+    contact = receipt_rules and contact_of(due.email, due.phone, receipt_rules.fallback_email)
+    if receipt_rules and contact:
+        names = {"plan": due.plan_name or f"Subscription {due.id}", "period_start": period_start.date().isoformat()}
+        body["receipt"] = receipt_of(receipt_rules, contact, money, **names)
     return Attempt(
         id=attempt_id,
         subscription_id=due.id,
@@ -281,6 +304,9 @@ def decide_renewal(
             Code.PERIOD_OVER,
             f"overdue by {overdue_days} days: the period to pay for ended on {paid_until}, and its grace is over",
         )
+    if rules.receipt is not None and not contact_of(due.email, due.phone, rules.receipt.fallback_email):
+        reason = "no email and no phone that its receipt can be sent to"
+        return NotCharged(due.subject, Code.NO_CONTACT, reason, attempt.money, no_contact=due.id)
     return Charge(attempt, _why_due(overdue_days, number))
 
 
@@ -353,6 +379,7 @@ def _new_attempt(due: DueSubscription, number: int, today: date, rules: RenewalR
         method_id=due.method_id,
         money=Money(due.prices[0], due.method_currency),
         provider_id=due.method_provider_id,
+        receipt_rules=rules.receipt,
     )
 
 
@@ -456,4 +483,10 @@ def _still_wanted(
         attempt.plan_id,
     ):
         return Void(attempt, "never sent, and the price, the plan or the payment method has changed since")
+    if _receipt_in(wanted.body) != _receipt_in(attempt.body):
+        return Void(attempt, "never sent, and its receipt's settings or contact have changed since")
     return decision
+
+
+def _receipt_in(body: str) -> Any:
+    return json.loads(body).get("receipt")

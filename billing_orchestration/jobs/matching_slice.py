@@ -8,9 +8,10 @@ import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.database.audit import Problem, Stamp
-from billing_orchestration.database.matching import advance_watermark, read_watermark
+from billing_orchestration.database.matching import advance_watermark, fetch_settled, read_watermark
 from billing_orchestration.domain.decisions import Action, Decision
 from billing_orchestration.domain.matching import MatchingDiff
+from billing_orchestration.domain.problem_kinds import RECEIPT
 from billing_orchestration.domain.provider_payment import WEBHOOK_GRACE, ProviderPayment, UnusablePayment
 from billing_orchestration.domain.run_scope import (
     CATCH_UP_OVERLAP,
@@ -97,6 +98,7 @@ class MatchingPlan:
     diff: MatchingDiff
     unusable: tuple[UnusablePayment, ...]
     is_whole: bool = True
+    without_receipt: tuple[ProviderPayment, ...] = ()
 
 
 def fetch_paid(
@@ -152,7 +154,8 @@ def plan_matching(
     approved, refused = bind(context, paid.scope, list(lines.items()), dict(zip(lines, decisions, strict=False)))
     if refused:
         diff = replace(diff, to_settle=tuple(approved), reported=(*diff.reported, *refused))
-    return MatchingPlan(paid.scope, paid.window, diff, paid.slice.unusable, is_whole=not refused)
+    without_receipt = tuple(payment for payment in paid.slice.payments if payment.lacks_receipt)
+    return MatchingPlan(paid.scope, paid.window, diff, paid.slice.unusable, not refused, without_receipt)
 
 
 def _why(rows: Sequence[PaymentRow]) -> str:
@@ -187,6 +190,7 @@ def apply_matching(
     report_settled(report, results, database=database, stamp=stamp(), dry_run=scope.dry_run)
     report_unusable(report, plan.unusable, database=database, stamp=stamp(), dry_run=scope.dry_run)
     report.decisions.extend(plan.diff.reported)
+    _report_without_receipt(plan, report, database, stamp())
     if window.gap is not None:
         _report_gap(context, job, window.gap, report, database, stamp(), dry_run=scope.dry_run)
     if not scope.dry_run:
@@ -211,6 +215,28 @@ def apply_matching(
         job=job,
     )
     yield dg.Output(None)
+
+
+def _report_without_receipt(plan: MatchingPlan, report: RunReport, database: BillingDatabase, stamp: Stamp) -> None:
+    """Paid renewals that the tax office does not know: their grants stand, and a person makes the receipts."""
+    if not plan.without_receipt:
+        return
+    with database.read() as connection:
+        settled = fetch_settled(connection, [payment.id for payment in plan.without_receipt])
+    problems = [
+        Problem(
+            f"payment {payment.id}",
+            RECEIPT,
+            f"renewed and granted for {payment.money}, and the registration of its receipt was canceled",
+            external_payment_id=payment.id,
+        )
+        for payment in plan.without_receipt
+        if payment.id in settled
+    ]
+    report.quarantined += len(problems)
+    report.decisions.extend(Decision(Action.QUARANTINE, p.subject, p.reason, code=p.kind) for p in problems)
+    if not plan.scope.dry_run:
+        report.opened += open_all(database, stamp, problems)
 
 
 def _advance(job: str, scope: RunScope, window: Window, database: BillingDatabase, stamp: Stamp) -> None:

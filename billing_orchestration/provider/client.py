@@ -92,6 +92,10 @@ class _Payments:
         """GET one page of a list: payments, refunds."""
         return self._get(f"/{what}?{urlencode(query)}")
 
+    def shop(self) -> Answer:
+        """GET what the shop is."""
+        return self._get("/me")
+
     def _get(self, path: str) -> Answer:
         return self._wire.send("GET", path, headers=self._get_headers, body=None, read_s=self._timeouts.read_s)
 
@@ -267,6 +271,14 @@ class PaymentProvider:
         """The cheapest authenticated request, once. Raises the ProviderError that says what is wrong."""
         call = Call("the list of payments")
         self._items(self._send(call, lambda: self._payments.page("payments", {"limit": "1"})), call)
+
+    def has_fiscalization(self) -> bool | None:
+        """Whether the provider registers the shop's receipts. None: it does not say. Raises ProviderError."""
+        call = Call("the shop's settings")
+        shop = self._object(self._send(call, self._payments.shop), call)
+        told = shop.get("fiscalization")
+        enabled = told.get("enabled") if isinstance(told, dict) else shop.get("fiscalization_enabled")
+        return enabled if isinstance(enabled, bool) else None
 
     def _read_page(self, what: str, query: Mapping[str, str], call: Call) -> tuple[list[Any], Any, int]:
         def ask() -> tuple[list[Any], Any]:

@@ -26,6 +26,7 @@ from billing_orchestration.domain.provider_payment import (
     ProviderRefund,
     UnusablePayment,
 )
+from billing_orchestration.domain.receipts import mask_contacts
 
 _NO_MONEY = Decimal("0.00")
 _KNOWN_METHODS = frozenset(METHOD_LABELS) | METHODS_WITHOUT_LABEL
@@ -171,6 +172,7 @@ def _parse(item: object) -> ProviderPayment:
         cancellation_party=party,
         cancellation_reason=reason,
         income_amount=_income(item.get("income_amount"), money),
+        receipt_registration=raw_status({"status": item.get("receipt_registration")}),
     )
 
 
@@ -313,7 +315,7 @@ def evidence(item: object, depth: int = _EVIDENCE_DEPTH) -> Any:
     if isinstance(item, float):
         return item if math.isfinite(item) else str(item)
     if isinstance(item, str):
-        return _storable(_cut(item, _EVIDENCE_TEXT))
+        return _storable(_cut(mask_contacts(item), _EVIDENCE_TEXT))
     if isinstance(item, (Mapping, list, tuple)):
         if depth == 0:
             return "…"

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, TypedDict
 
+from billing_orchestration.domain.receipts import mask_contacts
 from billing_orchestration.provider.errors import (
     Forbidden,
     NeverSent,
@@ -138,10 +139,10 @@ class Translator:
         )
 
     def foreign(self, text: str) -> str:
-        """A foreign text, cut and cleaned of the credentials, on one line."""
+        """A foreign text, cut and cleaned of the credentials and of customers' contacts, on one line."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        text = " ".join(text.split())
+        text = mask_contacts(" ".join(text.split()))
         return text if len(text) <= LONGEST_FOREIGN_TEXT else text[:LONGEST_FOREIGN_TEXT] + "…"
 
 

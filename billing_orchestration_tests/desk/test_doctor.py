@@ -45,7 +45,7 @@ def warnings() -> list[str]:
 
 def test_a_healthy_installation_has_neither_fault_nor_warning(healthy: pytest.MonkeyPatch) -> None:
     assert found(Level.FAULT, Level.WARNING) == {}
-    assert len(examine()) == 14
+    assert len(examine()) == 15
 
 
 def test_doctor_changes_nothing(healthy: pytest.MonkeyPatch, database_url: str, sandbox: Sandbox) -> None:
@@ -295,6 +295,31 @@ def test_the_kind_of_the_shop_is_told_by_its_key(
     healthy.setenv("YOOKASSA_SECRET_KEY", key)
     codes = [finding.code for finding in examine()]
     assert [name for name in codes if name.startswith(("provider.", "shop."))] == ["provider.ok", code]
+
+
+@pytest.mark.parametrize(
+    ("receipts", "forbidden", "level", "words"),
+    [
+        ("off", False, Level.OK, "asks for none"),
+        ("demanded", False, Level.FAULT, "refuses a charge without one"),
+        ("demanded", True, Level.OK, "unknown"),
+    ],
+)
+def test_a_shop_that_needs_receipts_and_sends_none_is_a_fault(
+    healthy: pytest.MonkeyPatch, sandbox: Sandbox, receipts: str, forbidden: bool, level: Level, words: str
+) -> None:
+    sandbox.provider.switches.receipts, sandbox.provider.switches.me_forbidden = receipts, forbidden
+    [finding] = [finding for finding in examine() if finding.code.startswith("receipts.")]
+    assert finding.level is level
+    assert words in finding.text
+
+
+def test_a_shop_that_needs_receipts_and_sends_them_is_well(healthy: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
+    sandbox.provider.switches.receipts = "demanded"
+    healthy.setenv("RECEIPTS", "with_payment")
+    healthy.setenv("RECEIPT_VAT_CODE", "11")
+    healthy.setenv("RECEIPT_PAYMENT_MODE", "full_payment")
+    assert found(Level.FAULT, Level.WARNING) == {}
 
 
 # The run history

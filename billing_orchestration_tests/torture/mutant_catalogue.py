@@ -1340,6 +1340,42 @@ FURTHER = (
         ),
         ("jobs/test_alerts.py::test_a_success_that_was_granted_to_nobody_breaks_its_check",),
     ),
+    Mutant(
+        "charged without a contact",
+        "nobody is charged without a receipt that reaches somebody",
+        (Edit(_RENEWALS, "    if rules.receipt is not None and not contact_of(", "    if False and not contact_of("),),
+        ("domain/test_receipts.py::test_without_a_contact_nobody_is_charged",),
+    ),
+    Mutant(
+        "an old receipt sent",
+        "one that was never sent is made anew when its receipt has changed",
+        (Edit(_RENEWALS, "    if _receipt_in(wanted.body) != _receipt_in(attempt.body):", "    if False:"),),
+        ("domain/test_receipts.py::test_one_never_sent_is_made_anew_when_its_receipt_has_changed",),
+    ),
+    Mutant(
+        "expired for want of a contact",
+        "what waits for a contact is held back from expiry",
+        (
+            Edit(
+                "database/expiry.py",
+                "    WHERE q.kind = '{NO_CONTACT}' AND q.resolved_at IS NULL",
+                "    WHERE false AND q.resolved_at IS NULL",
+            ),
+        ),
+        ("jobs/test_receipts.py::test_one_that_waits_for_a_contact_is_held_back_from_expiry_until_it_is_charged",),
+    ),
+    Mutant(
+        "a contact in the quarantine",
+        "a contact stands in no quarantine entry",
+        (Edit("jobs/autopayment/steps.py", '{"body": mask_body(attempt.body)}', '{"body": attempt.body}'),),
+        ("jobs/test_receipts.py::test_a_refused_receipt_shows_its_contact_nowhere",),
+    ),
+    Mutant(
+        "a canceled registration unseen",
+        "a paid renewal without a receipt is told",
+        (Edit("domain/provider_payment.py", "self.receipt_registration == CANCELED", "False"),),
+        ("jobs/test_receipts.py::test_a_canceled_registration_is_a_persons_and_the_grant_stands",),
+    ),
 )
 
 ALL = (*PROMISED, *FURTHER, *PACE)

@@ -14,6 +14,7 @@ from pydantic import Field
 from billing_orchestration.database.attempts import close
 from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.database.one_by_one import NotWritten, one_by_one
+from billing_orchestration.database.quarantine import close_reachable
 from billing_orchestration.database.renewals import DueSlice, fetch_due
 from billing_orchestration.domain.answers import (
     SHOP_REFUSALS,
@@ -30,8 +31,9 @@ from billing_orchestration.domain.answers import (
 from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.decisions import Action, Code, Decision
-from billing_orchestration.domain.problem_kinds import TWO_ACTIVE
+from billing_orchestration.domain.problem_kinds import NO_CONTACT, TWO_ACTIVE
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
+from billing_orchestration.domain.receipts import mask_body
 from billing_orchestration.domain.renewals import (
     Charge,
     Conclude,
@@ -52,7 +54,7 @@ from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
 from billing_orchestration.provider.errors import ProviderError, WrongCredentials
 from billing_orchestration.provider.pacing import map_concurrently
-from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection
+from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, receipt_rules
 from billing_orchestration.threads import Threads
 
 JOB = "autopayment_job"
@@ -125,7 +127,7 @@ def read_renewals(
             today=calendar.start_of(calendar.day_of(clock.now())),
             shard=shard,
         )
-    rules = RenewalRules(calendar, settings.subscription_grace_days, max_overdue_days)
+    rules = RenewalRules(calendar, settings.subscription_grace_days, max_overdue_days, receipt_rules(settings))
     return Renewals(scope, rules, found)
 
 
@@ -256,6 +258,9 @@ def apply_plan(
         report.applied = sum(not isinstance(decision, NotCharged) for decision in plan.decisions)
     else:
         _conclude_open(plan, report, database, provider, stamp())
+        if to_charge := [d.attempt.subscription_id for d in plan.decisions if isinstance(d, Charge)]:
+            with database.begin() as connection:
+                close_reachable(connection, stamp(), to_charge)
         _charge(context, config, plan, report, database, provider, clock, threads)
     for decision in plan.decisions:
         if isinstance(decision, NotCharged):
@@ -265,9 +270,9 @@ def apply_plan(
             if decision.needs_retry:
                 report.again.append(f"{decision.subject}: {decision.reason}")
     if not scope.dry_run:
-        outlasted = [_two_active(d) for d in plan.decisions if isinstance(d, NotCharged) and d.two_active is not None]
-        report.quarantined += len(outlasted)
-        report.opened += open_all(database, stamp(), outlasted)
+        problems = [problem for d in plan.decisions if isinstance(d, NotCharged) and (problem := _problem_of(d))]
+        report.quarantined += len(problems)
+        report.opened += open_all(database, stamp(), problems)
     report.skipped += len(plan.refused)
     report.decisions.extend(plan.refused)
     report_unusable(report, plan.unusable, database=database, stamp=stamp(), dry_run=scope.dry_run)
@@ -360,8 +365,13 @@ def _charge(
     report.opened += open_all(database, charging.make_stamp(), refused)
 
 
-def _two_active(decision: NotCharged) -> Problem:
-    return Problem(decision.subject, TWO_ACTIVE, decision.reason, subscription_id=decision.two_active)
+def _problem_of(decision: NotCharged) -> Problem | None:
+    """What a person has to look at, if anything."""
+    if decision.two_active is not None:
+        return Problem(decision.subject, TWO_ACTIVE, decision.reason, subscription_id=decision.two_active)
+    if decision.no_contact is not None:
+        return Problem(decision.subject, NO_CONTACT, decision.reason, subscription_id=decision.no_contact)
+    return None
 
 
 def _refused(attempt: Attempt, reason: str) -> Problem:
@@ -371,5 +381,5 @@ def _refused(attempt: Attempt, reason: str) -> Problem:
         f"the provider refuses to charge {attempt.payment_method_id}, no money moved: {reason}",
         subscription_id=attempt.subscription_id,
         attempt_id=attempt.id,
-        evidence={"body": attempt.body},
+        evidence={"body": mask_body(attempt.body)},
     )

@@ -1,0 +1,141 @@
+"""Receipts at a shop that demands them: who is charged, who waits for a contact, and what nobody may read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from billing_orchestration_tests.books import NOON
+from billing_orchestration_tests.jobs.service import Service
+
+JOB = "autopayment_job"
+WITH_PAYMENT: dict[str, Any] = {
+    "receipts": "with_payment",
+    "receipt_vat_code": 11,
+    "receipt_payment_mode": "full_payment",
+}
+FALLBACK = {**WITH_PAYMENT, "receipt_fallback_email": "receipts@example.ru"}
+
+
+@pytest.fixture
+def shop(service_with: Callable[..., Service]) -> Service:
+    """A shop that demands receipts, and has an address of its own for them."""
+    service = service_with(**FALLBACK)
+    service.provider.switches.receipts = "demanded"
+    return service
+
+
+def test_a_shop_that_demands_receipts_charges_with_one(shop: Service) -> None:
+    subscription = shop.subscriber()
+
+    assert shop.run(JOB).ok
+
+    [charge] = shop.charges()
+    assert charge.amount == 299
+    assert "receipts@example.ru" in shop.attempts(subscription)[0].body
+    receipt = shop.provider.payment(charge.payment_id).receipt
+    assert receipt is not None
+    assert receipt["customer"] == {"email": "receipts@example.ru"}
+    assert [(item["amount"]["value"], item["vat_code"]) for item in receipt["items"]] == [("299.00", 11)]
+    shop.check_books()
+
+
+def test_a_pending_under_receipt_first_is_asked_about_like_any_other(shop: Service) -> None:
+    shop.provider.switches.receipts, shop.provider.switches.registration = "receipt_first", "pending"
+    subscription = shop.subscriber()
+    shop.run(JOB)
+    [attempt] = shop.attempts(subscription)
+    assert attempt.state == "PENDING"
+    assert shop.charges() == []
+
+    shop.provider.register_receipt(attempt.external_payment_id)
+    assert shop.run(JOB).ok
+
+    assert shop.attempts(subscription)[0].state == "SUCCEEDED"
+    assert shop.charged() == {subscription: 1}
+    shop.check_books()
+
+
+def test_without_a_contact_nobody_is_charged_and_one_person_is_told_once(service_with: Callable[..., Service]) -> None:
+    service = service_with(**WITH_PAYMENT)
+    subscription = service.subscriber()
+
+    first, second = service.run(JOB), service.run(JOB)
+
+    assert first.ok
+    assert service.charges() == []
+    assert first.reasons(f"subscription {subscription}") == [
+        "leave: no email and no phone that its receipt can be sent to"
+    ]
+    assert (first.report["newly quarantined"], second.report["newly quarantined"]) == (1, 0)
+    [entry] = service.rows("quarantine")
+    assert (entry.kind, entry.subscription_id, entry.resolved_at) == ("no_contact", subscription, None)
+
+
+def test_one_that_waits_for_a_contact_is_held_back_from_expiry_until_it_is_charged(
+    service_with: Callable[..., Service],
+) -> None:
+    service = service_with(**WITH_PAYMENT)
+    subscription = service.subscriber(ended_at=NOON - timedelta(days=3, hours=13))
+    service.run(JOB)
+
+    service.run("expire_subscriptions_job")
+    assert service.status("subscriptions", subscription) == "ACTIVE"
+
+    service.settings = service.settings.model_copy(update={"receipt_fallback_email": "receipts@example.ru"})
+    assert service.run(JOB).ok
+    assert service.charged() == {subscription: 1}
+    [entry] = service.rows("quarantine")
+    assert (entry.resolution, entry.resolved_by) == ("mended", JOB)
+
+
+def test_one_that_a_person_gave_up_expires(service_with: Callable[..., Service]) -> None:
+    service = service_with(**WITH_PAYMENT)
+    subscription = service.subscriber(ended_at=NOON - timedelta(days=3, hours=13))
+    service.run(JOB)
+    service.execute("UPDATE billing_orchestration.quarantine SET resolved_at = now(), resolution = 'ignored'")
+
+    service.run("expire_subscriptions_job")
+
+    assert service.status("subscriptions", subscription) == "EXPIRED"
+
+
+def test_a_canceled_registration_is_a_persons_and_the_grant_stands(shop: Service) -> None:
+    subscription = shop.subscriber()
+    shop.provider.switches.registration = "pending"
+    shop.run(JOB)
+    [charge] = shop.charges()
+    end = shop.ended_at(subscription)
+    shop.advance(minutes=2)
+    shop.provider.cancel_receipt(charge.payment_id)
+
+    told = [shop.run("matching_successful_payments_job") for _ in range(2)]
+
+    assert [run.report["newly quarantined"] for run in told] == [1, 0]
+    [entry] = shop.rows("quarantine")
+    assert (entry.kind, entry.external_payment_id) == ("receipt", charge.payment_id)
+    assert shop.ended_at(subscription) == end
+    shop.check_books()
+
+
+def test_a_refused_receipt_shows_its_contact_nowhere(shop: Service) -> None:
+    subscription = shop.subscriber()
+    shop.provider.switches.refuse_unknown_fields = True
+    # A register of the provider's own takes no such measure: refused, and the sandbox repeats the address.
+    shop.settings = shop.settings.model_copy(update={"receipt_measure": "receipts"})
+
+    run = shop.run(JOB)
+
+    assert shop.charges() == []
+    shown = [
+        *map(str, run.decisions),
+        str(run.failure),
+        *(str(row) for table in ("quarantine", "audit_trail") for row in shop.rows(table)),
+        *(str(attempt.last_error) for attempt in shop.attempts(subscription)),
+    ]
+    assert not [text for text in shown if "receipts@example.ru" in text]
+    [entry] = shop.rows("quarantine")
+    assert "r…@e….ru" in str(entry.evidence)
