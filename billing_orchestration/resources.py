@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from functools import cached_property
 from typing import TypeVar
+from zoneinfo import ZoneInfo
 
 import dagster as dg
 import sqlalchemy as sa
@@ -27,6 +28,10 @@ from billing_orchestration.threads import OF_THE_SYSTEM, Threads
 _Left = TypeVar("_Left")
 
 PARTITION_TAG = "dagster/partition"
+# Dagster's partition grid shows the runs that carry it, and no others.
+PARTITION_SET_TAG = "dagster/partition_set"
+# On every dry run; on a backfill it asks for one.
+DRY_RUN_TAG = "billing/dry_run"
 SCHEDULE_TAG = "dagster/schedule_name"
 
 
@@ -105,7 +110,7 @@ class RunSettings(dg.ConfigurableResource[None]):
     )
 
     def scope(self, context: dg.OpExecutionContext, clock: Clock, *, whole_days: bool) -> RunScope:
-        """Resolve what the run stands for. Raises RunRefused before anything is read.
+        """Resolve what the run stands for, and mark its partition. Raises RunRefused before anything is read.
 
         `whole_days`: the job's partition is a billing day, so its `as_of` is the last instant of that day.
         """
@@ -119,15 +124,40 @@ class RunSettings(dg.ConfigurableResource[None]):
             as_of, source = as_of_partition(window.start, window.end, now, last_instant=whole_days), "partition"
         else:
             as_of, source = now, "now"
+        dry_run = self.dry_run or context.run.tags.get(DRY_RUN_TAG, "false").lower() == "true"
+        _mark_partition(context, as_of, now, dry_run=dry_run)
         return RunScope(
             as_of=as_of,
             source=source,
             heals=scheduled or source == "now",
-            dry_run=self.dry_run,
+            dry_run=dry_run,
             max_changes=self.max_changes,
             run_id=context.run_id,
             approved_plan=self.approved_plan.strip() if self.approved_plan and self.approved_plan.strip() else None,
         )
+
+
+def _mark_partition(context: dg.OpExecutionContext, as_of: datetime, now: datetime, *, dry_run: bool) -> None:
+    """Let the grid show what was covered: a dry run marks nothing, and a launch for today marks today."""
+    partitions = context.job_def.partitions_def
+    if not isinstance(partitions, dg.DailyPartitionsDefinition | dg.HourlyPartitionsDefinition):
+        return
+    own_set = f"{context.job_name}_partition_set"
+    key = context.run.tags.get(PARTITION_TAG)
+    tags: dict[str, str] = {}
+    if dry_run:
+        tags[DRY_RUN_TAG] = "true"
+        if key is not None:
+            tags[PARTITION_SET_TAG] = f"{own_set} (dry runs)"
+    elif key is not None:
+        tags[PARTITION_SET_TAG] = own_set  # a run that repeats a dry run has that one's tags
+    elif isinstance(partitions, dg.DailyPartitionsDefinition):
+        zone = ZoneInfo(partitions.timezone)
+        today = now.astimezone(zone).strftime(partitions.fmt)
+        if as_of.astimezone(zone).strftime(partitions.fmt) == today and partitions.has_partition_key(today):
+            tags |= {PARTITION_TAG: today, PARTITION_SET_TAG: own_set}
+    if any(context.run.tags.get(name) != value for name, value in tags.items()):
+        context.instance.add_run_tags(context.run_id, tags)
 
 
 def _partition_window(context: dg.OpExecutionContext) -> dg.TimeWindow:
