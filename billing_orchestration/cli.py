@@ -1,4 +1,4 @@
-"""The command `billing-orchestration`: migrate, doctor, webserver, quarantine, explain, sandbox, demo.
+"""The command `billing-orchestration`: migrate, doctor, start, stop, webserver, quarantine, explain, sandbox, demo.
 
 An expected failure is one line on stderr. Exit codes: 0 done, 1 failed, 2 wrong usage. Each command imports only what
 it needs, so that `--help` and a typing error answer at once.
@@ -36,12 +36,13 @@ def _reason(error: Exception) -> str | None:
     """What an expected failure says; None for any other, which is a defect of ours."""
     from billing_orchestration.database.errors import BillingDatabaseError
     from billing_orchestration.desk.resolving import NotResolved
+    from billing_orchestration.desk.switching import NotSwitched
     from billing_orchestration.provider.errors import ProviderError
     from billing_orchestration.settings import SettingsError
 
     if isinstance(error, ProviderError):
         return f"the provider gave no usable answer, so nothing was changed: {error}"
-    if isinstance(error, (NotResolved, SettingsError, BillingDatabaseError, argparse.ArgumentTypeError)):
+    if isinstance(error, (NotResolved, NotSwitched, SettingsError, BillingDatabaseError, argparse.ArgumentTypeError)):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("billing_orchestration"):
         return f"{error.name} is not installed: this command needs pip install 'billing-orchestration[sandbox]'"
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor = commands.add_parser("doctor", help="check settings, database, schema and provider; say how to fix each")
     doctor.set_defaults(run=_doctor)
+    _add_switches(commands)
     _add_webserver(commands)
     _add_casework(commands)
     sandbox = commands.add_parser("sandbox", help="start the provider's sandbox on this machine")
@@ -76,6 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="run the five jobs on example data, and show what changed")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_switches(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    stop = commands.add_parser("stop", help="switch schedules off, at once and for sure; without a JOB, all of them")
+    stop.set_defaults(run=_stop)
+    start = commands.add_parser(
+        "start", help="switch schedules on after a look by doctor, charging last; without a JOB, all of them"
+    )
+    start.set_defaults(run=_start)
+    start.add_argument("-w", "--workspace", type=Path, help="where the code is (default: the deployment's own)")
+    start.add_argument("--without-doctor", action="store_true", help="do not look at settings and database first")
+    for switch in (stop, start):
+        switch.add_argument("jobs", nargs="*", metavar="JOB", help="autopayment_job, expire_payments_job, ...")
 
 
 def _add_webserver(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -175,6 +190,27 @@ def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
         _say(str(finding))
         faults += finding.level is Level.FAULT
     return FAILED if faults else 0
+
+
+def _stop(arguments: argparse.Namespace) -> None:
+    from billing_orchestration.desk.switching import open_history, stop
+
+    with open_history() as history:
+        _say_all(stop(history, arguments.jobs))
+
+
+def _start(arguments: argparse.Namespace) -> int | None:
+    from billing_orchestration.desk.doctor import Level, diagnose
+    from billing_orchestration.desk.switching import open_history, own_workspace, start
+
+    faults = [] if arguments.without_doctor else [found for found in diagnose() if found.level is Level.FAULT]
+    if faults:
+        _say_all(str(found) for found in faults)
+        _say("No schedule was switched on: fix what doctor names, then repeat the command.")
+        return FAILED
+    with open_history() as history:
+        _say_all(start(history, arguments.workspace or own_workspace(), arguments.jobs))
+    return None
 
 
 def _quarantine(arguments: argparse.Namespace) -> None:

@@ -49,7 +49,8 @@ def tick_schedule(
         name=name,
         cron_schedule=cron,
         execution_timezone=timezone,
-        default_status=dg.DefaultScheduleStatus.RUNNING,
+        # Nothing is written before somebody has looked: `billing-orchestration start` switches schedules on.
+        default_status=dg.DefaultScheduleStatus.STOPPED,
         description=description,
     )
     def schedule(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:

@@ -146,6 +146,13 @@ def _dagster(stage: Stage, port: int) -> Iterator[Sequence[_Part]]:
         web = start("webserver", "-m", "billing_orchestration.cli", "webserver", "-w", str(workspace), "-p", str(port))
         daemon = start("daemon", "-m", "dagster._daemon", "run", "-w", str(workspace))
         web.wait_until(lambda: _answers(port))
+        switch_on = ("billing_orchestration.cli", "start", "--without-doctor", "-w", str(workspace))
+        switched = subprocess.run(
+            [sys.executable, "-m", *switch_on],
+            env=stage.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if switched.returncode:
+            raise StageError(f"the schedules cannot be switched on: {switched.stderr.strip()}")
         yield code, web, daemon
 
 

@@ -20,7 +20,7 @@ import dagster as dg
 import sqlalchemy as sa
 
 from billing_orchestration.sandbox.provider.server import Sandbox
-from billing_orchestration_tests.browser.deployment import Deployment, deployed, wait_for
+from billing_orchestration_tests.browser.deployment import ROOT, Deployment, deployed, wait_for
 from billing_orchestration_tests.fixtures.receiver import Receiver
 from billing_orchestration_tests.jobs.service import Service
 
@@ -118,6 +118,7 @@ def open_desk(
         deployment.env["DAGSTER_UI_URL"] = deployment.address
         desk = Desk(deployment, service, zone, now, now, receiver)
         deployment.start_code_server()
+        deployment.command("start", "--without-doctor", "-w", str(ROOT / "workspace.grpc.yaml"))
         deployment.start_webserver()
         _outage(deployment)
         # Not before: a sensor that begins a look and is cut off would alert about what it found twice.

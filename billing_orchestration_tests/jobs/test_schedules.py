@@ -67,12 +67,12 @@ def requested(instance: dg.DagsterInstance, schedule: str, at: datetime) -> dg.R
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_each_job_has_a_schedule_that_runs_from_the_start(name: str) -> None:
+def test_each_job_has_a_schedule_that_is_off_until_a_person_switches_it_on(name: str) -> None:
     job, cron = ALL[name]
     schedule = build_definitions().resolve_schedule_def(name)
 
     assert (schedule.job_name, schedule.cron_schedule, schedule.execution_timezone) == (job, cron, "UTC")
-    assert schedule.default_status is dg.DefaultScheduleStatus.RUNNING
+    assert schedule.default_status is dg.DefaultScheduleStatus.STOPPED
     assert schedule.description
 
 
