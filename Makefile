@@ -17,7 +17,7 @@ FIRST := 1
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo dev test check bench torture conformance browser clean
+.PHONY: help demo dev test check bench torture conformance browser lock sbom clean
 
 # Without compiled files every run of a job costs 2.5 times the CPU, so they are written whatever the caller's shell
 # says. Another Python's paths must not leak into .venv.
@@ -41,6 +41,8 @@ check: $(STAMP) ## Check lint, format, types, layers, shape, definitions, tracke
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
 	@$(VENV)/bin/lint-imports
+	@$(VENV)/bin/hadolint Dockerfile
+	@$(PYTHON) .ci/check_image
 	@$(PYTHON) .ci/check_definitions
 	@$(PYTHON) .ci/check_tracked_files
 	@$(PYTHON) .ci/check_shape
@@ -79,6 +81,24 @@ conformance: $(VENV)/.conformance ## Judge client and sandbox by the provider's 
 
 $(VENV)/.conformance: $(STAMP)
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[conformance]'
+	@touch $@
+
+# For the Python of the image. Changes of constraints.txt are not in the image until this was run: `make check` says so.
+LOCK := $(VENV)/bin/uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' \
+  --no-emit-index-url --no-emit-find-links --constraints constraints.txt --python-platform linux \
+  --python-version $(shell sed -n 's/^ARG PYTHON_IMAGE=python:\([0-9.]*\).*/\1/p' Dockerfile)
+
+lock: $(VENV)/.supply ## Write down the image's packages with the hashes of their files (needs the package index)
+	@$(LOCK) pyproject.toml --output-file deploy/requirements.txt >/dev/null
+	@echo setuptools | $(LOCK) - --output-file deploy/requirements.build.txt >/dev/null
+
+sbom: $(VENV)/.supply ## List the image's packages for auditors, as CycloneDX: dist/sbom.cdx.json
+	@mkdir -p dist
+	@cat deploy/requirements.build.txt deploy/requirements.txt | PYTHONWARNINGS=ignore $(VENV)/bin/cyclonedx-py requirements - \
+	  --pyproject pyproject.toml --output-reproducible --output-file dist/sbom.cdx.json
+
+$(VENV)/.supply: $(STAMP)
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[supply]'
 	@touch $@
 
 clean: ## Remove .venv, the demo's data and all caches
