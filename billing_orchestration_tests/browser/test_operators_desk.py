@@ -250,9 +250,9 @@ def test_the_launchpad_describes_the_shared_run_config(desk: Desk, ui: Ui) -> No
     for job in (AUTOPAYMENT, SUCCESSFUL_JOB):
         ui.open_launchpad(job)
         offered = ui.completions()
-        assert "Show every decision and write nothing" in offered
-        assert "The instant the run stands for, ISO 8601" in offered
-        assert "Stop before anything is applied" in offered
+        assert "Show every decision. Write nothing" in offered
+        assert "The instant the run stands for: ISO 8601" in offered
+        assert "Stop before applying anything" in offered
 
 
 def test_the_backfill_of_days_repeated_charges_nobody(desk: Desk, ui: Ui, days_again: Repetition) -> None:
