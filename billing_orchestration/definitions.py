@@ -16,12 +16,13 @@ from billing_orchestration.jobs import (
     matching_successful_payments,
     money_checks,
     prune_run_history,
+    reconciliation,
 )
 from billing_orchestration.jobs.approval import PLANS
 from billing_orchestration.jobs.autopayment.shards import in_process_or_multiprocess
 from billing_orchestration.jobs.missed_days import missed_days_sensor
 from billing_orchestration.jobs.money_checks import GROUP
-from billing_orchestration.jobs.partitions import DAILY
+from billing_orchestration.jobs.partitions import DAILY, RECONCILED
 from billing_orchestration.jobs.run_alerts import failed_run_sensor
 from billing_orchestration.provider.client import PaymentProvider
 from billing_orchestration.resources import (
@@ -44,6 +45,7 @@ JOBS = (
     matching_pending_payments.matching_pending_payments_job,
     matching_successful_payments.matching_successful_payments_job,
     prune_run_history.run_history_job,
+    reconciliation.reconciliation_job,
 )
 SCHEDULES = (
     autopayment.autopayment_daily_schedule,
@@ -52,6 +54,7 @@ SCHEDULES = (
     matching_pending_payments.matching_pending_payments_every_2_minutes_schedule,
     matching_successful_payments.matching_successful_payments_every_2_minutes_schedule,
     prune_run_history.run_history_daily_schedule,
+    reconciliation.reconciliation_daily_schedule,
 )
 _DAILY_SCHEDULES = tuple(schedule for schedule in SCHEDULES if "daily" in schedule.name)
 _PLOTTED_BY_DAY = (autopayment.autopayment_job.name, expire_payments.JOB, expire_subscriptions.JOB)
@@ -97,6 +100,12 @@ def _plotted_assets() -> Iterator[dg.AssetSpec]:
             partitions_def=DAILY,
             group_name=GROUP,
         )
+    yield dg.AssetSpec(
+        dg.AssetKey(["billing", reconciliation.ASSET]),
+        description="Both sides' books, by day: paid, fees, refunds, differences. See Metadata, Plots.",
+        partitions_def=RECONCILED,
+        group_name=GROUP,
+    )
     for job in _PLOTTED_BY_TICK:
         yield dg.AssetSpec(
             dg.AssetKey(["billing", job]),

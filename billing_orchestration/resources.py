@@ -154,9 +154,17 @@ def _mark_partition(context: dg.OpExecutionContext, as_of: datetime, now: dateti
     elif isinstance(partitions, dg.DailyPartitionsDefinition):
         zone = ZoneInfo(partitions.timezone)
         today = now.astimezone(zone).strftime(partitions.fmt)
-        if as_of.astimezone(zone).strftime(partitions.fmt) == today and partitions.has_partition_key(today):
-            tags |= {PARTITION_TAG: today, PARTITION_SET_TAG: own_set}
+        if as_of.astimezone(zone).strftime(partitions.fmt) == today:
+            mark_covered(context, today)
     if any(context.run.tags.get(name) != value for name, value in tags.items()):
+        context.instance.add_run_tags(context.run_id, tags)
+
+
+def mark_covered(context: dg.OpExecutionContext, key: str) -> None:
+    """Let the grid show the partition that a launch without one has covered."""
+    partitions = context.job_def.partitions_def
+    if PARTITION_TAG not in context.run.tags and partitions is not None and partitions.has_partition_key(key):
+        tags = {PARTITION_TAG: key, PARTITION_SET_TAG: f"{context.job_name}_partition_set"}
         context.instance.add_run_tags(context.run_id, tags)
 
 

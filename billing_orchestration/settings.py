@@ -35,6 +35,8 @@ PRODUCTION_API_URL = "https://api.yookassa.ru/v3"
 DEFAULT_TIMEZONE = "UTC"
 DEFAULT_UI_URL = "http://localhost:3000"
 DEFAULT_FIRST_DAY = date(2026, 1, 1)
+# What customers and accountants read; the first is the default. Operators' texts are English.
+LANGUAGES = ("ru", "en")
 # Ten years. More is a typing error, and dates overflow.
 LONGEST_SPAN_DAYS = 3650
 _HOST_AND_PORT = re.compile(r"([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
@@ -97,6 +99,12 @@ def _timezone(value: str | ZoneInfo) -> ZoneInfo:
         return ZoneInfo(value)
     except (KeyError, ValueError, OSError):  # unknown, malformed, or the name of a whole folder of zones
         raise ValueError("is not a time zone; use an IANA name such as Europe/Moscow or UTC") from None
+
+
+def _language(text: str) -> str:
+    if text.lower() not in LANGUAGES:
+        raise ValueError(f"is not a language; use {' or '.join(LANGUAGES)}")
+    return text.lower()
 
 
 def _day(value: str | date) -> date:
@@ -244,6 +252,8 @@ class Settings(BaseSettings):
     yookassa_api_url: Annotated[str, BeforeValidator(_api_url)] = PRODUCTION_API_URL
     yookassa_charge_done_s: float = CHARGE_DONE_S
     billing_timezone: Annotated[ZoneInfo, BeforeValidator(_timezone)] = ZoneInfo(DEFAULT_TIMEZONE)
+    reconciliation_timezone: Annotated[ZoneInfo | None, BeforeValidator(_timezone)] = None
+    billing_language: Annotated[str, BeforeValidator(_language)] = LANGUAGES[0]
     pending_payment_ttl_days: Annotated[int, BeforeValidator(_days(1))] = 7
     subscription_grace_days: Annotated[int, BeforeValidator(_days(0))] = 3
     run_history_days: Annotated[int, BeforeValidator(_days(1))] = 30
@@ -303,6 +313,11 @@ class Settings(BaseSettings):
         if receipts != "off" and missing:
             raise ValueError(f"needs {' and '.join(missing)}: ask the shop's accountant")
         return receipts
+
+    @property
+    def reconciliation_zone(self) -> ZoneInfo:
+        """Where a reconciled day begins and ends: the billing time zone, unless another was set."""
+        return self.reconciliation_timezone or self.billing_timezone
 
     @property
     def is_live_shop(self) -> bool:
@@ -387,11 +402,12 @@ def _in_words(fault: Any) -> str:
 
 
 class _PartitionGrid(BaseSettings):
-    """The two texts behind the partition grid, unchecked."""
+    """The texts behind the partition grids, unchecked."""
 
     model_config = Settings.model_config
 
     billing_timezone: str = DEFAULT_TIMEZONE
+    reconciliation_timezone: str = ""
     billing_first_day: str = DEFAULT_FIRST_DAY.isoformat()
 
 
@@ -401,6 +417,15 @@ def partition_timezone() -> str:
         return _timezone(_PartitionGrid().billing_timezone.strip() or DEFAULT_TIMEZONE).key
     except (ValueError, OSError):
         return DEFAULT_TIMEZONE
+
+
+def reconciliation_partition_timezone() -> str:
+    """The same for the days that are reconciled: `RECONCILIATION_TIMEZONE` if given and valid."""
+    try:
+        name = _PartitionGrid().reconciliation_timezone.strip()
+        return _timezone(name).key if name else partition_timezone()
+    except (ValueError, OSError):
+        return partition_timezone()
 
 
 def partition_first_day() -> date:

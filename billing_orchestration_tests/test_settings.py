@@ -17,6 +17,7 @@ from billing_orchestration.settings import (
     load_what_is_right,
     partition_first_day,
     partition_timezone,
+    reconciliation_partition_timezone,
 )
 
 REQUIRED = {
@@ -29,6 +30,8 @@ VARIABLES = (
     "YOOKASSA_API_URL",
     "YOOKASSA_CHARGE_DONE_S",
     "BILLING_TIMEZONE",
+    "RECONCILIATION_TIMEZONE",
+    "BILLING_LANGUAGE",
     "BILLING_FIRST_DAY",
     "PENDING_PAYMENT_TTL_DAYS",
     "SUBSCRIPTION_GRACE_DAYS",
@@ -122,6 +125,8 @@ def test_an_empty_setting_that_has_a_default_is_the_default(environment: pytest.
         ("UI_HOSTS", "https://secret.example", "must hold names as a browser shows them"),
         ("UI_HOSTS", "*.secret.example", "must hold names as a browser shows them"),
         ("UI_READ_ONLY", "secret", "must be yes or no"),
+        ("RECONCILIATION_TIMEZONE", "secret", "not a time zone"),
+        ("BILLING_LANGUAGE", "secret", "is not a language; use ru or en"),
         ("YOOKASSA_SHOP_ID", "100500:test_secret", "holds a colon"),
         ("YOOKASSA_SHOP_ID", "100 500", "holds a space"),
         ("YOOKASSA_SECRET_KEY", "test_secret key", "holds a space"),
@@ -225,6 +230,15 @@ def test_an_env_file_is_read_and_the_environment_goes_before_it(
     assert settings.yookassa_secret_key.get_secret_value() == "test_secret-key"
     assert settings.billing_timezone.key == partition_timezone() == "Asia/Tokyo"
     assert settings.first_partition_day == partition_first_day() == date(2026, 3, 1)
+
+
+def test_days_are_reconciled_in_the_billing_time_zone_unless_another_is_set(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("BILLING_TIMEZONE", "Asia/Tokyo")
+    assert load_settings().reconciliation_zone.key == reconciliation_partition_timezone() == "Asia/Tokyo"
+    environment.setenv("RECONCILIATION_TIMEZONE", "Europe/Moscow")
+    assert load_settings().reconciliation_zone.key == reconciliation_partition_timezone() == "Europe/Moscow"
+    environment.setenv("RECONCILIATION_TIMEZONE", "Moscow")
+    assert reconciliation_partition_timezone() == "Asia/Tokyo"
 
 
 def test_an_env_file_that_is_no_text_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
 import sqlalchemy as sa
 
@@ -13,6 +14,7 @@ from billing_orchestration.database.conventions import naive_utc
 from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.domain.settlement_decisions import PaymentRow
 
+Id = TypeVar("Id", str, int)
 # For a hundred thousand ids at once PostgreSQL would read a payments table of five million rows from end to end.
 _IDS_AT_A_TIME = 2000
 
@@ -64,15 +66,16 @@ def fetch_rows(connection: sa.Connection, provider_ids: Sequence[str]) -> list[P
 
 
 def _rows_by_ids(connection: sa.Connection, where: str, ids: Sequence[str]) -> list[PaymentRow]:
-    return [row for part in _parts(ids) for row in select_rows(connection, where, {"ids": part})]
+    return [row for part in parts_of(ids) for row in select_rows(connection, where, {"ids": part})]
 
 
 def fetch_settled(connection: sa.Connection, provider_ids: Sequence[str]) -> set[str]:
     """Which of these provider payments are in our settlements."""
-    return {id_ for part in _parts(provider_ids) for id_ in connection.execute(_SETTLED, {"ids": part}).scalars()}
+    return {id_ for part in parts_of(provider_ids) for id_ in connection.execute(_SETTLED, {"ids": part}).scalars()}
 
 
-def _parts(ids: Sequence[str]) -> Iterator[list[str]]:
+def parts_of(ids: Sequence[Id]) -> Iterator[list[Id]]:
+    """Many ids in parts, each few enough that an index is used."""
     for start in range(0, len(ids), _IDS_AT_A_TIME):
         yield list(ids[start : start + _IDS_AT_A_TIME])
 

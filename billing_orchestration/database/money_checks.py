@@ -19,6 +19,8 @@ LOOKS_BACK = timedelta(days=7)
 LOOKS_BACK_FOR_TWINS = timedelta(days=60)
 # There is a tick every two minutes: a lag of an hour is no slow run.
 MATCHING_MAY_LAG = timedelta(hours=1)
+# Yesterday is reconciled in the morning: by noon, whatever time zone a day is counted in.
+RECONCILING_MAY_LAG = timedelta(hours=36)
 _MOST_NAMED = 10
 
 
@@ -88,6 +90,21 @@ _PAID_TWICE = sa.text(f"""
     WHERE resolved_at IS NULL AND kind = '{SECOND_SUCCESS}'
 """)
 
+_NOT_RECONCILED = sa.text("""
+    SELECT 'day ' || day || ': ' || unexplained || ' of ' || differences || ' differences are before nobody (run '
+           || run_id || ')' AS what
+    FROM billing_orchestration.reconciled_days WHERE ends_at > :since AND unexplained > 0
+    UNION ALL
+    SELECT 'nothing from ' || to_char(ended_at, 'YYYY-MM-DD HH24:MI') || ' to '
+           || to_char(starts_at, 'YYYY-MM-DD HH24:MI') || ' UTC was reconciled'
+    FROM (SELECT starts_at, ends_at, lag(ends_at) OVER (ORDER BY ends_at) AS ended_at
+          FROM billing_orchestration.reconciled_days) AS days
+    WHERE ends_at > :since AND ended_at < starts_at
+    UNION ALL
+    SELECT 'nothing since ' || to_char(max(ends_at), 'YYYY-MM-DD HH24:MI') || ' UTC was reconciled'
+    FROM billing_orchestration.reconciled_days HAVING max(ends_at) < :late
+""")
+
 _NOT_COVERED = sa.text("""
     SELECT job || ' has covered nothing since ' || to_char(covered_until, 'YYYY-MM-DD HH24:MI') || ' UTC' AS what
     FROM billing_orchestration.watermarks WHERE covered_until < :since ORDER BY job
@@ -119,6 +136,14 @@ def no_second_success(connection: sa.Connection, now: datetime) -> Verdict:
 def matching_keeps_up(connection: sa.Connection, now: datetime) -> Verdict:
     """Both matching jobs have covered the last hour."""
     return _ask(connection, _NOT_COVERED, now - MATCHING_MAY_LAG)
+
+
+def day_reconciled(connection: sa.Connection, now: datetime) -> Verdict:
+    """Yesterday and the six days before were reconciled, and each difference is before a person.
+
+    It looks back to the first day that was ever reconciled, and no further.
+    """
+    return _ask(connection, _NOT_RECONCILED, now - LOOKS_BACK, late=now - RECONCILING_MAY_LAG)
 
 
 _NUMBERS = sa.text(f"""

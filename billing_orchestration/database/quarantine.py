@@ -41,6 +41,11 @@ class Entry:
         return self.problem_key.removesuffix(f":{self.kind}")
 
     @property
+    def about_books(self) -> bool:
+        """Whether it is about books that differ, and not about a grant: reconciliation opened it."""
+        return "books" in self.evidence
+
+    @property
     def about_provider_payment(self) -> bool:
         """Whether it is about a payment at the provider, rather than a row that could not be written."""
         about_a_row = self.kind == NOT_WRITABLE and self.payment_id is not None

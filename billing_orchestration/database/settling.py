@@ -83,7 +83,7 @@ def settle_batch(
     rows = Rows(stamp.at)
     for decision in decisions:
         rows.add(decision, subscription_of(decision, created))
-    _finish_payments(connection, stamp, rows)
+    finish_payments(connection, stamp, rows.finished)
     _void_attempts(connection, stamp, rows)
     _insert_lost_attempts(connection, stamp, rows)
     _save_methods(connection, rows)
@@ -214,13 +214,13 @@ _FINISH_PAYMENT = """
 """
 
 
-def _finish_payments(connection: sa.Connection, stamp: Stamp, rows: Rows) -> None:
-    """Turn payment rows SUCCEEDED or REFUNDED. They were read under lock. Raises NotAsMeant."""
-    if not rows.finished:
+def finish_payments(connection: sa.Connection, stamp: Stamp, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Give payment rows a status, as in `Rows.finished`. They were read under lock. Raises NotAsMeant."""
+    if not rows:
         return
-    bound = {"rows": to_json(rows.finished), "naive_at": naive_utc(stamp.at)}
+    bound = {"rows": to_json(rows), "naive_at": naive_utc(stamp.at)}
     finished = connection.exec_driver_sql(_FINISH_PAYMENT, bound).scalar_one()
-    if finished != len(rows.finished):
+    if finished != len(rows):
         raise NotAsMeant("a payment row")
 
 

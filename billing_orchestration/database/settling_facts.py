@@ -158,6 +158,8 @@ _LOCK_PAYMENT_ROWS = f"""
     -- An entry about a row of the service's (its expiry was refused) says nothing about the provider's payment.
     WHERE external_payment_id = ANY(%(ids)s) AND resolution = '{IGNORED}'
       AND NOT (kind = '{NOT_WRITABLE}' AND payment_id IS NOT NULL)
+      -- One about differing books says nothing about a grant.
+      AND NOT jsonb_exists(evidence, 'books')
 """
 
 

@@ -219,6 +219,19 @@ quarantine = sa.Table(
     sa.Index("quarantine_external_payment_id", "external_payment_id"),
 )  # fmt: skip
 
+reconciled_days = sa.Table(
+    "reconciled_days",
+    ours,
+    sa.Column("day", sa.Date, primary_key=True),
+    sa.Column("starts_at", Instant, nullable=False),
+    sa.Column("ends_at", Instant, nullable=False),
+    sa.Column("lines", sa.Integer, nullable=False),
+    sa.Column("differences", sa.Integer, nullable=False, comment="left after repairs"),
+    sa.Column("unexplained", sa.Integer, nullable=False, comment="of them, those that are before nobody"),
+    sa.Column("run_id", sa.Text, nullable=False),
+    sa.Column("reconciled_at", Instant, nullable=False),
+)
+
 watermarks = sa.Table(
     "watermarks",
     ours,

@@ -63,7 +63,7 @@ def shown(engine: sa.Engine, entry_id: int) -> list[str]:
         ]
     lines.append(f"  what `billing-orchestration quarantine resolve {entry.id} … --reason TEXT` would do:")
     lines.append(f"    --accept: {kind.accept}")
-    if kind.attach and entry.about_provider_payment:
+    if kind.attach and entry.about_provider_payment and not entry.about_books:
         lines.append(f"    --attach SUBSCRIPTION: {kind.attach}")
     lines.append(f"    --ignore: {kind.ignore}")
     if entry.external_payment_id is not None:

@@ -2,7 +2,8 @@
 
 Accept: the payment is booked as it is. Attach: one period of a subscription's plan for that
 subscription. Ignore: nothing is granted, and settling leaves the payment for ever. An entry that is about no payment
-(a gap, a row that could not be written) is only closed. docs/operations.md says what each does for each kind.
+(a gap, a row that could not be written) is only closed. One about books that differ grants nothing: accepted, our rows
+take the provider's truth. docs/operations.md says what each does for each kind.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from billing_orchestration.database.quarantine import (
     close_entry,
     read_entry,
 )
+from billing_orchestration.database.reconciliation import adopt, lock_rows, settled_row
 from billing_orchestration.database.settling import Settled, settle_batch
 from billing_orchestration.database.settling_facts import lock_user_names, lock_users
+from billing_orchestration.domain.adoption import RowChange, provider_truth
 from billing_orchestration.domain.answers import as_answer_to
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.decisions import Code
@@ -104,12 +107,10 @@ def resolve(
     with read(engine) as connection:
         entry = _open_entry(read_entry(connection, entry_id), entry_id)
     stamp = Stamp(JOB, f"cli-{uuid.uuid4()}", now())
+    if entry.about_books:
+        return _resolve_books(engine, connect, stamp, entry, resolution)
     if resolution.word == IGNORED or not entry.about_provider_payment or entry.kind in GRANTED_ALREADY:
-        if resolution.word == ATTACHED:
-            raise NotResolved(
-                f"entry {entry.id} ({entry.kind}) holds nothing that could be granted to a subscription: accept or"
-                " ignore it"
-            )
+        _refuse_attaching(entry, resolution)
         with begin(engine) as connection:
             if entry.about_provider_payment and entry.kind not in GRANTED_ALREADY:
                 _refuse_granted(connection, entry)
@@ -128,6 +129,71 @@ def resolve(
         _granted_in_words(settled),
         f"entry {entry.id} is closed as {resolution.word} (audit trail: {stamp.run_id})",
     ]
+
+
+def _refuse_attaching(entry: Entry, resolution: Resolution) -> None:
+    if resolution.word == ATTACHED:
+        raise NotResolved(
+            f"entry {entry.id} ({entry.kind}) holds nothing that could be granted to a subscription: accept or"
+            " ignore it"
+        )
+
+
+def _resolve_books(
+    engine: sa.Engine, connect: Callable[[], PaymentProvider], stamp: Stamp, entry: Entry, resolution: Resolution
+) -> list[str]:
+    """Close an entry about books that differ. Accepted: our rows take what the provider says now.
+
+    What moves: no money and no grant; the status or amount of the payment's rows. One transaction: the user's lock, the
+    rows, the entry (still open?), the rows changed, the audit trail. Killed anywhere: all of it or nothing.
+    """
+    _refuse_attaching(entry, resolution)
+    payment = _there(connect, entry.external_payment_id) if resolution.word == ACCEPTED else None
+
+    def close(_: Sequence[Entry]) -> list[RowChange]:
+        with begin(engine) as connection:
+            payment_id = entry.external_payment_id
+            changes: list[RowChange] = []
+            if resolution.word == ACCEPTED:
+                lock_user_names(connection, [payment.lock_name if payment else f"payment {payment_id}"])
+                rows = lock_rows(connection, payment_id, entry.payment_id)
+                holder = None if payment_id is None else settled_row(connection, payment_id)
+                changes = provider_truth(rows, payment, holder)
+            _close(connection, stamp, entry, resolution.word, resolution)
+            adopt(connection, stamp, changes, f"{resolution.by}: {resolution.reason}", payment_id)
+            return changes
+
+    closed = write_alone(entry, close)
+    if isinstance(closed, NotWritten):
+        raise NotResolved(f"entry {entry.id} was not resolved, nothing was written: {closed.reason}")
+    corrected = [
+        f"payment {change.row.id}: {change.row.status} becomes {change.status}"
+        + (f", {change.row.money} becomes {change.money}" if change.money else "")
+        for change in closed
+    ]
+    return [
+        *(corrected or ["no row is changed"]),
+        f"entry {entry.id} is closed as {resolution.word}; grants stay as they are (audit trail: {stamp.run_id})",
+    ]
+
+
+def _there(connect: Callable[[], PaymentProvider], payment_id: str | None) -> ProviderPayment | None:
+    """The provider's payment as it is now; None where it knows none."""
+    if payment_id is None:
+        return None
+    provider = connect()
+    try:
+        payment = provider.get_payment(payment_id)
+    except PaymentNotFound:
+        return None
+    finally:
+        provider.close()
+    if isinstance(payment, UnusablePayment):
+        raise NotResolved(
+            f"the provider's record of payment {payment_id} cannot be read ({payment.reason}): correct the row by hand,"
+            " then ignore the entry"
+        )
+    return payment
 
 
 def _open_entry(entry: Entry | None, entry_id: int) -> Entry:

@@ -19,6 +19,7 @@ class Kind:
 
 _ATTACH = "it pays one period of that subscription's plan"
 _NOTHING = "nothing is granted, now or later: refund it at the provider"
+_STAYS = "the row stays as it is"
 _AGAIN = "settles it if the obstacle is gone, else says what still blocks it"
 
 # What a problem is opened as; settling decides for most of them (`settlement.Quarantine`).
@@ -38,6 +39,10 @@ ProblemKind = Literal[
     "two_active",
     "unwanted_renewal",
     "spent_period",
+    "not_paid_there",
+    "refunded_there",
+    "refunded_here",
+    "doubled_here",
     "unreadable",
     "not_writable",
     "rejected",
@@ -53,8 +58,18 @@ NO_CONTACT: ProblemKind = "no_contact"
 RECEIPT: ProblemKind = "receipt"
 # Opened for a payment that is granted: no resolution grants it once more.
 GRANTED_ALREADY: tuple[ProblemKind, ...] = ("unwanted_renewal", "spent_period", "receipt")
+# Opened by reconciliation alone: the books differ, and the row may take the provider's truth. Nothing is granted by it.
+OF_THE_BOOKS: tuple[ProblemKind, ...] = ("not_paid_there", "refunded_there", "refunded_here", "doubled_here")
 # The others are proved to be gone by a later, successful settling of the payment.
-FOR_A_PERSON: tuple[ProblemKind, ...] = (*GRANTED_ALREADY, SECOND_SUCCESS, TWO_ACTIVE, "rejected", "gap", "no_contact")
+FOR_A_PERSON: tuple[ProblemKind, ...] = (
+    *GRANTED_ALREADY,
+    *OF_THE_BOOKS,
+    SECOND_SUCCESS,
+    TWO_ACTIVE,
+    "rejected",
+    "gap",
+    "no_contact",
+)
 
 # What a person makes of a problem. After MENDED it may open a new entry; the others are the last word.
 ACCEPTED, ATTACHED, IGNORED, MENDED = "accepted", "attached", "ignored", "mended"
@@ -62,10 +77,10 @@ LAST_WORDS = (ACCEPTED, ATTACHED, IGNORED)
 
 KINDS: Mapping[ProblemKind, Kind] = {
     "amount_differs": Kind(
-        "paid, but in another amount or currency than asked",
-        "grants the period and books the provider's amount",
+        "paid, but in another amount or currency than asked, or than its paid row says",
+        "grants the period, if that is still to be done, and books the provider's amount",
         _ATTACH,
-        _NOTHING,
+        f"{_NOTHING}. Of a paid row: it stays as it is",
     ),
     "test_payment": Kind(
         "a test payment in a live shop: no real money", "grants it anyway", _ATTACH, "nothing is granted"
@@ -125,6 +140,30 @@ KINDS: Mapping[ProblemKind, Kind] = {
         "the grant stands; nothing is changed",
         "",
         "the grant stands; its end was moved in the service, or the payment was refunded by hand",
+    ),
+    "not_paid_there": Kind(
+        "paid by our books, and the provider took no money for it: granted unpaid",
+        "the row becomes CANCELED, EXPIRED or PENDING, as the provider says; end the grant in the service",
+        "",
+        _STAYS,
+    ),
+    "refunded_there": Kind(
+        "the provider gave the money back, in full or in part, and our books say paid",
+        "given back in full: the row becomes REFUNDED. In part: it stays, and that is known. The grant stands",
+        "",
+        _STAYS,
+    ),
+    "refunded_here": Kind(
+        "REFUNDED in our books, and the provider gave back nothing or only a part: the customer may wait for it",
+        "the row takes the provider's status; nothing is granted",
+        "",
+        "the row stays as it is: it is being refunded, or was by other means",
+    ),
+    "doubled_here": Kind(
+        "one payment stands in several paid rows: it may be granted twice",
+        "one row keeps it, the others become EXPIRED; end the second grant in the service",
+        "",
+        _STAYS,
     ),
     "unreadable": Kind(
         "a provider record that this version cannot read; it may be money",

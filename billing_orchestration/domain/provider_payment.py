@@ -85,6 +85,11 @@ class Claims(NamedTuple):
         """Whether it names a renewal attempt at all, readably or not."""
         return self.renewal_attempt_id is not None or ATTEMPT_KEY in self.malformed
 
+    @property
+    def are_ours(self) -> bool:
+        """Whether the metadata has any of our keys, readable or not. Without one it is another seller's payment."""
+        return any(self)
+
     def describe_gaps(self, *keys: str) -> list[str]:
         """Which of these keys have no usable value, and why."""
         return [

@@ -18,6 +18,7 @@ from billing_orchestration.database.errors import BillingDatabaseError
 from billing_orchestration.database.money_checks import (
     Verdict,
     count_and_last,
+    day_reconciled,
     matching_keeps_up,
     no_old_unknown,
     no_second_success,
@@ -81,6 +82,12 @@ CHECKS = (
         "Both matching jobs have covered the last hour.",
         "customers may have paid without access yet. The next tick that succeeds covers up to seven days.",
         "check that the daemon runs, that both schedules are on, and that their runs are green.",
+    ),
+    MoneyCheck(
+        day_reconciled,
+        "Yesterday and the six days before were reconciled: both sides agree, or each difference is before a person.",
+        "somebody may have paid without access, or has access unpaid, and nobody looks at it.",
+        "launch reconciliation_job for the days that it names, and read why its runs are red.",
     ),
 )
 

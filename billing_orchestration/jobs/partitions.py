@@ -1,14 +1,16 @@
-"""The partition grids: billing days for the daily jobs, UTC hours for the matching jobs.
+"""The partition grids: billing days for the daily jobs, UTC hours for the matching jobs, days to be reconciled.
 
-Both include the current period (`end_offset=1`): today's run marks today. Hours are UTC whatever the billing time zone:
-when the clocks go back, two hours would share one key.
+The first two include the current period (`end_offset=1`): today's run marks today. Hours are UTC whatever the billing
+time zone: when the clocks go back, two hours would share one key. The last one ends with yesterday and reaches back as
+far as the provider's lists do, whatever BILLING_FIRST_DAY says: comparing an old day grants nothing twice.
 """
 
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
+from zoneinfo import ZoneInfo
 
 import dagster as dg
 
-from billing_orchestration.settings import partition_first_day, partition_timezone
+from billing_orchestration.settings import partition_first_day, partition_timezone, reconciliation_partition_timezone
 
 BILLING_TIMEZONE = partition_timezone()
 _FIRST_DAY = partition_first_day().isoformat()
@@ -16,6 +18,18 @@ HOUR_FORMAT = "%Y-%m-%d-%H:%M"
 
 DAILY = dg.DailyPartitionsDefinition(start_date=_FIRST_DAY, timezone=BILLING_TIMEZONE, end_offset=1)
 HOURLY = dg.HourlyPartitionsDefinition(start_date=f"{_FIRST_DAY}-00:00", timezone="UTC", end_offset=1)
+
+
+# The provider keeps its lists for three years.
+KEPT = timedelta(days=3 * 365)
+RECONCILED = dg.DailyPartitionsDefinition(
+    start_date=(datetime.now(timezone.utc) - KEPT).strftime("%Y-%m-%d"), timezone=reconciliation_partition_timezone()
+)
+
+
+def day_before_key(tick: datetime) -> str:
+    """The partition that a reconciling tick stands for: the last day that was over, in that grid's time zone."""
+    return (tick.astimezone(ZoneInfo(RECONCILED.timezone)) - timedelta(days=1)).strftime("%Y-%m-%d")
 
 
 def day_key(tick: datetime) -> str | None:

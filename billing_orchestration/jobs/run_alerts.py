@@ -51,6 +51,11 @@ CONSEQUENCES: Mapping[str, Consequence] = {
         "no money moved; subscriptions that are over may still be ACTIVE.",
         "fix what the first line names and launch the job again.",
     ),
+    "reconciliation_job": Consequence(
+        "both sides' books of a day differ, or could not be compared. Nothing was taken back, and nothing is granted"
+        " twice.",
+        "decide about the entries of the quarantine, then launch the day again.",
+    ),
     "matching_pending_payments_job": _MATCHING,
     "matching_successful_payments_job": _MATCHING,
 }

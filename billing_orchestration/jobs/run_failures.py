@@ -21,6 +21,8 @@ class FailureCode:
     STOPPED_EARLY = "StoppedEarly"  # what was not begun stays as it is
     PROVIDER_FAILS = "ProviderFails"  # for everyone: charging stopped early
     TOO_MANY_CHANGES = "TooManyChanges"  # max_changes or the guard: nothing was applied
+    DAY_DIFFERS = "DayDiffers"  # all was applied, and differences are left
+    SUMS_DO_NOT_CLOSE = "SumsDoNotClose"  # a fault of the comparison itself: nothing was applied
     PLAN_CHANGED = "PlanChanged"  # not what was approved: nothing was applied
     NO_WORDS = "NoWords"  # the run's process ended without a word
 

@@ -142,8 +142,11 @@ def conclude(
     retry_hint: str,
     job: str,
     more: Mapping[str, dg.MetadataValue[Any]] | None = None,
+    red: tuple[str, str] | None = None,
 ) -> None:
     """Attach an applying op's report (and `more` metadata); end the run red if something must be retried.
+
+    `red`: a code and words, for a run that is red although nothing must be retried.
 
     A run that changed something gets the tag billing/changed with the number of changes. Raises dg.Failure; its first
     line says what to do and what is known about the money (`retry_hint`).
@@ -163,6 +166,8 @@ def conclude(
         others = "and this was a dry run: nothing was written." if scope.dry_run else f"{rest} {retry_hint}"
         code = (report.stop_code or FailureCode.STOPPED_EARLY) if report.stopped_by else FailureCode.MUST_BE_RETRIED
         raise failed(code, f"{why}{report.to_retry} must be retried, {others} In detail: {shown}{and_more}", metadata)
+    if red is not None:
+        raise failed(*red, metadata)
     context.add_output_metadata(metadata)
 
 

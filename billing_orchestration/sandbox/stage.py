@@ -40,6 +40,7 @@ _FOREIGN = (
     "PENDING_PAYMENT_",
     "SUBSCRIPTION_GRACE_",
     "RUN_HISTORY_",
+    "RECONCILIATION_",
     "ALERT_",
     "UI_",
 )

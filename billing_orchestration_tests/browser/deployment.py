@@ -36,6 +36,7 @@ _OURS = (
     "PENDING_PAYMENT_",
     "SUBSCRIPTION_GRACE_",
     "RUN_HISTORY_",
+    "RECONCILIATION_",
     "ALERT_",
     "UI_",
 )

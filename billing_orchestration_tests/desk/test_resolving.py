@@ -473,7 +473,7 @@ def test_the_list_and_an_entry_say_what_is_wrong_and_what_each_resolution_does(s
     assert "payment cheap: amount_differs: 299.00 RUB here, 199.00 RUB at the provider" in lines[0]
     whole = "\n".join(shown(service.engine, entry))
     assert '"amount": "199.00 RUB"' in whole
-    assert "--accept: grants the period and books the provider's amount" in whole
+    assert "--accept: grants the period, if that is still to be done, and books the provider's amount" in whole
 
     person(service, "ignored", entry)
     assert listed(service.engine, with_resolved=False) == ["the quarantine is empty: nothing waits for a person"]

@@ -263,7 +263,7 @@ def test_checks_and_numbers_are_written_once_an_hour(service: Service) -> None:
     assert watch.events() == []
     service.advance(minutes=1)
 
-    assert [type(event).__name__ for event in watch.events()] == ["AssetMaterialization"] + 4 * ["AssetCheckEvaluation"]
+    assert [type(event).__name__ for event in watch.events()] == ["AssetMaterialization"] + 5 * ["AssetCheckEvaluation"]
 
 
 def test_an_invariant_that_breaks_alerts_once_and_again_after_it_has_held(service: Service, told: Receiver) -> None:
@@ -308,6 +308,7 @@ def test_the_checks_hold_on_a_sound_service_and_can_be_run_from_the_ui(service: 
         "no_old_unknown": True,
         "no_second_success": True,
         "matching_keeps_up": True,
+        "day_reconciled": True,
     }
 
 
@@ -378,6 +379,28 @@ def test_matching_that_has_covered_nothing_for_an_hour_breaks_its_check(service:
     service.advance(minutes=61)
 
     assert not checks(service)["matching_keeps_up"]
+
+
+def test_a_day_that_was_not_reconciled_or_differs_before_nobody_breaks_its_check(service: Service) -> None:
+    assert service.tick("reconciliation_job").ok
+    assert checks(service)["day_reconciled"]
+    # Its row is deleted after it was granted, and nobody knows why.
+    service.advance(days=1)
+    service.paid_there("gone", plan_id=service.plan(), created_at=service.now - timedelta(days=1))
+    assert service.tick("reconciliation_job").ok
+    service.execute("DELETE FROM payments WHERE external_payment_id = 'gone'")
+    assert not service.tick("reconciliation_job").ok
+    assert not checks(service)["day_reconciled"]
+    service.execute("UPDATE billing_orchestration.reconciled_days SET unexplained = 0")
+    assert checks(service)["day_reconciled"]
+    # A day is left out; then nothing is compared any more.
+    service.advance(days=2)
+    assert service.tick("reconciliation_job").ok
+    assert not checks(service)["day_reconciled"]
+    assert service.run("reconciliation_job", partition="2026-03-13").ok
+    assert checks(service)["day_reconciled"]
+    service.advance(days=2)
+    assert not checks(service)["day_reconciled"]
 
 
 def test_the_numbers_tell_what_is_open_and_what_was_charged(service: Service) -> None:

@@ -1,4 +1,4 @@
-"""The five schedules: what a tick stands for, which partition it marks, and when it is skipped."""
+"""The schedules: what a tick stands for, which partition it marks, and when it is skipped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ MATCHING = {
     "matching_pending_payments_every_2_minutes_schedule": ("matching_pending_payments_job", "*/2 * * * *"),
     "matching_successful_payments_every_2_minutes_schedule": ("matching_successful_payments_job", "*/2 * * * *"),
 }
-ALL = {**DAILY, **MATCHING}
+RECONCILIATION = "reconciliation_daily_schedule"
+ALL = {**DAILY, **MATCHING, RECONCILIATION: ("reconciliation_job", "30 6 * * *")}
 MATCHING_SCHEDULE = "matching_pending_payments_every_2_minutes_schedule"
 UNFINISHED = ("QUEUED", "NOT_STARTED", "STARTING", "STARTED", "CANCELING")
 
@@ -131,7 +132,20 @@ def test_a_matching_tick_marks_the_last_whole_hour(
     assert requested(instance, name, at).partition_key == hour
 
 
-@pytest.mark.parametrize("name", ALL)
+def test_a_reconciling_tick_marks_the_day_before(instance: dg.DagsterInstance) -> None:
+    assert requested(instance, RECONCILIATION, datetime(2026, 3, 1, 6, 30, tzinfo=UTC)).partition_key == "2026-02-28"
+
+
+def test_three_years_can_be_reconciled_and_no_day_that_is_not_over() -> None:
+    partitions = build_definitions().get_job_def("reconciliation_job").partitions_def
+    assert partitions is not None
+    today = datetime.now(UTC).date()
+    keys = partitions.get_partition_keys()
+    assert str(today - timedelta(days=1)) == keys[-1]
+    assert str(today - timedelta(days=3 * 365)) == keys[0]
+
+
+@pytest.mark.parametrize("name", [*DAILY, *MATCHING])
 def test_a_tick_before_the_grid_begins_marks_nothing_and_runs(instance: dg.DagsterInstance, name: str) -> None:
     assert requested(instance, name, datetime(2025, 12, 31, 23, 58, tzinfo=UTC)).partition_key is None
 
@@ -241,12 +255,13 @@ from datetime import datetime
 from zoneinfo import ZoneInfo
 from billing_orchestration.jobs.autopayment import autopayment_daily_schedule
 from billing_orchestration.jobs.matching_pending_payments import matching_pending_payments_every_2_minutes_schedule
-from billing_orchestration.jobs.partitions import DAILY, HOURLY, day_key
+from billing_orchestration.jobs.partitions import DAILY, HOURLY, RECONCILED, day_before_key, day_key
 window = DAILY.time_window_for_partition_key("2026-03-12")
 print(autopayment_daily_schedule.execution_timezone)
 print(matching_pending_payments_every_2_minutes_schedule.execution_timezone)
 print(window.start.astimezone(ZoneInfo("UTC")).isoformat(), HOURLY.timezone)
 print(day_key(datetime(2026, 3, 12, 3, 0, tzinfo=ZoneInfo("Asia/Vladivostok"))))
+print(RECONCILED.timezone, day_before_key(datetime(2026, 3, 12, 6, 30, tzinfo=ZoneInfo("Asia/Vladivostok"))))
 """
 
 
@@ -254,12 +269,16 @@ def test_days_begin_in_the_billing_time_zone_and_matching_hours_in_utc() -> None
     # The grid is made when the code location loads: another time zone is another process.
     shown = subprocess.run(
         [sys.executable, "-c", _SHOWN],
-        env={**os.environ, "BILLING_TIMEZONE": "Asia/Vladivostok"},
+        env={**os.environ, "BILLING_TIMEZONE": "Asia/Vladivostok", "RECONCILIATION_TIMEZONE": "Europe/Moscow"},
         capture_output=True,
         text=True,
         check=True,
     ).stdout.split()
 
-    assert shown == ["Asia/Vladivostok", "UTC", "2026-03-11T14:00:00+00:00", "UTC", "2026-03-12"]
+    days, hours, reconciled = shown[:2], shown[2:5], shown[5:]
+    assert days == ["Asia/Vladivostok", "UTC"]
+    assert hours == ["2026-03-11T14:00:00+00:00", "UTC", "2026-03-12"]
+    # Half past six of the 12th there is half past eleven of the 11th in Moscow: the 10th is over.
+    assert reconciled == ["Europe/Moscow", "2026-03-10"]
     # 03:00 on 12 March there is still 11 March in UTC.
     assert datetime(2026, 3, 12, 3, 0, tzinfo=ZoneInfo("Asia/Vladivostok")).astimezone(UTC).day == 11
