@@ -1,4 +1,4 @@
-"""The command `billing-orchestration`: migrate, doctor, start, stop, webserver, quarantine, explain, sandbox, demo.
+"""The command `billing-orchestration`: what a person or CI does from a shell.
 
 An expected failure is one line on stderr. Exit codes: 0 done, 1 failed, 2 wrong usage. Each command imports only what
 it needs, so that `--help` and a typing error answer at once.
@@ -11,6 +11,7 @@ import getpass
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 FAILED = 1
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor = commands.add_parser("doctor", help="check settings, database, schema and provider; say how to fix each")
     doctor.set_defaults(run=_doctor)
+    _add_plan(commands)
     _add_switches(commands)
     _add_webserver(commands)
     _add_casework(commands)
@@ -78,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="run the five jobs on example data, and show what changed")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser("plan", help="show every decision that a job would make now, and its plan's hash")
+    plan.set_defaults(run=_plan)
+    plan.add_argument("job", metavar="JOB", help="autopayment_job, expire_payments_job, ...")
+    plan.add_argument("--as-of", type=_instant, help="an instant such as 2026-01-31T03:00:00Z (default: now)")
+    plan.add_argument("--format", choices=("table", "json"), default="table")
+    plan.add_argument("--fail-on-changes", action="store_true", help="exit with 1 if the job would change anything")
 
 
 def _add_switches(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -155,6 +166,16 @@ def _row_id(text: str) -> int:
     return number
 
 
+def _instant(text: str) -> datetime:
+    try:
+        instant = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no instant; write it as 2026-01-31T03:00:00Z") from None
+    if instant.tzinfo is None:
+        raise argparse.ArgumentTypeError(f"{text!r} has no offset; write it as 2026-01-31T03:00:00Z")
+    return instant
+
+
 def _port(text: str) -> int:
     port = int(text) if text.isascii() and text.isdigit() else -1
     if not 0 <= port <= 65535:
@@ -190,6 +211,20 @@ def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
         _say(str(finding))
         faults += finding.level is Level.FAULT
     return FAILED if faults else 0
+
+
+def _plan(arguments: argparse.Namespace) -> int | None:
+    from billing_orchestration.definitions import PLANNED, build_definitions
+    from billing_orchestration.planning import NotPlanned, make_plan
+
+    if arguments.job not in PLANNED:
+        raise argparse.ArgumentTypeError(f"no job is called {arguments.job!r}: there are {', '.join(PLANNED)}")
+    try:
+        plan = make_plan(build_definitions(), arguments.job, arguments.as_of)
+    except NotPlanned as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    _say_all([plan.as_json()] if arguments.format == "json" else plan.as_table())
+    return FAILED if arguments.fail_on_changes and plan.changes else None
 
 
 def _stop(arguments: argparse.Namespace) -> None:

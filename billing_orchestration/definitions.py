@@ -57,6 +57,8 @@ SCHEDULES = (
     reconciliation.reconciliation_daily_schedule,
 )
 _DAILY_SCHEDULES = tuple(schedule for schedule in SCHEDULES if "daily" in schedule.name)
+# The jobs that `plan` can preview.
+PLANNED = tuple(schedule.job_name for schedule in SCHEDULES if schedule.job_name != prune_run_history.JOB)
 _PLOTTED_BY_DAY = (autopayment.autopayment_job.name, expire_payments.JOB, expire_subscriptions.JOB)
 _PLOTTED_BY_TICK = (matching_pending_payments.JOB, matching_successful_payments.JOB)
 
