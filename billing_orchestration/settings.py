@@ -207,6 +207,13 @@ def _email(value: str) -> str:
     return value
 
 
+def _view_name(value: str) -> str:
+    # It becomes part of statements.
+    if not re.fullmatch(r"([a-z_][a-z0-9_]{0,62}\.)?[a-z_][a-z0-9_]{0,62}", value):
+        raise ValueError("is not a view's name, in small letters, such as billing_renewals or public.billing_renewals")
+    return value
+
+
 def _template(*names: str) -> Callable[[str], str]:
     def check(value: str) -> str:
         if set(re.findall(r"\{([^{}]*)\}", value)) - set(names):
@@ -264,6 +271,7 @@ class Settings(BaseSettings):
     ui_auth: Annotated[SecretStr | None, BeforeValidator(_ui_auth)] = None
     ui_hosts: Annotated[str | None, BeforeValidator(_ui_hosts)] = None
     ui_read_only: Annotated[bool, BeforeValidator(_yes_or_no)] = False
+    billing_renewal_view: Annotated[str | None, BeforeValidator(_view_name)] = None
     receipt_vat_code: Annotated[int | None, BeforeValidator(_code(12))] = None
     receipt_payment_mode: Annotated[str | None, BeforeValidator(_one_of(*_PAYMENT_MODES))] = None
     receipt_payment_subject: Annotated[str, BeforeValidator(_word)] = "service"

@@ -9,13 +9,14 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes, to_json
 from billing_orchestration.database.conventions import naive_utc, sql_list
-from billing_orchestration.database.second_look import WHY_NOT, in_review
+from billing_orchestration.database.second_look import WHY_NOT, in_review, why_not
 from billing_orchestration.database.tables import renewal_attempts
 from billing_orchestration.domain.answers import Closing
 from billing_orchestration.domain.attempts import OPEN, Attempt, State
@@ -146,7 +147,7 @@ _FIELDS = """id uuid, subscription_id int, period_start timestamp, number int, i
     amount numeric(8,2), currency text, user_id text, plan_id int, payment_provider_id int, payment_method_id text"""
 _NAMES = ", ".join(column.split()[0] for column in _FIELDS.replace("8,2", "").split(","))
 
-_OPEN_AND_CLAIM = sa.text(f"""
+_OPEN_AND_CLAIM = f"""
     WITH wanted AS (
         SELECT x.* FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x ({_FIELDS})
     ), looked AS (
@@ -163,10 +164,18 @@ _OPEN_AND_CLAIM = sa.text(f"""
     SELECT l.id, o.id IS NOT NULL AS is_claimed, false AS sent_before,
            coalesce(l.why, 'the period has an attempt already') AS why
     FROM looked l LEFT JOIN opened o ON o.id = l.id
-""")
+"""
 
 
-def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[Attempt]) -> Claimed:
+@lru_cache
+def _statement(text: str, view: str | None) -> sa.TextClause:
+    """A statement that claims, and looks at the service's view as well."""
+    return sa.text(text.replace(WHY_NOT, why_not(view)))
+
+
+def open_and_claim(
+    connection: sa.Connection, stamp: Stamp, attempts: Sequence[Attempt], view: str | None = None
+) -> Claimed:
     """Write new attempts ahead of their first send, with `first_sent_at`, after a second look at each.
 
     The subscription is looked at again here, under lock (`second_look`). A period that has a live attempt already gets
@@ -178,7 +187,9 @@ def open_and_claim(connection: sa.Connection, stamp: Stamp, attempts: Sequence[A
         return Claimed({}, {})
     rows = [_row_of(attempt) for attempt in attempts]
     connection.execute(_LOCK_SUBSCRIPTIONS, {"ids": [attempt.subscription_id for attempt in attempts]})
-    looked = connection.execute(_OPEN_AND_CLAIM, {"rows": to_json(rows), "at": stamp.at, "run_id": stamp.run_id})
+    looked = connection.execute(
+        _statement(_OPEN_AND_CLAIM, view), {"rows": to_json(rows), "at": stamp.at, "run_id": stamp.run_id}
+    )
     return _claimed(looked)
 
 
@@ -206,7 +217,7 @@ _LOCK = sa.text("""
     FROM billing_orchestration.renewal_attempts a WHERE a.id = ANY(:ids)
     ORDER BY a.subscription_id, a.period_start, a.number FOR UPDATE
 """)
-_CLAIM = sa.text(f"""
+_CLAIM = f"""
     WITH looked AS (
         SELECT w.id, w.first_sent_at IS NOT NULL AS sent_before, {WHY_NOT} AS why
         FROM billing_orchestration.renewal_attempts w LEFT JOIN subscriptions s ON s.id = w.subscription_id
@@ -219,7 +230,7 @@ _CLAIM = sa.text(f"""
         RETURNING a.id
     )
     SELECT l.id, c.id IS NOT NULL AS is_claimed, l.sent_before, l.why FROM looked l LEFT JOIN claimed c ON c.id = l.id
-""")
+"""
 
 
 def claim(
@@ -228,6 +239,7 @@ def claim(
     attempt_ids: Sequence[uuid.UUID],
     oldest_key: datetime,
     done_before: datetime,
+    view: str | None = None,
 ) -> Claimed:
     """Claim open attempts for another send, after a second look at each.
 
@@ -245,7 +257,7 @@ def claim(
     # The subscriptions are locked after the attempts and by id, as settling does.
     connection.execute(_LOCK_SUBSCRIPTIONS, {"ids": list({row.subscription_id for row in free})})
     bound = {"ids": [row.id for row in free], "at": stamp.at, "oldest_key": oldest_key}
-    return _claimed(connection.execute(_CLAIM, bound), at_work)
+    return _claimed(connection.execute(_statement(_CLAIM, view), bound), at_work)
 
 
 def _row_of(attempt: Attempt) -> dict[str, Any]:

@@ -18,12 +18,13 @@ from billing_orchestration.database.attempts import (
     select_attempts,
 )
 from billing_orchestration.database.conventions import naive_utc, readable, sql_list
+from billing_orchestration.database.renewal_view import read_view, stopped_at
 from billing_orchestration.database.second_look import OUTLASTS
 from billing_orchestration.database.tables import UtcNaive, renewal_attempts, subscriptions
 from billing_orchestration.domain.answers import SHOP_REFUSALS
 from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.problem_kinds import UNKNOWN_ATTEMPT
-from billing_orchestration.domain.renewals import DueSubscription, Holds
+from billing_orchestration.domain.renewals import DueSubscription, Holds, SaidByService
 from billing_orchestration.domain.shards import Shard
 
 
@@ -51,6 +52,7 @@ _DUE = f"""
     SELECT s.id, s.user_id, s.plan_id, {readable("s.started_at")} AS started_at, s.ended_at,
            pl.name AS plan_name, pl.duration, pl.duration_unit, price.amounts,
            method.id AS method_id, method.currency AS method_currency, method.provider_id AS method_provider_id,
+           {stopped_at("method.id")} AS stopped_at,
            settled.until AS settled_until, longest.id AS outlasted_by
     FROM subscriptions s
     LEFT JOIN plans pl ON pl.id = s.plan_id
@@ -65,10 +67,14 @@ _DUE = f"""
         ORDER BY p.created_at DESC, p.id DESC
         LIMIT 1
     ) last_payment ON true
+    -- A method that was bound without a payment: it is known from the service's view only.
+    LEFT JOIN (
+        SELECT min(id) AS provider_id FROM payment_providers HAVING count(*) = 1
+    ) sole ON CAST(:currency AS text) IS NOT NULL
     CROSS JOIN LATERAL (
         SELECT coalesce(sm.payment_method_id, last_payment.external_payment_id) AS id,
-               coalesce(sm.currency, last_payment.currency) AS currency,
-               coalesce(sm.payment_provider_id, last_payment.payment_provider_id) AS provider_id
+               coalesce(sm.currency, last_payment.currency, CAST(:currency AS text)) AS currency,
+               coalesce(sm.payment_provider_id, last_payment.payment_provider_id, sole.provider_id) AS provider_id
     ) method
     LEFT JOIN LATERAL (
         SELECT array_agg(pr.amount ORDER BY pr.id) AS amounts
@@ -97,6 +103,7 @@ _DUE_COLUMNS: Mapping[str, Any] = {
     "method_currency": sa.String,
     "method_provider_id": sa.Integer,
     "amounts": sa.ARRAY(sa.Numeric(8, 2)),
+    "stopped_at": sa.DateTime(timezone=True),
     "settled_until": UtcNaive,
     "outlasted_by": sa.Integer,
 }
@@ -186,18 +193,21 @@ def fetch_due(
     oldest: datetime,
     today: datetime,
     shard: Shard | None = None,
+    view: str | None = None,
 ) -> DueSlice:
     """Every subscription that is due: ACTIVE, ended before `over_before`, its plan recurring (or gone).
 
     Those that ended before `oldest` are only counted: months of stale rows cost nothing. `today` is the first instant
     of the billing day on the wall, from which `oldest` is counted back. With a `shard`, all of it is of that shard's
-    subscriptions only.
+    subscriptions only. With a `view`, method, consent and contact are what the service says there.
     """
     part = {"shards": shard.count, "remainder": shard.number - 1} if shard else {}
     bounds = {"over_before": naive_utc(over_before), "oldest": naive_utc(oldest), **part}
     attempts = _attempts_of_due(connection, over_before, oldest, shard)
     tried = _instants(connection, _statement(_TRIED_TODAY, shard, "subscription_id"), {"today": today, **part})
     declined = _instants(connection, _DECLINED_TODAY, {"today": today})
+    rows = _rows_of_due(connection, shard, bounds, view)
+    said = _what_the_service_says(connection, view, [row.id for row in rows])
     due = tuple(
         DueSubscription(
             id=row.id,
@@ -207,18 +217,21 @@ def fetch_due(
             ended_at=row.ended_at,
             plan_duration=row.duration,
             plan_duration_unit=row.duration_unit,
-            method_id=row.method_id,
+            method_id=method_id,
             method_currency=row.method_currency,
             method_provider_id=row.method_provider_id,
             prices=tuple(row.amounts or ()),
             attempts=tuple(attempts.get((row.id, row.ended_at), ())),
             last_tried_at=tried.get(row.id),
-            method_declined_at=declined.get(row.method_id) if row.method_id else None,
+            method_declined_at=declined.get(method_id) if method_id else None,
+            method_stopped_at=said[row.id].method_stopped_at if row.id in said else row.stopped_at,
+            said=said.get(row.id),
             settled_until=row.settled_until,
             outlasted_by=row.outlasted_by,
             plan_name=row.plan_name,
         )
-        for row in connection.execute(_statement(_DUE, shard).columns(**_DUE_COLUMNS), bounds)
+        for row in rows
+        for method_id in [said[row.id].method_id if row.id in said else row.method_id]
     )
     counts = connection.execute(_statement(_COUNTS, shard), bounds).one()
     without_end = connection.execute(_statement(_WITHOUT_END, shard), part).scalar_one()
@@ -233,6 +246,23 @@ def fetch_due(
         not_recurring=counts.not_recurring,
         without_end=without_end,
     )
+
+
+def _rows_of_due(
+    connection: sa.Connection, shard: Shard | None, bounds: Mapping[str, Any], view: str | None
+) -> Sequence[Any]:
+    # A method that only the view knows is charged in roubles, as the provider charges saved methods.
+    currency = "RUB" if view else None
+    return connection.execute(_statement(_DUE, shard).columns(**_DUE_COLUMNS), {**bounds, "currency": currency}).all()
+
+
+def _what_the_service_says(
+    connection: sa.Connection, view: str | None, ids: Sequence[int]
+) -> Mapping[int, SaidByService]:
+    """Of each of these subscriptions, if there is a view."""
+    if view is None:
+        return {}
+    return {id_: SaidByService() for id_ in ids} | dict(read_view(connection, view, ids))
 
 
 def _attempts_of_due(

@@ -50,3 +50,11 @@ WHY_NOT = f"""CASE
     WHEN EXISTS (SELECT FROM subscriptions t WHERE {OUTLASTS})
         THEN 'another ACTIVE subscription of the same user and plan ends later'
 END"""
+
+
+def why_not(view: str | None) -> str:
+    """The same, with the service's view, if there is one, as the last word: consent may be withdrawn at any moment."""
+    if view is None:
+        return WHY_NOT
+    consents = f"(SELECT bool_and(v.may_charge IS TRUE) FROM {view} v WHERE v.subscription_id = w.subscription_id)"
+    return f"CASE WHEN {consents} IS NOT TRUE THEN 'the service says that it may not be charged' ELSE {WHY_NOT} END"

@@ -16,6 +16,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from billing_orchestration.database.conventions import SCHEMA, naive_utc, sql_list
 from billing_orchestration.domain.attempts import ALL_STATES, LIVE, OPEN, State
+from billing_orchestration.domain.declines import HARD
 
 
 class UtcNaive(sa.types.TypeDecorator[datetime]):
@@ -157,6 +158,10 @@ renewal_attempts = sa.Table(
     ),
     sa.Index("renewal_attempts_external_payment_id", "external_payment_id"),
     sa.Index("renewal_attempts_last_sent_at", "last_sent_at"),
+    sa.Index(
+        "renewal_attempts_stopped_methods", "payment_method_id",
+        postgresql_where=sa.text(f"state = '{State.STOPPED}' AND decline_class = '{HARD}'"),
+    ),
     sa.Index(
         "renewal_attempts_closed_at", "closed_at", postgresql_using="brin", postgresql_with={"pages_per_range": 32}
     ),

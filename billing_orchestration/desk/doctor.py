@@ -24,6 +24,7 @@ from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES
 from billing_orchestration.database.engine import create_engine, read
 from billing_orchestration.database.errors import BillingDatabaseError, SchemaProblem
 from billing_orchestration.database.indexes import SERVICE_INDEXES, describe_duplicates, index_states
+from billing_orchestration.database.renewal_view import check_view
 from billing_orchestration.loopback import is_loopback
 from billing_orchestration.provider.client import PaymentProvider
 from billing_orchestration.provider.errors import Forbidden, NeverSent, ProviderError, WrongCredentials
@@ -160,6 +161,9 @@ def _billing_database(here: Installation) -> Iterator[Finding]:
             yield from findings
             if check in BARRIERS and any(finding.level is Level.FAULT for finding in findings):
                 return
+        if view := here.settings.billing_renewal_view:
+            with read(engine) as connection:
+                yield from _renewal_view(connection, view)
     except BillingDatabaseError as error:
         yield fault("database.unusable", str(error))
     finally:
@@ -249,6 +253,15 @@ def _indexes(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator
         yield warning("indexes.missing", f"{', '.join(absent)} missing, so the jobs are slower", _MIGRATE)
     if not missing:
         yield ok("indexes", "present and valid")
+
+
+def _renewal_view(connection: sa.Connection, view: str) -> Iterator[Finding]:
+    try:
+        check_view(connection, view)
+    except SchemaProblem as error:
+        yield fault("view.wrong", str(error))
+    else:
+        yield ok("view", f"methods, consents and contacts are read from {view}")
 
 
 # In this order. After a fault of a barrier (no usable server, another database than meant) the rest is noise.

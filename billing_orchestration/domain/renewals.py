@@ -30,13 +30,27 @@ from billing_orchestration.domain.receipts import ReceiptRules, contact_of, rece
 
 
 @dataclass(frozen=True, slots=True)
+class SaidByService:
+    """What the service's own view says about a subscription: in how many rows, and the one row's contents."""
+
+    rows: int = 0
+    method_id: str | None = None
+    may_charge: bool = False
+    email: str | None = field(default=None, repr=False)
+    phone: str | None = field(default=None, repr=False)
+    method_stopped_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DueSubscription:
     """A subscription whose period is over or ends today, with everything that decides about it.
 
     `method_*` is the saved method with the currency and provider of the payment that saved it (None: none is known),
     `prices` the plan's prices in that currency, `attempts` those of the period that begins at `ended_at`.
     `settled_until` is the end of the last period that was settled for it, `outlasted_by` another ACTIVE subscription of
-    the same user and plan that ends later. `email` and `phone` are where its receipts go.
+    the same user and plan that ends later. `method_stopped_at`: a charge of the method, of whatever subscription, ended
+    in a hard decline. With `said`, the service itself says by which method and whether it may be charged, and where its
+    receipts go.
     """
 
     id: int
@@ -56,8 +70,8 @@ class DueSubscription:
     settled_until: datetime | None = None
     outlasted_by: int | None = None
     plan_name: str | None = None
-    email: str | None = field(default=None, repr=False)
-    phone: str | None = field(default=None, repr=False)
+    method_stopped_at: datetime | None = None
+    said: SaidByService | None = None
 
     @property
     def subject(self) -> str:
@@ -167,7 +181,7 @@ def plan_attempt(
             "payment_provider_id": str(provider_id),
         },
     }
-    contact = receipt_rules and contact_of(due.email, due.phone, receipt_rules.fallback_email)
+    contact = receipt_rules and _contact_of(due, receipt_rules)
     if receipt_rules and contact:
         names = {"plan": due.plan_name or f"Subscription {due.id}", "period_start": period_start.date().isoformat()}
         body["receipt"] = receipt_of(receipt_rules, contact, money, **names)
@@ -304,7 +318,7 @@ def decide_renewal(
             Code.PERIOD_OVER,
             f"overdue by {overdue_days} days: the period to pay for ended on {paid_until}, and its grace is over",
         )
-    if rules.receipt is not None and not contact_of(due.email, due.phone, rules.receipt.fallback_email):
+    if rules.receipt is not None and not _contact_of(due, rules.receipt):
         reason = "no email and no phone that its receipt can be sent to"
         return NotCharged(due.subject, Code.NO_CONTACT, reason, attempt.money, no_contact=due.id)
     return Charge(attempt, _why_due(overdue_days, number))
@@ -357,10 +371,15 @@ def _new_attempt(due: DueSubscription, number: int, today: date, rules: RenewalR
     def no(code: str, reason: str) -> NotCharged:
         return NotCharged(due.subject, code, reason)
 
+    if (forbidden := _why_the_service_forbids(due)) is not None:
+        return forbidden
     if not due.method_id:
         return no(Code.NO_METHOD, "no saved payment method")
     if due.method_declined_at is not None and rules.calendar.day_of(due.method_declined_at) == today:
         return no(Code.METHOD_DECLINED_TODAY, "this payment method was already declined today")
+    if due.method_stopped_at is not None:
+        on = rules.calendar.day_of(due.method_stopped_at)
+        return no(Code.METHOD_STOPPED, f"this payment method was stopped by a hard decline on {on}: it takes another")
     if not due.user_id or due.plan_id is None:
         return no(Code.UNUSABLE_SUBSCRIPTION, "the subscription has no user or no plan")
     if due.method_provider_id is None or due.method_currency not in CURRENCIES:
@@ -381,6 +400,25 @@ def _new_attempt(due: DueSubscription, number: int, today: date, rules: RenewalR
         provider_id=due.method_provider_id,
         receipt_rules=rules.receipt,
     )
+
+
+def _contact_of(due: DueSubscription, rules: ReceiptRules) -> dict[str, str] | None:
+    said = due.said or SaidByService()
+    return contact_of(said.email, said.phone, rules.fallback_email)
+
+
+def _why_the_service_forbids(due: DueSubscription) -> NotCharged | None:
+    """Its own view, where there is one, has the last word; what it says nothing about is not charged."""
+    said = due.said
+    if said is None or (said.rows == 1 and said.may_charge and said.method_id):
+        return None
+    if said.rows and not said.may_charge:
+        return NotCharged(due.subject, Code.NO_CONSENT, "the service says that it may not be charged (may_charge)")
+    if said.rows > 1:
+        reason = f"the service's view has {said.rows} rows for it, which may contradict each other"
+        return NotCharged(due.subject, Code.SEVERAL_VIEW_ROWS, reason)
+    missing = "no payment method" if said.rows else "no row"
+    return NotCharged(due.subject, Code.NO_METHOD, f"the service's view has {missing} for it")
 
 
 def _why_blocked(attempt: Attempt) -> tuple[str, str]:

@@ -106,6 +106,7 @@ def test_all_that_decides_is_in_one_record(books: Books) -> None:
         method_currency="RUB",
         method_provider_id=books.provider_id,
         prices=(Decimal("299.00"),),
+        plan_name=books.row("plans", books.monthly).name,
     )
 
 

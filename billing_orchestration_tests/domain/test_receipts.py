@@ -13,16 +13,28 @@ from billing_orchestration.domain.answers import ProviderView
 from billing_orchestration.domain.attempts import Attempt
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.receipts import ReceiptRules, contact_of, fill, mask_body, mask_contacts, receipt_of
-from billing_orchestration.domain.renewals import Charge, NotCharged, Void, decide_renewal, decide_renewals
+from billing_orchestration.domain.renewals import (
+    Charge,
+    DueSubscription,
+    NotCharged,
+    SaidByService,
+    Void,
+    decide_renewal,
+    decide_renewals,
+)
 from billing_orchestration_tests.domain.given import NOW, RULES, a_due_subscription
 
 RECEIPT = ReceiptRules(vat_code=11, payment_mode="full_payment")
 WITH_RECEIPT = dataclasses.replace(RULES, receipt=RECEIPT)
-ADA = {"email": "ada@example.ru", "plan_name": "Pro"}
+ADA = SaidByService(1, "card-of-ada", may_charge=True, email="ada@example.ru")
 
 
-def attempt(rules: Any = WITH_RECEIPT, **due: Any) -> Attempt:
-    decision = decide_renewal(a_due_subscription(**{**ADA, **due}), now=NOW, rules=rules)
+def due_for(**said: Any) -> DueSubscription:
+    return a_due_subscription(plan_name="Pro", said=dataclasses.replace(ADA, **said))
+
+
+def attempt(rules: Any = WITH_RECEIPT, **said: Any) -> Attempt:
+    decision = decide_renewal(due_for(**said), now=NOW, rules=rules)
     assert isinstance(decision, Charge), decision
     return decision.attempt
 
@@ -80,7 +92,7 @@ def test_a_receipt_goes_to_the_email_else_the_phone_else_the_shop(
 
 
 def test_without_a_contact_nobody_is_charged() -> None:
-    decision = decide_renewal(a_due_subscription(email="nobody"), now=NOW, rules=WITH_RECEIPT)
+    decision = decide_renewal(due_for(email="nobody"), now=NOW, rules=WITH_RECEIPT)
     assert isinstance(decision, NotCharged)
     assert (decision.code, decision.no_contact) == ("no_contact", 12)
 
@@ -95,7 +107,7 @@ def test_without_a_contact_nobody_is_charged() -> None:
 )
 def test_one_never_sent_is_made_anew_when_its_receipt_has_changed(rules: Any, due: dict[str, str]) -> None:
     planned = attempt()
-    due_now = a_due_subscription(**{**ADA, **due}, attempts=(planned,))
+    due_now = dataclasses.replace(due_for(**due), attempts=(planned,))
     void, charge = decide_renewals([due_now], [planned], ProviderView(), now=NOW, rules=rules)
     assert isinstance(void, Void)
     assert isinstance(charge, Charge)
@@ -105,7 +117,7 @@ def test_one_never_sent_is_made_anew_when_its_receipt_has_changed(rules: Any, du
 
 def test_one_that_may_have_been_sent_keeps_its_receipt() -> None:
     sent = dataclasses.replace(attempt(), first_sent_at=NOW, last_sent_at=NOW)
-    due_now = a_due_subscription(**{**ADA, "email": "other@example.ru"}, attempts=(sent,))
+    due_now = dataclasses.replace(due_for(email="other@example.ru"), attempts=(sent,))
     [decision] = decide_renewals([due_now], [sent], ProviderView(), now=NOW, rules=WITH_RECEIPT)
     assert type(decision).__name__ == "Resend"
     assert "ada@example.ru" in decision.attempt.body  # type: ignore[union-attr]

@@ -96,7 +96,7 @@ PROMISED = (
         (
             Edit(
                 _CHARGING,
-                "return open_and_claim(connection, stamp, [work.attempt for work in group])",
+                "return open_and_claim(connection, stamp, [work.attempt for work in group], view)",
                 "return Claimed(dict.fromkeys([work.attempt.id for work in group], False), {})",
             ),
             Edit(
@@ -1343,7 +1343,11 @@ FURTHER = (
     Mutant(
         "charged without a contact",
         "nobody is charged without a receipt that reaches somebody",
-        (Edit(_RENEWALS, "    if rules.receipt is not None and not contact_of(", "    if False and not contact_of("),),
+        (
+            Edit(
+                _RENEWALS, "    if rules.receipt is not None and not _contact_of(", "    if False and not _contact_of("
+            ),
+        ),
         ("domain/test_receipts.py::test_without_a_contact_nobody_is_charged",),
     ),
     Mutant(
@@ -1369,6 +1373,26 @@ FURTHER = (
         "a contact stands in no quarantine entry",
         (Edit("jobs/autopayment/steps.py", '{"body": mask_body(attempt.body)}', '{"body": attempt.body}'),),
         ("jobs/test_receipts.py::test_a_refused_receipt_shows_its_contact_nowhere",),
+    ),
+    Mutant(
+        "consent withdrawn and charged",
+        "the service's view is looked at again in the statement that claims",
+        (Edit(_SECOND_LOOK, "    if view is None:\n", "    if True:\n"),),
+        ("jobs/test_renewal_view.py::test_a_consent_that_is_withdrawn_after_the_reading_stops_the_charge",),
+    ),
+    Mutant(
+        "charged without consent",
+        "may_charge = false wins",
+        (Edit(_RENEWALS, "    if said.rows and not said.may_charge:", "    if False:"),),
+        ("jobs/test_renewal_view.py::test_without_consent_or_one_clear_row_nobody_is_charged",),
+    ),
+    Mutant(
+        "a stopped method charged for another subscription",
+        "a hard decline blocks the method for all subscriptions until another id comes",
+        (Edit(_RENEWALS, "    if due.method_stopped_at is not None:", "    if False:"),),
+        (
+            "jobs/test_renewal_view.py::test_a_hard_decline_blocks_the_method_for_every_subscription_until_another_comes",
+        ),
     ),
     Mutant(
         "a canceled registration unseen",

@@ -14,6 +14,7 @@ from typing import Any
 
 import dagster as dg
 
+from billing_orchestration.database.renewal_view import check_view
 from billing_orchestration.database.renewals import count_due
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.renewals import NotCharged
@@ -142,6 +143,8 @@ def divide_due(
             "a plan is approved as a whole: give either approved_plan or shards. Nothing was read or written"
         )
     with database.read() as connection:
+        if database.settings.billing_renewal_view:
+            check_view(connection, database.settings.billing_renewal_view)
         counts = count_due(connection, **bounds_of_due(database.calendar, scope, clock, max_overdue_days))
     # A wrong shop key is found by one request, not by one of each shard.
     provider.client.check()

@@ -15,6 +15,7 @@ from billing_orchestration.database.attempts import close
 from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.database.one_by_one import NotWritten, one_by_one
 from billing_orchestration.database.quarantine import close_reachable
+from billing_orchestration.database.renewal_view import check_view
 from billing_orchestration.database.renewals import DueSlice, fetch_due
 from billing_orchestration.domain.answers import (
     SHOP_REFUSALS,
@@ -121,11 +122,14 @@ def read_renewals(
     """The database's slice: what is due, with saved method, price and attempts, and all open attempts."""
     settings, calendar = database.settings, database.calendar
     with database.read() as connection:
+        if settings.billing_renewal_view:
+            check_view(connection, settings.billing_renewal_view)
         found = fetch_due(
             connection,
             **bounds_of_due(calendar, scope, clock, max_overdue_days),
             today=calendar.start_of(calendar.day_of(clock.now())),
             shard=shard,
+            view=settings.billing_renewal_view,
         )
     rules = RenewalRules(calendar, settings.subscription_grace_days, max_overdue_days, receipt_rules(settings))
     return Renewals(scope, rules, found)

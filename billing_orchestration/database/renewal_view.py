@@ -1,0 +1,76 @@
+"""The service's own view on its renewals (`BILLING_RENEWAL_VIEW`): the method, the consent to charge it, the contact.
+
+The jobs only read it. Its name was checked with the settings, so it may stand in a statement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import sqlalchemy as sa
+
+from billing_orchestration.database.errors import SchemaProblem
+from billing_orchestration.domain.attempts import State
+from billing_orchestration.domain.declines import HARD
+from billing_orchestration.domain.renewals import SaidByService
+
+# Name by kind of type, as PostgreSQL has them.
+_COLUMNS = {"subscription_id": "N", "payment_method_id": "S", "may_charge": "B", "email": "S", "phone": "S"}
+_WORDS = {"N": "a number", "S": "a text", "B": "a boolean"}
+
+_FOUND = sa.text("""
+    SELECT a.attname AS name, t.typcategory::text AS kind
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    WHERE a.attrelid = to_regclass(:view) AND a.attnum > 0 AND NOT a.attisdropped
+""")
+_READABLE = sa.text("SELECT has_table_privilege(to_regclass(:view), 'SELECT')")
+
+
+def check_view(connection: sa.Connection, view: str) -> None:
+    """Raises SchemaProblem if the view is not there, lacks a column, or may not be read."""
+    found = {row.name: row.kind for row in connection.execute(_FOUND, {"view": view})}
+    if not found:
+        raise SchemaProblem(
+            f"BILLING_RENEWAL_VIEW: there is no view {view}. Nobody was charged. Create it (docs/operations.md,"
+            " Where card, contact and consent come from), or leave the setting empty."
+        )
+    wrong = [f"{name} ({_WORDS[kind]})" for name, kind in _COLUMNS.items() if found.get(name) != kind]
+    if wrong:
+        raise SchemaProblem(
+            f"BILLING_RENEWAL_VIEW: the view {view} lacks {', '.join(wrong)}. Nobody was charged. Ask the service's"
+            " team to add what is missing (docs/operations.md)."
+        )
+    if not connection.execute(_READABLE, {"view": view}).scalar_one():
+        raise SchemaProblem(
+            f"BILLING_RENEWAL_VIEW: the role of BILLING_DATABASE_URL may not read the view {view}. Nobody was charged."
+            f" Run: GRANT SELECT ON {view} TO that role."
+        )
+
+
+def stopped_at(method: str) -> str:
+    """SQL: when a hard decline stopped a payment method, whosever charge it was; NULL if none did."""
+    return f"""(
+        SELECT max(h.last_sent_at) FROM billing_orchestration.renewal_attempts h
+        WHERE h.payment_method_id = {method} AND h.state = '{State.STOPPED}' AND h.decline_class = '{HARD}')"""
+
+
+@lru_cache
+def _said(view: str) -> sa.TextClause:
+    return sa.text(f"""
+        SELECT said.*, {stopped_at("said.method_id")} AS stopped_at FROM (
+        SELECT v.subscription_id, count(*) AS rows, min(v.payment_method_id::text) AS method_id,
+               bool_and(coalesce(v.may_charge, false)) AS may_charge, min(v.email::text) AS email,
+               min(v.phone::text) AS phone
+        FROM {view} v WHERE v.subscription_id = ANY(:ids) GROUP BY v.subscription_id) said
+    """)
+
+
+def read_view(connection: sa.Connection, view: str, subscription_ids: Sequence[int]) -> Mapping[int, SaidByService]:
+    """What the service says about these subscriptions. One that it does not name is not among them."""
+    return {
+        row.subscription_id: SaidByService(
+            row.rows, row.method_id, row.may_charge, row.email, row.phone, row.stopped_at
+        )
+        for row in connection.execute(_said(view), {"ids": list(subscription_ids)})
+    }
