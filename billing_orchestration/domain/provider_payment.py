@@ -30,9 +30,11 @@ METHOD_LABELS: Mapping[str, str] = {
     "sbp": "SBP",
 }
 # Documented types without a label in the service: such a payment is as paid as any other, and payments.payment_method
-# (nullable) stays NULL. A type outside both sets is unknown: a person looks at it.
+# (nullable) stays NULL. A type outside both sets is one that the provider added since: it is settled in the same way,
+# and the decision says so.
 METHODS_WITHOUT_LABEL = frozenset(
     {
+        "alfa_pay",
         "alfabank",
         "apple_pay",
         "b2b_sberbank",
@@ -186,6 +188,11 @@ class ProviderPayment:
     def method_label(self) -> str | None:
         """The service's label for the method, or None where it has none."""
         return METHOD_LABELS.get(self.method_type) if self.method_type else None
+
+    @property
+    def method_is_new(self) -> bool:
+        """Whether it was paid by a type of method that this version does not know."""
+        return self.method_type not in (None, *METHOD_LABELS, *METHODS_WITHOUT_LABEL)
 
     @property
     def lacks_receipt(self) -> bool:

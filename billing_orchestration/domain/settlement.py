@@ -110,8 +110,15 @@ def decide_settlement(
     """
     if payment.status != SUCCEEDED:
         raise ValueError(f"payment {payment.id} is {payment.status}, only a success is settled")
-    case = _Case(payment, facts, _row_to_settle(payment, facts, ruling), now, calendar, ruling)
-    attempt = facts.attempt
+    decision = _decide(_Case(payment, facts, _row_to_settle(payment, facts, ruling), now, calendar, ruling), is_live)
+    if payment.method_is_new and isinstance(decision, (Settle, RecordRefund)):
+        notice = f"the payment method type {payment.method_type!r} is new: payment_method stays NULL"
+        return replace(decision, reason=f"{decision.reason}. Notice: {notice}")
+    return decision
+
+
+def _decide(case: _Case, is_live: bool) -> SettlementDecision:
+    payment, facts, ruling, attempt = case.payment, case.facts, case.ruling, case.facts.attempt
     if facts.settled_as is not None:
         return case.leave(Code.SETTLED_BEFORE, f"settled before ({facts.settled_as})", _holder(facts.rows))
     if facts.set_aside:

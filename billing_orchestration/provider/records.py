@@ -17,8 +17,6 @@ from typing import Any
 
 from billing_orchestration.domain.money import CURRENCIES, Money, parse_amount
 from billing_orchestration.domain.provider_payment import (
-    METHOD_LABELS,
-    METHODS_WITHOUT_LABEL,
     REFUND_STATUSES,
     STATUSES,
     SUCCEEDED,
@@ -29,9 +27,10 @@ from billing_orchestration.domain.provider_payment import (
 from billing_orchestration.domain.receipts import mask_contacts
 
 _NO_MONEY = Decimal("0.00")
-_KNOWN_METHODS = frozenset(METHOD_LABELS) | METHODS_WITHOUT_LABEL
 # The provider documents 36 characters; payments.external_payment_id is an unbounded varchar, an index entry is not.
 _LONGEST_ID = 255
+# The longest type in the provider's specification has 22 characters.
+_LONGEST_METHOD_TYPE = 60
 # The provider opened in the 2000s; an instant far outside is garbage that would poison every comparison of dates.
 _FIRST_YEAR, _LAST_YEAR = 2000, 2099
 # Evidence is one JSONB value that a person reads: what is deeper, wider or longer is cut.
@@ -231,16 +230,16 @@ def _income(part: object, paid: Money) -> Decimal | None:
 
 
 def _method(part: object, *, succeeded: bool) -> tuple[str | None, str | None, bool]:
-    """Type, id and whether it is saved. Only a success is granted, so an unknown method matters only there."""
+    """Type, id and whether it is saved. Only a success is granted, so a malformed method matters only there."""
     if not isinstance(part, dict):
         if succeeded:
             raise _Odd(f"payment_method is {_kind(part)}, not an object")
         return None, None, False
     method_type, method_id = part.get("type"), part.get("id")
-    if succeeded and method_type is not None and not (isinstance(method_type, str) and method_type in _KNOWN_METHODS):
+    if succeeded and not (method_type is None or isinstance(method_type, str)):
         raise _Odd(f"payment_method type {_shown(method_type)} is unknown")
     return (
-        method_type if isinstance(method_type, str) else None,
+        _cut(method_type, _LONGEST_METHOD_TYPE) if isinstance(method_type, str) else None,
         method_id if isinstance(method_id, str) and method_id else None,
         part.get("saved") is True,
     )

@@ -108,8 +108,9 @@ def test_a_row_that_is_not_paid_yet_is_settled_and_keeps_what_the_service_wrote(
     assert len(books.rows("payments")) == 1
 
 
-def test_a_method_without_a_label_here_leaves_the_column_null(books: Books) -> None:
-    books.settle(books.paid("p", method_type="sber_loan"))
+@pytest.mark.parametrize("method_type", ["sber_loan", "alfa_pay", "telepathy"])
+def test_a_method_without_a_label_here_leaves_the_column_null(books: Books, method_type: str) -> None:
+    books.settle(books.paid("p", method_type=method_type))
     assert books.rows("payments")[0].payment_method is None
 
 

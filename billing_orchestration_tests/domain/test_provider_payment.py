@@ -7,8 +7,10 @@ import uuid
 from typing import Any
 
 import pytest
+from yookassa.domain.common.payment_method_type import PaymentMethodType
 
-from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, Claims
+from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, METHOD_LABELS, METHODS_WITHOUT_LABEL, Claims
+from billing_orchestration.sandbox.provider.methods import METHOD_TYPES
 from billing_orchestration_tests.domain.given import a_payment, an_attempt, the_payment_of
 
 MALFORMED: dict[str, list[Any]] = {
@@ -44,3 +46,14 @@ def test_a_payment_with_other_metadata_claims_what_that_says() -> None:
     healed = dataclasses.replace(a_payment(metadata={}), metadata={"user_id": "ada"})
     assert (healed.claims.user_id, healed.lock_name) == ("ada", "ada")
     assert a_payment(id="pay-9", metadata={"user_id": " "}).lock_name == "payment pay-9"
+
+
+def test_every_method_type_of_the_sdk_and_of_the_specification_is_known() -> None:
+    sdk = {value for name, value in vars(PaymentMethodType).items() if name.isupper()} - {PaymentMethodType.UNKNOWN}
+    assert "alfa_pay" in sdk
+    assert sdk | METHOD_TYPES == {*METHOD_LABELS, *METHODS_WITHOUT_LABEL}
+
+
+def test_only_a_type_outside_the_list_is_new() -> None:
+    assert not any(a_payment(method_type=known).method_is_new for known in (None, *METHOD_LABELS, "alfa_pay", "cash"))
+    assert a_payment(method_type="telepathy").method_is_new

@@ -946,3 +946,14 @@ def test_a_payment_that_is_attached_to_an_expired_subscription_counts_from_now()
     assert isinstance(decision, Settle)
     assert decision.reactivate
     assert (decision.period_start, decision.period_end) == (NOW, datetime(2026, 4, 12, 3, 0, tzinfo=UTC))
+
+
+@pytest.mark.parametrize("refunded", [{}, FULL], ids=["paid", "refunded"])
+def test_a_new_method_type_is_settled_with_a_notice(refunded: dict[str, Any]) -> None:
+    known, new = settle(a_payment(**refunded)), settle(a_payment(method_type="telepathy", **refunded))
+    assert isinstance(new, (Settle, RecordRefund))
+    assert type(new) is type(known)
+    assert (
+        new.reason == f"{known.reason}. Notice: the payment method type 'telepathy' is new: payment_method stays NULL"
+    )
+    assert new.payment.method_label is None
