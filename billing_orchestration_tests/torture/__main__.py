@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,14 @@ TESTS = {
     "kills": ("test_kill_matrix.py",),
     "wire": ("test_wire_faults.py",),
     "races": ("test_races.py",),
-    "judge": ("test_simulation.py", "test_simulation_oracle.py", "test_simulation_threads.py", "test_parts.py"),
+    "judge": (
+        "test_simulation.py",
+        "test_simulation_oracle.py",
+        "test_simulation_sends.py",
+        "test_simulation_threads.py",
+        "test_judge_is_complete.py",
+        "test_parts.py",
+    ),
 }
 SIMULATION = "simulation"
 DEFAULT_SEEDS = 30
@@ -73,25 +80,35 @@ class Torture:
     def __init__(self, rounds: int, told: Callable[[str], None]) -> None:
         self._rounds, self._told = rounds, told
         self._running: list[subprocess.Popen[str]] = []
-        self._over = False
+        self._is_over = False
 
     def run(self, chosen: Sequence[Part]) -> list[Ended]:
-        """How each ended, whatever the others did. An interruption ends those that are under way."""
-        threads = ThreadPoolExecutor(AT_A_TIME)
+        """How each ended, whatever the others did. Ctrl-C and SIGTERM end those under way, and begin no other."""
+        before = {which: signal.signal(which, self._interrupt) for which in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return list(threads.map(self._play, chosen))
-        except BaseException:
-            self._over = True
-            threads.shutdown(wait=False, cancel_futures=True)
-            for process in self._running:
-                _end(process)
-            raise
+            with ThreadPoolExecutor(AT_A_TIME) as threads:
+                playing = [threads.submit(self._play, part) for part in chosen]
+                # In short stretches: a signal that comes right before a wait is only noticed after it.
+                while wait(playing, timeout=0.2).not_done:
+                    pass
         finally:
-            threads.shutdown()
+            for which, handler in before.items():
+                signal.signal(which, handler)
+        if self._is_over:
+            raise KeyboardInterrupt
+        return [part.result() for part in playing]
+
+    def _interrupt(self, *_: object) -> None:
+        # Nothing is raised here: an exception in the middle of anything might be lost.
+        self._is_over = True
+        for process in self._running:
+            _end(process)
 
     def _play(self, part: Part) -> Ended:
-        self._told(f"=== {part.name} begins")
         began = time.monotonic()
+        if self._is_over:
+            return Ended(part, -signal.SIGINT, "", 0.0)
+        self._told(f"=== {part.name} begins")
         with subprocess.Popen(
             part.command,
             env={**os.environ, "TORTURE_ROUNDS": str(self._rounds)},
@@ -101,7 +118,7 @@ class Torture:
             start_new_session=True,
         ) as process:
             self._running.append(process)
-            if self._over:  # since before it could be found
+            if self._is_over:  # since before it could be found
                 _end(process)
             words, _ = process.communicate()
         self._told(f"=== {part.name}\n{words}")
@@ -135,8 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     if unknown := set(asked.part) - set(every):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(every)}")
-    # As Ctrl-C: the parts under way are ended, not left behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = [part for part in parts(asked.rounds, asked.first) if not asked.part or part.name in asked.part]
     ended = Torture(asked.rounds, lambda words: print(words, flush=True)).run(chosen)
     print(table(ended), flush=True)

@@ -49,8 +49,7 @@ def test_a_part_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str
 
 
 _TWO_PARTS = f"""
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from {HERE.replace("/", ".")}.__main__ import Part, Torture
 

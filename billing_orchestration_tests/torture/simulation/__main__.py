@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import as_completed
 
 from billing_orchestration_tests.torture.simulation import __doc__ as about
+from billing_orchestration_tests.torture.simulation.mishaps import MISHAPS
 from billing_orchestration_tests.torture.simulation.playing import play_seed, simulated_server, workers_of
 from billing_orchestration_tests.torture.simulation.results import REGRESSIONS, Result, summary, told
 from billing_orchestration_tests.torture.simulation.story import DAYS
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--regressions", action="store_true", help="also those that showed a fault once")
     parser.add_argument("--days", type=int, default=DAYS)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--mishap", action="append", choices=MISHAPS, help="befalls every seed (may be repeated)")
     parser.add_argument("--story", action="store_true", help="print everything that happened")
     given = parser.parse_args(arguments)
     # As Ctrl-C: the workers and the PostgreSQL are ended, not left behind.
@@ -46,11 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _played(server: tuple[str, str], seeds: list[int], given: argparse.Namespace) -> Iterator[Result]:
     """One seed in this process, where its story can be watched; several side by side."""
+    mishaps = frozenset(given.mishap or ())
     if len(seeds) == 1:
-        yield play_seed(*server, seeds[0], given.days, live=given.story)
+        yield play_seed(*server, seeds[0], given.days, mishaps=mishaps, live=given.story)
         return
     with workers_of(given.workers) as workers:
-        playing = {workers.submit(play_seed, *server, seed, given.days): seed for seed in seeds}
+        playing = {workers.submit(play_seed, *server, seed, given.days, mishaps=mishaps): seed for seed in seeds}
         for done in as_completed(playing):
             try:
                 yield done.result()

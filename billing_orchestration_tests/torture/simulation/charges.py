@@ -11,6 +11,9 @@ from billing_orchestration_tests.torture.simulation.wire import status_of
 if TYPE_CHECKING:
     from billing_orchestration_tests.torture.simulation.world import World
 
+# After a send without an answer: by then the provider has executed it, or never will.
+PROVIDER_HAS_FINISHED = timedelta(seconds=45)
+
 
 class Charges:
     """Remembers first sends, declines and tries."""
@@ -20,9 +23,22 @@ class Charges:
         self._first_posts: dict[str, tuple[datetime, bytes]] = {}
         self._declines: dict[str, tuple[datetime, bool]] = {}
         self._tries: dict[tuple[str, Any], str] = {}
+        # When a charge was claimed, and whether it has got an answer.
+        self._claimed: dict[str, datetime] = {}
+        self._unanswered: set[str] = set()
+
+    def forget_tries(self) -> None:
+        """What was tried before the database was set back: nobody here can know of it."""
+        self._tries.clear()
+        self._declines.clear()
+
+    def seconds_since_claim(self, key: str) -> float:
+        """How long ago the run that sends it has claimed it: other threads may have had their turn since."""
+        return (self._world.now - self._claimed.get(key, self._world.now)).total_seconds()
 
     def note_answer(self, key: str, answer: Any) -> None:
         """What a run was told about a charge."""
+        self._unanswered.discard(key)
         status, method_id = status_of(answer)
         if status == "canceled" and method_id is not None:
             self._declines[method_id] = (self._world.now, self._world.is_busy)
@@ -45,6 +61,7 @@ class Charges:
         first = self._first_posts.get(key)
         if not reaches:
             return
+        self._note_claim(key)
         if first is None:
             self._first_posts[key] = (self._world.now, body)
             declined_at, by_another_run = self._declines.get(method_id, (None, False))
@@ -64,3 +81,12 @@ class Charges:
                 self._world.fault(f"key {key} is sent with two bodies")
             if self._world.now - sent_at >= timedelta(hours=24):
                 self._world.fault(f"RE-SENT TOO LATE: key {key} was first sent at {sent_at}")
+
+    def _note_claim(self, key: str) -> None:
+        world, before = self._world, self._claimed.get(key)
+        claimed_at = world.oracle.claimed_at(key)
+        self._claimed[key] = world.now if claimed_at is None else min(world.now, claimed_at - world.host_error)
+        too_soon = before is not None and self._claimed[key] - before < PROVIDER_HAS_FINISHED
+        if key in self._unanswered and too_soon and world.plays("charges under way"):
+            world.fault(f"RE-SENT TOO SOON: key {key} was claimed at {before}, and nobody has heard of it since")
+        self._unanswered.add(key)

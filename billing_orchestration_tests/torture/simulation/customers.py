@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any
+from uuid import UUID
 
 from billing_orchestration_tests.torture.simulation.agenda import Agenda, Dice
-from billing_orchestration_tests.torture.simulation.judge import DAY
+from billing_orchestration_tests.torture.simulation.judge import DAY, naive
 from billing_orchestration_tests.torture.simulation.service import Busy
 from billing_orchestration_tests.torture.simulation.successes import Successes
 from billing_orchestration_tests.torture.simulation.traits import MINUTE
@@ -45,28 +48,43 @@ class Customers:
         if "service" in world.out or "provider" in world.out:
             return
         plan_id = self._dice.choice(self.plans)
-        price = self.price_of(plan_id)
         known = world.oracle.rows("SELECT user_id, plan_id FROM subscriptions ORDER BY id")
         if known and self._dice.chance(0.5):
             again = self._dice.choice(known)
             user = again.user_id
             if self._dice.chance(0.6):
                 plan_id = again.plan_id
-                price = self.price_of(plan_id)
         else:
             user = self.new_user()
-        metadata: dict[str, Any] = {
-            "user_id": user, "plan_id": str(plan_id), "payment_provider_id": str(world.service.provider_row),
-        }  # fmt: skip
         poison = self._dice.choices(
             (None, "metadata", "amount_differs", "canceled_here"), (0.955, 0.015, 0.015, 0.015)
         )[0]
+        kind = self._dice.choices(("card", "cash", "hold", "saved card"), (0.75, 0.1, 0.05, 0.1))[0]
+        self._sell(user, plan_id, kind, poison, save=kind == "card" and self._dice.chance(0.85))
+
+    def replace_card(self) -> None:
+        """A customer pays for another period with a new card, which is saved."""
+        world = self._world
+        rows = world.oracle.rows("SELECT user_id, plan_id FROM subscriptions WHERE status = 'ACTIVE' ORDER BY id")
+        if rows and not {"service", "provider"} & set(world.out):
+            row = self._dice.choice(rows)
+            world.happened["a card is replaced"] += 1
+            self._sell(row.user_id, row.plan_id, "card", None, save=True)
+
+    def _sell(self, user: str, plan_id: int, kind: str, poison: str | None, *, save: bool) -> None:
+        world = self._world
+        price = self.price_of(plan_id)
+        metadata: dict[str, Any] = {
+            "user_id": user, "plan_id": str(plan_id), "payment_provider_id": str(world.service.provider_row),
+        }  # fmt: skip
         if poison == "metadata":
             metadata = self._dice.choice(({}, {**metadata, "plan_id": "99999"}, {**metadata, "plan_id": "x"}))
-        kind = self._dice.choices(("card", "cash", "hold", "saved card"), (0.75, 0.1, 0.05, 0.1))[0]
-        save = kind == "card" and self._dice.chance(0.85)
+        amount = price.amount
+        is_odd = poison is None and world.plays("odd amounts") and self._dice.chance(0.08)
+        if is_odd:
+            poison, amount = "amount_differs", self._dice.choice((Decimal("1.50"), price.amount - 1, price.amount * 2))
         payment = world.provider.purchase(
-            price.amount,
+            amount,
             currency=price.currency,
             metadata=metadata,
             method_type="cash" if kind == "cash" else "bank_card",
@@ -82,10 +100,11 @@ class Customers:
             world.provider.add_method(payment.id, self.script(self._dice))
             self.methods.setdefault(user, []).append(payment.id)
             world.journal.methods[payment.id] = user
-        row = self._row_of(payment, price, poison)
+        row = None if is_odd else self._row_of(payment, price, poison)
         if poison == "canceled_here" and row is None:
             poison = None
-        world.happened[f"purchase by {kind}{f', {poison}' if poison else ''}"] += 1
+        without_row = " without a row" if is_odd else ""
+        world.happened[f"purchase by {kind}{f', {poison}{without_row}' if poison else ''}"] += 1
         self._payment_comes(payment.id, kind, poison)
 
     def _row_of(self, payment: Any, price: Any, poison: str | None) -> int | None:
@@ -157,22 +176,91 @@ class Customers:
             world.happened["refund in part"] += 1
             world.provider.refund(payment.id, payment.amount / 2)
             return
+        self._refund_in_full(payment.id)
+
+    def refund_card(self) -> None:
+        """The payment that saved a card is refunded in full."""
+        world = self._world
+        if "provider" in world.out:
+            return
+        saved = [
+            payment for payment in world.provider.payments()
+            if payment.status == "succeeded" and not payment.refunded and payment.id in world.journal.methods
+        ]  # fmt: skip
+        if saved:
+            world.happened["a card's purchase is refunded"] += 1
+            self._refund_in_full(self._dice.choice(saved).id)
+
+    def _refund_in_full(self, payment_id: str) -> None:
+        world = self._world
         world.happened["refund in full"] += 1
         rows = world.oracle.rows(
-            "SELECT id, status::text AS status FROM payments WHERE external_payment_id = %s", payment.id
+            "SELECT id, status::text AS status FROM payments WHERE external_payment_id = %s", payment_id
         )
-        world.provider.refund(payment.id)
+        world.provider.refund(payment_id)
         settled = world.oracle.rows(
-            "SELECT 1 FROM billing_orchestration.settlements WHERE external_payment_id = %s", payment.id
+            "SELECT 1 FROM billing_orchestration.settlements WHERE external_payment_id = %s", payment_id
         )
-        world.journal.refunded[payment.id] = bool(settled) or payment.id in world.journal.service_grants
+        journal = world.journal
+        journal.refunded[payment_id] = (
+            bool(settled) or payment_id in journal.service_grants or payment_id in journal.history
+        )
         if any(row.status == "SUCCEEDED" for row in rows) and self._dice.chance(0.6):
-            world.service.execute(
-                "UPDATE payments SET status = 'REFUNDED' WHERE external_payment_id = %s AND status = 'SUCCEEDED'"
-                " RETURNING id",
-                payment.id,
-            )
+            with suppress(Busy):
+                world.service.execute(
+                    "UPDATE payments SET status = 'REFUNDED', updated_at = %s WHERE external_payment_id = %s"
+                    " AND status = 'SUCCEEDED' RETURNING id",
+                    naive(world.service_now()), payment_id,
+                )  # fmt: skip
         self._agenda.tick_at(world.now)
+
+    def stick_cards(self) -> None:
+        """Some cards are never answered, or always with 500, for some days."""
+        world = self._world
+        every = sorted(set(world.journal.methods) - set(world.stuck_cards))
+        how = self._dice.choice(("silence before", "error before"))
+        for method in self._dice.sample(every, min(len(every), self._dice.randint(1, 6))):
+            world.stuck_cards[method] = how
+            world.happened[f"a card is stuck: {how}"] += 1
+            later = self._dice.choice((DAY, 3 * DAY, 20 * DAY))
+            self._agenda.after(later, f"{method} is free again", partial(world.stuck_cards.pop, method, None))
+
+    def sell_elsewhere(self) -> None:
+        """Another shop's customer pays. Its row is that shop's own work, whatever its age."""
+        world = self._world
+        if "service" in world.out:
+            return
+        external_id = str(UUID(int=self._dice.getrandbits(128)))
+        row = world.service.payment(
+            world.service_now(), Decimal("500.00"), "RUB", external_id=external_id, provider_row=world.service.other_row
+        )
+        world.journal.methods[external_id] = world.journal.elsewhere[row] = "another shop's"
+        world.journal.history.add(external_id)
+        world.happened["another shop sells"] += 1
+        if self._dice.chance(0.7):
+            later = self._dice.choice((self._dice.minutes(1, 600), 5 * DAY, 12 * DAY))
+            self._agenda.after(later, "another shop grants", lambda: self._grant_elsewhere(row))
+
+    def _grant_elsewhere(self, row: int) -> None:
+        world = self._world
+        start = naive(world.service_now())
+        end = start + self._dice.choice((3 * DAY, 30 * DAY))
+        if "service" in world.out:
+            return
+        # In a database that was set back since, there is no such row.
+        if not world.oracle.rows(
+            "SELECT 1 FROM payments WHERE id = %s AND payment_provider_id = %s", row, world.service.other_row
+        ):
+            return
+        number = world.service.insert(
+            "subscriptions", user_id=self.new_user(), status="ACTIVE", started_at=start, ended_at=end,
+            plan_id=self._dice.choice(self.plans), created_at=start, updated_at=start,
+        )  # fmt: skip
+        world.journal.before[number] = (start, end)
+        with suppress(Busy):
+            world.service.execute(
+                "UPDATE payments SET status = 'SUCCEEDED', subscription_id = %s WHERE id = %s RETURNING id", number, row
+            )
 
     def _some_subscription(self, *statuses: str) -> Any:
         rows = self._world.oracle.rows(
@@ -187,7 +275,7 @@ class Customers:
                 "UPDATE subscriptions SET status = %s::subscriptionstatusenum WHERE id = %s AND status::text = %s",
                 status, row.id, row.status,
             )  # fmt: skip
-            self._world.journal.touched[row.id] = self._world.now
+            self._world.journal.touched[row.id] = self._world.host_now()
             self._world.tell(f"  subscription {row.id} {row.status} -> {status}")
             self._world.happened[f"subscription {row.status} -> {status}"] += 1
         except Busy:
@@ -209,6 +297,7 @@ class Customers:
         """For good, or by mistake."""
         world = self._world
         plan_id = self._dice.choice(self.plans)
+        world.journal.plan_changed[plan_id] = world.host_now()
         if self._dice.chance(0.5):
             world.service.execute("UPDATE prices SET amount = amount + 10 WHERE plan_id = %s RETURNING id", plan_id)
             return
@@ -216,7 +305,9 @@ class Customers:
         number = world.service.insert("prices", plan_id=plan_id, amount=Decimal("1.00"), currency="RUB")
 
         def clean_up() -> None:
-            world.service.execute("DELETE FROM prices WHERE id = %s RETURNING id", number)
+            # By its amount as well: in a database that was set back the id may be another one's.
+            world.service.execute("DELETE FROM prices WHERE id = %s AND amount = 1 RETURNING id", number)
+            world.journal.plan_changed[plan_id] = world.host_now()
 
         self._agenda.after(self._dice.minutes(60, 3 * 1440), "price cleaned up", clean_up)
 
@@ -233,7 +324,7 @@ class Customers:
             poison = None
             if not str(metadata.get("plan_id", "")).isdigit() or metadata.get("plan_id") == "99999":
                 poison = "metadata"
-            elif row and row[0].amount != payment.amount:
+            elif payment.amount != (row[0] if row else self.price_of(int(metadata["plan_id"]))).amount:
                 poison = "amount_differs"
             self._world.provider.pay(payment.id)
             self._successes.succeeded(payment.id, poison)

@@ -15,6 +15,8 @@ from typing import Any
 import psycopg
 from psycopg.rows import namedtuple_row
 
+from billing_orchestration_tests.torture.simulation.mishaps import AWAITED
+
 UTC = timezone.utc
 DAY = timedelta(days=1)
 
@@ -53,8 +55,15 @@ class Journal:
     # Payments and subscriptions that were there before the first run: (started_at, ended_at), naive UTC.
     history: set[str] = field(default_factory=set)
     before: dict[int, tuple[datetime, datetime]] = field(default_factory=dict)
-    # The service's own webhook: provider payment -> subscription it extended or created.
+    # Payment rows of another shop (its id -> a word).
+    elsewhere: dict[int, str] = field(default_factory=dict)
+    # The service's own webhook: provider payment -> subscription it extended or created, and when (our clock).
     service_grants: dict[str, int] = field(default_factory=dict)
+    service_granted_at: dict[str, datetime] = field(default_factory=dict)
+    # What a subscription had been granted when somebody last moved its end or its plan: `before` is of that moment.
+    counted: dict[int, set[str]] = field(default_factory=dict)
+    # Purchases whose row the service's webhook wrote as SUCCEEDED, without subscription or grant, before it died.
+    half_written: dict[str, datetime] = field(default_factory=dict)
     # Renewals whose row the service's webhook wrote as SUCCEEDED without granting anything: the grant is our work.
     service_rows: set[str] = field(default_factory=set)
     # Whose card a saved method is: method -> user.
@@ -67,10 +76,23 @@ class Journal:
     poisoned: dict[str, str] = field(default_factory=dict)
     # Stretches (aware UTC, the provider's clock) that no matching run covers until an operator backfills them.
     gaps: list[tuple[datetime, datetime]] = field(default_factory=list)
-    # When the service, or a customer there, last changed a subscription (aware UTC, our clock).
+    # When the service, or a customer there, last changed a subscription (aware UTC, our clock); moved its end or plan.
     touched: dict[int, datetime] = field(default_factory=dict)
+    moved: dict[int, datetime] = field(default_factory=dict)
+    # When a plan or its price last changed (aware UTC, our clock).
+    plan_changed: dict[int, datetime] = field(default_factory=dict)
+    # The period that was asked for: attempt -> (duration, unit), as the plan was when it was claimed.
+    agreed: dict[str, tuple[int, str]] = field(default_factory=dict)
+    # When the database was last set back, and our charges (provider's ids) of which it knows nothing since.
+    restored_at: datetime | None = None
+    lost: set[str] = field(default_factory=set)
     # Instants (aware UTC, our clock) of undisturbed, green runs, by job.
     undisturbed: dict[str, list[datetime]] = field(default_factory=lambda: defaultdict(list))
+
+    def note_grant(self, payment_id: str, subscription_id: int, now: datetime) -> None:
+        """The service's own webhook has granted a payment."""
+        self.service_grants[payment_id] = subscription_id
+        self.service_granted_at[payment_id] = now
 
 
 @dataclass(frozen=True)
@@ -82,19 +104,24 @@ class Rules:
     ttl_days: int
     provider_skew: timedelta
     list_lag: timedelta
+    mishaps: frozenset[str] = frozenset()
+
+    def holds(self, mishap: str) -> bool:
+        """Whether the code under test can stand it already, or is asked to."""
+        return mishap in self.mishaps or mishap not in AWAITED
 
 
 class Judge:
     """One installation, seen by its judge."""
 
     def __init__(self, connection: psycopg.Connection[Any], journal: Journal, rules: Rules) -> None:
-        self._connection = connection
+        self.connection = connection
         self._journal = journal
         self._rules = rules
 
     def rows(self, statement: str, *values: Any) -> list[Any]:
         """Whatever a statement of the oracle's own finds."""
-        with self._connection.cursor(row_factory=namedtuple_row) as cursor:
+        with self.connection.cursor(row_factory=namedtuple_row) as cursor:
             return cursor.execute(statement, values).fetchall()
 
     def billing_day(self, instant: datetime) -> date:

@@ -25,6 +25,7 @@ class BooksJudge(Judge):
         found.extend(self._nothing_stays_open(payments, now))
         found.extend(self.expired_unduly(now))
         found.extend(self._everything_has_a_reason())
+        found.extend(self._nobody_touches_another_shop())
         return found
 
     def _nobody_is_charged_twice(self, ledger: Sequence[Any]) -> Iterator[str]:
@@ -50,7 +51,6 @@ class BooksJudge(Judge):
                 " FROM billing_orchestration.settlements"
             )
         }
-        grants: dict[str, int] = dict(journal.service_grants)
         for payment_id, row in ours.items():
             if payment_id not in charged:
                 yield f"GRANTED UNPAID: settlement of {payment_id}, for which no money moved"
@@ -63,14 +63,27 @@ class BooksJudge(Judge):
                 yield f"GRANTED UNPAID: {payment_id} was refunded in full before it was granted"
             if payment_id in journal.poisoned:
                 yield f"GRANTED WRONGLY: {payment_id} was to be set aside ({journal.poisoned[payment_id]})"
-            grants[payment_id] = row.subscription_id
             entry = charged[payment_id]
             if (row.amount, row.currency) != (entry.amount, entry.currency):
-                yield f"settlement of {payment_id} says {row.amount} {row.currency}, the ledger {entry.amount}"
-        for payment_id in set(grants) - set(charged):
-            yield f"GRANTED UNPAID: {payment_id}"
+                yield f"settlement of {payment_id} says {row.amount} {row.currency}, the charge was of {entry.amount}"
+        grants = self._grants()
+        for payment_id in sorted(set(grants) - set(charged)):
+            yield f"GRANTED UNPAID: {payment_id} by the service, and the ledger has no charge"
         yield from self._rows_agree(grants, ours, charged)
-        yield from self._periods_add_up(grants)
+        yield from self._periods_add_up(grants, charged)
+
+    def _grants(self) -> dict[str, int]:
+        """Which subscription each payment was granted to, by us and by the service."""
+        return {
+            **self._journal.service_grants,
+            **{
+                row.id: row.subscription_id
+                for row in self.rows(
+                    "SELECT external_payment_id AS id, subscription_id FROM billing_orchestration.settlements"
+                    " WHERE kind <> 'refunded' AND period_end IS NOT NULL"
+                )
+            },
+        }
 
     def _rows_agree(
         self, grants: Mapping[str, int], ours: Mapping[str, Any], charged: Mapping[str, Any]
@@ -99,31 +112,58 @@ class BooksJudge(Judge):
             for row in rows:
                 accounted = payment_id in grants or payment_id in self._journal.history
                 # When a row that the service wrote without a grant must have one, is `unsettled`'s question.
-                if row.status == "SUCCEEDED" and not accounted and payment_id not in self._journal.service_rows:
+                without_grant = self._journal.service_rows | set(self._journal.half_written)
+                if row.status == "SUCCEEDED" and not accounted and payment_id not in without_grant:
                     yield f"payment {row.id} ({payment_id}) is SUCCEEDED without a grant"
         for payment_id, row in ours.items():
             if row.kind == "refunded" and self._journal.refunded.get(payment_id) is not False:
                 yield f"{payment_id} was recorded as refunded and not granted, which it was not by then"
 
-    def _periods_add_up(self, grants: Mapping[str, int]) -> Iterator[str]:
-        counts = Counter(grants.values())
+    def close_chapter(self, number: int, ledger: Sequence[Any]) -> list[str]:
+        """Right before somebody moves a subscription's end or plan: what is wrong with its end so far."""
+        journal, grants = self._journal, self._grants()
+        mine = {payment_id: to for payment_id, to in grants.items() if to == number}
+        charged = {entry.payment_id: entry for entry in ledger if entry.kind == "charge"}
+        found = [words for words in self._periods_add_up(mine, charged) if f"subscription {number} " in words]
+        rows = self.rows("SELECT started_at, ended_at FROM subscriptions WHERE id = %s", number)
+        journal.before[number] = (rows[0].started_at, rows[0].ended_at)
+        journal.counted[number] = set(mine)
+        return found
+
+    def _granted_at(self, payment_id: str) -> datetime:
+        rows = self.rows(
+            "SELECT settled_at FROM billing_orchestration.settlements WHERE external_payment_id = %s", payment_id
+        )
+        if rows:
+            settled_at: datetime = rows[0].settled_at
+            return settled_at
+        return self._journal.service_granted_at[payment_id]
+
+    def _periods_add_up(self, grants: Mapping[str, int], charged: Mapping[str, Any]) -> Iterator[str]:
+        journal = self._journal
+        granted: dict[int, list[str]] = defaultdict(list)
+        for payment_id, number in grants.items():
+            granted[number].append(payment_id)
         subscriptions = self.rows(
             "SELECT s.id, s.started_at, s.ended_at, p.duration, p.duration_unit FROM subscriptions s"
             " JOIN plans p ON p.id = s.plan_id WHERE s.status <> 'CREATED'"
         )
         for row in subscriptions:
-            number = counts.pop(row.id, 0)
-            started_at, expected = self._journal.before.get(row.id, (row.started_at, row.started_at))
-            for _ in range(number):
-                expected = end_of_next_period(self._rules.zone, started_at, expected, row.duration, row.duration_unit)
+            started_at, expected = journal.before.get(row.id, (row.started_at, row.started_at))
+            paid = set(granted.pop(row.id, ())) - journal.counted.get(row.id, set())
+            for payment_id in sorted(paid, key=self._granted_at) if len(paid) > 1 else paid:
+                entry = charged.get(payment_id)
+                period = journal.agreed.get(entry.metadata.get("renewal_attempt_id", "")) if entry else None
+                duration, unit = period or (row.duration, row.duration_unit)
+                expected = end_of_next_period(self._rules.zone, started_at, expected, duration, unit)
             if row.started_at != started_at:
                 yield f"subscription {row.id} started {started_at} and now says {row.started_at}"
             if row.ended_at != expected:
                 yield (
-                    f"subscription {row.id} ends {row.ended_at}; {number} paid periods of {row.duration}"
+                    f"subscription {row.id} ends {row.ended_at}; {len(paid)} paid periods of {row.duration}"
                     f" {row.duration_unit} from {started_at} end {expected}"
                 )
-        for subscription_id in counts:
+        for subscription_id in granted:
             yield f"granted to subscription {subscription_id}, which does not exist"
 
     def _nothing_stays_open(self, payments: Mapping[str, Any], now: datetime) -> Iterator[str]:
@@ -168,3 +208,11 @@ class BooksJudge(Judge):
         ):
             for row in self.rows(f"SELECT id FROM billing_orchestration.{table} WHERE {where}"):
                 yield f"WITHOUT A REASON: {table} {row.id}"
+
+    def _nobody_touches_another_shop(self) -> Iterator[str]:
+        for row in self.rows(
+            "SELECT entity_id, action FROM billing_orchestration.audit_trail WHERE entity = 'payment'"
+            " AND entity_id = ANY(%s)",
+            [str(number) for number in self._journal.elsewhere],
+        ):
+            yield f"TOUCHED ANOTHER SHOP'S ROW: payment {row.entity_id}, {row.action}"

@@ -42,6 +42,9 @@ class RunsJudge(Judge):
             payment = payments[entry.payment_id]
             captured_at = payment.captured_at
             visible = captured_at <= as_of and provider_now - payment.changed_at >= rules.list_lag
+            half_written_at = journal.half_written.get(entry.payment_id)
+            if half_written_at is not None and abs(now - half_written_at) < timedelta(seconds=61):
+                continue  # its handler may still be at work
             left_to_webhook = timedelta(0) <= now - captured_at < timedelta(seconds=61) or captured_at > now
             in_gap = any(start <= captured_at <= end for start, end in journal.gaps)
             if not visible or left_to_webhook or in_gap:
@@ -49,12 +52,42 @@ class RunsJudge(Judge):
             if entry.payment_id in journal.poisoned:
                 if entry.payment_id not in quarantined | settled and entry.payment_id not in journal.refunded:
                     found.append(f"NOT SHOWN: {entry.payment_id} ({journal.poisoned[entry.payment_id]})")
-            elif entry.payment_id not in settled | (canceled_or_final - journal.service_rows):
-                if entry.payment_id in quarantined & journal.service_rows and self._granted_beside(entry):
-                    continue  # nobody can tell from the tables who moved the subscription's end
+            elif entry.payment_id not in settled | (
+                canceled_or_final - journal.service_rows - set(journal.half_written)
+            ):
+                if entry.payment_id in quarantined and self._is_for_a_person(entry):
+                    continue
                 why = "in quarantine, and nothing was wrong with it" if entry.payment_id in quarantined else "lost"
                 found.append(f"NOT GRANTED: {entry.payment_id}, paid {captured_at} (provider's clock), {why}")
         return found
+
+    def _is_for_a_person(self, entry: Any) -> bool:
+        """Whether the tables do not say enough to settle it."""
+        journal = self._journal
+        if entry.payment_id in journal.lost:
+            return True  # its attempt is gone: whether the rest still fits is not for this judge to say
+        if "renewal_attempt_id" in entry.metadata:
+            number = int(entry.metadata["subscription_id"])
+            # Nobody can tell from the tables who moved the subscription's end.
+            moved_at = journal.moved.get(number)
+            return (moved_at is not None and moved_at >= self._sent_at(entry)) or (
+                entry.payment_id in journal.service_rows and self._granted_beside(entry)
+            )
+        if entry.payment_id in journal.half_written:
+            # Whether the handler had granted it before it died, nobody can tell from a subscription that has changed.
+            changed = self.rows(
+                "SELECT 1 FROM subscriptions WHERE user_id = %s AND updated_at >= %s",
+                entry.metadata.get("user_id"), naive(entry.at - timedelta(minutes=15)),
+            )  # fmt: skip
+            return bool(changed)
+        # Without a row there is only the price to compare with, which has changed since.
+        rows = self.rows("SELECT 1 FROM payments WHERE external_payment_id = %s", entry.payment_id)
+        plan_id = str(entry.metadata.get("plan_id", ""))
+        prices = self.rows(
+            "SELECT 1 FROM prices WHERE plan_id::text = %s AND amount = %s AND currency::text = %s",
+            plan_id, entry.amount, entry.currency,
+        )  # fmt: skip
+        return not rows and not prices
 
     def _granted_beside(self, entry: Any) -> bool:
         """Whether anything else was granted to the subscription that a renewal is for, since it was charged."""
@@ -116,7 +149,7 @@ class RunsJudge(Judge):
         """Due subscriptions that a finished run of autopayment_job neither charged nor gave a reason for."""
         told = {row["subject"].partition(",")[0]: row["reason"] for row in decisions}
         return [
-            f"WITHOUT A REASON: subscription {number} was due and the run says nothing of it"
+            f"NOT EXPLAINED: subscription {number} was due, and the run says nothing of it"
             for number in due
             if not (told.get(f"subscription {number}") or "").strip()
         ]
@@ -137,7 +170,13 @@ class RunsJudge(Judge):
             " WHERE s.status = 'ACTIVE' AND p.is_recurring AND s.ended_at IS NOT NULL"
             " AND (SELECT count(*) FROM subscriptions o WHERE o.user_id = s.user_id) = 1"
             " AND NOT EXISTS (SELECT FROM billing_orchestration.renewal_attempts a WHERE a.subscription_id = s.id"
-            "                 AND (a.period_start = s.ended_at OR a.state IN ('PLANNED', 'UNKNOWN', 'PENDING')))"
+            "                 AND (a.period_start = s.ended_at"
+            "                      OR a.state IN ('PLANNED', 'UNKNOWN', 'PENDING', 'REVIEW')))"
+            " AND NOT EXISTS (SELECT FROM billing_orchestration.settlements t WHERE t.subscription_id = s.id"
+            "                 AND t.kind <> 'refunded' AND t.period_end > s.ended_at)"
+            " AND NOT EXISTS (SELECT FROM billing_orchestration.quarantine q"
+            "                 WHERE q.subscription_id = s.id AND q.resolved_at IS NULL"
+            "                 AND q.kind IN ('unknown_attempt', 'two_active'))"
         ):
             overdue = (today - self.billing_day(row.ended_at.replace(tzinfo=UTC))).days
             if overdue not in (0, 1) or len(row.currencies or ()) != 1:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from datetime import datetime
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
 from typing import Any
 
-from billing_orchestration_tests.torture.simulation.judge import Judge
+from billing_orchestration_tests.torture.simulation.judge import DAY, UTC, Judge, end_of_next_period, naive
 
 # The classes of the provider's cancellation reasons, from its documentation and not from the code under test.
 FINAL_DECLINES = frozenset((
@@ -22,6 +22,8 @@ SOFT_DECLINES = frozenset((
 ))  # fmt: skip
 # What autopayment_job's max_overdue_days is by default.
 MOST_DAYS_OVERDUE = 30
+# What a long run takes, and the clocks of whoever writes rows.
+SOME_MINUTES = timedelta(minutes=30)
 
 
 class SendsJudge(Judge):
@@ -33,10 +35,11 @@ class SendsJudge(Judge):
         `payments`: all of the provider's, also those that nobody here has heard of yet.
         """
         document = json.loads(body)
-        metadata, method_id = document["metadata"], document["payment_method_id"]
+        metadata = document["metadata"]
         rows = self.rows(
-            "SELECT s.id, s.user_id, s.plan_id, p.is_recurring, a.sends FROM subscriptions s"
-            " JOIN plans p ON p.id = s.plan_id"
+            "SELECT s.id, s.user_id, s.plan_id, s.started_at, s.ended_at, p.is_recurring, p.duration, p.duration_unit,"
+            " a.id::text AS attempt_id, a.sends, a.period_start, a.last_sent_at"
+            " FROM subscriptions s JOIN plans p ON p.id = s.plan_id"
             " JOIN billing_orchestration.renewal_attempts a ON a.subscription_id = s.id"
             " WHERE s.id = %s AND a.idempotence_key::text = %s",
             int(metadata["subscription_id"]), key,
@@ -44,45 +47,118 @@ class SendsJudge(Judge):
         if not rows:
             return []  # `wrong_send` says so
         row = rows[0]
-        began = self.billing_day(datetime.fromisoformat(metadata["period_start"]))
-        overdue = (self.billing_day(as_of) - began).days
-        found = []
+        is_new = row.sends == 1  # an older body may have an older price
+        plan_changed_at = self._journal.plan_changed.get(row.plan_id)
+        is_as_claimed = not (plan_changed_at and row.last_sent_at and plan_changed_at >= row.last_sent_at)
+        moment = now if self._rules.holds("old backfills") else as_of
+        payments = list(payments)
+        return [
+            *self._whose(row, document),
+            *self._when(row, moment, now),
+            *self._after_what(row, key, metadata, payments, moment),
+            *(self._what_for(row, document) if is_new and is_as_claimed else ()),
+            *(self._beside_what(row) if self._rules.holds("helping hands") else ()),
+            *(self._by_which_card(row, document["payment_method_id"], payments) if is_new else ()),
+        ]
+
+    def _whose(self, row: Any, document: Any) -> Iterator[str]:
         # A payment that saved no card is nobody's method: the provider refuses it.
+        method_id = document["payment_method_id"]
         owner = self._journal.methods.get(method_id, row.user_id)
-        if owner != row.user_id or metadata["user_id"] != row.user_id:
-            found.append(f"CHARGED A STRANGER: method {method_id} for subscription {row.id} of {row.user_id}")
-        if not row.is_recurring:
-            found.append(f"CHARGED UNWANTED: the plan of subscription {row.id} is not recurring")
-        if began > self.billing_day(now) or overdue < 0:
-            found.append(f"CHARGED EARLY: subscription {row.id} for a period from {began}")
+        if owner != row.user_id or document["metadata"]["user_id"] != row.user_id:
+            yield f"CHARGED A STRANGER: method {method_id} for subscription {row.id} of {row.user_id}"
+
+    def _when(self, row: Any, moment: datetime, now: datetime) -> Iterator[str]:
+        began = self.billing_day(row.period_start.replace(tzinfo=UTC))
+        if began > self.billing_day(now) or began > self.billing_day(moment):
+            yield f"CHARGED EARLY: subscription {row.id} for a period from {began}"
+        end = end_of_next_period(self._rules.zone, row.started_at, row.period_start, row.duration, row.duration_unit)
+        last = self.billing_day(moment) - self._rules.grace_days * DAY
+        if row.period_start == row.ended_at and self.billing_day(end.replace(tzinfo=UTC)) <= last:
+            yield f"CHARGED FOR WHAT IS OVER: subscription {row.id} for a period from {began} to {end}"
+
+    def _after_what(
+        self, row: Any, key: str, metadata: Any, payments: Iterable[Any], moment: datetime
+    ) -> Iterator[str]:
+        began = self.billing_day(row.period_start.replace(tzinfo=UTC))
+        overdue = (self.billing_day(moment) - began).days
         earlier = [
             payment
             for payment in payments
             if payment.metadata.get("renewal_attempt_id") and payment.idempotence_key != key
-            and (payment.metadata["subscription_id"], payment.metadata["period_start"])
-            == (metadata["subscription_id"], metadata["period_start"])
+            and all(payment.metadata[name] == metadata[name] for name in ("subscription_id", "period_start", "user_id"))
         ]  # fmt: skip
         declined = [(payment.cancellation or {}).get("reason") for payment in earlier if payment.status == "canceled"]
         if any(payment.status != "canceled" for payment in earlier):
-            found.append(f"CHARGED AGAIN: subscription {row.id} has an uncanceled payment for {began} already")
+            yield f"CHARGED AGAIN: subscription {row.id} has an uncanceled payment for {began} already"
         if any(reason in FINAL_DECLINES for reason in declined):
-            found.append(f"CHARGED AGAIN: subscription {row.id} for {began} after {declined}")
+            yield f"CHARGED IN VAIN: subscription {row.id} for {began} after {declined}"
         if sum(reason not in FINAL_DECLINES and reason not in SOFT_DECLINES for reason in declined) >= 3:
-            found.append(f"CHARGED TOO OFTEN: subscription {row.id} for {began} after {declined}")
+            yield f"CHARGED TOO OFTEN: subscription {row.id} for {began} after {declined}"
         if overdue > (self._rules.grace_days if declined else MOST_DAYS_OVERDUE):
-            found.append(f"CHARGED TOO LATE: subscription {row.id}, {overdue} days overdue, after {declined}")
-        if row.sends == 1:  # sent for the first time in its life: an older body may have an older price
-            asked = (document["amount"]["value"], document["amount"]["currency"])
-            prices = [
-                (f"{price.amount:.2f}", price.currency)
-                for price in self.rows(
-                    "SELECT amount, currency::text AS currency FROM prices WHERE plan_id = %s", row.plan_id
-                )
-                if price.currency == asked[1]
-            ]
-            if prices != [asked]:
-                found.append(f"CHARGED WRONGLY: subscription {row.id} {asked}, the plan's prices are {prices}")
-        return found
+            yield f"CHARGED TOO LATE: subscription {row.id}, {overdue} days overdue, after {declined}"
+
+    def _what_for(self, row: Any, document: Any) -> Iterator[str]:
+        if not row.is_recurring:
+            yield f"CHARGED UNWANTED: the plan of subscription {row.id} is not recurring"
+        asked = (document["amount"]["value"], document["amount"]["currency"])
+        prices = [
+            (f"{price.amount:.2f}", price.currency)
+            for price in self.rows(
+                "SELECT amount, currency::text AS currency FROM prices WHERE plan_id = %s", row.plan_id
+            )
+            if price.currency == asked[1]
+        ]
+        if prices != [asked]:
+            yield f"CHARGED WRONGLY: subscription {row.id} {asked}, the plan's prices are {prices}"
+
+    def _beside_what(self, row: Any) -> Iterator[str]:
+        for other in self.rows(
+            "SELECT id, state FROM billing_orchestration.renewal_attempts WHERE subscription_id = %s AND id::text <> %s"
+            " AND (state IN ('UNKNOWN', 'PENDING', 'REVIEW') OR (state = 'PLANNED' AND first_sent_at IS NOT NULL))",
+            row.id, row.attempt_id,
+        ):  # fmt: skip
+            yield f"CHARGED BESIDE AN OPEN CHARGE: subscription {row.id}, whose attempt {other.id} is {other.state}"
+        for paid in self.rows(
+            "SELECT external_payment_id AS id, period_end FROM billing_orchestration.settlements"
+            " WHERE subscription_id = %s AND kind <> 'refunded' AND period_end > %s",
+            row.id, row.period_start,
+        ):  # fmt: skip
+            yield (
+                f"CHARGED WITHIN A PAID PERIOD: subscription {row.id} from {row.period_start}, and {paid.id} has paid"
+                f" until {paid.period_end}"
+            )
+        for later in self.rows(
+            "SELECT o.id, o.ended_at FROM subscriptions o JOIN subscriptions s ON s.id = %s"
+            " AND o.user_id = s.user_id AND o.plan_id = s.plan_id AND o.id <> s.id"
+            " WHERE o.status = 'ACTIVE' AND o.ended_at > s.ended_at",
+            row.id,
+        ):
+            yield f"CHARGED BESIDE A LATER ONE: subscription {row.id}, and {later.id} of its plan ends {later.ended_at}"
+
+    def _by_which_card(self, row: Any, method_id: str, payments: Iterable[Any]) -> Iterator[str]:
+        """Only what was there some minutes before: what happens during a run may come too late for it."""
+        if not self._rules.holds("newer cards") or row.last_sent_at is None:
+            return
+        by_id = {payment.id: payment for payment in payments}
+        purchases = [
+            (by_id[paid.id], paid.status)
+            for paid in self.rows(
+                "SELECT external_payment_id AS id, status::text AS status FROM payments WHERE subscription_id = %s"
+                " AND status IN ('SUCCEEDED', 'REFUNDED') AND updated_at < %s ORDER BY created_at, id",
+                row.id, naive(row.last_sent_at - SOME_MINUTES),
+            )
+            if paid.id in by_id and "renewal_attempt_id" not in by_id[paid.id].metadata
+        ]  # fmt: skip
+        saved = [
+            (payment.created_at, payment.method_id) for payment, status in purchases
+            if payment.method_saved and status == "SUCCEEDED"
+        ]  # fmt: skip
+        if saved and method_id in {method for _, method in saved} and method_id != max(saved)[1]:
+            yield f"CHARGED AN OLD CARD: subscription {row.id} by {method_id}, and its newest is {max(saved)[1]}"
+        refunded = {payment.method_id for payment, status in purchases if payment.method_saved and status == "REFUNDED"}
+        if method_id in refunded - {method for _, method in saved}:
+            yield f"CHARGED A REFUNDED CARD: subscription {row.id} by {method_id}, whose purchase was refunded"
 
     def _changed_since(self, subscription_id: int, instant: datetime) -> bool:
         touched = self._journal.touched.get(subscription_id)
@@ -91,6 +167,14 @@ class SendsJudge(Judge):
             subscription_id, instant,
         )  # fmt: skip
         return bool(settled) or (touched is not None and touched >= instant)
+
+    def claimed_at(self, key: str) -> datetime | None:
+        """When the run that is about to send a key has claimed it, by our host's clock."""
+        rows = self.rows(
+            "SELECT last_sent_at FROM billing_orchestration.renewal_attempts WHERE idempotence_key::text = %s", key
+        )
+        claimed_at: datetime | None = rows[0].last_sent_at if rows else None
+        return claimed_at
 
     def wrong_send(self, key: str, body: str, began: datetime) -> list[str]:
         """What is wrong with a charge that is about to be sent, by the tables as they are committed at this moment.

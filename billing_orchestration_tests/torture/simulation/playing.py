@@ -22,13 +22,23 @@ from billing_orchestration.sandbox.provider.server import Sandbox, running_sandb
 from billing_orchestration_tests.fixtures.postgres import start_server
 from billing_orchestration_tests.torture.simulation.results import Result
 from billing_orchestration_tests.torture.simulation.story import DAYS, Simulation
-from billing_orchestration_tests.torture.simulation.traits import Traits
+from billing_orchestration_tests.torture.simulation.traits import Traits, draw_traits
 
 
 def play_seed(
-    admin_url: str, template: str, seed: int, days: int = DAYS, traits: Traits | None = None, *, live: bool = False
+    admin_url: str,
+    template: str,
+    seed: int,
+    days: int = DAYS,
+    traits: Traits | None = None,
+    *,
+    mishaps: frozenset[str] = frozenset(),
+    live: bool = False,
 ) -> Result:
-    """Play one seed in a database of its own. `admin_url`: any database of the server; `template`: a migrated one."""
+    """Play one seed in a database of its own. `admin_url`: any database of the server; `template`: a migrated one.
+
+    `mishaps`: those that befall it whatever was drawn.
+    """
     name = f"simulation_{os.getpid()}_{seed}_{time.monotonic_ns()}"
     began = time.monotonic()
     with psycopg.connect(admin_url, autocommit=True) as admin:
@@ -36,7 +46,7 @@ def play_seed(
         url = _with_database(admin_url, name)
         try:
             with _served(seed) as served:
-                simulation = Simulation(url, seed, served=served, traits=traits)
+                simulation = Simulation(url, seed, served=served, traits=traits or draw_traits(seed, mishaps))
                 try:
                     simulation.world.live = live
                     simulation.play(days)

@@ -7,6 +7,7 @@ another scheduler's run begins).
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from billing_orchestration_tests.torture.simulation.threads import OrderedThread
 from billing_orchestration_tests.torture.simulation.wire import (
     CHARGE_FAULTS,
     READ_FAULTS,
+    UNDER_WAY_FAULTS,
     PatientWire,
     SimulatedProvider,
     SimulatedWire,
@@ -57,6 +59,8 @@ class Accidents:
     commits: int = 0
     dead: bool = False
     happened: list[str] = field(default_factory=list)
+    # Cards that are stuck: the run may be late for their customers, and for nobody else.
+    stuck: int = 0
 
     @property
     def undisturbed(self) -> bool:
@@ -71,7 +75,8 @@ class Process:
         self.world = world
         self.accidents = accidents
         self.as_of = as_of
-        self.began = world.now
+        # As the run itself reads it: our host's clock.
+        self.began = world.host_now()
         # One at a time goes on, in an order that is drawn.
         self.threads = OrderedThreads(
             random.Random(accidents.generator.getrandbits(64)), world.seconds, world.pass_time
@@ -116,9 +121,16 @@ class Process:
 
     def before_request(self, method: str, body: bytes | None, key: str | None, fault: str | None) -> None:
         self.threads.give_way()
-        if method == "POST" and key is not None and not self.accidents.dead:
-            self.world.charges.look_at(key, body or b"", self.as_of, self.began, reaches=fault != "not connected")
-        self._point(f"before {method}")
+        world, lived = self.world, not self.accidents.dead
+        if method == "POST" and key is not None and lived:
+            world.charges.look_at(key, body or b"", self.as_of, self.began, reaches=fault != "not connected")
+        try:
+            self._point(f"before {method}")
+        except DeadProcess:
+            # What has left the machine is worked on, whoever is dead.
+            if lived and method == "POST" and world.plays("charges under way") and fault is None:
+                world.in_flight.begin(body or b"", key)
+            raise
         self.world.pass_time(self.accidents.generator.choice((0.05, 0.1, 0.3, 1.0)))
 
     def after_request(self, method: str, key: str | None, answer: Any) -> None:
@@ -127,16 +139,23 @@ class Process:
         self._point(f"after {method}")
         self.threads.give_way()
 
-    def pick_fault(self, method: str) -> str | None:
-        """The fault of one call: the provider's outage, or one that is drawn."""
+    def pick_fault(self, method: str, body: bytes | None) -> str | None:
+        """The fault of one call: the provider's outage, a card that is stuck, or one that is drawn."""
         accidents = self.accidents
         if self.world.outage is not None:
             accidents.happened.append("provider outage")
             return self.world.outage
+        if method == "POST" and (stuck := self.world.stuck_cards.get(json.loads(body or b"{}")["payment_method_id"])):
+            accidents.stuck += 1
+            self.world.tell(f"  POST of a card that is stuck: {stuck}")
+            return stuck
         rate = accidents.charge_faults if method == "POST" else accidents.read_faults
         if not rate or accidents.generator.random() >= rate:
             return None
-        fault = pick_fault(CHARGE_FAULTS if method == "POST" else READ_FAULTS, accidents.generator)
+        faults = READ_FAULTS if method != "POST" else CHARGE_FAULTS
+        if method == "POST" and self.world.plays("charges under way"):
+            faults += UNDER_WAY_FAULTS
+        fault = pick_fault(faults, accidents.generator)
         accidents.happened.append(f"{method}: {fault}")
         self.world.tell(f"  {method} {fault}")
         return fault
@@ -153,10 +172,12 @@ class Process:
         def wire() -> SimulatedWire:
             return SimulatedWire(
                 world.provider,
+                in_flight=world.in_flight,
                 fault=self.pick_fault,
                 before=self.before_request,
                 after=self.after_request,
                 pass_time=world.pass_time,
+                provider_now=world.provider_now,
                 page_size=world.traits.page_size,
                 inner=None if world.served_url is None else PatientWire(world.served_url),
             )

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from billing_orchestration_tests.torture.simulation.agenda import Agenda, Dice
+from billing_orchestration_tests.torture.simulation.backups import Backups
 from billing_orchestration_tests.torture.simulation.judge import UTC
 from billing_orchestration_tests.torture.simulation.process import Accidents
 from billing_orchestration_tests.torture.simulation.runner import RunEnd
@@ -26,8 +27,8 @@ PARTITIONED_BY_DAY = tuple(job for job, _ in DAILY)
 class Runs:
     """Scheduled runs, launches by hand, and their accidents."""
 
-    def __init__(self, world: World, dice: Dice, agenda: Agenda, successes: Successes) -> None:
-        self._world, self._dice, self._agenda, self._successes = world, dice, agenda, successes
+    def __init__(self, world: World, dice: Dice, agenda: Agenda, successes: Successes, backups: Backups) -> None:
+        self._world, self._dice, self._agenda, self._successes, self._backups = world, dice, agenda, successes, backups
         self.accident_rate = world.traits.accidents
         self._last_points: dict[str, int] = {}
         self._keys_watched: set[Any] = set()
@@ -70,6 +71,8 @@ class Runs:
 
     def launch(self, job: str, accidents: Accidents, **how: Any) -> RunEnd:
         """A run, after which the ticks come that see what it has charged: now, or when a pending charge succeeds."""
+        if how.get("tick") is None:
+            self._successes.end_handlers()
         end = self._world.run(job, accidents, **how)
         if job == "autopayment_job":
             self._successes.ticks()
@@ -108,6 +111,8 @@ class Runs:
 
     def run_daily(self, job: str, tick: datetime) -> None:
         """One scheduled run; after a red one an operator may launch it again, or wait for tomorrow."""
+        if job == "autopayment_job" and self._world.plays("restored backups") and self._dice.chance(0.06):
+            self._backups.fail_over_after(lambda: self._run_and_look(job, self.accidents(job), tick=tick))
         self._try(job, 1, tick=tick)
 
     def _try(self, job: str, number: int, **how: Any) -> None:
@@ -129,7 +134,11 @@ class Runs:
         chargeable = world.oracle.chargeable(as_of, world.now) if charges else {}
         began = world.now
         end = self.run(job, accidents, **how)
-        disturbed = not accidents.undisturbed or accidents.meanwhile or world.outage
+        disturbed = not accidents.undisturbed or accidents.meanwhile or world.outage or world.host_error
+        if charges and accidents.stuck and not disturbed and end.failure != "killed":
+            # Nobody else's card is stuck, so nobody else waits.
+            for words in world.oracle.not_charged(chargeable):
+                world.fault(words)
         if end.ok and not disturbed:
             world.journal.undisturbed[job].append(began)
             for words in world.oracle.not_charged(chargeable):

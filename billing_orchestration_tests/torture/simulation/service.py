@@ -25,15 +25,17 @@ class BillingService:
     """The service's own code, on its own connection. Instants are aware; its clock is the caller's concern."""
 
     def __init__(self, connection: psycopg.Connection[Any], zone: tzinfo, journal: Journal, provider_row: int) -> None:
-        self._connection = connection
+        self.connection = connection
         self._zone = zone
         self._journal = journal
         self.provider_row = provider_row
+        # Another shop's, in the same tables.
+        self.other_row = 0
 
     def execute(self, statement: str, *values: Any) -> list[Any]:
         """One transaction of one statement; Busy when it would have to wait."""
         try:
-            with self._connection.transaction(), self._connection.cursor(row_factory=namedtuple_row) as cursor:
+            with self.connection.transaction(), self.connection.cursor(row_factory=namedtuple_row) as cursor:
                 cursor.execute(statement, values)
                 return cursor.fetchall() if cursor.description else []
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
@@ -55,12 +57,13 @@ class BillingService:
         status: str = "PENDING",
         subscription_id: int | None = None,
         method: str | None = "BANK_CARD",
+        provider_row: int | None = None,
     ) -> int:
         """A payments row, as the service writes it when a customer begins to pay."""
         return self.insert(
             "payments",
             subscription_id=subscription_id,
-            payment_provider_id=self.provider_row,
+            payment_provider_id=provider_row or self.provider_row,
             payment_method=method,
             status=status,
             currency=currency,
@@ -79,7 +82,7 @@ class BillingService:
         metadata = payment.metadata
         is_renewal = "renewal_attempt_id" in metadata
         try:
-            with self._connection.transaction(), self._connection.cursor(row_factory=namedtuple_row) as cursor:
+            with self.connection.transaction(), self.connection.cursor(row_factory=namedtuple_row) as cursor:
                 rows = cursor.execute(
                     "SELECT id, status::text AS status, amount, currency::text AS currency, subscription_id"
                     " FROM payments WHERE external_payment_id = %s ORDER BY id FOR UPDATE",
@@ -92,6 +95,8 @@ class BillingService:
                 if payment.refunded >= payment.amount:
                     return "refunded"
                 if rows and (rows[0].amount, rows[0].currency) != (payment.amount, payment.currency):
+                    return "another amount"
+                if not rows and not is_renewal and not self._is_price(cursor, payment):
                     return "another amount"
                 if not metadata.get("user_id") or not str(metadata.get("plan_id", "")).isdigit():
                     return "strange metadata"
@@ -127,8 +132,50 @@ class BillingService:
         if is_renewal and settles_renewals == "row":
             self._journal.service_rows.add(payment.id)
             return "row"
-        self._journal.service_grants[payment.id] = subscription_id
+        self._journal.note_grant(payment.id, subscription_id, now)
         return "granted"
+
+    @staticmethod
+    def _is_price(cursor: Any, payment: Any) -> bool:
+        plan_id = str(payment.metadata.get("plan_id", ""))
+        prices = cursor.execute(
+            "SELECT 1 FROM prices WHERE plan_id::text = %s AND amount = %s AND currency::text = %s",
+            (plan_id, payment.amount, payment.currency),
+        )
+        return bool(prices.fetchall())
+
+    # --- the same handler, written carelessly
+
+    def read_pending(self, payment: Any) -> int | None:
+        """The PENDING row of a purchase, read without a lock."""
+        rows = self.execute(
+            "SELECT id FROM payments WHERE external_payment_id = %s AND status = 'PENDING' ORDER BY id", payment.id
+        )
+        return int(rows[0].id) if rows else None
+
+    def write_by_id(self, payment: Any, row_id: int, now: datetime) -> None:
+        """Grant a purchase and write its row, whatever has become of either since they were read."""
+        try:
+            with self.connection.transaction(), self.connection.cursor(row_factory=namedtuple_row) as cursor:
+                number = self._grant(cursor, payment.metadata, False, now)
+                cursor.execute(
+                    "UPDATE payments SET status = 'SUCCEEDED', subscription_id = %s, updated_at = %s WHERE id = %s",
+                    (number, naive(now), row_id),
+                )
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+            raise Busy from error
+        self._journal.note_grant(payment.id, int(number or 0), now)
+
+    def write_half(self, payment: Any, now: datetime) -> bool:
+        """The payment's row in a transaction of its own; then the handler dies. False: there is no such row."""
+        rows = self.execute(
+            "UPDATE payments SET status = 'SUCCEEDED', updated_at = %s WHERE external_payment_id = %s"
+            " AND status = 'PENDING' AND subscription_id IS NULL RETURNING id",
+            naive(now), payment.id,
+        )  # fmt: skip
+        if rows:
+            self._journal.half_written[payment.id] = now
+        return bool(rows)
 
     def _grant(self, cursor: Any, metadata: Any, is_renewal: bool, now: datetime) -> int | None:
         plan_id = int(metadata["plan_id"])

@@ -8,6 +8,8 @@ from datetime import date, datetime, timedelta
 
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.torture.simulation.agenda import Agenda, Dice
+from billing_orchestration_tests.torture.simulation.backups import Backups
+from billing_orchestration_tests.torture.simulation.clocks import WrongClocks
 from billing_orchestration_tests.torture.simulation.customers import Customers, Script
 from billing_orchestration_tests.torture.simulation.founding import draw_script, found_the_service
 from billing_orchestration_tests.torture.simulation.judge import DAY, UTC
@@ -15,6 +17,7 @@ from billing_orchestration_tests.torture.simulation.operators import Operator
 from billing_orchestration_tests.torture.simulation.outages import Outages
 from billing_orchestration_tests.torture.simulation.runs import DAILY, MATCHING, Runs
 from billing_orchestration_tests.torture.simulation.successes import Successes
+from billing_orchestration_tests.torture.simulation.support import Support
 from billing_orchestration_tests.torture.simulation.ticks import Ticks
 from billing_orchestration_tests.torture.simulation.traits import MINUTE, Traits, draw_traits
 from billing_orchestration_tests.torture.simulation.world import World
@@ -46,10 +49,25 @@ class Simulation:
         self.agenda = agenda = Agenda(world)
         self.successes = Successes(world, dice, agenda)
         self.customers = Customers(world, dice, agenda, self.successes, script)
-        self.runs = Runs(world, dice, agenda, self.successes)
+        self.support = Support(world, dice, agenda, self.customers)
+        self.backups = Backups(world, dice, agenda)
+        self.runs = Runs(world, dice, agenda, self.successes, self.backups)
         self.ticks = Ticks(world, dice, agenda, self.runs)
-        self.operator = Operator(world, dice, self.runs)
+        self.operator = Operator(world, dice, agenda, self.runs)
         self.outages = Outages(world, dice, agenda, self.runs, self.ticks)
+        self.clocks = WrongClocks(world, dice, agenda, self.ticks)
+        self.backups.on_restore = self.ticks.forget
+        world.on_charge_under_way = self._ends_later
+
+    def _ends_later(self, delay: timedelta) -> None:
+        """A charge that nobody waits for is executed, and may succeed."""
+
+        def executed() -> None:
+            self.world.in_flight.finish()
+            self.successes.ticks()
+            self.successes.watch_new_charges()
+
+        self.agenda.after(delay, "a charge under way is executed", executed)
 
     def found_the_service(self) -> None:
         """Before the first day."""
@@ -86,7 +104,7 @@ class Simulation:
             for words in world.oracle.unsettled(ledger, payments, world.now, world.now):
                 world.fault(words)
             world.judge()
-            self._nothing_is_left_open()
+            self.nothing_is_left_open()
 
     def go_until(self, end: datetime) -> None:
         """Everything that the agenda holds until then, as long as the promise holds."""
@@ -118,6 +136,21 @@ class Simulation:
         some("price", 0.05, self.customers.change_price)
         some("operator", 0.35, self.operator.act)
         some("idle tick", 2, lambda: self.agenda.tick_at(world.now))
+        for mishap, what, expected, do in (
+            ("old backfills", "backfill of weeks", 0.25, self.operator.backfill_weeks),
+            ("helping hands", "an end is moved", 0.5, self.support.move_an_end),
+            ("changes in mid-run", "plan switched", 0.2, self.support.switch_plan),
+            ("changes in mid-run", "renewals stop", 0.04, self.support.stop_renewals),
+            ("changes in mid-run", "another period", 0.04, self.support.change_period),
+            ("stuck cards", "cards are stuck", 0.15, self.customers.stick_cards),
+            ("wrong clocks", "our clock goes wrong", 0.08, self.clocks.begin),
+            ("restored backups", "backup", 0.05, self.backups.backup),
+            ("newer cards", "a card is replaced", 0.3, self.customers.replace_card),
+            ("newer cards", "a card's purchase is refunded", 0.1, self.customers.refund_card),
+            ("two shops", "another shop sells", 0.3, self.customers.sell_elsewhere),
+        ):
+            if world.plays(mishap):
+                some(what, expected, do)
         if world.traits.accidents:
             some("provider outage", 0.06 * world.traits.accidents, lambda: self.outages.begin("provider"))
             some("our outage", 0.05 * world.traits.accidents, lambda: self.outages.begin("ours"))
@@ -132,6 +165,15 @@ class Simulation:
             self.successes.webhook_now,
             self.customers.pay_now,
         ]
+        if world.plays("changes in mid-run"):
+            choices += [
+                self.support.change_price, self.support.switch_plan, self.support.stop_renewals,
+                self.support.change_period,
+            ]  # fmt: skip
+        if world.plays("helping hands"):
+            choices.append(self.support.move_an_end)
+        if world.plays("wrong clocks") and self.dice.chance(0.1):
+            choices = [self.clocks.begin]
         if ("POST" in place or "GET" in place) and world.traits.max_concurrency == 1 and world.served_url is None:
             # No transaction is open here, so another scheduler's run can do all of its work.
             choices.append(self.runs.another_run)
@@ -146,10 +188,13 @@ class Simulation:
         world.meanwhile = world.outage = None
         world.journal.calm = True
         world.out.clear()
+        world.stuck_cards.clear()
+        self.clocks.end()
         self.runs.accident_rate = 0.0
         self.agenda.tick_at(world.now)
 
-    def _nothing_is_left_open(self) -> None:
+    def nothing_is_left_open(self) -> None:
+        """An attempt whose outcome is unknown is closed within three days."""
         world = self.world
         left = world.oracle.rows(
             "SELECT id, state FROM billing_orchestration.renewal_attempts"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
+from typing import Any
 
 from billing_orchestration_tests.torture.simulation.agenda import Agenda, Dice
 from billing_orchestration_tests.torture.simulation.service import Busy
@@ -18,6 +20,8 @@ class Successes:
         self._world, self._dice, self._agenda = world, dice, agenda
         self._charges_seen_until = world.now
         self._watched: set[tuple[str, datetime]] = set()
+        # The service's handlers that have read and not yet written.
+        self._handlers: dict[str, Callable[[], None]] = {}
 
     def succeeded(self, payment_id: str, poison: str | None) -> None:
         """A success that is not ours: webhooks, and ticks when it can be seen."""
@@ -47,6 +51,8 @@ class Successes:
             payment = world.provider.payment(payment_id)
             if payment.status != "succeeded":
                 return
+            if self._is_handled_badly(payment):
+                return
             try:
                 did = world.service.on_success(
                     payment, world.service_now(), writes_unknown=traits.writes_unknown,
@@ -55,7 +61,7 @@ class Successes:
             except Busy:
                 did = None
             if did == "granted":
-                world.journal.touched[world.journal.service_grants[payment_id]] = world.now
+                world.journal.touched[world.journal.service_grants[payment_id]] = world.host_now()
             world.tell(f"  webhook {payment_id}: {did or 'again later'}")
             world.happened[f"webhook: {did or 'again later'}"] += 1
         if did is None and deliveries > 1:
@@ -64,6 +70,56 @@ class Successes:
                 f"webhook {payment_id} again",
                 lambda: self._webhook(payment_id, deliveries - 1),
             )
+
+    def _is_handled_badly(self, payment: Any) -> bool:
+        """A handler that dies half-way, or one that takes no locks."""
+        world = self._world
+        if "renewal_attempt_id" in payment.metadata or payment.id in world.journal.poisoned or payment.refunded:
+            return False
+        if world.plays("half webhooks") and self._dice.chance(0.25) and self._write_half(payment):
+            world.tell(f"  webhook {payment.id}: dies half-way")
+            world.happened["webhook: dies half-way"] += 1
+            self._agenda.tick_at(world.now)
+            self._agenda.tick_at(world.now + MINUTE + max(timedelta(0), world.traits.service_skew))
+            return True
+        # It has a minute, which the jobs leave to it, by the provider's clock.
+        left_s = 57.0 - (world.now - payment.captured_at).total_seconds()
+        if not world.plays("careless webhooks") or left_s < 1.0 or world.is_busy:
+            return False
+        row_id = world.service.read_pending(payment)
+        if row_id is None:
+            return False
+        world.tell(f"  webhook {payment.id}: has read its row")
+        self._handlers[payment.id] = partial(self._write_by_id, payment, row_id)
+        delay = timedelta(seconds=self._dice.uniform(0.5, left_s))
+        self._agenda.after(delay, f"webhook {payment.id} writes", lambda: self._end_handler(payment.id))
+        return True
+
+    def _write_half(self, payment: Any) -> bool:
+        try:
+            return self._world.service.write_half(payment, self._world.service_now())
+        except Busy:
+            return False
+
+    def _write_by_id(self, payment: Any, row_id: int) -> None:
+        world = self._world
+        try:
+            world.service.write_by_id(payment, row_id, world.service_now())
+        except Busy:
+            world.tell(f"  webhook {payment.id}: could not write")
+            return
+        world.journal.touched[world.journal.service_grants[payment.id]] = world.host_now()
+        world.tell(f"  webhook {payment.id}: granted by its row's id")
+        world.happened["webhook: granted by its row's id"] += 1
+
+    def _end_handler(self, payment_id: str) -> None:
+        if (write := self._handlers.pop(payment_id, None)) is not None:
+            write()
+
+    def end_handlers(self) -> None:
+        """Let those write that have read, before a run comes that leaves them no minute."""
+        for payment_id in list(self._handlers):
+            self._end_handler(payment_id)
 
     def webhook_now(self) -> None:
         """One of some recent payment, delivered again or for the first time."""

@@ -6,17 +6,21 @@ what an answer or a broken connection means. Which call meets which fault is dra
 
 from __future__ import annotations
 
-import http.client
 import json
 import random
 from collections.abc import Callable, Mapping
+from datetime import datetime
+from email.utils import format_datetime
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
+
+from urllib3 import HTTPHeaderDict
 
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.provider.wire import Answer, NotConnected, Wire
 from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.threads import Threads
+from billing_orchestration_tests.torture.simulation.in_flight import InFlight
 
 # (name, weight): what may happen to one call. "before": nothing was executed; "after": it was, and nobody learns it.
 CHARGE_FAULTS = (
@@ -25,6 +29,8 @@ CHARGE_FAULTS = (
     ("too many requests", 3), ("processing before", 1), ("processing after", 2), ("duplicate", 2),
     ("wrong credentials", 1), ("forbidden", 1),
 )  # fmt: skip
+# Only where charges under way are played: the client has gone, the provider works on.
+UNDER_WAY_FAULTS = (("cut, and still worked on", 8), ("silence, and still worked on", 4))
 READ_FAULTS = (
     ("not connected", 3), ("cut before", 3), ("silence before", 2), ("error before", 3), ("html before", 2),
     ("truncated", 3), ("too many requests", 2),
@@ -61,14 +67,18 @@ class SimulatedWire:
         self,
         provider: SandboxProvider,
         *,
-        fault: Callable[[str], str | None],
+        in_flight: InFlight,
+        fault: Callable[[str, bytes | None], str | None],
         before: Callable[[str, bytes | None, str | None, str | None], None],
         after: Callable[[str, str | None, Answer], None],
         pass_time: Callable[[float], None],
+        provider_now: Callable[[], datetime],
         page_size: int,
         inner: Any = None,
     ) -> None:
         self._provider = provider
+        self._in_flight = in_flight
+        self._provider_now = provider_now
         self._fault = fault
         self._before = before
         self._after = after
@@ -84,10 +94,14 @@ class SimulatedWire:
         self, method: str, target: str, *, headers: Mapping[str, str], body: bytes | None, read_s: float
     ) -> Answer:
         key = headers.get("Idempotence-Key")
-        fault = self._fault(method)
+        fault = self._fault(method, body)
         self._before(method, body, key, fault)
+        self._in_flight.finish()
 
         def execute() -> Answer:
+            if method == "POST" and (wait_s := self._in_flight.seconds_until_free(key)):
+                self._pass_time(wait_s)
+                self._in_flight.finish()
             if self._inner is not None:
                 answer: Answer = self._inner.send(
                     method, self._smaller(target), headers=headers, body=body, read_s=read_s
@@ -95,6 +109,9 @@ class SimulatedWire:
                 return answer
             return self._execute(method, target, body, key)
 
+        if fault is not None and fault.endswith("still worked on"):
+            self._in_flight.begin(body or b"", key)
+            fault = fault.replace(", and still worked on", " before")
         answer = self._under(fault, execute, read_s)
         self._after(method, key, answer)
         return answer
@@ -108,22 +125,23 @@ class SimulatedWire:
             execute()
         what = fault.rpartition(" ")[0] if fault.endswith((" before", " after")) else fault
         if what == "cut":
+            self._pass_time(1.0)
             raise ConnectionResetError(104, "Connection reset by peer")
         if what == "silence":
             self._pass_time(read_s)
             raise TimeoutError("the read timeout is over")
         if what == "error":
-            return _answer(500, _OWN_ERROR % b"internal_server_error")
+            return self._answer(500, _OWN_ERROR % b"internal_server_error")
         if what == "html":
-            return _answer(502, _HTML)
+            return self._answer(502, _HTML)
         if what == "too many requests":
-            return _answer(429, _OWN_ERROR % b"too_many_requests")
+            return self._answer(429, _OWN_ERROR % b"too_many_requests")
         if what == "processing":
-            return _answer(202, b'{"type":"processing","description":"Request accepted, but not processed yet"}')
+            return self._answer(202, b'{"type":"processing","description":"Request accepted, but not processed yet"}')
         if what == "wrong credentials":
-            return _answer(401, _OWN_ERROR % b"invalid_credentials")
+            return self._answer(401, _OWN_ERROR % b"invalid_credentials")
         if what == "forbidden":
-            return _answer(403, _OWN_ERROR % b"forbidden")
+            return self._answer(403, _OWN_ERROR % b"forbidden")
         if what == "duplicate":
             execute()
             return execute()
@@ -143,11 +161,10 @@ class SimulatedWire:
             told = self._provider.list_payments(parse_qsl(parts.query, keep_blank_values=True))
         else:
             told = self._provider.get_payment(parts.path.rpartition("/")[2])
-        return _answer(told.status, told.body)
+        return self._answer(told.status, told.body)
 
-
-def _answer(status: int, body: bytes) -> Answer:
-    return Answer(status, http.client.HTTPMessage(), body)
+    def _answer(self, status: int, body: bytes) -> Answer:
+        return Answer(status, HTTPHeaderDict(Date=format_datetime(self._provider_now(), usegmt=True)), body)
 
 
 def pick_fault(faults: tuple[tuple[str, int], ...], generator: random.Random) -> str:

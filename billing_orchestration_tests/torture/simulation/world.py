@@ -24,7 +24,9 @@ from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.settings import Settings
 from billing_orchestration_tests.torture.simulation.charges import Charges
+from billing_orchestration_tests.torture.simulation.in_flight import InFlight
 from billing_orchestration_tests.torture.simulation.judge import Journal, Rules
+from billing_orchestration_tests.torture.simulation.mishaps import MISHAPS
 from billing_orchestration_tests.torture.simulation.oracle import Oracle
 from billing_orchestration_tests.torture.simulation.process import Accidents, Killed, Process, SimulatedDatabase
 from billing_orchestration_tests.torture.simulation.runner import RunEnd, run_ops
@@ -42,6 +44,7 @@ JOBS = {
     )
 }
 # What a service connection waits for a locked row: the simulation has one thread, so whoever holds it cannot go on.
+_JUDGE_OPTIONS = "-c timezone=UTC -c search_path=public"
 _SERVICE_OPTIONS = "-c lock_timeout=15ms -c timezone=UTC -c search_path=public -c synchronous_commit=off"
 
 
@@ -71,10 +74,11 @@ class Order:
 
 
 class World:
-    """The installation. `now` is our own clock; the provider's and the service's differ by their skew."""
+    """The installation. `now` is the time; our host's clock is off by `host_error`, the others by their skew."""
 
     def __init__(self, url: str, seed: int, start: datetime, traits: Traits, *, served: Sandbox | None = None) -> None:
         self.now = start
+        self.host_error = timedelta(0)
         self.seed = seed
         self.traits = traits
         self.zone = ZoneInfo(traits.zone)
@@ -94,16 +98,17 @@ class World:
         # Where the sandbox answers over HTTP, if it does.
         self.served_url = served.url if served else None
         self.journal = Journal()
-        self.connection = psycopg.connect(url, autocommit=True, options=_SERVICE_OPTIONS)
-        self.oracle = Oracle(
-            psycopg.connect(url, autocommit=True, options="-c timezone=UTC -c search_path=public"),
-            self.journal,
-            Rules(self.zone, traits.grace_days, traits.ttl_days, traits.provider_skew, traits.list_lag),
+        rules = Rules(
+            self.zone, traits.grace_days, traits.ttl_days, traits.provider_skew, traits.list_lag, traits.mishaps
         )
+        self.oracle = Oracle(self._connect(_JUDGE_OPTIONS), self.journal, rules)
+        self.service = BillingService(self._connect(_SERVICE_OPTIONS), self.zone, self.journal, 0)
         now = start.replace(tzinfo=None)
-        self.service = BillingService(self.connection, self.zone, self.journal, 0)
         self.service.provider_row = self.service.insert(
             "payment_providers", name="YooKassa", description="", is_active=True, created_at=now, updated_at=now
+        )
+        self.service.other_row = self.service.insert(
+            "payment_providers", name="another shop", description="", is_active=True, created_at=now, updated_at=now
         )
         self.faults: list[str] = []
         self.told: list[str] = []
@@ -119,9 +124,22 @@ class World:
         self.is_busy = False
         self._database: SimulatedDatabase | None = None
         self.charges = Charges(self)
+        self.in_flight = InFlight(self)
+        self.on_charge_under_way: Callable[[timedelta], None] = lambda _seconds: None
+        # What every charge of a card meets, by the card.
+        self.stuck_cards: dict[str, str] = {}
         self._instance: dg.DagsterInstance | None = None
 
+    def plays(self, mishap: str) -> bool:
+        """Whether something of that name befalls this seed."""
+        assert mishap in MISHAPS
+        return mishap in self.traits.mishaps
+
     # --- clocks
+
+    def host_now(self) -> datetime:
+        """As the jobs read it."""
+        return self.now + self.host_error
 
     def provider_now(self) -> datetime:
         return self.now + self.traits.provider_skew
@@ -130,7 +148,7 @@ class World:
         return self.now + self.traits.service_skew
 
     def seconds(self) -> float:
-        """Our clock as a number."""
+        """The time as a number."""
         return self.now.timestamp()
 
     def pass_time(self, seconds: float) -> None:
@@ -151,10 +169,21 @@ class World:
         self.tell(f"!!! {text}")
         self.faults.append(f"{self.now:%Y-%m-%d %H:%M:%S} {text}")
 
-    def close(self) -> None:
+    def _connect(self, options: str) -> psycopg.Connection[Any]:
+        return psycopg.connect(self.url, autocommit=True, options=options)
+
+    def connect(self) -> None:
+        """Go on after `disconnect`."""
+        self.oracle.connection, self.service.connection = self._connect(_JUDGE_OPTIONS), self._connect(_SERVICE_OPTIONS)
+
+    def disconnect(self) -> None:
+        """Leave the database: nobody may be connected to it when it is copied or replaced."""
         self._drop_database()
-        self.connection.close()
-        self.oracle._connection.close()
+        self.service.connection.close()
+        self.oracle.connection.close()
+
+    def close(self) -> None:
+        self.disconnect()
         if self._instance is not None:
             self._instance.dispose()
 
@@ -198,7 +227,7 @@ class World:
         database.process = process
         if not nested:
             self._database = database
-        order = Order(tick, partition, dry_run, self._op_config(tick))
+        order = Order(tick and tick + self.host_error, partition, dry_run, self._op_config(tick))
         try:
             end = self._run_whole(process, job, order) if whole else self._run_ops(process, job, order, database)
         except Killed:
@@ -215,7 +244,7 @@ class World:
             process.end()
             if not nested:
                 self._database = None
-        self._look_after(job, process, end)
+        self.look_after(job, process, end)
         how = "ok" if end.ok else f"red: {end.failure}"
         self.tell(f"{job}{' partition' if partition else ''}{' dry' if dry_run else ''}{' nested' if nested else ''}"
                   f" {how[:200]} {mine.happened[:3] or ''}")  # fmt: skip
@@ -231,7 +260,7 @@ class World:
             ops["diff_pending_payments"] = ops["diff_successful_payments"] = {"webhook_grace_s": 60}
         return ops
 
-    def _look_after(self, job: str, process: Process, end: RunEnd) -> None:
+    def look_after(self, job: str, process: Process, end: RunEnd) -> None:
         """What must hold after any run, however it ended."""
         for name in process.threads.left_behind():
             self.fault(f"{job} has ended and its thread {name} has not: it may still change something")
@@ -248,7 +277,7 @@ class World:
             "run": RunSettings(as_of=order.as_of, dry_run=order.dry_run),
             "billing_database": database,
             "payment_provider": provider,
-            "clock": Clock(lambda: self.now),
+            "clock": Clock(self.host_now),
             "threads": process.threads,
             "hand_over": HandOver(),
         }
@@ -259,7 +288,7 @@ class World:
 
     def _run_whole(self, process: Process, job: str, order: Order) -> RunEnd:
         definitions = build_definitions(
-            load=lambda: self.settings, now=lambda: self.now, connect=process.connect, threads=process.threads
+            load=lambda: self.settings, now=self.host_now, connect=process.connect, threads=process.threads
         )
         if self._instance is None:
             self._instance = dg.DagsterInstance.ephemeral()
