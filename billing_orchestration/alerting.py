@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from billing_orchestration.domain.printable import without_links
 from billing_orchestration.settings import Settings, SettingsError, load_what_is_right
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ class Alert:
 
     @property
     def body(self) -> str:
-        """The text below the title."""
-        return f"{self.happened}\n\nThe money: {self.money}\nWhat to do: {self.do}\n{self.link}"
+        """The text below the title. `happened` may quote a stranger; its link is the only one."""
+        happened = without_links(self.happened)
+        return f"{happened}\n\nThe money: {self.money}\nWhat to do: {self.do}\n{self.link}"
 
 
 class Alerts:
@@ -69,12 +71,16 @@ class Alerts:
         """
         if self.settings.alert_urls is None:
             return True
+        # Only a run that alerts pays for it.
+        from apprise import NotifyFormat  # noqa: PLC0415
+
         try:
             receivers, faults = read_urls(self.settings.alert_urls.get_secret_value())
             if faults or not len(receivers):
                 return False
             body = alert.body if len(alert.body) <= _LONGEST else f"{alert.body[:_LONGEST]}…"
-            return bool(receivers.notify(title=alert.title, body=body))
+            # As text: apprise escapes it for a receiver that reads HTML or Markdown.
+            return bool(receivers.notify(title=without_links(alert.title), body=body, body_format=NotifyFormat.TEXT))
         except Exception:  # noqa: BLE001 - whatever a notification library does, billing goes on
             return False
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from billing_orchestration.domain.printable import printable
+
 FAILED = 1
 INTERRUPTED = 130
 
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = _reason(error)
         if reason is None:
             raise
-        print(f"billing-orchestration: {reason}", file=sys.stderr)
+        print(f"billing-orchestration: {printable(reason)}", file=sys.stderr)
         return FAILED
 
 
@@ -223,7 +225,7 @@ def _plan(arguments: argparse.Namespace) -> int | None:
         plan = make_plan(build_definitions(), arguments.job, arguments.as_of)
     except NotPlanned as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    _say_all([plan.as_json()] if arguments.format == "json" else plan.as_table())
+    _say_all(plan.as_json().splitlines() if arguments.format == "json" else plan.as_table())
     return FAILED if arguments.fail_on_changes and plan.changes else None
 
 
@@ -321,7 +323,7 @@ def _say_all(lines: Iterable[str]) -> None:
 def _say(line: str) -> None:
     # Flushed, so that a pipe shows each step as it is done. A closed pipe must not stop the work.
     try:
-        print(line, flush=True)
+        print(printable(line), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

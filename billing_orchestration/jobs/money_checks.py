@@ -27,6 +27,7 @@ from billing_orchestration.database.money_checks import (
 )
 from billing_orchestration.database.quarantine import Entry, entries_since, open_entries
 from billing_orchestration.domain.attempts import KEY_LIFETIME_HOURS
+from billing_orchestration.domain.printable import printable
 from billing_orchestration.domain.problem_kinds import kind_of
 from billing_orchestration.jobs.run_alerts import retry_undelivered
 from billing_orchestration.resources import BillingDatabase, Clock
@@ -95,7 +96,7 @@ CHECKS = (
 def _metadata(check: MoneyCheck, verdict: Verdict) -> Mapping[str, Any]:
     metadata: dict[str, Any] = {"broken": dg.MetadataValue.int(verdict.count)}
     if verdict.broken:  # as plain text: the page hides Markdown behind a click
-        metadata["what breaks it"] = dg.MetadataValue.text("; ".join(verdict.broken))
+        metadata["what breaks it"] = dg.MetadataValue.text(printable("; ".join(verdict.broken)))
         metadata["the money"] = dg.MetadataValue.text(check.money)
         metadata["what to do"] = dg.MetadataValue.text(f"{check.do} See {RUNBOOK}#{check.name}")
     return metadata
@@ -199,7 +200,8 @@ def _events(seen: Look) -> list[dg.AssetMaterialization | dg.AssetObservation | 
                     f"entries (first {_ENTRIES_SHOWN})": dg.MetadataValue.table(
                         records=[
                             dg.TableRecord(
-                                dict(zip(names, (entry.id, f"{entry.kind}: {entry.reason}", entry.subject,
+                                dict(zip(names, (entry.id, printable(f"{entry.kind}: {entry.reason}"),
+                                                 printable(entry.subject),
                                                  f"{entry.opened_at:%Y-%m-%d %H:%M}"), strict=True))
                             )
                             for entry in seen.entries

@@ -10,6 +10,8 @@ from typing import Any
 
 import dagster as dg
 
+from billing_orchestration.domain.printable import printable
+
 # Where a failure carries its code, among the metadata of its event.
 _CODE = "failure code"
 
@@ -38,7 +40,9 @@ class RunFailure:
 
 def failed(code: str, words: str, metadata: Mapping[str, Any] | None = None) -> dg.Failure:
     """The failure to raise. Dagster must not retry it: every job is safe to launch again, and says when that helps."""
-    return dg.Failure(words, metadata={**(metadata or {}), _CODE: dg.MetadataValue.text(code)}, allow_retries=False)
+    return dg.Failure(
+        printable(words), metadata={**(metadata or {}), _CODE: dg.MetadataValue.text(code)}, allow_retries=False
+    )
 
 
 def failure_of(instance: dg.DagsterInstance, run_id: str) -> RunFailure:

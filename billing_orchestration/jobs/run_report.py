@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import BillingDatabaseError
 from billing_orchestration.domain.decisions import Decision, Tally
+from billing_orchestration.domain.printable import printable
 from billing_orchestration.domain.run_scope import RunRefused, RunScope
 from billing_orchestration.jobs.approval import PLANS
 from billing_orchestration.jobs.run_failures import FailureCode, failed
@@ -74,9 +75,9 @@ def describe_decisions(decisions: Sequence[Decision] | Tally) -> dict[str, dg.Me
                 dg.TableRecord(
                     {
                         "action": decision.action,
-                        "subject": decision.subject,
+                        "subject": printable(decision.subject),
                         "amount": str(decision.money) if decision.money else "",
-                        "reason": decision.reason,
+                        "reason": printable(decision.reason),
                         "code": decision.code,
                     }
                 )
