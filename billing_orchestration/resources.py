@@ -20,6 +20,7 @@ from billing_orchestration.database.engine import begin, create_engine, read
 from billing_orchestration.database.health import check_schema
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.receipts import ReceiptRules
+from billing_orchestration.domain.renewals import PLAIN_DESCRIPTION, RenewalRules
 from billing_orchestration.domain.run_scope import RunRefused, RunScope, as_of_partition, check_max_changes, parse_as_of
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.settings import Settings
@@ -197,6 +198,21 @@ def receipt_rules(settings: Settings) -> ReceiptRules | None:
         fallback_email=settings.receipt_fallback_email,
         item=settings.receipt_item,
     )
+
+
+def rules_of(settings: Settings, calendar: BillingCalendar, max_overdue_days: int) -> RenewalRules:
+    """What decides about renewals, and what their charges say."""
+    return RenewalRules(
+        calendar,
+        settings.subscription_grace_days,
+        max_overdue_days,
+        receipt_rules(settings),
+        settings.charge_description or (PLAIN_DESCRIPTION if settings.billing_language == "en" else _IN_RUSSIAN),
+        settings.yookassa_gateway_id,
+    )
+
+
+_IN_RUSSIAN = "Подписка «{plan}»: продление с {period_start}"
 
 
 class BillingDatabase:

@@ -272,6 +272,10 @@ class Settings(BaseSettings):
     ui_hosts: Annotated[str | None, BeforeValidator(_ui_hosts)] = None
     ui_read_only: Annotated[bool, BeforeValidator(_yes_or_no)] = False
     billing_renewal_view: Annotated[str | None, BeforeValidator(_view_name)] = None
+    charge_description: Annotated[str | None, BeforeValidator(_template("plan", "period_start", "subscription_id"))] = (
+        None
+    )
+    yookassa_gateway_id: Annotated[str | None, BeforeValidator(_credential)] = None
     receipt_vat_code: Annotated[int | None, BeforeValidator(_code(12))] = None
     receipt_payment_mode: Annotated[str | None, BeforeValidator(_one_of(*_PAYMENT_MODES))] = None
     receipt_payment_subject: Annotated[str, BeforeValidator(_word)] = "service"

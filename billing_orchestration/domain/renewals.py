@@ -26,7 +26,7 @@ from billing_orchestration.domain.billing_calendar import BillingCalendar, Unusa
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.money import CURRENCIES, Money
 from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, ProviderPayment
-from billing_orchestration.domain.receipts import ReceiptRules, contact_of, receipt_of
+from billing_orchestration.domain.receipts import ReceiptRules, contact_of, fill, receipt_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,10 @@ class DueSubscription:
         return f"subscription {self.id}"
 
 
+# What the payer reads of a charge, where the shop says nothing else.
+PLAIN_DESCRIPTION = "Subscription {subscription_id}: renewal from {period_start}"
+
+
 @dataclass(frozen=True, slots=True)
 class RenewalRules:
     """What is behind the decisions, from settings and the job's config. Without `receipt`, charges carry none."""
@@ -87,6 +91,8 @@ class RenewalRules:
     grace_days: int
     max_overdue_days: int
     receipt: ReceiptRules | None = None
+    description: str = PLAIN_DESCRIPTION
+    gateway_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +166,8 @@ def plan_attempt(
     money: Money,
     provider_id: int,
     receipt_rules: ReceiptRules | None = None,
+    description: str = PLAIN_DESCRIPTION,
+    gateway_id: str | None = None,
 ) -> Attempt:
     """The attempt with its identity, its key and the exact body that will be sent, frozen together.
 
@@ -167,11 +175,16 @@ def plan_attempt(
     """
     period_start = due.ended_at.astimezone(timezone.utc)
     attempt_id, idempotence_key = identify(due.id, period_start, number)
+    names = {
+        "subscription_id": str(due.id),
+        "plan": due.plan_name or f"Subscription {due.id}",
+        "period_start": period_start.date().isoformat(),
+    }
     body: dict[str, Any] = {
         "amount": {"value": f"{money.amount:.2f}", "currency": money.currency},
         "capture": True,
         "payment_method_id": method_id,
-        "description": f"Subscription {due.id}: renewal from {period_start.date().isoformat()}"[:128],
+        "description": fill(description, **names),
         "metadata": {
             ATTEMPT_KEY: str(attempt_id),
             "subscription_id": str(due.id),
@@ -181,9 +194,10 @@ def plan_attempt(
             "payment_provider_id": str(provider_id),
         },
     }
+    if gateway_id:
+        body["recipient"] = {"gateway_id": gateway_id}
     contact = receipt_rules and _contact_of(due, receipt_rules)
     if receipt_rules and contact:
-        names = {"plan": due.plan_name or f"Subscription {due.id}", "period_start": period_start.date().isoformat()}
         body["receipt"] = receipt_of(receipt_rules, contact, money, **names)
     return Attempt(
         id=attempt_id,
@@ -399,6 +413,8 @@ def _new_attempt(due: DueSubscription, number: int, today: date, rules: RenewalR
         money=Money(due.prices[0], due.method_currency),
         provider_id=due.method_provider_id,
         receipt_rules=rules.receipt,
+        description=rules.description,
+        gateway_id=rules.gateway_id,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -139,3 +140,37 @@ def test_a_refused_receipt_shows_its_contact_nowhere(shop: Service) -> None:
     assert not [text for text in shown if "receipts@example.ru" in text]
     [entry] = shop.rows("quarantine")
     assert "r…@e….ru" in str(entry.evidence)
+
+
+@pytest.mark.parametrize(
+    ("settings", "description"),
+    [
+        ({}, "Подписка «Pro»: продление с 2026-03-12"),
+        ({"billing_language": "en"}, "Subscription 1: renewal from 2026-03-12"),
+        ({"charge_description": "{plan} from {period_start} ({subscription_id})"}, "Pro from 2026-03-12 (1)"),
+        ({"charge_description": "Ж" * 200}, "Ж" * 128),
+    ],
+)
+def test_the_payer_reads_what_the_shop_says(
+    service_with: Callable[..., Service], settings: dict[str, str], description: str
+) -> None:
+    service = service_with(**settings)
+    service.execute("UPDATE plans SET name = 'Pro' WHERE id = :id", id=service.monthly)
+    subscription = service.subscriber()
+    assert subscription == 1
+
+    assert service.run(JOB).ok
+
+    assert service.charged() == {subscription: 1}
+    assert json.loads(service.attempts(subscription)[0].body)["description"] == description
+
+
+def test_a_charge_goes_through_the_gateway_of_the_shop(service_with: Callable[..., Service]) -> None:
+    service = service_with(yookassa_gateway_id="1234567")
+    subscription = service.subscriber()
+
+    assert service.run(JOB).ok
+
+    assert service.charged() == {subscription: 1}
+    [charge] = service.charges()
+    assert service.provider.payment(charge.payment_id).gateway_id == "1234567"

@@ -55,7 +55,7 @@ from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
 from billing_orchestration.provider.errors import ProviderError, WrongCredentials
 from billing_orchestration.provider.pacing import map_concurrently
-from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, receipt_rules
+from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, rules_of
 from billing_orchestration.threads import Threads
 
 JOB = "autopayment_job"
@@ -131,8 +131,7 @@ def read_renewals(
             shard=shard,
             view=settings.billing_renewal_view,
         )
-    rules = RenewalRules(calendar, settings.subscription_grace_days, max_overdue_days, receipt_rules(settings))
-    return Renewals(scope, rules, found)
+    return Renewals(scope, rules_of(settings, calendar, max_overdue_days), found)
 
 
 def bounds_of_due(
