@@ -87,9 +87,11 @@ def _credential(text: str) -> str:
 
 
 def _shop_id(text: str) -> str:
-    if ":" in text:
-        raise ValueError("holds a colon; it is the shop's number alone, without the secret key")
-    return _credential(text)
+    if text.startswith(("live_", "test_")):
+        raise ValueError("holds a secret key; put the shop's number here, and the key into YOOKASSA_SECRET_KEY")
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError("is not the shop's number; it is digits alone, without the secret key")
+    return text
 
 
 def _timezone(value: str | ZoneInfo) -> ZoneInfo:
@@ -234,7 +236,7 @@ _WAYS_OUT = {
 # Valid, and of no use.
 _STAND_INS = {
     "billing_database_url": "postgresql://not-set.invalid/not_set",
-    "yookassa_shop_id": "not-set",
+    "yookassa_shop_id": "0",
     "yookassa_secret_key": "not-set",
 }
 

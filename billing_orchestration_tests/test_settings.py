@@ -130,8 +130,9 @@ def test_an_empty_setting_that_has_a_default_is_the_default(environment: pytest.
         ("UI_READ_ONLY", "secret", "must be yes or no"),
         ("RECONCILIATION_TIMEZONE", "secret", "not a time zone"),
         ("BILLING_LANGUAGE", "secret", "is not a language; use ru or en"),
-        ("YOOKASSA_SHOP_ID", "100500:test_secret", "holds a colon"),
-        ("YOOKASSA_SHOP_ID", "100 500", "holds a space"),
+        ("YOOKASSA_SHOP_ID", "100500:test_secret", "is not the shop's number"),
+        ("YOOKASSA_SHOP_ID", "live_swapped", "holds a secret key"),
+        ("YOOKASSA_SHOP_ID", "100 500", "is not the shop's number"),
         ("YOOKASSA_SECRET_KEY", "test_secret key", "holds a space"),
         ("YOOKASSA_SECRET_KEY", "тест_secret", "outside ASCII"),
         ("YOOKASSA_SECRET_KEY", "test_secret\nX-Header: 1", "holds a space"),
@@ -227,11 +228,11 @@ def test_an_env_file_is_read_and_the_environment_goes_before_it(
 ) -> None:
     environment.delenv("YOOKASSA_SHOP_ID")
     (tmp_path / ".env").write_text(
-        "# the shop\nYOOKASSA_SHOP_ID=from-file\nYOOKASSA_SECRET_KEY=from-file\nBILLING_TIMEZONE='Asia/Tokyo'\n"
+        "# the shop\nYOOKASSA_SHOP_ID=424242\nYOOKASSA_SECRET_KEY=from-file\nBILLING_TIMEZONE='Asia/Tokyo'\n"
         "BILLING_FIRST_DAY=2026-03-01\nSOMETHING_ELSE=1\n"
     )
     settings = load_settings()
-    assert settings.yookassa_shop_id == "from-file"
+    assert settings.yookassa_shop_id == "424242"
     assert settings.yookassa_secret_key.get_secret_value() == "test_secret-key"
     assert settings.billing_timezone.key == partition_timezone() == "Asia/Tokyo"
     assert settings.first_partition_day == partition_first_day() == date(2026, 3, 1)

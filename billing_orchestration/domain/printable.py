@@ -11,11 +11,17 @@ import re
 _SCHEME = re.compile(r"\b(h)tt(ps?)(?=://)", re.IGNORECASE)
 # A dot before what may be a top-level domain: mail and chats make links of bare host names, too.
 _DOT = re.compile(r"(?<=[\w-])\.(?=[a-z]{2,}\b)", re.IGNORECASE)
+# As the provider issues them. The sandbox's are shorter.
+_SECRET_KEY = re.compile(r"\b(live|test)_(?=[\w-]*[A-Z0-9])[\w-]{16,}")
 _CHAT_MARKUP = re.compile(r"<(?=[!@#])")
 
 
 def printable(text: str) -> str:
-    r"""The text with each character that does not print shown as its escape, such as \x1b, \n or \u202e."""
+    r"""The text with each character that does not print shown as its escape, such as \x1b, \n or \u202e.
+
+    A shop's secret key in it is masked, however it came there.
+    """
+    text = _SECRET_KEY.sub(r"\1_***", text)
     if text.isprintable():
         return text
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

@@ -19,6 +19,8 @@ from billing_orchestration.jobs.run_report import decisions_in, describe_decisio
         ("a\u202eb\u2066c\u200bd", r"a\u202eb\u2066c\u200bd"),
         ("one\nentry 7: accept", r"one\nentry 7: accept"),
         ("\ud800", r"\ud800"),
+        ("zone live_Abcdefghijklmnopqrstuvwx-1 is unknown", "zone live_*** is unknown"),
+        ("test_payment, a test_disk_that_is_full", "test_payment, a test_disk_that_is_full"),
     ],
 )
 def test_what_does_not_print_is_shown_as_its_escape(given: str, shown: str) -> None:
