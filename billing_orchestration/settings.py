@@ -278,6 +278,7 @@ class Settings(BaseSettings):
         None
     )
     yookassa_gateway_id: Annotated[str | None, BeforeValidator(_credential)] = None
+    foreign_payments: Annotated[str, BeforeValidator(_one_of("ignore", "quarantine"))] = "ignore"
     receipt_vat_code: Annotated[int | None, BeforeValidator(_code(12))] = None
     receipt_payment_mode: Annotated[str | None, BeforeValidator(_one_of(*_PAYMENT_MODES))] = None
     receipt_payment_subject: Annotated[str, BeforeValidator(_word)] = "service"

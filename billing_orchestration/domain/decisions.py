@@ -77,6 +77,7 @@ class Code:
     NO_PROVIDER_ID = "no_provider_id"
     DUPLICATE = "duplicate"
     LEFT_TO_WEBHOOK = "left_to_webhook"
+    FOREIGN = "foreign"
     SETTLED_BEFORE = "settled_before"
     SET_ASIDE = "set_aside"
     BOTH_AGREE = "both_agree"

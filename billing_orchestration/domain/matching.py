@@ -16,12 +16,13 @@ from billing_orchestration.domain.settlement_decisions import PaymentRow
 class MatchingDiff:
     """What differs. `to_settle` goes through settling, oldest success first; `reported` is left as it is, with reasons.
 
-    `agreed`: how many payments both sides hold alike.
+    `agreed`: how many payments both sides hold alike. `foreign`: how many are another seller's, reported one by one.
     """
 
     to_settle: tuple[ProviderPayment, ...]
     reported: tuple[Decision, ...]
     agreed: int
+    foreign: int = 0
 
 
 def by_provider_id(rows: Iterable[PaymentRow]) -> dict[str, list[PaymentRow]]:
@@ -79,15 +80,17 @@ def diff_successful(
     *,
     now: datetime,
     webhook_grace: timedelta,
+    leaves_foreign: bool = True,
 ) -> MatchingDiff:
     """Succeeded there and not so here. `rows` holds the payment rows of these ids, whatever their status or age.
 
     A payment that succeeded less than `webhook_grace` ago is left to the service's webhook, with a row or without:
-    the webhook may have read that row already, and be about to grant.
+    the webhook may have read that row already, and be about to grant. With `leaves_foreign` a payment without a row
+    and without any of our metadata keys is another seller's: it is left alone.
     """
     differing: list[ProviderPayment] = []
     reported: list[Decision] = []
-    agreed = 0
+    agreed = foreign = 0
     for payment in paid:
         found = rows.get(payment.id, ())
         reported += _duplicates(payment, found)
@@ -96,11 +99,19 @@ def diff_successful(
         names_open_attempt = payment.id not in settled and payment.claims.renewal_attempt_id is not None
         if payment.id in settled or (final is not None and not names_open_attempt):
             agreed += 1
+        elif leaves_foreign and not found and not payment.claims.are_ours:
+            foreign += 1
+            reported.append(_foreign(payment))
         elif payment.succeeded_within(webhook_grace, now):
             reported.append(_left(payment))
         else:
             differing.append(payment)
-    return MatchingDiff(_by_success(differing), tuple(reported), agreed)
+    return MatchingDiff(_by_success(differing), tuple(reported), agreed, foreign)
+
+
+def _foreign(payment: ProviderPayment) -> Decision:
+    reason = "foreign: no row here, and none of the service's metadata. It is left alone (FOREIGN_PAYMENTS)"
+    return Decision(Action.LEAVE, f"payment {payment.id}", reason, payment.money, Code.FOREIGN)
 
 
 def _left(payment: ProviderPayment) -> Decision:

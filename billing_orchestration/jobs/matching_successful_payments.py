@@ -38,6 +38,7 @@ class SuccessfulMatch:
     paid: PaidSlice
     rows: tuple[PaymentRow, ...]
     settled: frozenset[str]
+    leaves_foreign: bool
 
 
 @dg.op(description="Read the provider's succeeded payments of the window, created or captured in it, to the last page.")
@@ -75,7 +76,9 @@ def fetch_known_payments(
     context.add_output_metadata(
         {"payment rows": dg.MetadataValue.int(len(rows)), "settled by these jobs": dg.MetadataValue.int(len(settled))}
     )
-    hand_over.leave(SuccessfulMatch(paid, rows, settled))
+    hand_over.leave(
+        SuccessfulMatch(paid, rows, settled, leaves_foreign=billing_database.settings.foreign_payments == "ignore")
+    )
 
 
 @dg.op(
@@ -97,7 +100,9 @@ def diff_successful_payments(
         match.settled,
         now=clock.now(),
         webhook_grace=config.webhook_grace,
+        leaves_foreign=match.leaves_foreign,
     )
+    context.add_output_metadata({"foreign": dg.MetadataValue.int(diff.foreign)})
     hand_over.leave(plan_matching(context, match.paid, diff, rows))
 
 

@@ -286,7 +286,7 @@ def test_attaching_grants_one_period_of_that_subscriptions_plan_and_links_the_pa
 
 def test_attaching_to_an_expired_subscription_revives_it_from_now(service: Service) -> None:
     subscription = service.subscription(ended_at=NOON - timedelta(days=90), status="EXPIRED")
-    service.paid_there("odd", metadata={})
+    service.paid_there("odd", metadata={"user_id": "odd"})
     entry = quarantined(service, "odd")
 
     person(service, "attached", entry, subscription)
@@ -297,7 +297,7 @@ def test_attaching_to_an_expired_subscription_revives_it_from_now(service: Servi
 
 def test_attaching_to_one_that_is_long_over_grants_a_period_that_the_customer_can_use(service: Service) -> None:
     subscription = service.subscription(ended_at=NOON - timedelta(days=90))
-    service.paid_there("odd", metadata={})
+    service.paid_there("odd", metadata={"user_id": "odd"})
     entry = quarantined(service, "odd")
 
     person(service, "attached", entry, subscription)
@@ -310,7 +310,7 @@ def test_attaching_to_a_subscription_that_the_customer_cannot_use_is_refused(
     service: Service, status: str | None
 ) -> None:
     subscription = service.subscription(ended_at=NOON, status=status)
-    service.paid_there("odd", metadata={})
+    service.paid_there("odd", metadata={"user_id": "odd"})
     entry = quarantined(service, "odd")
 
     with pytest.raises(NotResolved, match="no use to the customer"):

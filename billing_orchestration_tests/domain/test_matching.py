@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.matching import MatchingDiff, by_provider_id, diff_pending, diff_successful
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.settlement_decisions import PaymentRow
@@ -192,3 +193,19 @@ def test_every_success_is_settled_agreed_or_left_to_the_webhook_and_only_one_of_
     for payment in diff.to_settle:
         assert payment.id not in settled
         assert not {status for name, status in books if name == payment.id} & {"SUCCEEDED", "REFUNDED"}
+
+
+def test_a_payment_without_a_row_and_without_any_of_our_keys_is_foreign() -> None:
+    others = a_payment(metadata={"order": "7"})
+    diff = successful([others], grace=timedelta(minutes=30))
+    assert (diff.to_settle, diff.agreed, diff.foreign) == ((), 0, 1)
+    assert [(decision.subject, decision.code) for decision in diff.reported] == [(f"payment {others.id}", Code.FOREIGN)]
+
+
+def test_what_may_be_ours_is_not_foreign() -> None:
+    nameless, partly = a_payment(metadata={}), a_payment(metadata={"plan_id": ""})
+    assert successful([nameless], a_row("PENDING")).to_settle == (nameless,)
+    assert successful([partly]).to_settle == (partly,)
+    assert successful([nameless], settled=(nameless.id,)).agreed == 1
+    told = diff_successful([nameless], {}, frozenset(), now=NOW, webhook_grace=MINUTE, leaves_foreign=False)
+    assert (told.to_settle, told.foreign) == ((nameless,), 0)

@@ -212,7 +212,7 @@ class Watch:
 
 def odd_payment(service: Service, name: str) -> None:
     """A payment that goes to quarantine."""
-    service.paid_there(name, metadata={})
+    service.paid_there(name, metadata={"user_id": "odd"})
     assert service.run(MATCHING).ok
 
 

@@ -495,3 +495,22 @@ def test_a_webhook_grace_that_is_negative_or_longer_than_what_an_outage_covers_a
         assert not run.ok
         assert "webhook_grace_s" in run.failure
     assert service.rows("payments") == []
+
+
+def test_a_foreign_payment_is_shown_and_is_before_a_person_only_on_demand(service: Service) -> None:
+    service.paid_there("goods", metadata={"order": "7"})
+    before = service.snapshot()
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert [(row["subject"], row["action"], row["code"]) for row in run.decisions] == [
+        ("payment goods", "leave", "foreign")
+    ]
+    assert run.report["newly quarantined"] == 0
+    assert service.quarantined("goods") == []
+    assert service.snapshot() == before
+
+    strict = service.settings.model_copy(update={"foreign_payments": "quarantine"})
+    assert service.run(JOB, load=lambda: strict).ok
+    assert service.quarantined("goods") == ["metadata"]

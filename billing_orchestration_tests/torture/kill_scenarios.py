@@ -250,7 +250,7 @@ def _successful_payments(service: Service) -> Story:
     service.paid_there("orphan-new", user="new", plan_id=plan)
     service.paid_there("orphan-of-a-running-one", user="runs", plan_id=plan)
     service.paid_there("orphan-paid-back", user="back", plan_id=plan, refunded_amount="299.00")
-    service.paid_there("orphan-of-nobody", metadata={})
+    service.paid_there("orphan-of-nobody", metadata={"user_id": "nobody"})
     service.paid_there("unreadable", user="odd", plan_id=plan, override={"amount": {"value": "x", "currency": "RUB"}})
     revived = service.paid_there("revived", user="late", plan_id=plan)
     canceled = service.paid_there("canceled", user="no", plan_id=plan)

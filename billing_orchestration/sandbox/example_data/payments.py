@@ -92,7 +92,7 @@ def odd(book: Book) -> None:
     unreadable = {"amount": {"value": "1e12", "currency": "RUB"}}
     for label, kind, status, how in (
         ("CANCELED here, paid there", "canceled_here", "CANCELED", {}),
-        ("no metadata at all", "metadata", None, {"metadata": {}}),
+        ("the metadata names no plan", "metadata", None, {"metadata": {"plan_id": ""}}),
         ("the metadata's plan is “gold”", "metadata", None, {"metadata": {"plan_id": "gold"}}),
         ("the metadata's plan does not exist", "metadata", None, {"metadata": {"plan_id": "4711"}}),
         ("the metadata's payment provider does not exist", "metadata", None,

@@ -78,7 +78,9 @@ class Customers:
             "user_id": user, "plan_id": str(plan_id), "payment_provider_id": str(world.service.provider_row),
         }  # fmt: skip
         if poison == "metadata":
-            metadata = self._dice.choice(({}, {**metadata, "plan_id": "99999"}, {**metadata, "plan_id": "x"}))
+            metadata = self._dice.choice(
+                ({"user_id": user}, {**metadata, "plan_id": "99999"}, {**metadata, "plan_id": "x"})
+            )
         amount = price.amount
         is_odd = poison is None and world.plays("odd amounts") and self._dice.chance(0.08)
         if is_odd:
