@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check settings, database, schema and provider; say how to fix each")
     doctor.set_defaults(run=_doctor)
     _add_plan(commands)
+    _add_upcoming(commands)
     _add_switches(commands)
     _add_webserver(commands)
     _add_casework(commands)
@@ -91,6 +92,15 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("--as-of", type=_instant, help="an instant such as 2026-01-31T03:00:00Z (default: now)")
     plan.add_argument("--format", choices=("table", "json"), default="table")
     plan.add_argument("--fail-on-changes", action="store_true", help="exit with 1 if the job would change anything")
+
+
+def _add_upcoming(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    upcoming = commands.add_parser(
+        "upcoming", help="show who will be charged in the next days, and who will not and why"
+    )
+    upcoming.set_defaults(run=_upcoming)
+    upcoming.add_argument("--days", type=_days, default=3, help="how many days from now (default: %(default)s)")
+    upcoming.add_argument("--format", choices=("table", "csv", "json"), default="table")
 
 
 def _add_switches(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -178,6 +188,13 @@ def _instant(text: str) -> datetime:
     return instant
 
 
+def _days(text: str) -> int:
+    days = int(text) if text.isascii() and text.isdigit() and len(text) <= 3 else -1
+    if not 0 <= days <= 366:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days (0 to 366)")
+    return days
+
+
 def _port(text: str) -> int:
     port = int(text) if text.isascii() and text.isdigit() else -1
     if not 0 <= port <= 65535:
@@ -227,6 +244,15 @@ def _plan(arguments: argparse.Namespace) -> int | None:
         raise argparse.ArgumentTypeError(str(error)) from error
     _say_all(plan.as_json().splitlines() if arguments.format == "json" else plan.as_table())
     return FAILED if arguments.fail_on_changes and plan.changes else None
+
+
+def _upcoming(arguments: argparse.Namespace) -> None:
+    from billing_orchestration.desk.resolving import open_desk
+    from billing_orchestration.desk.upcoming import find_upcoming, in_form
+
+    with open_desk() as desk:
+        lines = find_upcoming(desk.engine, desk.connect(), desk.settings, desk.now(), arguments.days)
+    _say_all(in_form(lines, arguments.format, desk.settings.billing_language))
 
 
 def _stop(arguments: argparse.Namespace) -> None:

@@ -195,3 +195,10 @@ def test_a_desk_without_settings_is_one_line(environment: pytest.MonkeyPatch) ->
     assert process.returncode == 1
     assert "BILLING_DATABASE_URL is not set" in process.stderr
     assert len(process.stderr.splitlines()) == 1
+
+
+def test_upcoming_shows_what_is_due_on_a_terminal(healthy: pytest.MonkeyPatch) -> None:
+    healthy.setenv("BILLING_LANGUAGE", "en")
+    lines = command("upcoming", "--days", "1", "--format", "csv").stdout.splitlines()
+    assert lines[0] == "subscription,user,on,charged,amount,currency,card,code,reason"
+    assert "is not a number of days" in command("upcoming", "--days", "x").stderr

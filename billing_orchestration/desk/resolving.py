@@ -72,6 +72,7 @@ class Desk:
     engine: sa.Engine
     connect: Callable[[], PaymentProvider]
     calendar: BillingCalendar
+    settings: Settings
     now: Callable[[], datetime] = utc_now
 
 
@@ -81,7 +82,7 @@ def open_desk(load: Callable[[], Settings] = load_settings) -> Iterator[Desk]:
     database = BillingDatabase(load)
     try:
         settings = database.settings
-        yield Desk(database.engine, lambda: connect_provider(settings), database.calendar)
+        yield Desk(database.engine, lambda: connect_provider(settings), database.calendar, settings)
     finally:
         database.close()
 

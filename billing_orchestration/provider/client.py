@@ -92,6 +92,10 @@ class _Payments:
         """GET one page of a list: payments, refunds."""
         return self._get(f"/{what}?{urlencode(query)}")
 
+    def method(self, quoted_id: str) -> Answer:
+        """GET one saved payment method."""
+        return self._get(f"/payment_methods/{quoted_id}")
+
     def shop(self) -> Answer:
         """GET what the shop is."""
         return self._get("/me")
@@ -271,6 +275,26 @@ class PaymentProvider:
         """The cheapest authenticated request, once. Raises the ProviderError that says what is wrong."""
         call = Call("the list of payments")
         self._items(self._send(call, lambda: self._payments.page("payments", {"limit": "1"})), call)
+
+    def cards(self, method_ids: Iterable[str], max_concurrency: int = 8) -> dict[str, str]:
+        """The last four digits of saved cards, and `inactive` where the provider says so. It may not tell of each.
+
+        Raises WrongCredentials.
+        """
+
+        def ask(method_id: str) -> str:
+            call = Call("a saved payment method", by_id=True)
+            quoted = quote(method_id, safe="")
+            method = self._object(self._send(call, lambda: self._payments.method(quoted)), call)
+            if method.get("status") == "inactive":
+                return "inactive"
+            card = method.get("card")
+            last4 = card.get("last4") if isinstance(card, dict) else None
+            return last4 if isinstance(last4, str) and last4.isdigit() and len(last4) == 4 else ""
+
+        ids = list(dict.fromkeys(method_ids))
+        answers = map_concurrently(ask, ids, max_concurrency, threads=self._threads)
+        return {method_id: told for method_id, told in answers if isinstance(told, str) and told}
 
     def has_fiscalization(self) -> bool | None:
         """Whether the provider registers the shop's receipts. None: it does not say. Raises ProviderError."""
