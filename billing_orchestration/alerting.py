@@ -9,7 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING
+
+import urllib3
 
 from billing_orchestration.domain.printable import without_links
 from billing_orchestration.settings import Settings, SettingsError, load_what_is_right
@@ -83,6 +86,17 @@ class Alerts:
             return bool(receivers.notify(title=without_links(alert.title), body=body, body_format=NotifyFormat.TEXT))
         except Exception:  # noqa: BLE001 - whatever a notification library does, billing goes on
             return False
+
+
+def beat(url: str) -> bool:
+    """Tell a dead man's switch that all is well. False: it did not hear it. Never raises; takes seconds at most."""
+    try:
+        timeout = urllib3.Timeout(connect=3, read=5)
+        return (
+            urllib3.request("GET", url, timeout=timeout, retries=False, redirect=False).status < HTTPStatus.BAD_REQUEST
+        )
+    except (urllib3.exceptions.HTTPError, ValueError):
+        return False
 
 
 def read_urls(text: str) -> tuple[Apprise, int]:

@@ -162,6 +162,14 @@ def _yes_or_no(value: str | bool) -> bool:
     return value == "yes"
 
 
+def _heartbeat_url(value: str | SecretStr) -> SecretStr:
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    parts = urlsplit(text)
+    if parts.scheme not in {"http", "https"} or not parts.netloc or any(sign.isspace() for sign in text):
+        raise ValueError("is not an http(s) URL; it must look like https://hc-ping.com/UUID")
+    return SecretStr(text)
+
+
 def _alert_urls(value: str | SecretStr) -> SecretStr:
     text = value.get_secret_value() if isinstance(value, SecretStr) else value
     # Only their form: `doctor` has the library read each.
@@ -269,6 +277,7 @@ class Settings(BaseSettings):
     run_history_changed_days: Annotated[int, BeforeValidator(_days(1))] = 365
     dagster_postgres_url: Annotated[str | None, BeforeValidator(_run_history_address)] = Field(default=None, repr=False)
     alert_urls: Annotated[SecretStr | None, BeforeValidator(_alert_urls)] = None
+    heartbeat_url: Annotated[SecretStr | None, BeforeValidator(_heartbeat_url)] = None
     dagster_ui_url: Annotated[str, BeforeValidator(_ui_url)] = DEFAULT_UI_URL
     ui_auth: Annotated[SecretStr | None, BeforeValidator(_ui_auth)] = None
     ui_hosts: Annotated[str | None, BeforeValidator(_ui_hosts)] = None

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 import dagster as dg
 from pydantic import Field
 
+from billing_orchestration.alerting import beat
 from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.database.matching import advance_watermark, fetch_settled, read_watermark
 from billing_orchestration.domain.decisions import Action, Decision
@@ -197,6 +198,9 @@ def apply_matching(
         # What an approval refused is not covered; the next tick looks at it again.
         if not report.again and plan.is_whole:
             _advance(job, scope, window, database, stamp())
+            heartbeat = database.settings.heartbeat_url
+            if heartbeat is not None and scope.heals and not beat(heartbeat.get_secret_value()):
+                context.log.warning("HEARTBEAT_URL did not take the heartbeat of this tick; nothing else is wrong")
         if report.applied or report.opened or report.again:
             yield plotted(
                 context,
