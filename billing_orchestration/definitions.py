@@ -1,6 +1,7 @@
 """The code location: jobs, schedules, sensors, assets and resources. The only place that wires."""
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
@@ -61,6 +62,10 @@ _DAILY_SCHEDULES = tuple(schedule for schedule in SCHEDULES if "daily" in schedu
 PLANNED = tuple(schedule.job_name for schedule in SCHEDULES if schedule.job_name != prune_run_history.JOB)
 _PLOTTED_BY_DAY = (autopayment.autopayment_job.name, expire_payments.JOB, expire_subscriptions.JOB)
 _PLOTTED_BY_TICK = (matching_pending_payments.JOB, matching_successful_payments.JOB)
+
+
+# Dagster copies a sensor that launches jobs, and warns of a parameter of its own that nobody here gives.
+warnings.filterwarnings("ignore", "Parameter `owners` of initializer `SensorDefinition", dg.BetaWarning)
 
 
 def build_definitions(
