@@ -11,7 +11,7 @@ import getpass
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 
 from billing_orchestration.domain.printable import printable
@@ -40,12 +40,21 @@ def _reason(error: Exception) -> str | None:
     from billing_orchestration.database.errors import BillingDatabaseError
     from billing_orchestration.desk.resolving import NotResolved
     from billing_orchestration.desk.switching import NotSwitched
+    from billing_orchestration.domain.reconciled import NotReconciled
     from billing_orchestration.provider.errors import ProviderError
     from billing_orchestration.settings import SettingsError
 
     if isinstance(error, ProviderError):
         return f"the provider gave no usable answer, so nothing was changed: {error}"
-    if isinstance(error, (NotResolved, NotSwitched, SettingsError, BillingDatabaseError, argparse.ArgumentTypeError)):
+    expected = (
+        NotResolved,
+        NotSwitched,
+        NotReconciled,
+        SettingsError,
+        BillingDatabaseError,
+        argparse.ArgumentTypeError,
+    )
+    if isinstance(error, expected):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("billing_orchestration"):
         return f"{error.name} is not installed: this command needs pip install 'billing-orchestration[sandbox]'"
@@ -159,10 +168,48 @@ def _add_casework(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     word.add_argument("--ignore", action="store_true", help="grant nothing for it, now or later")
     resolving.add_argument("--reason", required=True, help="why, for whoever reads it next")
     resolving.add_argument("--by", help="who decided (default: the user of this shell)")
+    _add_reconcile(commands)
     explain = commands.add_parser("explain", help="show the whole history of one customer's case")
     explain.set_defaults(run=_explain)
     explain.add_argument("what", choices=("payment", "subscription"))
     explain.add_argument("id", metavar="ID", help="the provider's payment id or the row's; the subscription's id")
+
+
+def _add_reconcile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    reconcile = commands.add_parser(
+        "reconcile",
+        help="compare both sides' books of a period, line by line, and write a report; changes nothing",
+        description="Exit code 1 when something differs. The days are those of RECONCILIATION_TIMEZONE; those of a"
+        " registry are Moscow's.",
+    )
+    reconcile.set_defaults(run=_reconcile)
+    reconcile.add_argument("--from", dest="first", type=_date, metavar="DAY", help="the first day, as 2026-11-01")
+    reconcile.add_argument("--to", dest="last", type=_date, metavar="DAY", help="the last day (default: the first)")
+    reconcile.add_argument("--output", type=Path, metavar="FILE", help="FILE.xlsx, or FILE.csv with two more beside it")
+    reconcile.add_argument("--registry", type=Path, metavar="FILE", help="a registry (CSV or XLSX) as the third side")
+    reconcile.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        type=_column,
+        metavar="FIELD=TITLE",
+        help="a column of the registry with another title: payment_id, refund_id, amount, currency, income, at",
+    )
+    reconcile.add_argument("--encoding", default="utf-8", help="of a registry in CSV (default: utf-8)")
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day; write it as 2026-11-01") from None
+
+
+def _column(text: str) -> tuple[str, str]:
+    name, sign, title = text.partition("=")
+    if not sign or not title.strip() or name not in ("payment_id", "refund_id", "amount", "currency", "income", "at"):
+        raise argparse.ArgumentTypeError(f"{text!r} names no column of a registry; write payment_id=TITLE")
+    return name, title
 
 
 def _entry_id(text: str) -> int:
@@ -289,6 +336,24 @@ def _quarantine(arguments: argparse.Namespace) -> None:
             word = "accepted" if arguments.accept else "ignored" if arguments.ignore else "attached"
             ruling = Resolution(word, arguments.reason, arguments.by or _user(), arguments.attach)
             _say_all(resolve(desk.engine, desk.connect, desk.calendar, arguments.id, ruling, desk.now))
+
+
+def _reconcile(arguments: argparse.Namespace) -> int:
+    from billing_orchestration.desk.reconciling import Wanted, reconcile_period
+    from billing_orchestration.desk.resolving import open_desk
+
+    wanted = Wanted(
+        arguments.first,
+        arguments.last,
+        arguments.output,
+        arguments.registry,
+        dict(arguments.column),
+        arguments.encoding,
+    )
+    with open_desk() as desk:
+        told, agrees = reconcile_period(desk, wanted)
+    _say_all(told)
+    return 0 if agrees else FAILED
 
 
 def _explain(arguments: argparse.Namespace) -> None:

@@ -67,7 +67,7 @@ class Resolution:
 
 @dataclass(frozen=True)
 class Desk:
-    """What a command works with: the database, a way to the provider, the billing calendar, the time."""
+    """What a command works with: the database, a way to the provider, the billing calendar, settings, the time."""
 
     engine: sa.Engine
     connect: Callable[[], PaymentProvider]

@@ -11,6 +11,10 @@ from billing_orchestration.domain.problem_kinds import ProblemKind
 from billing_orchestration.domain.run_scope import RunRefused, RunScope
 
 
+class NotReconciled(Exception):
+    """The period or the registry makes no sense, or the sums do not close. Its text is one line."""
+
+
 class Day(NamedTuple):
     """A day to be reconciled, [start, end). `since`: the first instant of the days that are compared together."""
 
