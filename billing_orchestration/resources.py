@@ -16,8 +16,9 @@ import sqlalchemy as sa
 from pydantic import Field
 
 from billing_orchestration.alerting import Alerts
+from billing_orchestration.database.conventions import session_of_shop
 from billing_orchestration.database.engine import begin, create_engine, read
-from billing_orchestration.database.health import check_schema
+from billing_orchestration.database.health import check_providers, check_schema
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.receipts import ReceiptRules
 from billing_orchestration.domain.renewals import PLAIN_DESCRIPTION, RenewalRules
@@ -234,10 +235,13 @@ class BillingDatabase:
     @cached_property
     def engine(self) -> sa.Engine:
         """The engine, after a look at the schema. Raises a BillingDatabaseError that names the way out."""
-        engine = create_engine(self.settings.billing_database_url)
+        engine = create_engine(
+            self.settings.billing_database_url, session=session_of_shop(self.settings.yookassa_provider_ids)
+        )
         try:
             with read(engine) as connection:
                 check_schema(connection)
+                check_providers(connection)
         except BaseException:
             engine.dispose()
             raise

@@ -205,6 +205,13 @@ _PAYMENT_MODES = (
 )  # fmt: skip
 
 
+def _ids(value: str) -> str:
+    ids = [part.strip() for part in value.split(",")]
+    if not all(re.fullmatch(r"[1-9][0-9]{0,8}", id_) for id_ in ids):
+        raise ValueError("must hold ids of payment_providers, separated by commas, such as 1 or 1,3")
+    return ",".join(ids)
+
+
 def _word(value: str) -> str:
     if not re.fullmatch(r"[a-z_]{1,64}", value):
         raise ValueError("is not one of the provider's words, such as service or piece")
@@ -287,6 +294,7 @@ class Settings(BaseSettings):
         None
     )
     yookassa_gateway_id: Annotated[str | None, BeforeValidator(_credential)] = None
+    yookassa_provider_ids: Annotated[str | None, BeforeValidator(_ids)] = None
     foreign_payments: Annotated[str, BeforeValidator(_one_of("ignore", "quarantine"))] = "ignore"
     receipt_vat_code: Annotated[int | None, BeforeValidator(_code(12))] = None
     receipt_payment_mode: Annotated[str | None, BeforeValidator(_one_of(*_PAYMENT_MODES))] = None

@@ -122,13 +122,14 @@ class Books:
         currency: str | None = "RUB",
         method: str | None = "BANK_CARD",
         created_at: datetime | None = None,
+        provider_id: int | None = None,
     ) -> int:
         """A payment row, an hour old."""
         created_at = created_at or self.now - timedelta(hours=1)
         return self.insert(
             "payments",
             subscription_id=subscription_id,
-            payment_provider_id=self.provider_id,
+            payment_provider_id=provider_id or self.provider_id,
             payment_method=method,
             status=status,
             currency=currency,

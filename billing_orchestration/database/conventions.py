@@ -21,6 +21,21 @@ def sql_list(*labels: str) -> str:
     return f"({', '.join(repr(label) for label in labels)})"
 
 
+# A setting of each session: the ids of this shop's rows in payment_providers. Without it all rows are this shop's.
+PROVIDER_IDS = f"{SCHEMA}.provider_ids"
+_PROVIDER_IDS = f"(SELECT nullif(current_setting('{PROVIDER_IDS}', true), ''))"
+
+
+def session_of_shop(provider_ids: str | None) -> dict[str, str]:
+    """What each session of a run is told. None: all payment providers are this shop's."""
+    return {PROVIDER_IDS: provider_ids} if provider_ids else {}
+
+
+def of_this_shop(column: str) -> str:
+    """SQL that is true for an id of this shop's payment providers."""
+    return f"({_PROVIDER_IDS} IS NULL OR {column} = ANY (CAST(string_to_array({_PROVIDER_IDS}, ',') AS int[])))"
+
+
 def readable(column: str) -> str:
     """SQL for a timestamp that Python can compute with in any zone, else NULL: real data has 'infinity' and worse."""
     return f"CASE WHEN {column} >= '0002-01-01' AND {column} < '9999-01-01' THEN {column} END"

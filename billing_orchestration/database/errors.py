@@ -62,6 +62,10 @@ class SchemaProblem(BillingDatabaseError):
     """The database is not in the shape that this version works on."""
 
 
+class ProvidersUnclear(SchemaProblem):
+    """It is not known which rows of `payment_providers` are this shop's."""
+
+
 class SchemaMissing(SchemaProblem):
     """The schema `billing_orchestration` is not there."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import LONGEST_NAME, Stamp, storable, storable_name, to_json
-from billing_orchestration.database.conventions import naive_utc, sql_list
+from billing_orchestration.database.conventions import naive_utc, of_this_shop, sql_list
 from billing_orchestration.database.engine import translated
 from billing_orchestration.database.errors import BillingDatabaseError, NotAsMeant
 from billing_orchestration.database.one_by_one import is_about_every_row
@@ -299,16 +299,17 @@ def expire_locked(
     return int(result.changed)
 
 
-_STALE_PAYMENTS = sa.text("""
+_STALE_PAYMENTS = sa.text(f"""
     SELECT id, external_payment_id, amount::text AS amount, currency::text AS currency, subscription_id
-    FROM payments WHERE status = 'PENDING' AND created_at < :created_before ORDER BY created_at, id
+    FROM payments WHERE status = 'PENDING' AND created_at < :created_before AND {of_this_shop("payment_provider_id")}
+    ORDER BY created_at, id
 """)
 
 
 def stream_stale_payments(
     connection: sa.Connection, created_before: datetime, size: int
 ) -> Iterator[list[StalePayment]]:
-    """Every PENDING payment created before that instant, oldest first, in pages of `size` rows.
+    """Every PENDING payment of this shop created before that instant, oldest first, in pages of `size` rows.
 
     Pages are read on demand: only one is in memory.
     """

@@ -13,9 +13,15 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql as pg
 
-from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES
+from billing_orchestration.database.conventions import PROVIDER_IDS, SCHEMA, SERVICE_TABLES
 from billing_orchestration.database.engine import translate
-from billing_orchestration.database.errors import SchemaMissing, SchemaOutdated, SchemaTooNew, ServiceTablesMissing
+from billing_orchestration.database.errors import (
+    ProvidersUnclear,
+    SchemaMissing,
+    SchemaOutdated,
+    SchemaTooNew,
+    ServiceTablesMissing,
+)
 from billing_orchestration.database.tables import service
 
 # Every revision of database/migrations/versions, oldest first: a run knows the newest without loading Alembic.
@@ -51,6 +57,27 @@ def check_schema(connection: sa.Connection) -> None:
         raise ServiceTablesMissing(
             f"the billing service's tables are missing in this database: {', '.join(sorted(missing))};"
             " correct BILLING_DATABASE_URL, or let the service create them"
+        )
+
+
+# NULL where the setting is not there.
+_PROVIDERS = sa.text(f"""
+    SELECT CAST(string_to_array(nullif(current_setting('{PROVIDER_IDS}', true), ''), ',') AS int[]),
+           ARRAY(SELECT id FROM payment_providers ORDER BY id)
+""")
+
+
+def check_providers(connection: sa.Connection) -> None:
+    """Return when it is known which rows of payment_providers are this shop's. Raises ProvidersUnclear, one line."""
+    chosen, there = connection.execute(_PROVIDERS).one()
+    listed = ", ".join(str(id_) for id_ in there) or "none"
+    if chosen is None and len(there) > 1:
+        raise ProvidersUnclear(
+            f"payment_providers has several rows ({listed}): put those that are this shop into YOOKASSA_PROVIDER_IDS"
+        )
+    if missing := sorted(set(chosen or ()) - set(there)):
+        raise ProvidersUnclear(
+            f"YOOKASSA_PROVIDER_IDS names {', '.join(str(id_) for id_ in missing)}, and payment_providers has {listed}"
         )
 
 

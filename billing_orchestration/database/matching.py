@@ -10,7 +10,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Stamp
-from billing_orchestration.database.conventions import naive_utc
+from billing_orchestration.database.conventions import naive_utc, of_this_shop
 from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.domain.settlement_decisions import PaymentRow
 
@@ -32,15 +32,16 @@ class PendingSlice:
     paid_there: tuple[PaymentRow, ...]
 
 
-_COUNT_PENDING = sa.text("""
+_OURS = of_this_shop("payment_provider_id")
+_COUNT_PENDING = sa.text(f"""
     SELECT count(*) AS rows, count(*) FILTER (WHERE external_payment_id IS NULL) AS without_id
-    FROM payments WHERE status = 'PENDING' AND created_at >= :start AND created_at <= :end
+    FROM payments WHERE status = 'PENDING' AND created_at >= :start AND created_at <= :end AND {_OURS}
 """)
-_PENDING_WITHOUT_ID = """
-    status = 'PENDING' AND created_at >= :start AND created_at <= :end AND external_payment_id IS NULL
+_PENDING_WITHOUT_ID = f"""
+    status = 'PENDING' AND created_at >= :start AND created_at <= :end AND external_payment_id IS NULL AND {_OURS}
     ORDER BY id LIMIT :size
 """
-_PENDING_WITH_ID = "external_payment_id = ANY(:ids) AND status = 'PENDING' ORDER BY id"
+_PENDING_WITH_ID = f"external_payment_id = ANY(:ids) AND status = 'PENDING' AND {_OURS} ORDER BY id"
 _WITH_ID = "external_payment_id = ANY(:ids) ORDER BY id"
 _SETTLED = sa.text("""
     SELECT external_payment_id FROM billing_orchestration.settlements WHERE external_payment_id = ANY(:ids)

@@ -9,7 +9,7 @@ from decimal import Decimal
 
 import sqlalchemy as sa
 
-from billing_orchestration.database.conventions import naive_utc, sql_list
+from billing_orchestration.database.conventions import naive_utc, of_this_shop, sql_list
 from billing_orchestration.domain.attempts import KEY_LIFETIME, State
 from billing_orchestration.domain.problem_kinds import IGNORED, SECOND_SUCCESS
 
@@ -61,7 +61,7 @@ _NOT_GRANTED = sa.text(f"""
     SELECT 'payment ' || p.id || coalesce(' (' || p.external_payment_id || ')', '') || ' is SUCCEEDED, '
            || 'and granted to nobody: it is linked to no subscription'
     FROM payments p
-    WHERE p.status = 'SUCCEEDED' AND p.subscription_id IS NULL
+    WHERE p.status = 'SUCCEEDED' AND p.subscription_id IS NULL AND {of_this_shop("p.payment_provider_id")}
       AND greatest(p.created_at, p.updated_at) > :naive_since AND greatest(p.created_at, p.updated_at) < :naive_recent
       AND NOT EXISTS (
         SELECT FROM billing_orchestration.settlements s WHERE s.external_payment_id = p.external_payment_id)
@@ -159,7 +159,7 @@ _NUMBERS = sa.text(f"""
     UNION ALL
     SELECT 'oldest unfinished payment, hours',
            coalesce(round(extract(epoch FROM CAST(:naive_now AS timestamp) - min(created_at))::numeric / 3600, 1), 0)
-    FROM payments WHERE status = 'PENDING'
+    FROM payments WHERE status = 'PENDING' AND {of_this_shop("payment_provider_id")}
     UNION ALL
     SELECT 'granted in 24 h: ' || kind, count(*) FROM billing_orchestration.settlements
     WHERE settled_at > :day GROUP BY kind

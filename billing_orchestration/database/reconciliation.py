@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes
-from billing_orchestration.database.conventions import naive_utc, sql_list
+from billing_orchestration.database.conventions import naive_utc, of_this_shop, sql_list
 from billing_orchestration.database.matching import parts_of
 from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.database.settling import finish_payments
@@ -26,7 +26,8 @@ _COLUMNS = """
 """
 _OF_DAY = f"""
     {_COLUMNS}
-    WHERE (created_at >= %(start)s AND created_at < %(end)s) OR (updated_at >= %(start)s AND updated_at < %(end)s)
+    WHERE ((created_at >= %(start)s AND created_at < %(end)s) OR (updated_at >= %(start)s AND updated_at < %(end)s))
+      AND {of_this_shop("payment_provider_id")}
 """
 _BY_PAYMENT = f"{_COLUMNS} WHERE external_payment_id = ANY(%(ids)s)"
 _BY_ROW = f"{_COLUMNS} WHERE id = ANY(%(ids)s)"

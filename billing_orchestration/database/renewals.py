@@ -17,7 +17,7 @@ from billing_orchestration.database.attempts import (
     open_attempts,
     select_attempts,
 )
-from billing_orchestration.database.conventions import naive_utc, readable, sql_list
+from billing_orchestration.database.conventions import naive_utc, of_this_shop, readable, sql_list
 from billing_orchestration.database.renewal_view import read_view, stopped_at
 from billing_orchestration.database.second_look import OUTLASTS
 from billing_orchestration.database.tables import UtcNaive, renewal_attempts, subscriptions
@@ -52,6 +52,7 @@ _DUE = f"""
     SELECT s.id, s.user_id, s.plan_id, {readable("s.started_at")} AS started_at, s.ended_at,
            pl.name AS plan_name, pl.duration, pl.duration_unit, price.amounts,
            method.id AS method_id, method.currency AS method_currency, method.provider_id AS method_provider_id,
+           {of_this_shop("method.provider_id")} AS method_is_ours,
            {stopped_at("method.id")} AS stopped_at,
            settled.until AS settled_until, longest.id AS outlasted_by
     FROM subscriptions s
@@ -69,7 +70,7 @@ _DUE = f"""
     ) last_payment ON true
     -- A method that was bound without a payment: it is known from the service's view only.
     LEFT JOIN (
-        SELECT min(id) AS provider_id FROM payment_providers HAVING count(*) = 1
+        SELECT min(id) AS provider_id FROM payment_providers WHERE {of_this_shop("id")} HAVING count(*) = 1
     ) sole ON CAST(:currency AS text) IS NOT NULL
     CROSS JOIN LATERAL (
         SELECT coalesce(sm.payment_method_id, last_payment.external_payment_id) AS id,
@@ -102,6 +103,7 @@ _DUE_COLUMNS: Mapping[str, Any] = {
     "method_id": sa.String,
     "method_currency": sa.String,
     "method_provider_id": sa.Integer,
+    "method_is_ours": sa.Boolean,
     "amounts": sa.ARRAY(sa.Numeric(8, 2)),
     "stopped_at": sa.DateTime(timezone=True),
     "settled_until": UtcNaive,
@@ -220,6 +222,7 @@ def fetch_due(
             method_id=method_id,
             method_currency=row.method_currency,
             method_provider_id=row.method_provider_id,
+            method_is_elsewhere=row.method_is_ours is False,
             prices=tuple(row.amounts or ()),
             attempts=tuple(attempts.get((row.id, row.ended_at), ())),
             last_tried_at=tried.get(row.id),

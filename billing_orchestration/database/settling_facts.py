@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 import sqlalchemy as sa
 
 from billing_orchestration.database.attempts import ATTEMPT_COLUMNS, attempt_of_raw
-from billing_orchestration.database.conventions import naive_utc, readable
+from billing_orchestration.database.conventions import naive_utc, of_this_shop, readable
 from billing_orchestration.database.errors import DatabaseBusy
 from billing_orchestration.domain.attempts import SCAN_MARGIN, Attempt
 from billing_orchestration.domain.lost_attempts import Identity, identity_of, recreate
@@ -284,7 +284,7 @@ def _utc(instant: datetime | None) -> datetime | None:
 # --- what is read last, when everything is locked ---
 
 # The payment rows once more, and what no transaction of ours changes.
-_READ_BESIDE = """
+_READ_BESIDE = f"""
     SELECT 'row' AS what, id, NULL AS number, NULL AS word, NULL AS amount
     FROM payments WHERE external_payment_id = ANY(%(ids)s)
     UNION ALL
@@ -293,14 +293,14 @@ _READ_BESIDE = """
     UNION ALL
     SELECT 'plan', id, duration, duration_unit, NULL FROM plans WHERE id = ANY(CAST(%(plans)s AS int[]))
     UNION ALL
-    SELECT 'provider', id, CAST(NULL AS int), NULL, NULL FROM payment_providers
+    SELECT 'provider', id, CAST(NULL AS int), NULL, NULL FROM payment_providers WHERE {of_this_shop("id")}
 """
 
 
 def _read_beside(
     connection: sa.Connection, books: _Books, plan_ids: Iterable[int]
 ) -> tuple[dict[int, PlanRow], frozenset[int]]:
-    """The plans with their prices, and the ids of all payment providers.
+    """The plans with their prices, and the ids of this shop's payment providers.
 
     Raises ChangedMeanwhile when payment rows have appeared.
     """

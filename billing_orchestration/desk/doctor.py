@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.alerting import read_urls
 from billing_orchestration.database import health
-from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES
+from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES, session_of_shop
 from billing_orchestration.database.engine import create_engine, read
 from billing_orchestration.database.errors import BillingDatabaseError, SchemaProblem
 from billing_orchestration.database.indexes import SERVICE_INDEXES, describe_duplicates, index_states
@@ -153,7 +153,8 @@ def _ui(here: Installation) -> Iterator[Finding]:
 
 
 def _billing_database(here: Installation) -> Iterator[Finding]:
-    engine = create_engine(here.settings.billing_database_url, application_name=_APPLICATION)
+    of_session = session_of_shop(here.settings.yookassa_provider_ids)
+    engine = create_engine(here.settings.billing_database_url, application_name=_APPLICATION, session=of_session)
     try:
         for check in DATABASE_CHECKS:
             with read(engine) as connection:
@@ -220,6 +221,7 @@ def _service_tables(connection: sa.Connection, now: Callable[[], datetime]) -> I
 def _schema(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
     try:
         health.check_schema(connection)
+        health.check_providers(connection)
     except SchemaProblem as error:
         yield fault("schema.wrong", str(error))
     else:

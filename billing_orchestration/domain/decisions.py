@@ -64,6 +64,7 @@ class Code:
     NO_CONSENT = "no_consent"
     SEVERAL_VIEW_ROWS = "several_view_rows"
     METHOD_STOPPED = "method_stopped"
+    METHOD_ELSEWHERE = "method_elsewhere"
     CHARGED_ELSEWHERE = "charged_elsewhere"
     METHOD_DECLINED_TODAY = "method_declined_today"
     UNUSABLE_SUBSCRIPTION = "unusable_subscription"

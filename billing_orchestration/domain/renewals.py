@@ -49,8 +49,8 @@ class DueSubscription:
     `prices` the plan's prices in that currency, `attempts` those of the period that begins at `ended_at`.
     `settled_until` is the end of the last period that was settled for it, `outlasted_by` another ACTIVE subscription of
     the same user and plan that ends later. `method_stopped_at`: a charge of the method, of whatever subscription, ended
-    in a hard decline. With `said`, the service itself says by which method and whether it may be charged, and where its
-    receipts go.
+    in a hard decline. `method_is_elsewhere`: it was saved at a payment provider that is not this shop. With `said`, the
+    service itself says by which method and whether it may be charged, and where its receipts go.
     """
 
     id: int
@@ -71,6 +71,7 @@ class DueSubscription:
     outlasted_by: int | None = None
     plan_name: str | None = None
     method_stopped_at: datetime | None = None
+    method_is_elsewhere: bool = False
     said: SaidByService | None = None
 
     @property
@@ -389,6 +390,9 @@ def _new_attempt(due: DueSubscription, number: int, today: date, rules: RenewalR
         return forbidden
     if not due.method_id:
         return no(Code.NO_METHOD, "no saved payment method")
+    if due.method_is_elsewhere:
+        reason = f"the payment method is payment provider {due.method_provider_id}'s, not this shop's"
+        return no(Code.METHOD_ELSEWHERE, reason)
     if due.method_declined_at is not None and rules.calendar.day_of(due.method_declined_at) == today:
         return no(Code.METHOD_DECLINED_TODAY, "this payment method was already declined today")
     if due.method_stopped_at is not None:

@@ -140,6 +140,9 @@ def _decide(case: _Case, is_live: bool) -> SettlementDecision:
         return decision if attempt is None else _review(decision, attempt, facts)
     if attempt is not None:
         return _decide_renewal(case, attempt)
+    if case.row is not None and case.row.payment_provider_id not in facts.provider_ids and ruling is None:
+        reason = f"its row belongs to payment provider {case.row.payment_provider_id}, which is not this shop's"
+        return case.quarantine("metadata", reason)
     if case.row is not None and case.has_other_money and ruling is None:
         return case.quarantine(
             "amount_differs", f"{case.row.money or 'no currency'} here, {payment.money} at the provider"
@@ -225,7 +228,7 @@ def _decide_purchase(case: _Case) -> SettlementDecision:
     if plan_id not in facts.plans:
         return case.quarantine("metadata", f"metadata names plan {plan_id}, which does not exist")
     if provider_id not in facts.provider_ids:
-        return case.quarantine("metadata", f"metadata names payment provider {provider_id}, which does not exist")
+        return case.quarantine("metadata", f"metadata names payment provider {provider_id}, which is not this shop's")
     linked = facts.subscriptions.get(row.subscription_id) if row and row.subscription_id is not None else None
     if linked is not None and linked.user_id != user_id:
         reason = f"metadata names user {user_id}, the row belongs to user {linked.user_id}"

@@ -110,6 +110,8 @@ class World:
         self.service.other_row = self.service.insert(
             "payment_providers", name="another shop", description="", is_active=True, created_at=now, updated_at=now
         )
+        ours = {"yookassa_provider_ids": str(self.service.provider_row)}
+        self.settings = self.settings.model_copy(update=ours)
         self.faults: list[str] = []
         self.told: list[str] = []
         # Print the story while it happens.
