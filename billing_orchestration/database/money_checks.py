@@ -61,7 +61,8 @@ _NOT_GRANTED = sa.text(f"""
     SELECT 'payment ' || p.id || coalesce(' (' || p.external_payment_id || ')', '') || ' is SUCCEEDED, '
            || 'and granted to nobody: it is linked to no subscription'
     FROM payments p
-    WHERE p.status = 'SUCCEEDED' AND p.subscription_id IS NULL AND {of_this_shop("p.payment_provider_id")}
+    WHERE p.status = 'SUCCEEDED' AND p.subscription_id IS NULL
+      AND {of_this_shop("p.payment_provider_id")}
       AND greatest(p.created_at, p.updated_at) > :naive_since AND greatest(p.created_at, p.updated_at) < :naive_recent
       AND NOT EXISTS (
         SELECT FROM billing_orchestration.settlements s WHERE s.external_payment_id = p.external_payment_id)

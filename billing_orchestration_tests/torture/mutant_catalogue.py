@@ -900,9 +900,8 @@ FURTHER = (
         (
             Edit(
                 "database/matching.py",
-                "WITH_ID = \"external_payment_id = ANY(:ids) AND status = 'PENDING' ORDER BY id\"",
-                "WITH_ID = \"external_payment_id = ANY(:ids) AND status = 'PENDING'"
-                " AND created_at >= '2025-01-01' ORDER BY id\"",
+                "AND status = 'PENDING' AND {_OURS} ORDER BY id\"",
+                "AND status = 'PENDING' AND {_OURS} AND created_at >= '2025-01-01' ORDER BY id\"",
             ),
         ),
         (_PENDING + "test_a_row_of_any_age_counts_when_its_provider_payment_is_in_the_window",),
