@@ -96,6 +96,8 @@ def test_an_env_file_that_every_user_may_read_is_a_warning(
         (new_login("vera")[1], "http://localhost:3000", []),
         ("header:X-Forwarded-User", "http://dagster.example", []),
     ],
+    # A password is drawn anew in each process, and each must collect the same tests.
+    ids=["plain http", "https", "this machine", "a login proxy"],
 )
 def test_passwords_of_the_ui_that_travel_in_clear_are_a_warning(
     healthy: pytest.MonkeyPatch, auth: str, url: str, warned: list[str]

@@ -249,7 +249,10 @@ def test_a_password_opens_the_ui_with_its_websocket(by_password: int, run: str) 
         basic("vera:")["authorization"],
         basic(ENTRY.removeprefix("basic:"))["authorization"],
     ],
-)
+    # A password is drawn anew in each process, and each must collect the same tests.
+    ids=["none", "empty", "no words", "no base64", "no password", "a token", "another user", "one sign more",
+         "an empty password", "the entry itself"],
+)  # fmt: skip
 def test_nobody_gets_in_without_the_password(
     ui: DagsterUi, by_password: int, run: str, authorization: str | None
 ) -> None:
