@@ -270,12 +270,14 @@ def _migrate(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
-    from billing_orchestration.desk.doctor import Level, diagnose
+    from billing_orchestration.desk.doctor import HEADER, Level, diagnose
 
     faults = 0
+    _say(HEADER)
     for finding in diagnose():
-        _say(str(finding))
+        _say_all(finding.lines)
         faults += finding.level is Level.FAULT
+    _say("unfit: jobs fail until each FAULT is fixed" if faults else "fit: the jobs can work here")
     return FAILED if faults else 0
 
 

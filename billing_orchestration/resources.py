@@ -18,6 +18,7 @@ from pydantic import Field
 from billing_orchestration.alerting import Alerts
 from billing_orchestration.database.conventions import session_of_shop
 from billing_orchestration.database.engine import begin, create_engine, read
+from billing_orchestration.database.fitness import check_reading, check_writing
 from billing_orchestration.database.health import check_providers, check_schema
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.receipts import ReceiptRules
@@ -221,6 +222,7 @@ class BillingDatabase:
 
     def __init__(self, load_settings: Callable[[], Settings]) -> None:
         self._load_settings = load_settings
+        self._can_write = False
 
     @cached_property
     def settings(self) -> Settings:
@@ -241,6 +243,7 @@ class BillingDatabase:
         try:
             with read(engine) as connection:
                 check_schema(connection)
+                check_reading(connection)
                 check_providers(connection)
         except BaseException:
             engine.dispose()
@@ -249,7 +252,15 @@ class BillingDatabase:
 
     def begin(self) -> AbstractContextManager[sa.Connection]:
         """A connection with one transaction: committed at the end, rolled back by an error."""
+        self.check_writing()
         return begin(self.engine)
+
+    def check_writing(self) -> None:
+        """Look once, before the first change, whether all that these jobs write can be written. Raises Unfit."""
+        if not self._can_write:
+            with self.read() as connection:
+                check_writing(connection)
+            self._can_write = True
 
     def read(self) -> AbstractContextManager[sa.Connection]:
         """A connection to read with: its transaction is rolled back at the end."""

@@ -32,8 +32,22 @@ def test_doctor_succeeds_on_a_healthy_installation_without_a_secret(
 ) -> None:
     process = command("doctor")
     assert (process.returncode, process.stderr) == (0, "")
-    assert all(line.startswith("ok ") for line in process.stdout.splitlines())
+    header, *findings, verdict = process.stdout.splitlines()
+    assert header.split() == ["level", "check", "finding"]
+    assert all(line.startswith("ok ") for line in findings)
+    assert verdict == "fit: the jobs can work here"
     assert sandbox.secret_key not in process.stdout
+
+
+def test_doctor_says_below_each_fault_how_to_fix_it(healthy: pytest.MonkeyPatch, database_url: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("ALTER TABLE payments ADD COLUMN region text NOT NULL")
+    process = command("doctor")
+    lines = process.stdout.splitlines()
+    fault = next(number for number, line in enumerate(lines) if line.startswith("FAULT"))
+    assert "payments.region is NOT NULL" in lines[fault]
+    assert lines[fault + 1].split()[:3] == ["fix:", "ALTER", "TABLE"]
+    assert (process.returncode, lines[-1]) == (1, "unfit: jobs fail until each FAULT is fixed")
 
 
 # migrate

@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from billing_orchestration.database.audit import Change, Stamp, record_changes, to_json
+from billing_orchestration.database.audit import Change, Stamp, in_words_of, record_changes, to_json
 from billing_orchestration.database.conventions import naive_utc, sql_list
 from billing_orchestration.database.second_look import WHY_NOT, in_review, why_not
 from billing_orchestration.database.tables import renewal_attempts
@@ -342,7 +342,7 @@ def close(connection: sa.Connection, stamp: Stamp, closings: Sequence[Closing]) 
         }
         for closing in by_id.values()
     ]
-    changed = connection.execute(_CLOSE, {"rows": to_json(rows), "at": stamp.at}).all()
+    changed = connection.execute(_CLOSE, {"rows": to_json(in_words_of(connection, rows)), "at": stamp.at}).all()
     record_changes(
         connection,
         stamp,

@@ -6,6 +6,7 @@ Rows travel as one JSON parameter (`jsonb_to_recordset`): one statement for one 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
@@ -112,6 +113,32 @@ def storable_name(text: str) -> str:
     return f"{plain[: LONGEST_NAME - 72]}… sha256 {hashlib.sha256(plain.encode()).hexdigest()}"
 
 
+def in_words_of(connection: sa.Connection, value: Any) -> Any:
+    """Texts for a person as this server can store them: what its encoding lacks is written as an escape.
+
+    Never for what names somebody: an id that the server cannot store is nobody's here.
+    """
+    driver: Any = connection.connection.dbapi_connection
+    encoding = driver.info.parameter_status("server_encoding") or "UTF8"
+    if encoding in ("UTF8", "SQL_ASCII"):
+        return value
+    try:
+        codec = codecs.lookup(encoding.lower().replace("win", "cp").replace("koi8", "koi8_")).name
+    except LookupError:
+        codec = "ascii"
+    return _escaped(_plain(value), codec)
+
+
+def _escaped(value: Any, codec: str) -> Any:
+    if isinstance(value, str):
+        return value.encode(codec, "backslashreplace").decode(codec)
+    if isinstance(value, dict):
+        return {_escaped(key, codec): _escaped(item, codec) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item, codec) for item in value]
+    return value
+
+
 def _plain(value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, (bool, int)):
         return value
@@ -151,9 +178,9 @@ _INSERT_AUDIT = """
 """
 
 
-def change_rows(changes: Sequence[Change]) -> list[dict[str, Any]]:
+def change_rows(connection: sa.Connection, changes: Sequence[Change]) -> list[dict[str, Any]]:
     """Changes as rows of the JSON parameter that audit entries are written from."""
-    return [
+    rows: list[dict[str, Any]] = [
         {
             "number": number,
             "entity": change.entity,
@@ -168,13 +195,14 @@ def change_rows(changes: Sequence[Change]) -> list[dict[str, Any]]:
         }
         for number, change in enumerate(changes)
     ]
+    return in_words_of(connection, rows)  # type: ignore[no-any-return]
 
 
 def record_changes(connection: sa.Connection, stamp: Stamp, changes: Sequence[Change]) -> None:
     """Write the audit entries of what the caller's transaction changes."""
     if not changes:
         return
-    rows = to_json(change_rows(changes))
+    rows = to_json(change_rows(connection, changes))
     connection.exec_driver_sql(_INSERT_AUDIT, {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": rows})
 
 
@@ -203,9 +231,10 @@ def open_problems(connection: sa.Connection, stamp: Stamp, problems: Sequence[Pr
     unique = {problem.key: problem for problem in problems}
     if not unique:
         return set()
+    stored = dict(zip(in_words_of(connection, list(unique)), unique.values(), strict=True))
     rows = [
         {
-            "problem_key": problem.key,
+            "problem_key": key,
             "kind": problem.kind,
             "reason": problem.reason,
             "external_payment_id": None
@@ -216,11 +245,10 @@ def open_problems(connection: sa.Connection, stamp: Stamp, problems: Sequence[Pr
             "attempt_id": problem.attempt_id,
             "evidence": problem.evidence,
         }
-        for problem in sorted(unique.values(), key=lambda problem: problem.key)
+        for key, problem in sorted(stored.items())
     ]
-    opened = connection.execute(
-        _OPEN_PROBLEMS, {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": to_json(rows)}
-    ).all()
+    bound = {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": to_json(in_words_of(connection, rows))}
+    opened = connection.execute(_OPEN_PROBLEMS, bound).all()
     record_changes(
         connection,
         stamp,
@@ -229,14 +257,14 @@ def open_problems(connection: sa.Connection, stamp: Stamp, problems: Sequence[Pr
                 entity="quarantine",
                 entity_id=str(row.id),
                 action="opened",
-                reason=unique[row.problem_key].reason,
+                reason=stored[row.problem_key].reason,
                 new={"problem_key": row.problem_key},
-                external_payment_id=unique[row.problem_key].external_payment_id,
+                external_payment_id=stored[row.problem_key].external_payment_id,
             )
             for row in opened
         ],
     )
-    return {row.problem_key for row in opened}
+    return {stored[row.problem_key].key for row in opened}
 
 
 _KNOWN_PROBLEMS = sa.text(f"""
@@ -247,7 +275,8 @@ _KNOWN_PROBLEMS = sa.text(f"""
 
 def known_problems(connection: sa.Connection, keys: Sequence[str]) -> set[str]:
     """Which of these problems are open, or resolved for good."""
-    return set(connection.execute(_KNOWN_PROBLEMS, {"keys": list(keys)}).scalars())
+    stored = dict(zip(in_words_of(connection, list(keys)), keys, strict=True))
+    return {stored[key] for key in connection.execute(_KNOWN_PROBLEMS, {"keys": list(stored)}).scalars()}
 
 
 # Plain text for the driver, alone or inside another statement.

@@ -1,7 +1,7 @@
 """Connections to the billing database, and what its failures mean in words.
 
-Every session speaks UTC, gives up on a lock, a statement or a silent server after a bounded time, and carries a name
-that an operator finds in `pg_stat_activity`.
+Every session pins what it depends on (`session`), gives up on a lock, a statement or a silent server after a bounded
+time, and carries a name that an operator finds in `pg_stat_activity`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psycopg
 import sqlalchemy as sa
@@ -23,29 +24,10 @@ from billing_orchestration.database.errors import (
     RowRefused,
     SchemaProblem,
 )
+from billing_orchestration.database.session import PINNED, PREFERRED, prepare
 
 # A server that does not even accept within this time is down, or a firewall drops the packets.
 CONNECT_TIMEOUT_S = 10
-# Rows are locked for milliseconds, by the service as by these jobs. Longer means somebody's transaction hangs: the
-# row fails for now, and the other rows are not kept waiting.
-LOCK_TIMEOUT_S = 10
-# The longest honest statement expires a month of subscriptions at once, in seconds. Longer is a missing index or a
-# plan gone wrong, and it would burden the live service.
-STATEMENT_TIMEOUT_S = 300
-# A run that is stopped inside a transaction (suspended, swapped out) must not hold the service's rows for ever.
-IDLE_IN_TRANSACTION_TIMEOUT_S = 120
-
-_SESSION = {
-    # The service's tables live in public. Without this a schema named like the role would come first, and
-    # the role may well be named billing_orchestration.
-    "search_path": "public",
-    # What is read after a lock must be newer than the lock: a database or role that defaults to another level would
-    # decide from a snapshot taken before it.
-    "default_transaction_isolation": r"read\ committed",
-    "lock_timeout": f"{LOCK_TIMEOUT_S}s",
-    "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
-    "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_TIMEOUT_S}s",
-}
 
 
 def create_engine(
@@ -64,8 +46,7 @@ def create_engine(
     if address.drivername != "postgresql+psycopg":
         address = address.set(drivername="postgresql+psycopg")
     of_url = address.query.get("options", "")
-    options = " ".join(f"-c {name}={value}" for name, value in {**_SESSION, **(session or {})}.items())
-    return sa.create_engine(
+    engine = sa.create_engine(
         address,
         pool_size=pool_size,
         max_overflow=0,
@@ -78,14 +59,19 @@ def create_engine(
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_S,
             "application_name": application_name,
-            # The last one wins. The zone is not up for choice: the service's naive timestamps hold UTC.
-            "options": f"{options} {of_url if isinstance(of_url, str) else ' '.join(of_url)} -c timezone=UTC",
+            "client_encoding": PINNED["client_encoding"],
             # A server that vanished (power, network) is noticed within a minute, not after two hours.
             "keepalives_idle": 30,
             "keepalives_interval": 10,
             "keepalives_count": 3,
         },
     )
+
+    def prepare_session(connection: psycopg.Connection[Any], _record: Any) -> None:
+        prepare(connection, {**PREFERRED, **(session or {})}, of_url if isinstance(of_url, str) else " ".join(of_url))
+
+    sa.event.listen(engine, "connect", prepare_session)
+    return engine
 
 
 def keep_to_indexes(connection: sa.Connection) -> None:
@@ -138,7 +124,7 @@ def _without_state(error: BaseException, original: BaseException) -> BillingData
     """What the client library says, without a word of the server's."""
     reason = _one_line(original)
     if re.search(_LOST, reason):
-        return _lost(reason)
+        return _lost(reason, "")
     if (
         isinstance(error, exc.OperationalError)
         or isinstance(original, psycopg.OperationalError)
@@ -154,12 +140,13 @@ def _by_state(state: str, original: BaseException) -> BillingDatabaseError:
     reason = _one_line(original)
     diagnosis = getattr(original, "diag", None)
     severity = getattr(diagnosis, "severity_nonlocalized", None) or getattr(diagnosis, "severity", None)
-    if severity in {"FATAL", "PANIC"}:
+    if severity in {"FATAL", "PANIC"} or (severity is None and state in _ENDED_BY):
         # The session is over. A trigger cannot say this.
         is_about_access = state.startswith(("28", "3D")) or state == "53300"
-        return _no_connection(reason) if is_about_access else _lost(reason)
+        return _no_connection(reason) if is_about_access else _lost(reason, state)
     if state in _BUSY:
-        return DatabaseBusy(f"the database was busy and changed nothing: {reason}; the next run tries again")
+        way_out = _TOO_LONG if state == "57014" and "statement timeout" in reason else ""
+        return DatabaseBusy(f"the database was busy and changed nothing: {reason}{way_out}; the next run tries again")
     if state[:2] not in _OF_THE_DATABASE:
         return RowRefused(f"the database refused a statement: {reason}")
     doubtful = _of_the_database(state, reason)
@@ -172,6 +159,11 @@ def _of_the_database(state: str, reason: str) -> BillingDatabaseError:
         return DatabaseFull(
             f"the disk of the PostgreSQL server is full: {reason}; nothing of that statement was written."
             " Free disk space there; the next run completes this one"
+        )
+    if state == "42501" and "row-level security policy" in reason:
+        return AccessDenied(
+            f"policies hide rows from the role of BILLING_DATABASE_URL: {reason}; ALTER ROLE … BYPASSRLS (doctor names"
+            " the tables and policies)"
         )
     if state == "42501":
         return AccessDenied(
@@ -208,8 +200,25 @@ _OF_THE_DATABASE = frozenset(
 )
 
 
-def _lost(reason: str) -> DatabaseUnavailable:
-    return DatabaseUnavailable(f"the connection to the database was lost: {reason}; the next run completes this one")
+def _lost(reason: str, state: str) -> DatabaseUnavailable:
+    cause = _ENDED_BY.get(state, "")
+    if "pooling mode" in reason:
+        cause = "; the pooler in between must keep sessions: pool_mode = session"
+    return DatabaseUnavailable(
+        f"the connection to the database was lost: {reason}{cause}; the next run completes this one"
+    )
+
+
+# What ends a session of ours by its SQLSTATE, where there is something to be done about it.
+_ENDED_BY = {
+    "25P03": "; the run stood still for longer than idle_in_transaction_session_timeout",
+    "25P04": "; that is the role's transaction_timeout: ALTER ROLE … SET transaction_timeout = '10min'",
+    "57P05": "; that is idle_session_timeout: ALTER ROLE … SET idle_session_timeout = 0",
+}
+_TOO_LONG = (
+    " (statement_timeout; `billing-orchestration doctor` names a missing index, and"
+    " ?options=-c%20statement_timeout%3D15min in BILLING_DATABASE_URL gives it more time)"
+)
 
 
 # What psycopg says, without a code, when a connection that worked breaks.
@@ -220,6 +229,9 @@ _LOST = (
 _BAD_OPTION = "invalid connection option|invalid URI query"
 # How PostgreSQL and libpq word it, and the way out. Other languages than English fall through to the last one.
 _WAYS_OUT = (
+    (_BAD_OPTION, "remove that option after the `?`"),
+    ("too many connections for role", "raise the role's limit: ALTER ROLE … CONNECTION LIMIT 20"),
+    ("too many connections for database", "raise the database's limit: ALTER DATABASE … CONNECTION LIMIT 100"),
     ("password authentication failed", "the user or the password in it is wrong"),
     ("no password supplied", "it holds no password, and the server wants one"),
     ("pg_hba.conf", "the server does not let this user in from here: see its pg_hba.conf"),
@@ -232,7 +244,6 @@ _WAYS_OUT = (
     ("too many clients|remaining connection slots", "the server has no connection left: raise max_connections"),
     ("starting up|shutting down|recovery", "the server is starting or stopping: try again"),
     ("SSL|certificate", "correct `sslmode=` and the certificates"),
-    (_BAD_OPTION, "remove that option after the `?`"),
 )  # fmt: skip
 
 

@@ -11,7 +11,8 @@
         ├── SchemaMissing      `migrate` never ran here
         ├── SchemaOutdated     `migrate` of this version did not run yet
         ├── SchemaTooNew       a newer version migrated it: this one must not write to it
-        └── ServiceTablesMissing   the billing service's own tables are not (all) there
+        ├── ServiceTablesMissing   the billing service's own tables are not (all) there
+        └── Unfit              rows are hidden, a pooler lends the session out, or a grant could not be written
 
 A lost connection leaves the outcome of a COMMIT unknown: whoever applies a change must be able to repeat it.
 """
@@ -80,3 +81,7 @@ class SchemaTooNew(SchemaProblem):
 
 class ServiceTablesMissing(SchemaProblem):
     """Tables of the billing service are missing: probably another database than meant."""
+
+
+class Unfit(SchemaProblem):
+    """These jobs cannot work on this database as it is."""

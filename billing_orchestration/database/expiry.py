@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from billing_orchestration.database.audit import LONGEST_NAME, Stamp, storable, storable_name, to_json
+from billing_orchestration.database.audit import LONGEST_NAME, Stamp, in_words_of, storable, storable_name, to_json
 from billing_orchestration.database.conventions import naive_utc, of_this_shop, sql_list
 from billing_orchestration.database.engine import translated
 from billing_orchestration.database.errors import BillingDatabaseError, NotAsMeant
@@ -399,7 +399,7 @@ def expire_payments(connection: sa.Connection, stamp: Stamp, reasons: Sequence[t
             **asked,
             "names": to_json(names) if any(names) else "[]",
             "numbers": _int_array(reason_numbers),
-            "reasons": [storable(reason) for reason in numbers],
+            "reasons": in_words_of(connection, [storable(reason) for reason in numbers]),
             "count": len(ids),
             "at": stamp.at,
             "naive_at": naive_utc(stamp.at),

@@ -31,6 +31,12 @@ HEAD_REVISION = REVISIONS[-1]
 VERSION_TABLE = "schema_version"
 
 _MIGRATE = "run: billing-orchestration migrate"
+_ELSEWHERE = sa.text("""
+    SELECT s.nspname FROM pg_class t JOIN pg_namespace s ON s.oid = t.relnamespace
+    WHERE t.relname IN ('subscriptions', 'payments') AND t.relkind IN ('r', 'p') AND s.nspname !~ '^pg_'
+      AND NOT pg_table_is_visible(t.oid)
+    GROUP BY s.nspname HAVING count(*) = 2 ORDER BY 1
+""")
 _STATE = sa.text(
     f"SELECT ARRAY(SELECT version_num FROM {SCHEMA}.{VERSION_TABLE}),"
     " ARRAY(SELECT name FROM unnest(CAST(:names AS text[])) AS name WHERE to_regclass(quote_ident(name)) IS NULL)"
@@ -56,7 +62,7 @@ def check_schema(connection: sa.Connection) -> None:
     if missing:
         raise ServiceTablesMissing(
             f"the billing service's tables are missing in this database: {', '.join(sorted(missing))};"
-            " correct BILLING_DATABASE_URL, or let the service create them"
+            f" {tables_elsewhere(connection) or 'correct BILLING_DATABASE_URL, or let the service create them'}"
         )
 
 
@@ -79,6 +85,24 @@ def check_providers(connection: sa.Connection) -> None:
         raise ProvidersUnclear(
             f"YOOKASSA_PROVIDER_IDS names {', '.join(str(id_) for id_ in missing)}, and payment_providers has {listed}"
         )
+
+
+def tables_elsewhere(connection: sa.Connection) -> str | None:
+    """Where the service's tables are if not on the search path, and what to do; None where they are nowhere."""
+    schemas = list(connection.execute(_ELSEWHERE).scalars())
+    if not schemas:
+        return None
+    return f"there are such tables in the schema {' and in '.join(schemas)}, off the search path: " + name_the_schema(
+        schemas[0]
+    )
+
+
+def name_the_schema(name: str) -> str:
+    """How an operator says which schema is meant."""
+    return (
+        f"name the schema, by ALTER ROLE … SET search_path = {name}, or by ?options=-c%20search_path%3D{name} in"
+        " BILLING_DATABASE_URL"
+    )
 
 
 def check_revisions(revisions: list[str]) -> None:
@@ -122,7 +146,7 @@ def server_facts(connection: sa.Connection) -> ServerFacts:
 
 
 NO_TABLE, NO_ENUM, NO_COLUMN = "no_table", "no_enum", "no_column"
-LABELS, TYPE, NO_DEFAULT, MANDATORY = "labels", "type", "no_default", "mandatory"
+LABELS, TYPE = "labels", "type"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +162,7 @@ class Difference:
 
 _COLUMNS = sa.text(
     """
-    SELECT t.name, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
-           a.atthasdef OR a.attidentity <> '' OR a.attgenerated <> ''
+    SELECT t.name, a.attname, format_type(a.atttypid, a.atttypmod)
     FROM unnest(CAST(:tables AS text[])) AS t (name)
     JOIN pg_attribute a ON a.attrelid = to_regclass(quote_ident(t.name)) AND a.attnum > 0 AND NOT a.attisdropped
     ORDER BY a.attrelid, a.attnum
@@ -152,15 +175,13 @@ _LABELS = sa.text(
     WHERE pg_type_is_visible(t.oid) AND t.typname = ANY(CAST(:names AS text[])) GROUP BY t.typname
     """
 )
-# The jobs insert into these two: an id without a default, or a mandatory column that they do not know, stops that.
-_INSERTED_INTO = ("payments", "subscriptions")
 
 
 def differences(connection: sa.Connection) -> list[Difference]:
     """Compare the service's tables, columns, types and enum labels with those expected, and name what differs."""
-    found: dict[str, dict[str, tuple[str, bool, bool]]] = {}
-    for table, column, kind, mandatory, has_default in connection.execute(_COLUMNS, {"tables": list(SERVICE_TABLES)}):
-        found.setdefault(table, {})[column] = (kind, mandatory, has_default)
+    found: dict[str, dict[str, str]] = {}
+    for table, column, kind in connection.execute(_COLUMNS, {"tables": list(SERVICE_TABLES)}):
+        found.setdefault(table, {})[column] = kind
     result: list[Difference] = []
     for name in SERVICE_TABLES:
         if name not in found:
@@ -189,24 +210,16 @@ def _enum_columns() -> Iterator[Any]:
                 yield column
 
 
-def _column_differences(table: sa.Table, found: dict[str, tuple[str, bool, bool]]) -> Iterator[Difference]:
+def _column_differences(table: sa.Table, found: dict[str, str]) -> Iterator[Difference]:
     for column in table.columns:
         name = f"{table.name}.{column.name}"
         if column.name not in found:
             yield Difference(NO_COLUMN, f"there is no column {name}")
             continue
-        kind, _, has_default = found[column.name]
-        expected = _expected_type(column)
+        kind, expected = found[column.name], _expected_type(column)
         if kind != expected:
             harmful = not any(re.match(p, kind) for p in _ALSO_FINE[expected])
             yield Difference(TYPE, f"{name} is {kind}, not {expected}", harmful)
-        if column.primary_key and table.name in _INSERTED_INTO and not has_default:
-            yield Difference(NO_DEFAULT, f"{name} has no default: no row can be added")
-    if table.name in _INSERTED_INTO:
-        for column_name, (_, mandatory, has_default) in found.items():
-            if mandatory and not has_default and column_name not in table.columns:
-                text = f"{table.name}.{column_name} is mandatory and unknown here: no row can be added"
-                yield Difference(MANDATORY, text)
 
 
 def _expected_type(column: sa.Column[Any]) -> str:
@@ -225,28 +238,3 @@ _ALSO_FINE: defaultdict[str, tuple[str, ...]] = defaultdict(
         "timestamp without time zone": (r"timestamp\(\d\) without time zone$",),
     },
 )
-
-# What the jobs do with the service's tables and sequences, and with ours.
-_PRIVILEGES = sa.text(
-    f"""
-    SELECT 'SELECT on ' || n FROM unnest(CAST(:read AS text[])) AS n
-    WHERE NOT has_table_privilege(to_regclass(n), 'SELECT')
-    UNION ALL
-    SELECT p || ' on ' || n FROM unnest(CAST(:written AS text[])) AS n, unnest(ARRAY['INSERT', 'UPDATE']) AS p
-    WHERE NOT has_table_privilege(to_regclass(n), p)
-    UNION ALL
-    SELECT 'USAGE on ' || s FROM unnest(CAST(:written AS text[])) AS n, pg_get_serial_sequence(n, 'id') AS s
-    WHERE s IS NOT NULL AND NOT has_sequence_privilege(s, 'USAGE')
-    UNION ALL
-    SELECT 'USAGE on schema {SCHEMA}' WHERE NOT has_schema_privilege(to_regnamespace('{SCHEMA}'), 'USAGE')
-    UNION ALL
-    SELECT p || ' on {SCHEMA}.' || c.relname
-    FROM pg_class c, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p
-    WHERE c.relnamespace = to_regnamespace('{SCHEMA}') AND c.relkind = 'r' AND NOT has_table_privilege(c.oid, p)
-    """
-)
-
-
-def missing_privileges(connection: sa.Connection) -> list[str]:
-    """Name what the role would have to be granted for the jobs. Ask it only where all the tables are there."""
-    return list(connection.scalars(_PRIVILEGES, {"read": list(SERVICE_TABLES), "written": list(_INSERTED_INTO)}))

@@ -31,12 +31,14 @@ from billing_orchestration.database.errors import (
     DatabaseUnavailable,
     ServiceTablesMissing,
 )
+from billing_orchestration.database.fitness import check_reading
 from billing_orchestration.database.health import (
     HEAD_REVISION,
     REVISIONS,
     VERSION_TABLE,
     check_revisions,
     differences,
+    tables_elsewhere,
 )
 from billing_orchestration.database.indexes import SERVICE_INDEXES, ServiceIndex, describe_duplicates, index_states
 from billing_orchestration.database.tables import service
@@ -96,6 +98,8 @@ def migrate(
     """
     log = _Log(echo)
     with translated(), _only_one(engine, echo, wait_s) as session:
+        with engine.connect() as connection:
+            check_reading(connection)
         with engine.begin() as connection:
             _create_service_tables(connection, log)
             for difference in differences(connection):
@@ -165,6 +169,8 @@ def _create_service_tables(connection: sa.Connection, log: _Log) -> None:
     ).all()
     if not missing:
         return
+    if elsewhere := tables_elsewhere(connection):
+        raise ServiceTablesMissing(f"no service's tables are on the search path, but {elsewhere}; nothing was changed")
     present = sorted(set(SERVICE_TABLES) - set(missing))
     if present:
         raise ServiceTablesMissing(

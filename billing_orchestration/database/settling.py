@@ -18,6 +18,7 @@ from billing_orchestration.database.audit import (
     CLOSE_SETTLED,
     Stamp,
     change_rows,
+    in_words_of,
     open_problems,
     record_healed,
     to_json,
@@ -241,7 +242,7 @@ def _void_attempts(connection: sa.Connection, stamp: Stamp, rows: Rows) -> None:
     """
     if not rows.voids:
         return
-    bound = {"closings": to_json(rows.voids), "at": stamp.at}
+    bound = {"closings": to_json(in_words_of(connection, rows.voids)), "at": stamp.at}
     voided = connection.exec_driver_sql(_CLOSE_ATTEMPTS, bound).rowcount
     if voided != len(rows.voids):
         raise ChangedMeanwhile(f"{len(rows.voids)} attempts were to be voided, {voided} could be")
@@ -357,8 +358,8 @@ def _write(connection: sa.Connection, stamp: Stamp, rows: Rows) -> dict[str, int
         {
             "payments": to_json(rows.payments),
             "settlements": to_json(rows.settlements),
-            "changes": to_json(change_rows(rows.changes)),
-            "closings": to_json(rows.closings),
+            "changes": to_json(change_rows(connection, rows.changes)),
+            "closings": to_json(in_words_of(connection, rows.closings)),
             "extensions": to_json(rows.extensions),
             "ids": [row["external_payment_id"] for row in rows.settlements],
             "kinds": _HEALED,

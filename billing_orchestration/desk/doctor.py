@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import sqlalchemy as sa
 
 from billing_orchestration.alerting import read_urls
-from billing_orchestration.database import health
+from billing_orchestration.database import fitness, health
 from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES, session_of_shop
 from billing_orchestration.database.engine import create_engine, read
 from billing_orchestration.database.errors import BillingDatabaseError, SchemaProblem
@@ -34,6 +34,8 @@ from billing_orchestration.ui_login import LoginProxy
 # `created_at` is compared with the provider's clock: half a minute decides which payments a matching run sees.
 TOLERABLE_SKEW = timedelta(seconds=2)
 HARMFUL_SKEW = timedelta(seconds=30)
+# Below this many ids left, the service's team is told in time.
+FEW_IDS = 1_000_000
 # PostgreSQL no longer maintains older ones.
 OLDEST_TESTED_SERVER = 140000
 # Identity columns together with concurrent indexes need this one.
@@ -61,7 +63,15 @@ class Finding:
     way_out: str = ""
 
     def __str__(self) -> str:
-        return f"{self.level.value:<8} {self.code:<24} {self.text}{': ' if self.way_out else ''}{self.way_out}"
+        return f"{self.level.value:<8} {self.code:<24} {self.text}"
+
+    @property
+    def lines(self) -> list[str]:
+        """The finding as rows of the table, with the way out below it."""
+        return [str(self), *([f"{'':<8} {'  fix:':<24} {self.way_out}"] if self.way_out else [])]
+
+
+HEADER = f"{'level':<8} {'check':<24} finding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +209,21 @@ def _server(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[
         yield ok("clock", "the server's clock and this machine's agree")
 
 
+def _session(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
+    obstacles = fitness.reading_obstacles(connection)
+    for obstacle in obstacles:
+        yield fault(obstacle.code, obstacle.text, obstacle.way_out)
+    if not obstacles:
+        yield ok("session", "it keeps its settings and locks, and sees every row")
+
+
 def _service_tables(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
     found = health.differences(connection)
     if sum(difference.code == health.NO_TABLE for difference in found) == len(SERVICE_TABLES):
         yield fault(
             "tables.none",
-            "the service's tables are not in this database",
-            f"correct BILLING_DATABASE_URL, or for a new database {_MIGRATE}",
+            "the service's tables are not in this database, or not on the search path",
+            health.tables_elsewhere(connection) or f"correct BILLING_DATABASE_URL, or for a new database {_MIGRATE}",
         )
         return
     for difference in found:
@@ -228,13 +246,15 @@ def _schema(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[
         yield ok("schema", f"{SCHEMA} is at revision {health.HEAD_REVISION}, as this version needs")
 
 
-def _privileges(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
-    missing = health.missing_privileges(connection)
-    if missing:
-        text = f"the role of BILLING_DATABASE_URL lacks {', '.join(missing)}"
-        yield fault("privileges.missing", text, "grant them")
-    else:
-        yield ok("privileges", "the role may read and write what the jobs need")
+def _writing(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
+    obstacles = fitness.writing_obstacles(connection)
+    for obstacle in obstacles:
+        yield fault(obstacle.code, obstacle.text, obstacle.way_out)
+    for table, left in fitness.ids_left(connection).items():
+        if fitness.FEWEST_IDS <= left < FEW_IDS:
+            yield warning(fitness.IDS, f"{table} has {left:,} ids left", f"make {table}.id a bigint in time")
+    if not obstacles:
+        yield ok("writing", "the role may write what the jobs write, and the tables take new rows")
 
 
 def _indexes(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
@@ -267,8 +287,8 @@ def _renewal_view(connection: sa.Connection, view: str) -> Iterator[Finding]:
 
 
 # In this order. After a fault of a barrier (no usable server, another database than meant) the rest is noise.
-DATABASE_CHECKS = (_server, _service_tables, _schema, _privileges, _indexes)
-BARRIERS = (_server, _service_tables)
+DATABASE_CHECKS = (_server, _session, _service_tables, _schema, _writing, _indexes)
+BARRIERS = (_server, _session, _service_tables)
 
 
 # The provider
@@ -384,7 +404,7 @@ def _run_history(here: Installation) -> Iterator[Finding]:
     try:
         with read(engine) as connection:
             there = connection.scalar(sa.text("SELECT to_regclass('runs') IS NOT NULL"))
-            shared = connection.scalar(sa.text("SELECT to_regclass('public.subscriptions') IS NOT NULL"))
+            shared = connection.scalar(sa.text("SELECT to_regclass('subscriptions') IS NOT NULL"))
     except BillingDatabaseError as error:
         yield fault("history.unusable", str(error).replace("BILLING_DATABASE_URL", "DAGSTER_POSTGRES_URL"))
         return

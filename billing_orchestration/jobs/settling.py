@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from billing_orchestration.database.audit import Problem, Stamp, evidence_of, known_problems, open_problems
+from billing_orchestration.database.errors import BillingDatabaseError
 from billing_orchestration.database.one_by_one import NotWritten, Witnesses, one_by_one
 from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
 from billing_orchestration.domain.decisions import Action, Decision
@@ -162,11 +163,24 @@ def report_refused(
 
 
 def open_all(database: BillingDatabase, stamp: Stamp, problems: Sequence[Problem]) -> int:
-    """Put problems into the quarantine in a transaction of their own; return how many are new."""
-    if not problems:
-        return 0
-    with database.begin() as connection:
-        return len(open_problems(connection, stamp, problems))
+    """Put problems into the quarantine, together or one by one; return how many are new.
+
+    Raises BillingDatabaseError when one could not be put there, after all others were.
+    """
+
+    def write(part: Sequence[Problem]) -> int:
+        with database.begin() as connection:
+            return len(open_problems(connection, stamp, part))
+
+    opened, refused = 0, []
+    for part, result in one_by_one(problems, write):
+        if isinstance(result, NotWritten):
+            refused.append(f"{part[0].subject} could not be put into quarantine: {result.reason}")
+        else:
+            opened += result
+    if refused:
+        raise BillingDatabaseError("; ".join(refused[:3]))
+    return opened
 
 
 def unusable_problems(unusable: Sequence[UnusablePayment]) -> list[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 
@@ -148,6 +149,7 @@ def test_a_refused_connection_names_the_setting_and_the_way_out() -> None:
         (lambda url: url.set(query={"host": "/no/such/folder"}), "no server listens on that socket"),
         (lambda url: url.set(host="no-such-host.invalid", query={}), "correct the host"),
         (lambda url: url.update_query_dict({"schema": "public"}), "remove that option after the `?`"),
+        (lambda url: url.update_query_dict({"pool_timeout": "5"}), "remove that option after the `?`"),
     ],
 )  # fmt: skip
 def test_a_wrong_address_names_the_setting_and_the_way_out(
@@ -179,9 +181,50 @@ def test_a_lock_that_is_held_too_long_is_busy_and_not_broken(database_url: str) 
     waiter.dispose()
 
 
+def test_a_session_that_a_timeout_of_the_servers_ended_names_it(engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        connection.execute(sa.text("SET idle_in_transaction_session_timeout = '1ms'"))
+        time.sleep(0.2)
+        with pytest.raises(DatabaseUnavailable, match="longer than idle_in_transaction_session_timeout"), translated():
+            connection.execute(sa.text("SELECT 1"))
+    with engine.connect() as connection:
+        connection.execute(sa.text("SET idle_session_timeout = '1ms'"))
+        connection.commit()
+        time.sleep(0.2)
+        with pytest.raises(DatabaseUnavailable, match="SET idle_session_timeout = 0"), translated():
+            connection.execute(sa.text("SELECT 1"))
+    # PostgreSQL 17 has one more.
+    error = psycopg.errors.lookup("25P04")("terminating connection due to transaction timeout")
+    assert isinstance(translate(error), DatabaseUnavailable)
+    assert "SET transaction_timeout" in str(translate(error))
+
+
+def test_a_role_with_too_many_connections_is_told_so(postgres_server: Server, database_url: str) -> None:
+    with postgres_server.connect() as connection:
+        connection.execute("CREATE ROLE narrow LOGIN CONNECTION LIMIT 1")
+        url = sa.make_url(database_url).set(username="narrow").render_as_string(hide_password=False)
+        try:
+            with psycopg.connect(url):
+                error = failure(url)
+        finally:
+            connection.execute("DROP ROLE narrow")
+    assert isinstance(error, DatabaseUnavailable)
+    assert "raise the role's limit" in str(error)
+
+
+def test_rows_that_a_policy_hides_are_an_error_that_says_so(engine: sa.Engine) -> None:
+    with engine.connect() as connection:
+        connection.execute(sa.text("ALTER TABLE payments ENABLE ROW LEVEL SECURITY"))
+        connection.execute(sa.text("CREATE ROLE tenant"))
+        connection.execute(sa.text("GRANT SELECT ON payments TO tenant"))
+        connection.execute(sa.text("SET ROLE tenant"))
+        with pytest.raises(AccessDenied, match="BYPASSRLS"), translated():
+            connection.execute(sa.text("SELECT count(*) FROM payments"))
+
+
 def test_an_endless_statement_is_cut(database_url: str) -> None:
     engine = create_engine(database_url, session={"statement_timeout": "50ms"})
-    with engine.connect() as connection, pytest.raises(DatabaseBusy, match="statement timeout"), translated():
+    with engine.connect() as connection, pytest.raises(DatabaseBusy, match="statement_timeout%3D15min"), translated():
         connection.execute(sa.text("SELECT pg_sleep(60)"))
     engine.dispose()
 

@@ -13,11 +13,13 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
+from billing_orchestration.database.engine import create_engine
 from billing_orchestration.database.migrating import migrate
 from billing_orchestration.desk.doctor import Finding, Level, diagnose
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.ui_login import new_login
 from billing_orchestration_tests.fixtures.installation import ROOT
+from billing_orchestration_tests.fixtures.pgbouncer import pooled
 from billing_orchestration_tests.fixtures.postgres import Server, create_service_database
 
 SECRETS = ("word-of-the-database", "test_sandbox")
@@ -45,7 +47,7 @@ def warnings() -> list[str]:
 
 def test_a_healthy_installation_has_neither_fault_nor_warning(healthy: pytest.MonkeyPatch) -> None:
     assert found(Level.FAULT, Level.WARNING) == {}
-    assert len(examine()) == 15
+    assert len(examine()) == 16
 
 
 def test_doctor_changes_nothing(healthy: pytest.MonkeyPatch, database_url: str, sandbox: Sandbox) -> None:
@@ -150,7 +152,7 @@ def test_a_service_database_that_was_never_migrated_names_migrate(another_databa
 
 def test_repeated_payment_ids_and_missing_indexes_are_warnings(another_database: str) -> None:
     create_service_database(another_database)
-    engine = sa.create_engine(another_database.replace("postgresql", "postgresql+psycopg", 1))
+    engine = create_engine(another_database)
     migrate(engine, echo=str)
     engine.dispose()
     assert warnings() == ["indexes.duplicates"]
@@ -177,8 +179,12 @@ def test_repeated_payment_ids_and_missing_indexes_are_warnings(another_database:
             "subscriptions.ended_at is timestamp with time zone, not timestamp without time zone",
         ),
         ("ALTER TABLE payments ALTER COLUMN amount TYPE double precision", "type", "amount is double precision, not"),
-        ("ALTER TABLE payments ALTER COLUMN id DROP DEFAULT", "no_default", "payments.id has no default"),
-        ("ALTER TABLE subscriptions ADD COLUMN region text NOT NULL", "mandatory", "subscriptions.region is mandatory"),
+        (
+            "ALTER TABLE payments ALTER COLUMN id DROP DEFAULT",
+            "no_default",
+            "payments.id is NOT NULL and has no default",
+        ),
+        ("ALTER TABLE subscriptions ADD COLUMN region text NOT NULL", "mandatory", "subscriptions.region is NOT NULL"),
         ("ALTER TYPE currencyenum RENAME VALUE 'EUR' TO 'CNY'", "labels", "the enum currencyenum lacks EUR"),
         ("ALTER TYPE paymentstatusenum RENAME TO other", "type", "payments.status is other, not paymentstatusenum"),
     ],
@@ -192,6 +198,66 @@ def test_another_shape_of_the_services_tables_is_named(
     named = found(Level.FAULT)
     assert words in named[f"tables.{code}"].text
     assert all(name.startswith("tables.") for name in named)
+
+
+@pytest.fixture
+def as_somebody(healthy: pytest.MonkeyPatch, database_url: str) -> Iterator[None]:
+    """The installation's role owns nothing, and may do everything."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("CREATE ROLE somebody LOGIN")
+        connection.execute("GRANT USAGE ON SCHEMA billing_orchestration TO somebody")
+        connection.execute("GRANT ALL ON ALL TABLES IN SCHEMA public, billing_orchestration TO somebody")
+        connection.execute("GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO somebody")
+        url = sa.make_url(database_url).set(username="somebody").render_as_string(hide_password=False)
+        healthy.setenv("BILLING_DATABASE_URL", url)
+        yield
+        connection.execute("DROP OWNED BY somebody")
+        connection.execute("DROP ROLE somebody")
+
+
+@pytest.mark.usefixtures("as_somebody")
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ("ALTER TABLE payments ENABLE ROW LEVEL SECURITY", "tables.hidden_rows", "without a policy"),
+        ("ALTER TABLE plans ENABLE ROW LEVEL SECURITY; CREATE POLICY ours ON plans USING (id > 5)",
+         "tables.hidden_rows", "rows of plans from this role (by policy ours)"),
+        ("CREATE SCHEMA old; CREATE TABLE old.payments (); CREATE TABLE old.subscriptions (); GRANT USAGE ON SCHEMA old"
+         " TO somebody; ALTER ROLE somebody SET search_path = public, old", "tables.path", "public, old"),
+        ("SELECT setval('subscriptions_id_seq', 2147483640)", "tables.ids", "subscriptions has 7 ids left"),
+    ],
+)  # fmt: skip
+def test_what_makes_a_database_unfit_is_named_with_the_way_out(
+    database_url: str, change: str, code: str, words: str
+) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(change.encode())
+    [fault] = found(Level.FAULT).values()
+    assert fault.code == code
+    assert words in fault.text
+    assert fault.way_out
+
+
+def test_ids_that_run_out_in_some_time_are_a_warning(healthy: pytest.MonkeyPatch, database_url: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("SELECT setval('payments_id_seq', 2147383647)")
+    assert found(Level.FAULT, Level.WARNING)["tables.ids"].text == "payments has 100,000 ids left"
+
+
+@pytest.mark.usefixtures("as_somebody")
+def test_rights_on_just_the_columns_that_are_written_are_enough(database_url: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("REVOKE UPDATE ON subscriptions FROM somebody")
+        connection.execute("GRANT UPDATE (status, ended_at, updated_at) ON subscriptions TO somebody")
+    assert found(Level.FAULT) == {}
+
+
+def test_a_pooler_that_lends_sessions_out_is_one_fault(healthy: pytest.MonkeyPatch, database_url: str) -> None:
+    with pooled(database_url, "transaction") as url:
+        healthy.setenv("BILLING_DATABASE_URL", url)
+        [fault] = found(Level.FAULT).values()
+    assert fault.code == "session.shared"
+    assert "pool_mode = session" in fault.way_out
 
 
 @pytest.mark.parametrize(
@@ -228,9 +294,11 @@ def test_a_role_without_rights_is_told_what_to_grant(healthy: pytest.MonkeyPatch
         reader = sa.make_url(database_url).set(username="reader").render_as_string(hide_password=False)
         healthy.setenv("BILLING_DATABASE_URL", reader)
         text = found(Level.FAULT)["privileges.missing"].text
-        assert "SELECT on payments, INSERT on payments, UPDATE on payments, INSERT on subscriptions" in text
-        assert "USAGE on public.payments_id_seq" in text
-        assert "INSERT on billing_orchestration.audit_trail" in text
+        for privilege in (
+            "SELECT on payments", "INSERT on payments", "UPDATE on payments", "INSERT on subscriptions",
+            "USAGE on public.payments_id_seq", "INSERT on billing_orchestration.audit_trail",
+        ):  # fmt: skip
+            assert privilege in text
         assert "SELECT on plans" not in text
     finally:
         with psycopg.connect(database_url, autocommit=True) as connection:

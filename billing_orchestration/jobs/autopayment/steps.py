@@ -334,6 +334,7 @@ def _charge(
     )
     if not to_send:
         return
+    database.check_writing()
     client = provider.client
     if config.max_requests_per_second is not None:
         client.limit_rate(config.max_requests_per_second)
