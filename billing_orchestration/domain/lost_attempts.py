@@ -75,7 +75,7 @@ def recreate(
         number=identity.number,
         state=State.VOID,
         idempotence_key=idempotence_key,
-        body=json.dumps(sent, ensure_ascii=False, separators=(",", ":")),
+        body=json.dumps(sent, separators=(",", ":")),
         money=payment.money,
         user_id=subscription.user_id,
         plan_id=plan.id,

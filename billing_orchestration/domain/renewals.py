@@ -207,7 +207,8 @@ def plan_attempt(
         number=number,
         state=State.PLANNED,
         idempotence_key=idempotence_key,
-        body=json.dumps(body, ensure_ascii=False, separators=(",", ":")),
+        # ASCII: a server of any encoding can store exactly what is sent.
+        body=json.dumps(body, separators=(",", ":")),
         money=money,
         user_id=user_id,
         plan_id=plan_id,
