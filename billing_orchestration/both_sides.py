@@ -51,6 +51,7 @@ class BothSides:
     provider: ProviderSide
     rows: tuple[tuple[Any, ...], ...]
     settled: frozenset[str]
+    leaves_foreign: bool = True
 
     def compare(self) -> pd.DataFrame:
         """The lines of the day, each with its class."""
@@ -58,6 +59,8 @@ class BothSides:
 
         there = self.provider
         frame = there_frame(there.payments.values(), there.refunds, there.unusable, self.day)
+        if not self.leaves_foreign:
+            frame["ours"] = True
         return reconcile(frame, here_frame(self.rows), self.settled, self.day)
 
     def unclosed(self, sums: pd.DataFrame) -> list[str]:
@@ -77,7 +80,8 @@ class BothSides:
         )
         with read() as connection:
             rows = fetch_rows_of(connection, sorted(ids), [int(row) for row in lines["row"] if row])
-            return BothSides(self.day, there, tuple(rows), frozenset(fetch_settled(connection, sorted(ids))))
+            settled = frozenset(fetch_settled(connection, sorted(ids)))
+            return replace(self, provider=there, rows=tuple(rows), settled=settled)
 
 
 def read_provider(client: PaymentProvider, day: Day, parallel_windows: int | None = None) -> ProviderSide:
@@ -93,9 +97,18 @@ def read_provider(client: PaymentProvider, day: Day, parallel_windows: int | Non
 
 
 def read_books(
-    read: Read, client: PaymentProvider, day: Day, provider: ProviderSide, max_concurrency: int
+    read: Read,
+    client: PaymentProvider,
+    day: Day,
+    provider: ProviderSide,
+    max_concurrency: int,
+    *,
+    leaves_foreign: bool,
 ) -> BothSides:
-    """Our side of a day; and, asked for one by one, the payments that refunds and paid rows name and no list holds."""
+    """Our side of a day; and, asked for one by one, the payments that refunds and paid rows name and no list holds.
+
+    With `leaves_foreign` a payment of another seller of the shop is in a class of its own, else it is like any other.
+    """
     with read() as connection:
         rows = {row[0]: row for row in fetch_rows_of_day(connection, day)}
         rows |= {row[0]: row for row in fetch_rows_of(connection, sorted(provider.named))}
@@ -112,4 +125,5 @@ def read_books(
     ids = sorted({*whole.named, *found})
     with read() as connection:
         rows |= {row[0]: row for row in fetch_rows_of(connection, sorted(found))}
-        return BothSides(day, whole, tuple(rows.values()), frozenset(fetch_settled(connection, ids)))
+        settled = frozenset(fetch_settled(connection, ids))
+        return BothSides(day, whole, tuple(rows.values()), settled, leaves_foreign)

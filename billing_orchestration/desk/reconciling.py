@@ -173,9 +173,11 @@ def _days(
     console = Console(stderr=True)
     shown: Iterable[date] = track(days, "reading", console=console, transient=True) if console.is_terminal else days
     reading = partial(read, desk.engine)
+    leaves_foreign = desk.settings.foreign_payments == "ignore"
     for date_ in shown:
         day = Day.of(date_, calendar, since=first)
-        both = read_books(reading, provider, day, read_provider(provider, day), _LOOKED_UP_AT_ONCE)
+        there = read_provider(provider, day)
+        both = read_books(reading, provider, day, there, _LOOKED_UP_AT_ONCE, leaves_foreign=leaves_foreign)
         lines = both.compare()
         sums = sum_up(lines)
         if faults := both.unclosed(sums):

@@ -418,6 +418,14 @@ def test_foreign_payments_and_their_refunds_are_counted_and_left_alone(shop: Ser
     assert shop.snapshot() == before
 
 
+def test_foreign_payments_are_a_persons_where_the_shop_wants_it_so(service_with: Callable[..., Service]) -> None:
+    shop = service_with(foreign_payments="quarantine")
+    shop.set_time(MORNING)
+    shop.provider.add_payment(id="a-mug", amount="900.00", created_at=YESTERDAY)
+    assert not shop.tick(JOB).ok
+    assert entries(shop) == [("payment a-mug", "metadata")]
+
+
 def test_a_record_that_nobody_can_read_is_one_entry_and_a_red_day(shop: Service) -> None:
     paid(shop, "odd", override={"amount": {"value": "x", "currency": "RUB"}})
     first, second = shop.tick(JOB), shop.tick(JOB)

@@ -143,7 +143,8 @@ class Steps:
 
         def watched_send(wire: Wire, method: str, target: str, **how: Any) -> Any:
             path = re.sub(r"(?<=/payments/).+", "{id}", target.partition("?")[0])
-            with self.step(f"{method} {path[path.rindex('/payments') :]}"):
+            called = re.sub(r".*(?=/(payments|refunds)\b)", "", path)
+            with self.step(f"{method} {called}"):
                 return send(wire, method, target, **how)
 
         PGDialect_psycopg.do_commit = watched_commit  # type: ignore[method-assign]

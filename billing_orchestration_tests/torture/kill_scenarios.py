@@ -270,6 +270,35 @@ def _successful_payments(service: Service) -> Story:
     )
 
 
+def _a_day_to_reconcile(service: Service) -> Story:
+    """Yesterday: three successes that nobody has seen, and three rows that say otherwise than the provider."""
+    at = NOON - DAY
+    plan = service.plan()
+    running = service.subscription("runs", plan_id=plan, ended_at=NOON + DAY)
+    customer = service.subscription("customer", plan_id=plan, ended_at=NOON + 10 * DAY)
+    for user, there in (("new", {}), ("runs", {}), ("back", {"refunded_amount": "299.00"})):
+        service.paid_there(f"missed-of-{user}", user=user, plan_id=plan, created_at=at, **there)
+    payments = {}
+    for name, status, amount in (("dear", "succeeded", "199.00"), ("unpaid", "canceled", "299.00"),
+                                 ("given-back", "succeeded", "299.00")):  # fmt: skip
+        service.paid_there(name, user="customer", plan_id=plan, created_at=at, status=status)
+        row = service.payment(name, subscription_id=customer, status="SUCCEEDED", amount=amount, created_at=at)
+        payments[row] = "SUCCEEDED"
+    service.provider.refund("given-back", "99.00", at=at + HOUR)
+    return Story(
+        Expected(
+            ends={
+                running: ("ACTIVE", (NOON + DAY).replace(month=4)),
+                customer: ("ACTIVE", NOON + 10 * DAY),
+            },
+            payments=payments,
+            bought=("new",),
+            quarantine={"amount_differs": 1, "not_paid_there": 1, "refunded_there": 1},
+            refunds=1,
+        )
+    )
+
+
 def _at_a_time(max_concurrency: int) -> Mapping[str, Any]:
     return {"charge_renewals": {"max_concurrency": max_concurrency, "resend_wait_s": 0.0}}
 
@@ -285,6 +314,7 @@ ALL = (
     Scenario("expiry of payments", "expire_payments_job", _stale_payments, 2 * HOUR),
     Scenario("matching pending payments", MATCHING[0], _pending_payments, timedelta(minutes=2)),
     Scenario("matching successful payments", MATCHING[1], _successful_payments, timedelta(minutes=2)),
+    Scenario("reconciliation", "reconciliation_job", _a_day_to_reconcile, 2 * HOUR),
     Scenario(
         "autopayment, divided",
         AUTOPAYMENT,

@@ -1401,4 +1401,102 @@ FURTHER = (
     ),
 )
 
-ALL = (*PROMISED, *FURTHER, *PACE)
+_RECONCILING = "domain/reconciliation.py"
+_RECONCILED = "jobs/test_reconciliation.py::"
+_DAY_LISTS = "provider/test_day_lists.py::"
+_CLASSED = "domain/test_reconciliation.py::"
+
+RECONCILIATION = (
+    Mutant(
+        "a class that swallows",
+        "each line is in the class of its difference",
+        (Edit(_RECONCILING, "        (other_money, AMOUNT_DIFFERS),\n", "        (other_money, AGREES),\n"),),
+        (_RECONCILED + "test_a_difference_opens_one_entry_and_takes_nothing_back[amount_differs]",),
+    ),
+    Mutant(
+        "a line that is lost",
+        "the classes add up to what the provider took",
+        (Edit(_RECONCILING, "lines = lines[own | brought]", 'lines = lines[(own | brought) & (lines["rows"] > 0)]'),),
+        (
+            _CLASSED + "test_sums_are_by_class_and_currency_and_know_the_fee",
+            _CLASSED + "test_of_any_books_every_line_is_in_one_class_and_the_sums_close",
+        ),
+    ),
+    Mutant(
+        "a page of a day left out",
+        "a list is read to its last page",
+        (
+            Edit(
+                _LISTS,
+                '            if following in (None, ""):\n',
+                '            if following in (None, "") or page == 2:\n',
+            ),
+        ),
+        (_DAY_LISTS + "test_a_long_day_is_read_to_the_last_page_and_its_refunds_too[1]",),
+    ),
+    Mutant(
+        "a refund counted twice",
+        "what was given back is added up once",
+        (
+            Edit(
+                _RECONCILING,
+                'refunded_there=lines["kopecks"].where(~is_payment & succeeded, 0)',
+                'refunded_there=lines["kopecks"].where(succeeded & (~is_payment | lines["in_full"]), 0)',
+            ),
+        ),
+        (_CLASSED + "test_the_parts_of_a_refund_agree_once_the_row_says_refunded",),
+    ),
+    Mutant(
+        "the next day's first instant in a day",
+        "a payment is of one day",
+        (Edit(_RECONCILING, '(lines["at"] < pd.Timestamp(day.end))', '(lines["at"] <= pd.Timestamp(day.end))'),),
+        (_CLASSED + "test_a_day_ends_where_the_next_one_begins",),
+    ),
+    Mutant(
+        "silence about a paid row taken for never paid",
+        "what could not be looked up decides nothing",
+        (
+            Edit(
+                _CLIENT,
+                "            elif isinstance(answer, ProviderError):\n                raise IncompleteSlice(",
+                "            elif isinstance(answer, ProviderError):\n"
+                "                found[payment_id] = None\n"
+                "            elif isinstance(answer, MemoryError):\n"
+                "                raise IncompleteSlice(",
+            ),
+        ),
+        (_RECONCILED + "test_a_paid_row_that_cannot_be_looked_up_fails_the_run_before_anything_is_applied",),
+    ),
+    Mutant(
+        "missed purchases shown and not settled",
+        "what settling may repair is repaired",
+        (
+            Edit(
+                "jobs/reconciliation/__init__.py",
+                'ids = set(lines.loc[lines["class"].isin(REPAIRABLE) | unrecorded, "payment_id"])',
+                'ids = set(lines.loc[unrecorded, "payment_id"])',
+            ),
+        ),
+        (_RECONCILED + "test_a_purchase_that_the_matching_jobs_missed_is_granted",),
+    ),
+    Mutant(
+        "an ignored difference set aside for settling",
+        "an entry about books says nothing about a grant",
+        (Edit(_FACTS, "      AND NOT jsonb_exists(evidence, 'books')\n", ""),),
+        (_RECONCILED + "test_an_ignored_difference_does_not_keep_a_later_payment_from_being_settled",),
+    ),
+    Mutant(
+        "a day with differences that is green",
+        "a day is red until a person has decided about each difference",
+        (
+            Edit(
+                "jobs/reconciliation/ends.py",
+                "        if not self.waiting and not self.nobodys:\n",
+                "        if not self.nobodys:\n",
+            ),
+        ),
+        (_RECONCILED + "test_a_difference_opens_one_entry_and_takes_nothing_back[doubled_here]",),
+    ),
+)
+
+ALL = (*PROMISED, *FURTHER, *PACE, *RECONCILIATION)

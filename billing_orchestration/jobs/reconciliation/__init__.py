@@ -142,7 +142,14 @@ def fetch_books_of_day(
     with told_plainly():
         fetched = hand_over.take(FetchedDay)
         listed = fetched.provider
-        both = read_books(billing_database.read, payment_provider.client, fetched.day, listed, config.max_concurrency)
+        both = read_books(
+            billing_database.read,
+            payment_provider.client,
+            fetched.day,
+            listed,
+            config.max_concurrency,
+            leaves_foreign=billing_database.settings.foreign_payments == "ignore",
+        )
     context.add_output_metadata(
         {
             "payment rows": dg.MetadataValue.int(len(both.rows)),
