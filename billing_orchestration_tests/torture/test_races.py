@@ -38,11 +38,13 @@ UTC = timezone.utc
 THOROUGH = "TORTURE_ROUNDS" in os.environ
 PROCESSES = 8 if THOROUGH else 3
 ROUNDS = max(1, int(os.environ.get("TORTURE_ROUNDS") or 0) // 10)
-# One for each job; that of autopayment with every kind of renewal.
+# One for each of the five jobs; that of autopayment with every kind of renewal. Reconciliation settles by the same
+# function as they do.
 BY_JOB = {
     scenario.job: scenario
     for scenario in ALL
-    if scenario.job != AUTOPAYMENT or scenario.name.endswith("every kind of renewal")
+    if scenario.job != "reconciliation_job"
+    and (scenario.job != AUTOPAYMENT or scenario.name.endswith("every kind of renewal"))
 }
 # In the middle of a run's transaction: right after the last read of what settling decides by, and before its first
 # write; where nothing is settled, anywhere.
