@@ -159,9 +159,8 @@ _NUMBERS = sa.text(f"""
     WHERE state = '{State.PENDING}'
     UNION ALL
     SELECT 'oldest unfinished payment, hours',
-           coalesce(round(extract(epoch FROM CAST(:naive_now AS timestamp) - (
-               SELECT created_at FROM payments WHERE status = 'PENDING' AND {of_this_shop("payment_provider_id")}
-               ORDER BY created_at LIMIT 1))::numeric / 3600, 1), 0)
+           coalesce(round(extract(epoch FROM CAST(:naive_now AS timestamp) - min(created_at))::numeric / 3600, 1), 0)
+    FROM payments WHERE status = 'PENDING'
     UNION ALL
     SELECT 'granted in 24 h: ' || kind, count(*) FROM billing_orchestration.settlements
     WHERE settled_at > :day GROUP BY kind
