@@ -80,6 +80,7 @@ def _settings(url: str) -> Settings:
 def subscriptions(url: str) -> int:
     """As expire_subscriptions_job does it."""
     from billing_orchestration.database.expiry import fetch_over
+    from billing_orchestration.domain.clocks import Clocks
     from billing_orchestration.domain.run_scope import RunScope
     from billing_orchestration.jobs.expire_subscriptions import SubscriptionsOver, expire_chunks
     from billing_orchestration.jobs.run_report import RunReport
@@ -95,7 +96,7 @@ def subscriptions(url: str) -> int:
     with database.engine.connect() as connection:
         found = fetch_over(connection, over_before, 100)
     report = RunReport()
-    over = SubscriptionsOver(scope, over_before, found)
+    over = SubscriptionsOver(scope, over_before, found, Clocks())
     expire_chunks(over, database, Clock(lambda: NOW), OF_THE_SYSTEM, report, lambda _: None)
     database.close()
     return report.applied

@@ -83,7 +83,7 @@ def ours(url: str, api_url: str, which: str = "pending") -> int:
     )
     as_of = START + timedelta(hours=1)
     job, last_op = JOBS[which]
-    definitions = build_definitions(load=lambda: settings, now=lambda: as_of)
+    definitions = build_definitions(load=lambda: settings, now=lambda: as_of, database_now=lambda _: as_of)
     with dg.DagsterInstance.ephemeral() as instance:
         result = definitions.get_job_def(job).execute_in_process(
             instance=instance, run_config={"resources": {"run": {"config": {"as_of": as_of.isoformat()}}}}

@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import dagster as dg
+import sqlalchemy as sa
 
+from billing_orchestration.database.health import server_clock
 from billing_orchestration.jobs import (
     autopayment,
     expire_payments,
@@ -72,11 +74,12 @@ def build_definitions(
     *,
     load: Callable[[], Settings] = load_settings,
     now: Callable[[], datetime] = utc_now,
+    database_now: Callable[[sa.Connection], datetime] = server_clock,
     connect: Callable[[Settings], PaymentProvider] | None = None,
     threads: Threads = OF_THE_SYSTEM,
     executor: dg.ExecutorDefinition = in_process_or_multiprocess,
 ) -> dg.Definitions:
-    """The definitions for given settings, clock, provider and threads: the environment's, the real ones, by default.
+    """The definitions for given settings, clocks, provider and threads: the environment's, the real ones, by default.
 
     `executor` runs the shards of autopayment_job (dagster_k8s.k8s_job_executor, say) and the money checks that are
     launched from the UI; no other job uses it. Settings are read when a run first needs them, so the code location
@@ -89,7 +92,9 @@ def build_definitions(
         asset_checks=money_checks.money_asset_checks,
         sensors=[failed_run_sensor(JOBS), money_checks.money_checks_sensor, missed_days_sensor(_DAILY_SCHEDULES)],
         executor=executor,
-        resources=_resources(load, now, connect or partial(connect_provider, threads=threads), threads),
+        resources=_resources(
+            load, Clock(now, database_now), connect or partial(connect_provider, threads=threads, now=now), threads
+        ),
     )
 
 
@@ -123,7 +128,7 @@ def _plotted_assets() -> Iterator[dg.AssetSpec]:
 
 def _resources(
     load: Callable[[], Settings],
-    now: Callable[[], datetime],
+    clock: Clock,
     connect: Callable[[Settings], PaymentProvider],
     threads: Threads,
 ) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def _resources(
         "run": RunSettings(),
         "billing_database": billing_database_resource(load),
         "payment_provider": payment_provider_resource(load, connect),
-        "clock": dg.ResourceDefinition.hardcoded_resource(Clock(now), "The time of the run."),
+        "clock": dg.ResourceDefinition.hardcoded_resource(clock, "The time of the run."),
         "threads": dg.ResourceDefinition.hardcoded_resource(threads, "What makes the run's threads."),
         "hand_over": hand_over_resource,
         "alerts": alerts_resource(load),

@@ -4,9 +4,10 @@ A resource does its work when it is first used, not when the run starts: loading
 a run that needs no provider never connects to it.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import cached_property
 from typing import TypeVar
 from zoneinfo import ZoneInfo
@@ -19,8 +20,9 @@ from billing_orchestration.alerting import Alerts
 from billing_orchestration.database.conventions import session_of_shop
 from billing_orchestration.database.engine import begin, create_engine, read
 from billing_orchestration.database.fitness import check_reading, check_writing
-from billing_orchestration.database.health import check_providers, check_schema
+from billing_orchestration.database.health import check_providers, check_schema, server_clock
 from billing_orchestration.domain.billing_calendar import BillingCalendar
+from billing_orchestration.domain.clocks import offset_of
 from billing_orchestration.domain.receipts import ReceiptRules
 from billing_orchestration.domain.renewals import PLAIN_DESCRIPTION, RenewalRules
 from billing_orchestration.domain.run_scope import RunRefused, RunScope, as_of_partition, check_max_changes, parse_as_of
@@ -44,10 +46,15 @@ def utc_now() -> datetime:
 
 
 class Clock:
-    """The time of a run. `now` is replaced by a parameter in tests and simulations, never patched."""
+    """The time of a run, and how PostgreSQL's is asked for. Both are parameters in tests and simulations."""
 
-    def __init__(self, now: Callable[[], datetime] = utc_now) -> None:
+    def __init__(
+        self,
+        now: Callable[[], datetime] = utc_now,
+        database_now: Callable[[sa.Connection], datetime] = server_clock,
+    ) -> None:
         self.now = now
+        self.database_now = database_now
 
 
 # How an op names the one before it: Dagster keeps the order, `hand_over` carries what they work on.
@@ -121,7 +128,7 @@ class RunSettings(dg.ConfigurableResource[None]):
         check_max_changes(self.max_changes)
         scheduled = SCHEDULE_TAG in context.run.tags
         if self.as_of:
-            as_of, source = parse_as_of(self.as_of.strip(), now), "config"
+            as_of, source = parse_as_of(self.as_of.strip(), now, is_tick=scheduled), "config"
         elif context.has_partition_key:
             window = _partition_window(context)
             as_of, source = as_of_partition(window.start, window.end, now, last_instant=whole_days), "partition"
@@ -266,6 +273,13 @@ class BillingDatabase:
         """A connection to read with: its transaction is rolled back at the end."""
         return read(self.engine)
 
+    def clock_offset(self, clock: Clock) -> timedelta:
+        """How far PostgreSQL's clock is ahead of this machine's."""
+        with self.read() as connection:
+            began_s = time.monotonic()
+            told = clock.database_now(connection)
+            return offset_of(told, clock.now(), timedelta(seconds=time.monotonic() - began_s))
+
     def close(self) -> None:
         """Close the pooled connections."""
         engine = self.__dict__.pop("engine", None)
@@ -294,7 +308,9 @@ class ProviderConnection:
             client.close()
 
 
-def connect_provider(settings: Settings, threads: Threads = OF_THE_SYSTEM) -> PaymentProvider:
+def connect_provider(
+    settings: Settings, threads: Threads = OF_THE_SYSTEM, now: Callable[[], datetime] = utc_now
+) -> PaymentProvider:
     """The client for the shop of these settings."""
     return PaymentProvider(
         shop_id=settings.yookassa_shop_id,
@@ -302,6 +318,7 @@ def connect_provider(settings: Settings, threads: Threads = OF_THE_SYSTEM) -> Pa
         api_url=settings.yookassa_api_url,
         timeouts=Timeouts(charge_done_s=settings.yookassa_charge_done_s),
         threads=threads,
+        now=now,
     )
 
 

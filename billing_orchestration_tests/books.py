@@ -189,13 +189,15 @@ class Books:
         *,
         state: str = State.UNKNOWN,
         number: int = 1,
+        method: str = "card",
+        amount: str = "299.00",
         first_sent_at: datetime | None = _NOT_GIVEN,
         **fields: Any,
     ) -> Attempt:
         """A renewal attempt of the subscription's present period, in any state, sent an hour ago."""
         if first_sent_at is _NOT_GIVEN:
             first_sent_at = self.now - timedelta(hours=1)
-        planned = self.planned(subscription_id, number=number)
+        planned = self.planned(subscription_id, number=number, method=method, amount=amount)
         values = {
             "id": planned.id,
             "subscription_id": subscription_id,

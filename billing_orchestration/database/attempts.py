@@ -20,6 +20,7 @@ from billing_orchestration.database.second_look import WHY_NOT, in_review, why_n
 from billing_orchestration.database.tables import renewal_attempts
 from billing_orchestration.domain.answers import Closing
 from billing_orchestration.domain.attempts import OPEN, Attempt, State
+from billing_orchestration.domain.clocks import TOLERATED
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.shards import Shard
 
@@ -223,6 +224,8 @@ _CLAIM = f"""
         FROM billing_orchestration.renewal_attempts w LEFT JOIN subscriptions s ON s.id = w.subscription_id
         WHERE w.id = ANY(:ids) AND w.state IN {sql_list(State.PLANNED, State.UNKNOWN)}
           AND (w.first_sent_at IS NULL OR w.first_sent_at > :oldest_key)
+          -- A wrong clock has sent it, or it was searched for: nobody knows how old its key is.
+          AND coalesce(greatest(w.first_sent_at, w.last_sent_at) <= :latest, true) AND w.first_absent_at IS NULL
     ), claimed AS (
         UPDATE billing_orchestration.renewal_attempts a
         SET first_sent_at = coalesce(a.first_sent_at, :at), last_sent_at = :at, sends = a.sends + 1, unanswered = true
@@ -245,9 +248,10 @@ def claim(
 
     The attempt and its subscription are looked at under lock, as in `open_and_claim`. Whether an attempt may have been
     sent is read from the row as it is now: another run may have sent it meanwhile, and an answer that says "not this
-    time" must not be taken for "never". An attempt whose first send was at `oldest_key` or before is never sent again:
-    the provider may have forgotten its key. One whose last send was not answered and is younger than `done_before` is
-    not sent yet, whoever sent it: two requests with one key at the same time may be two charges. Commit before sending.
+    time" must not be taken for "never". An attempt whose first send was at `oldest_key` or before is never sent again,
+    nor one that claims to come from the future: the provider may have forgotten its key. One whose last send was not
+    answered and is younger than `done_before` is not sent yet, whoever sent it: two requests with one key at the same
+    time may be two charges. Commit before sending.
     """
     if not attempt_ids:
         return Claimed({}, {})
@@ -256,7 +260,12 @@ def claim(
     free = [row for row in locked if not row.is_at_work]
     # The subscriptions are locked after the attempts and by id, as settling does.
     connection.execute(_LOCK_SUBSCRIPTIONS, {"ids": list({row.subscription_id for row in free})})
-    bound = {"ids": [row.id for row in free], "at": stamp.at, "oldest_key": oldest_key}
+    bound = {
+        "ids": [row.id for row in free],
+        "at": stamp.at,
+        "oldest_key": oldest_key,
+        "latest": stamp.at + TOLERATED,
+    }
     return _claimed(connection.execute(_statement(_CLAIM, view), bound), at_work)
 
 

@@ -121,6 +121,12 @@ def check_revisions(revisions: list[str]) -> None:
         )
 
 
+def server_clock(connection: sa.Connection) -> datetime:
+    """What time it is by the server's clock, at this moment and not at the transaction's beginning."""
+    told: datetime = connection.execute(sa.text("SELECT clock_timestamp()")).scalar_one()
+    return told.astimezone(timezone.utc)
+
+
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
     """What `doctor` wants to know of the server. `clock` is the server's, aware UTC."""

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from billing_orchestration.database.audit import Stamp, in_words_of
 from billing_orchestration.database.conventions import naive_utc, of_this_shop
 from billing_orchestration.database.payment_rows import select_rows
+from billing_orchestration.domain.clocks import TOLERATED
 from billing_orchestration.domain.settlement_decisions import PaymentRow
 
 Id = TypeVar("Id", str, int)
@@ -94,7 +95,7 @@ _ADVANCE_WATERMARK = sa.text("""
     VALUES (:job, :covered_until, :run_id, :at)
     ON CONFLICT (job) DO UPDATE
     SET covered_until = excluded.covered_until, run_id = excluded.run_id, updated_at = excluded.updated_at
-    WHERE w.covered_until < excluded.covered_until
+    WHERE w.covered_until < excluded.covered_until OR w.covered_until > :latest
 """)
 
 
@@ -105,8 +106,14 @@ def read_watermark(connection: sa.Connection, job: str) -> datetime | None:
 
 
 def advance_watermark(connection: sa.Connection, stamp: Stamp, covered_until: datetime) -> None:
-    """Note that a job has covered time up to an instant. It never goes back."""
+    """Note that a job has covered time up to an instant. It never goes back, but from an instant in the future."""
     connection.execute(
         _ADVANCE_WATERMARK,
-        {"job": stamp.job, "covered_until": covered_until, "run_id": stamp.run_id, "at": stamp.at},
+        {
+            "job": stamp.job,
+            "covered_until": covered_until,
+            "run_id": stamp.run_id,
+            "at": stamp.at,
+            "latest": stamp.at + TOLERATED,
+        },
     )

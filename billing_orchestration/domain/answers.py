@@ -13,7 +13,14 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from billing_orchestration.domain import declines
-from billing_orchestration.domain.attempts import SCAN_MARGIN, Attempt, State, is_past_key_lifetime
+from billing_orchestration.domain.attempts import (
+    SCAN_MARGIN,
+    SCAN_REACH,
+    Attempt,
+    State,
+    is_past_key_lifetime,
+    was_sent_by_wrong_clock,
+)
 from billing_orchestration.domain.provider_payment import (
     CANCELED,
     PENDING,
@@ -175,14 +182,17 @@ def attempts_to_search(open_attempts: Iterable[Attempt], now: datetime) -> list[
     ]
 
 
-def scan_windows(attempts: Iterable[Attempt]) -> list[tuple[datetime, datetime, tuple[Attempt, ...]]]:
+def scan_windows(attempts: Iterable[Attempt], now: datetime) -> list[tuple[datetime, datetime, tuple[Attempt, ...]]]:
     """The windows to scan for lost attempts, each with the attempts it covers. Overlapping windows are merged.
 
-    Whichever send arrived first created the payment, so a window reaches from the first send to the last.
+    Whichever send arrived first created the payment, so a window reaches from the first send to the last. Where a wrong
+    clock has written these, it reaches back a week.
     """
     spans = sorted(
         (
-            (a.first_sent_at - SCAN_MARGIN, (a.last_sent_at or a.first_sent_at) + SCAN_MARGIN, a)
+            (now - SCAN_REACH, now + SCAN_MARGIN, a)
+            if was_sent_by_wrong_clock(a, now)
+            else (a.first_sent_at - SCAN_MARGIN, (a.last_sent_at or a.first_sent_at) + SCAN_MARGIN, a)
             for a in attempts
             if a.first_sent_at
         ),

@@ -11,6 +11,7 @@ import uuid
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from billing_orchestration.domain.clocks import is_in_future
 from billing_orchestration.domain.money import Money
 
 # Never change these: another namespace gives the same attempt another key, and so a second charge.
@@ -25,6 +26,8 @@ KEY_LIFETIME = timedelta(hours=KEY_LIFETIME_HOURS)
 SCAN_DISTANCE = timedelta(hours=1)
 # How far around an attempt's sends its payment is searched: our clock and the provider's may differ.
 SCAN_MARGIN = timedelta(minutes=30)
+# How far back it is searched where a wrong clock has written when it was sent.
+SCAN_REACH = timedelta(days=7)
 
 
 class State:
@@ -99,4 +102,13 @@ def identify(subscription_id: int, period_start: datetime, number: int) -> tuple
 
 def is_past_key_lifetime(attempt: Attempt, now: datetime) -> bool:
     """Whether the provider may have forgotten the key, so that another send could be a second charge."""
-    return attempt.first_sent_at is not None and now - attempt.first_sent_at >= KEY_LIFETIME
+    if attempt.first_sent_at is None:
+        return False
+    return now - attempt.first_sent_at >= KEY_LIFETIME or was_sent_by_wrong_clock(attempt, now)
+
+
+def was_sent_by_wrong_clock(attempt: Attempt, now: datetime) -> bool:
+    """Whether nobody knows when it was sent: it claims the future, or a moment after it was first searched for."""
+    latest = min(now, attempt.first_absent_at or now)
+    sent = (attempt.first_sent_at, attempt.last_sent_at)
+    return any(is_in_future(instant, latest) for instant in sent if instant is not None)

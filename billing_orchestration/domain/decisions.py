@@ -91,6 +91,7 @@ class Code:
     NO_ANSWER = "no_answer"
     HELD_BACK = "held_back"
     # Any job.
+    CLOCKS_APART = "clocks_apart"
     CHANGED_MEANWHILE = "changed_meanwhile"
     NOT_APPROVED = "not_approved"
 

@@ -23,6 +23,7 @@ from billing_orchestration.domain.attempts import (
     is_past_key_lifetime,
 )
 from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
+from billing_orchestration.domain.clocks import is_in_future
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.money import CURRENCIES, Money
 from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, ProviderPayment
@@ -271,7 +272,7 @@ def _decide_past_key_lifetime(attempt: Attempt, view: ProviderView, now: datetim
             attempt.money,
             needs_retry=True,
         )
-    if attempt.first_absent_at is None:
+    if attempt.first_absent_at is None or is_in_future(attempt.first_absent_at, now):
         return NoteAbsence(attempt, "outcome not known: a first complete scan did not find it, a second one decides")
     if now - attempt.first_absent_at < SCAN_DISTANCE:
         return NotCharged(

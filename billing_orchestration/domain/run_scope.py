@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
+from billing_orchestration.domain.clocks import is_in_future
+
 # The window of a matching run, and how far one that follows an outage reaches back.
 MATCHING_WINDOW = timedelta(hours=1)
 LONGEST_CATCH_UP = timedelta(days=7)
@@ -49,8 +51,11 @@ class Window:
     gap: tuple[datetime, datetime] | None = None
 
 
-def parse_as_of(text: str, now: datetime) -> datetime:
-    """Read an explicit `as_of`. Raises RunRefused for one that is unparsable, naive, in the future, or absurdly old."""
+def parse_as_of(text: str, now: datetime, *, is_tick: bool = False) -> datetime:
+    """Read an explicit `as_of`. Raises RunRefused for one that is unparsable, naive, in the future, or absurdly old.
+
+    A tick comes from another machine, whose clock may be a little ahead of this one's: then it stands for now.
+    """
     example = f"use ISO 8601 with an offset, such as {now.astimezone(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
     try:
         as_of = datetime.fromisoformat(text[:-1] + "+00:00" if text[-1:] in ("Z", "z") else text)
@@ -58,8 +63,13 @@ def parse_as_of(text: str, now: datetime) -> datetime:
         raise RunRefused(f"as_of {text!r} is not an instant; {example}. Nothing was read or written") from None
     if as_of.tzinfo is None or as_of.utcoffset() is None:
         raise RunRefused(f"as_of {text!r} has no time zone; {example}. Nothing was read or written")
+    if is_tick and not is_in_future(as_of, now):
+        as_of = min(as_of, now)
     if as_of > now:
-        raise RunRefused(f"as_of {text!r} lies in the future (now is {now.isoformat()}). Nothing was read or written")
+        raise RunRefused(
+            f"as_of {text!r} lies in the future: now is {now.isoformat()} by this machine's clock. Nothing was read or"
+            " written"
+        )
     if as_of < _EARLIEST_AS_OF:
         raise RunRefused(f"as_of {text!r} lies before {_EARLIEST_AS_OF:%Y}; {example}. Nothing was read or written")
     return as_of.astimezone(timezone.utc)
@@ -109,28 +119,34 @@ def over_limit(changes: int, max_changes: int | None) -> str | None:
     )
 
 
-def covering_window(scope: RunScope, watermark: datetime | None) -> Window:
+def covering_window(scope: RunScope, watermark: datetime | None, now: datetime) -> Window:
     """The window of a matching run: an hour, or back to the last covered instant when that is longer ago.
 
     "Back to" always includes the overlap: without it, a payment that the last run left to the webhook would be lost
-    when the next run comes just an hour later.
+    when the next run comes just an hour later. A watermark in the future was moved by a wrong clock, over hours that
+    nobody may have read: the run reaches back as far as a run does.
     """
     start = scope.as_of - MATCHING_WINDOW
     if not scope.heals or watermark is None:
         return Window(start, scope.as_of)
     wanted = min(start, watermark - CATCH_UP_OVERLAP)
     earliest = scope.as_of - LONGEST_CATCH_UP
+    if is_in_future(watermark, now):
+        return Window(earliest, scope.as_of)
     if wanted < earliest:
         return Window(earliest, scope.as_of, gap=(wanted, earliest))
     return Window(wanted, scope.as_of)
 
 
-def next_watermark(scope: RunScope, window: Window, watermark: datetime | None) -> datetime | None:
+def next_watermark(scope: RunScope, window: Window, watermark: datetime | None, now: datetime) -> datetime | None:
     """Where the watermark moves once the whole window was applied; None: it stays.
 
     It moves only over time that was covered without a gap, the overlap included. A backfill of last month moves
-    nothing, nor does one that merely adjoins the covered time.
+    nothing, nor does one that merely adjoins the covered time. One in the future is put right by a run that has read
+    back from now.
     """
+    if watermark is not None and is_in_future(watermark, now):
+        return window.end if scope.heals else None
     if watermark is not None and watermark >= window.end:
         return None
     if scope.heals or (watermark is not None and window.start <= watermark - CATCH_UP_OVERLAP):

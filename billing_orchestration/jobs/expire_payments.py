@@ -17,6 +17,7 @@ from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.database.expiry import expire_payments, stream_stale_payments
 from billing_orchestration.database.one_by_one import NotWritten, Witnesses, one_by_one
 from billing_orchestration.database.settling import Settled
+from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.decisions import Action, Code, Decision, Tally
 from billing_orchestration.domain.expiry import (
     AskedPayment,
@@ -31,6 +32,7 @@ from billing_orchestration.domain.expiry import (
 from billing_orchestration.domain.run_scope import RunScope, over_limit
 from billing_orchestration.domain.settlement_decisions import CloseAsGranted, Leave, RecordRefund, Settle
 from billing_orchestration.jobs.approval import bind
+from billing_orchestration.jobs.clocks import describe_clocks, look_at_clocks, note_clocks
 from billing_orchestration.jobs.inquiry import Inquiry
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
 from billing_orchestration.jobs.run_report import (
@@ -89,16 +91,19 @@ class AskedPayments:
 
     scope: RunScope
     rows: Spool[AskedPayment]
+    clocks: Clocks
 
 
 @dataclass(frozen=True)
 class ExpiryPlan:
-    """What the run will apply. Only the exceptions are held in memory."""
+    """What the run will apply. Only the exceptions are held in memory. `held`: how many a wrong clock keeps PENDING."""
 
     scope: RunScope
     expiries: Spool[ExpirePayment]
     late: tuple[SettleLate, ...]
     kept: tuple[KeepPending, ...]
+    clocks: Clocks
+    held: int = 0
     refused: tuple[Decision, ...] = ()
 
 
@@ -133,7 +138,9 @@ def fetch_stale_payments(
 def fetch_stale_at_provider(
     context: dg.OpExecutionContext,
     config: ExpirePaymentsConfig,
+    billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
+    clock: dg.ResourceParam[Clock],
     threads: dg.ResourceParam[Threads],
     hand_over: dg.ResourceParam[HandOver],
 ) -> None:
@@ -150,15 +157,17 @@ def fetch_stale_at_provider(
                     for row in page
                 ]
             )
+        clocks = look_at_clocks(billing_database, clock, payment_provider if inquiry.asked else None)
     stale.rows.close()
     context.add_output_metadata(
         {
+            **describe_clocks(context, clocks),
             "asked": dg.MetadataValue.int(inquiry.asked),
             "not found there": dg.MetadataValue.int(inquiry.not_found),
             "no answer": dg.MetadataValue.int(inquiry.unanswered),
         }
     )
-    hand_over.leave(AskedPayments(stale.scope, asked))
+    hand_over.leave(AskedPayments(stale.scope, asked, clocks))
 
 
 @dg.op(description="Decide each: settle what is paid, expire what is not, leave what is held or unknown.", ins=AFTER)
@@ -172,13 +181,17 @@ def diff_stale_payments(
     with told_plainly():
         asked = hand_over.take(AskedPayments)
         ttl_days = billing_database.settings.pending_payment_ttl_days
-        now = clock.now()
+        now = asked.clocks.at_provider(clock.now())
     expiries: Spool[ExpirePayment] = Spool()
     late: list[SettleLate] = []
     kept: list[KeepPending] = []
+    held = 0
     shown = Tally(ROWS_SHOWN)
     for page in asked.rows.pages():
         decisions = [decide_payment_expiry(row, answer, ttl_days, now) for row, answer in page]
+        if not asked.clocks.may_be_trusted:
+            held += sum(isinstance(decision, ExpirePayment) for decision in decisions)
+            decisions = [decision for decision in decisions if not isinstance(decision, ExpirePayment)]
         shown.extend(_shown(decision) for decision in decisions)
         expiries.add([decision for decision in decisions if isinstance(decision, ExpirePayment)])
         late += [decision for decision in decisions if isinstance(decision, SettleLate)]
@@ -187,7 +200,7 @@ def diff_stale_payments(
     scope = asked.scope
     stop_before_applying(over_limit(len(expiries) + len(late), scope.max_changes), shown)
     context.add_output_metadata(describe_decisions(shown))
-    plan = ExpiryPlan(scope, expiries, tuple(late), tuple(kept))
+    plan = ExpiryPlan(scope, expiries, tuple(late), tuple(kept), asked.clocks, held)
     hand_over.leave(_bound(context, plan) if scope.dry_run or scope.approved_plan is not None else plan)
 
 
@@ -203,7 +216,7 @@ def _bound(context: dg.OpExecutionContext, plan: ExpiryPlan) -> ExpiryPlan:
     for start in range(0, len(expiring), PAGE):
         expiries.add(expiring[start : start + PAGE])
     late = tuple(change for change in approved if isinstance(change, SettleLate))
-    return ExpiryPlan(plan.scope, expiries, late, plan.kept, tuple(refused))
+    return ExpiryPlan(plan.scope, expiries, late, plan.kept, plan.clocks, plan.held, tuple(refused))
 
 
 def _line(decision: SettleLate | ExpirePayment) -> str:
@@ -253,6 +266,7 @@ def apply_payment_expiry(
         expire_pages(report, pages, billing_database, stamp, threads, dry_run=scope.dry_run)
         plan.expiries.close()
         _report_kept(report, plan, billing_database, stamp())
+        note_clocks(report, plan.clocks, f"Nothing expired: {plan.held} payments stay PENDING for the next run")
         if not scope.dry_run:
             yield plotted(
                 context,
@@ -333,6 +347,7 @@ def _granted_to(result: Settled | Failed) -> tuple[int | None, ...]:
 
 def _report_kept(report: RunReport, plan: ExpiryPlan, database: BillingDatabase, stamp: Stamp) -> None:
     """Report what stays PENDING: held money, no answer (retried), a record that nobody can read (quarantined)."""
+    report.skipped += plan.held
     for decision in plan.kept:
         if decision.needs_retry:
             report.again.append(f"{decision.row.subject}: {decision.reason}")

@@ -23,10 +23,12 @@ from billing_orchestration.database.expiry import (
     lock_over,
 )
 from billing_orchestration.database.one_by_one import NotWritten, Witnesses, is_about_every_row
+from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.expiry import subscriptions_over_before
 from billing_orchestration.domain.run_scope import RunScope, guard_verdict
 from billing_orchestration.jobs.approval import bind
+from billing_orchestration.jobs.clocks import describe_clocks, look_at_clocks, stop_if_clocks_are_apart
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
 from billing_orchestration.jobs.run_failures import FailureCode, failed
 from billing_orchestration.jobs.run_report import (
@@ -65,6 +67,7 @@ class SubscriptionsOver:
     scope: RunScope
     over_before: datetime
     slice: OverSlice
+    clocks: Clocks
     digest: str | None = None
 
     @property
@@ -92,9 +95,11 @@ def fetch_subscriptions_over(
             found = fetch_over(connection, over_before, ROWS_SHOWN)
             # Reading every row costs; only a preview and its approval name them all.
             digest = digest_over(connection, over_before) if scope.dry_run or scope.approved_plan else None
+        clocks = look_at_clocks(billing_database, clock)
     context.add_output_metadata(
         {
             **describe_scope(scope),
+            **describe_clocks(context, clocks),
             "ended before": dg.MetadataValue.text(instant(over_before)),
             "ACTIVE": dg.MetadataValue.int(found.active),
             "over": dg.MetadataValue.int(found.over),
@@ -102,7 +107,7 @@ def fetch_subscriptions_over(
             "ACTIVE without an end": dg.MetadataValue.int(found.without_end),
         }
     )
-    hand_over.leave(SubscriptionsOver(scope, over_before, found, digest))
+    hand_over.leave(SubscriptionsOver(scope, over_before, found, clocks, digest))
 
 
 @dg.op(
@@ -114,6 +119,7 @@ def diff_subscriptions_over(context: dg.OpExecutionContext, hand_over: dg.Resour
     with told_plainly():
         over = hand_over.take(SubscriptionsOver)
     decisions = _decisions(over)
+    stop_if_clocks_are_apart(over.clocks)
     stop_before_applying(guard_verdict(over.wanted, over.slice.active, over.scope.max_changes), decisions)
     context.add_output_metadata(describe_decisions(decisions))
     # A million rows are one change here: an approval holds for exactly this set, or for nothing.

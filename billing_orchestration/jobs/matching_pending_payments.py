@@ -94,7 +94,11 @@ def diff_pending_payments(
         match = hand_over.take(PendingMatch)
     rows = by_provider_id(match.rows)
     diff = diff_pending(
-        match.paid.slice.payments, rows, match.nameless, now=clock.now(), webhook_grace=config.webhook_grace
+        match.paid.slice.payments,
+        rows,
+        match.nameless,
+        now=match.paid.clocks.at_provider(clock.now()),
+        webhook_grace=config.webhook_grace,
     )
     hand_over.leave(plan_matching(context, match.paid, diff, rows))
 

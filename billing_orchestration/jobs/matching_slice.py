@@ -10,6 +10,7 @@ from pydantic import Field
 from billing_orchestration.alerting import beat
 from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.database.matching import advance_watermark, fetch_settled, read_watermark
+from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.decisions import Action, Decision
 from billing_orchestration.domain.matching import MatchingDiff
 from billing_orchestration.domain.problem_kinds import RECEIPT
@@ -25,6 +26,7 @@ from billing_orchestration.domain.run_scope import (
 )
 from billing_orchestration.domain.settlement_decisions import PaymentRow
 from billing_orchestration.jobs.approval import bind
+from billing_orchestration.jobs.clocks import describe_clocks, look_at_clocks, note_clocks
 from billing_orchestration.jobs.run_report import (
     RunReport,
     Told,
@@ -88,6 +90,7 @@ class PaidSlice:
     scope: RunScope
     window: Window
     slice: Slice
+    clocks: Clocks
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class MatchingPlan:
     window: Window
     diff: MatchingDiff
     unusable: tuple[UnusablePayment, ...]
+    clocks: Clocks
     is_whole: bool = True
     without_receipt: tuple[ProviderPayment, ...] = ()
 
@@ -117,13 +121,15 @@ def fetch_paid(
     scope = run.scope(context, clock, whole_days=False)
     with database.read() as connection:
         watermark = read_watermark(connection, job)
-    window = covering_window(scope, watermark)
+    window = covering_window(scope, watermark, clock.now())
     if config.max_requests_per_second is not None:
         provider.client.limit_rate(config.max_requests_per_second)
     paid = provider.client.fetch_slice(window.start, window.end, parallel_windows=config.parallel_windows)
+    clocks = look_at_clocks(database, clock, provider)
     context.add_output_metadata(
         {
             **describe_scope(scope),
+            **describe_clocks(context, clocks),
             "window": dg.MetadataValue.text(f"{instant(window.start)} to {instant(window.end)}"),
             "succeeded payments": dg.MetadataValue.int(len(paid.payments)),
             "unusable items": dg.MetadataValue.int(len(paid.unusable)),
@@ -133,7 +139,7 @@ def fetch_paid(
     )
     if window.end - window.start > MATCHING_WINDOW:
         context.log.info(f"catching up from {instant(window.start)}")
-    return PaidSlice(scope, window, paid)
+    return PaidSlice(scope, window, paid, clocks)
 
 
 def plan_matching(
@@ -156,7 +162,7 @@ def plan_matching(
     if refused:
         diff = replace(diff, to_settle=tuple(approved), reported=(*diff.reported, *refused))
     without_receipt = tuple(payment for payment in paid.slice.payments if payment.lacks_receipt)
-    return MatchingPlan(paid.scope, paid.window, diff, paid.slice.unusable, not refused, without_receipt)
+    return MatchingPlan(paid.scope, paid.window, diff, paid.slice.unusable, paid.clocks, not refused, without_receipt)
 
 
 def _why(rows: Sequence[PaymentRow]) -> str:
@@ -178,7 +184,10 @@ def apply_matching(
     provider: ProviderConnection,
     clock: Clock,
 ) -> Told:
-    """Settle what differs, quarantine what is odd, and move the watermark once the whole window was applied."""
+    """Settle what differs, quarantine what is odd, and move the watermark once the whole window was applied.
+
+    A wrong clock reads a wrong window. What is found in it is settled all the same; it does not count as covered.
+    """
     scope, window = plan.scope, plan.window
 
     def stamp() -> Stamp:
@@ -192,11 +201,17 @@ def apply_matching(
     report_unusable(report, plan.unusable, database=database, stamp=stamp(), dry_run=scope.dry_run)
     report.decisions.extend(plan.diff.reported)
     _report_without_receipt(plan, report, database, stamp())
-    if window.gap is not None:
+    is_covered = plan.is_whole and plan.clocks.may_be_trusted
+    note_clocks(
+        report,
+        plan.clocks,
+        "What was found is settled, and no time counts as covered: the first tick with right clocks covers all of it",
+    )
+    if window.gap is not None and plan.clocks.may_be_trusted:
         _report_gap(context, job, window.gap, report, database, stamp(), dry_run=scope.dry_run)
     if not scope.dry_run:
         # What an approval refused is not covered; the next tick looks at it again.
-        if not report.again and plan.is_whole:
+        if not report.again and is_covered:
             _advance(job, scope, window, database, stamp())
             heartbeat = database.settings.heartbeat_url
             if heartbeat is not None and scope.heals and not beat(heartbeat.get_secret_value()):
@@ -245,7 +260,7 @@ def _report_without_receipt(plan: MatchingPlan, report: RunReport, database: Bil
 
 def _advance(job: str, scope: RunScope, window: Window, database: BillingDatabase, stamp: Stamp) -> None:
     with database.begin() as connection:
-        covered_until = next_watermark(scope, window, read_watermark(connection, job))
+        covered_until = next_watermark(scope, window, read_watermark(connection, job), stamp.at)
         if covered_until is not None:
             advance_watermark(connection, stamp, covered_until)
 

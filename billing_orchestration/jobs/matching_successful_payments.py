@@ -98,7 +98,7 @@ def diff_successful_payments(
         match.paid.slice.payments,
         rows,
         match.settled,
-        now=clock.now(),
+        now=match.paid.clocks.at_provider(clock.now()),
         webhook_grace=config.webhook_grace,
         leaves_foreign=match.leaves_foreign,
     )

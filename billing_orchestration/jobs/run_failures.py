@@ -21,6 +21,7 @@ class FailureCode:
 
     MUST_BE_RETRIED = "MustBeRetried"  # all else was applied
     STOPPED_EARLY = "StoppedEarly"  # what was not begun stays as it is
+    CLOCKS_APART = "ClocksApart"  # by more than five minutes: what depends on the time was left undone
     PROVIDER_FAILS = "ProviderFails"  # for everyone: charging stopped early
     TOO_MANY_CHANGES = "TooManyChanges"  # max_changes or the guard: nothing was applied
     DAY_DIFFERS = "DayDiffers"  # all was applied, and differences are left

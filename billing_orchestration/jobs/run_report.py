@@ -145,7 +145,7 @@ def conclude(
     more: Mapping[str, dg.MetadataValue[Any]] | None = None,
     red: tuple[str, str] | None = None,
 ) -> None:
-    """Attach an applying op's report (and `more` metadata); end the run red if something must be retried.
+    """Attach an applying op's report (and `more` metadata); end the run red if it stopped or something must be retried.
 
     `red`: a code and words, for a run that is red although nothing must be retried.
 
@@ -157,19 +157,30 @@ def conclude(
         context.log.info(f"{job}: {_result(scope, report)}")
     if report.applied and not scope.dry_run:
         context.instance.add_run_tags(context.run_id, {CHANGED_TAG: str(report.applied)})
+    if report.again or report.stopped_by:
+        raise failed(*_why_red(scope, report, retry_hint), metadata)
+    if red is not None:
+        raise failed(*red, metadata)
+    context.add_output_metadata(metadata)
+
+
+def _why_red(scope: RunScope, report: RunReport, retry_hint: str) -> tuple[str, str]:
+    """The code and the words. What stopped everything comes first: it is what the person at night has to fix."""
+    words = []
+    if report.stopped_by:
+        code = report.stop_code or FailureCode.STOPPED_EARLY
+        there = "" if code == FailureCode.CLOCKS_APART else " It stopped there."
+        words.append(f"{report.stopped_by.rstrip('.')}.{there}")
+    else:
+        code = FailureCode.MUST_BE_RETRIED
     if report.again:
         shown = "; ".join(report.again[:_FAILURES_TOLD])
         untold = report.to_retry - min(len(report.again), _FAILURES_TOLD)
         and_more = f"; and {untold} more" if untold else ""
-        # What stopped everything comes first: it is what the person at night has to fix.
-        why = f"{report.stopped_by.rstrip('.')}. It stopped there. " if report.stopped_by else ""
         rest = "what was not begun stays as it is." if report.stopped_by else "everything else was applied."
         others = "and this was a dry run: nothing was written." if scope.dry_run else f"{rest} {retry_hint}"
-        code = (report.stop_code or FailureCode.STOPPED_EARLY) if report.stopped_by else FailureCode.MUST_BE_RETRIED
-        raise failed(code, f"{why}{report.to_retry} must be retried, {others} In detail: {shown}{and_more}", metadata)
-    if red is not None:
-        raise failed(*red, metadata)
-    context.add_output_metadata(metadata)
+        words.append(f"{report.to_retry} must be retried, {others} In detail: {shown}{and_more}")
+    return code, " ".join(words)
 
 
 def _next_steps(scope: RunScope, report: RunReport, job: str) -> dict[str, dg.MetadataValue[Any]]:

@@ -13,11 +13,12 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from functools import cached_property
+from datetime import datetime, timedelta, timezone
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
 
+from billing_orchestration.domain.clocks import ANSWERS_COMPARED, DATE_RESOLUTION, Readings, offset_of
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.provider.errors import (
     Forbidden,
@@ -28,12 +29,13 @@ from billing_orchestration.provider.errors import (
     ProviderError,
     RateLimited,
     RequestRejected,
+    WrongCredentials,
 )
 from billing_orchestration.provider.lists import Lists, window
 from billing_orchestration.provider.pacing import RateLimit, map_concurrently
 from billing_orchestration.provider.records import parse_payment, read_json
 from billing_orchestration.provider.slices import RefundSlice, Slice
-from billing_orchestration.provider.translation import Call, Translator
+from billing_orchestration.provider.translation import Call, Translator, told_at
 from billing_orchestration.provider.wire import Answer, Wire
 from billing_orchestration.threads import OF_THE_SYSTEM, Threads
 
@@ -46,6 +48,7 @@ Value = TypeVar("Value")
 
 # The provider takes 1 to 64 characters; beyond ASCII they would not survive an HTTP header.
 _KEY = re.compile(r"[\x21-\x7e]{1,64}")
+_utc_now = partial(datetime.now, timezone.utc)
 # Half a minute is long enough for a hiccup; a run every two minutes tries again anyway.
 _LONGEST_BACKOFF_S = 30.0
 
@@ -113,6 +116,7 @@ class PaymentProvider:
 
     `max_requests_per_second` caps all threads together; after a 429 all of them wait. `read_attempts` and
     `read_backoff_s` bound how a read is repeated: the back-off doubles, and a delay the provider asks for is honoured.
+    `now` is the clock that the provider's is compared with.
     """
 
     def __init__(
@@ -127,6 +131,7 @@ class PaymentProvider:
         read_attempts: int = 4,
         read_backoff_s: float = 0.5,
         threads: Threads = OF_THE_SYSTEM,
+        now: Callable[[], datetime] = _utc_now,
         sleep: Callable[[float], None] = time.sleep,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
@@ -142,6 +147,8 @@ class PaymentProvider:
         self._read_attempts = read_attempts
         self._read_backoff_s = read_backoff_s
         self._threads = threads
+        self._now = now
+        self._clock = Readings()
         self._sleep = sleep
         self._uniform = uniform
         self._rate = RateLimit(max_requests_per_second, clock=threads.monotonic, sleep=sleep)
@@ -153,6 +160,35 @@ class PaymentProvider:
 
     def __repr__(self) -> str:
         return f"PaymentProvider(api_url={self.api_url!r}, shop_id={self.shop_id!r})"
+
+    @property
+    def clock_offset(self) -> timedelta | None:
+        """How far the provider's clock is ahead of ours, by the Date of its last few answers; None: none had one."""
+        return self._clock.offset
+
+    @property
+    def is_clock_suspicious(self) -> bool:
+        """Whether the last answer's Date is further off than may be."""
+        return self._clock.is_suspicious
+
+    def make_sure_of_clock(self) -> None:
+        """Ask for the time by the cheapest request: where no answer has told it yet, and again where it is odd.
+
+        Raises the ProviderError of a provider that gives no answer at all, and WrongCredentials.
+        """
+        for _ in range(ANSWERS_COMPARED):
+            if self._clock.is_settled:
+                return
+            try:
+                self._within_bound(self.check)
+            except WrongCredentials:
+                raise
+            except ProviderError:
+                if self._clock.offset is None:
+                    raise
+                return
+            if self._clock.offset is None:
+                return  # its answers carry no Date
 
     def limit_rate(self, max_requests_per_second: float) -> None:
         """Cap the requests of all threads together from now on, as a run's config asks for."""
@@ -318,14 +354,19 @@ class PaymentProvider:
         self._rate.wait_turn()
         if before_send is not None:
             before_send()
+        began_s = self._threads.monotonic()
         try:
             answer = request()
         except Exception as fault:
             raise self._errors.of_fault(fault, call) from fault
+        received_at = self._now()
+        if (there := told_at(answer)) is not None:
+            took = timedelta(seconds=self._threads.monotonic() - began_s)
+            self._clock.note(offset_of(there, received_at, took, DATE_RESOLUTION))
         if answer.status == 200:
             self._rate.answered()
             return answer
-        error = self._errors.of_answer(answer, call, datetime.now(timezone.utc))
+        error = self._errors.of_answer(answer, call, received_at)
         if isinstance(error, RateLimited):
             self._rate.slow_down(error.retry_after_s)
         else:

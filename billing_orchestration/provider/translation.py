@@ -154,17 +154,26 @@ def retry_after_s(answer: Answer, document: Any, now: datetime) -> float | None:
             return _capped(float(header))
         except ValueError:
             pass
-        try:
-            moment = parsedate_to_datetime(header)
-        except (ValueError, TypeError, OverflowError):
-            pass
-        else:
-            moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        moment = _http_date(header)
+        if moment is not None:
             return _capped((moment - now).total_seconds())
     delay_ms = document.get("retry_after") if isinstance(document, dict) else None
     if isinstance(delay_ms, (int, float)) and not isinstance(delay_ms, bool):
         return _capped(delay_ms / 1000)
     return None
+
+
+def told_at(answer: Answer) -> datetime | None:
+    """What time it was there, by the answer's Date header; None where it has none that can be read."""
+    return _http_date(answer.headers.get("Date") or "")
+
+
+def _http_date(header: str) -> datetime | None:
+    try:
+        moment = parsedate_to_datetime(header)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+    return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
 
 
 def _capped(seconds: float) -> float | None:

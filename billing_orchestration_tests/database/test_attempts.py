@@ -348,6 +348,24 @@ def test_a_key_of_23_hours_is_never_sent_again(books: Books, age: timedelta, sen
     assert row(books, attempt).sends == 1 + sent
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "absent", "sent"),
+    [
+        (NOON + timedelta(minutes=2), None, None, True),
+        (NOON + timedelta(minutes=3), None, None, False),
+        (NOON - A_DAY / 24, NOON + timedelta(minutes=3), None, False),
+        (NOON - A_DAY / 24, None, NOON - A_DAY / 12, False),
+    ],
+)
+def test_a_key_that_a_wrong_clock_has_sent_is_never_sent_again(
+    books: Books, first: datetime, last: datetime | None, absent: datetime | None, sent: bool
+) -> None:
+    attempt = books.attempt(
+        books.subscription(), first_sent_at=first, last_sent_at=last or first, first_absent_at=absent
+    )
+    assert bool(send_again(books, attempt)) == sent
+
+
 @pytest.mark.parametrize("state", [State.PENDING, *CLOSED_STATES])
 def test_only_a_planned_or_unknown_attempt_is_sent_again(books: Books, state: str) -> None:
     attempt = books.attempt(books.subscription(), state=state)

@@ -46,9 +46,18 @@ def test_of_watermarks_moved_at_once_the_latest_stays(books: Books) -> None:
         with books.engine.begin() as connection:
             advance_watermark(connection, books.stamp(), NOON + hours * AN_HOUR)
 
-    at_once([partial(advance, hours) for hours in (3, 8, 1, 6, 2, 7)])
+    at_once([partial(advance, hours) for hours in (-6, -1, -8, -3, -7, -2)])
     with books.engine.connect() as connection:
-        assert read_watermark(connection, "job") == NOON + 8 * AN_HOUR
+        assert read_watermark(connection, "job") == NOON - AN_HOUR
+
+
+def test_a_watermark_never_goes_back_but_from_the_future(books: Books) -> None:
+    told = []
+    for minutes in (-60, -90, 2, -30, 3, -30):
+        with books.engine.begin() as connection:
+            advance_watermark(connection, books.stamp(), NOON + timedelta(minutes=minutes))
+            told.append(read_watermark(connection, "job"))
+    assert told == [NOON + timedelta(minutes=minutes) for minutes in (-60, -60, 2, 2, 3, -30)]
 
 
 def test_the_window_of_pending_rows_has_both_ends_in_it_to_the_microsecond(books: Books) -> None:

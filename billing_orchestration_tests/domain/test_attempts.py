@@ -30,6 +30,7 @@ from billing_orchestration_tests.domain.given import (
 )
 
 SECOND = timedelta(seconds=1)
+MINUTE = timedelta(minutes=1)
 
 
 # --- Identity, key and body
@@ -163,3 +164,25 @@ def test_a_key_is_used_for_less_than_23_hours_after_the_first_send(age: timedelt
     attempt = a_sent_attempt(ago=age, last_sent_at=NOW)
     assert is_past_key_lifetime(attempt, NOW) is past
     assert not is_past_key_lifetime(an_attempt(), NOW)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "absent", "past"),
+    [
+        (2 * MINUTE, 2 * MINUTE, None, False),
+        (2 * MINUTE + SECOND, 2 * MINUTE + SECOND, None, True),
+        (-HOUR, HOUR, None, True),
+        (30 * HOUR, None, None, True),
+        # It looks fresh by now, and was in the future when it was first searched for.
+        (-HOUR, -HOUR, -2 * HOUR, True),
+    ],
+)
+def test_a_key_that_a_wrong_clock_has_sent_counts_as_too_old(
+    first: timedelta, last: timedelta | None, absent: timedelta | None, past: bool
+) -> None:
+    attempt = a_sent_attempt(
+        first_sent_at=NOW + first,
+        last_sent_at=None if last is None else NOW + last,
+        first_absent_at=None if absent is None else NOW + absent,
+    )
+    assert is_past_key_lifetime(attempt, NOW) is past

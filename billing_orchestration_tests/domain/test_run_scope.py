@@ -177,7 +177,7 @@ def test_a_daily_partition_stands_for_the_last_instant_of_its_billing_day() -> N
 def test_an_hourly_partition_stands_for_its_end_so_that_its_window_is_that_hour() -> None:
     start = NOW - 5 * HOUR
     as_of = as_of_partition(start, start + HOUR, NOW, last_instant=False)
-    assert covering_window(a_scope(as_of, heals=False), None) == Window(start, start + HOUR)
+    assert covering_window(a_scope(as_of, heals=False), None, NOW) == Window(start, start + HOUR)
 
 
 def test_the_partition_that_is_under_way_stands_for_now() -> None:
@@ -195,63 +195,76 @@ def test_a_partition_of_the_future_is_refused() -> None:
 
 
 def test_without_an_outage_a_run_covers_the_last_hour() -> None:
-    assert covering_window(a_scope(), None) == Window(NOW - HOUR, NOW)
-    assert covering_window(a_scope(), NOW - 2 * MINUTE) == Window(NOW - HOUR, NOW)
-    assert covering_window(a_scope(), NOW - HOUR + CATCH_UP_OVERLAP) == Window(NOW - HOUR, NOW)
+    assert covering_window(a_scope(), None, NOW) == Window(NOW - HOUR, NOW)
+    assert covering_window(a_scope(), NOW - 2 * MINUTE, NOW) == Window(NOW - HOUR, NOW)
+    assert covering_window(a_scope(), NOW - HOUR + CATCH_UP_OVERLAP, NOW) == Window(NOW - HOUR, NOW)
     # A tick that waited in the queue while a later one ran.
-    assert covering_window(a_scope(), NOW + HOUR) == Window(NOW - HOUR, NOW)
+    assert covering_window(a_scope(), NOW + HOUR, NOW + HOUR) == Window(NOW - HOUR, NOW)
+    # Two machines' clocks may differ a little.
+    assert covering_window(a_scope(), NOW + 2 * MINUTE, NOW) == Window(NOW - HOUR, NOW)
+
+
+def test_a_watermark_in_the_future_is_not_trusted_and_a_tick_reaches_back_seven_days() -> None:
+    for ahead in (2 * MINUTE + timedelta(microseconds=1), 3 * HOUR, 30 * DAY):
+        scope, watermark = a_scope(), NOW + ahead
+        window = covering_window(scope, watermark, NOW)
+        assert window == Window(NOW - LONGEST_CATCH_UP, NOW)
+        assert next_watermark(scope, window, watermark, NOW) == NOW
+        # A chosen hour proves nothing about the others.
+        chosen = a_scope(heals=False)
+        assert next_watermark(chosen, covering_window(chosen, watermark, NOW), watermark, NOW) is None
 
 
 def test_after_an_outage_a_run_covers_everything_since_the_last_covered_instant_minus_an_overlap() -> None:
     for outage in (61 * MINUTE, 3 * HOUR, 6 * DAY):
-        assert covering_window(a_scope(), NOW - outage) == Window(NOW - outage - CATCH_UP_OVERLAP, NOW)
+        assert covering_window(a_scope(), NOW - outage, NOW) == Window(NOW - outage - CATCH_UP_OVERLAP, NOW)
 
 
 def test_the_overlap_is_kept_when_the_last_covered_instant_is_just_an_hour_ago() -> None:
     # What that run left to the webhook, or what the provider's list did not show it yet, lies before its end.
     for outage in (46 * MINUTE, 59 * MINUTE, HOUR):
-        assert covering_window(a_scope(), NOW - outage).start == NOW - outage - CATCH_UP_OVERLAP
+        assert covering_window(a_scope(), NOW - outage, NOW).start == NOW - outage - CATCH_UP_OVERLAP
 
 
 def test_an_outage_of_more_than_seven_days_is_covered_for_seven_and_the_rest_is_told() -> None:
-    window = covering_window(a_scope(), NOW - 30 * DAY)
+    window = covering_window(a_scope(), NOW - 30 * DAY, NOW)
     assert (window.start, window.end) == (NOW - LONGEST_CATCH_UP, NOW)
     assert window.gap == (NOW - 30 * DAY - CATCH_UP_OVERLAP, NOW - LONGEST_CATCH_UP)
     assert LONGEST_CATCH_UP == 7 * DAY
     # What is just within reach is no gap.
-    assert covering_window(a_scope(), NOW - 7 * DAY + CATCH_UP_OVERLAP) == Window(NOW - 7 * DAY, NOW)
+    assert covering_window(a_scope(), NOW - 7 * DAY + CATCH_UP_OVERLAP, NOW) == Window(NOW - 7 * DAY, NOW)
 
 
 def test_a_run_for_a_chosen_instant_covers_its_hour_whatever_the_watermark_says() -> None:
     for watermark in (None, NOW - 30 * DAY, NOW - 2 * HOUR, NOW, NOW + DAY):
-        assert covering_window(a_scope(heals=False), watermark) == Window(NOW - MATCHING_WINDOW, NOW)
+        assert covering_window(a_scope(heals=False), watermark, NOW) == Window(NOW - MATCHING_WINDOW, NOW)
 
 
 def test_the_watermark_moves_to_the_end_of_what_a_healing_run_covered() -> None:
     for watermark in (None, NOW - 30 * DAY, NOW - 3 * HOUR, NOW - 2 * MINUTE):
         scope = a_scope()
-        assert next_watermark(scope, covering_window(scope, watermark), watermark) == NOW
+        assert next_watermark(scope, covering_window(scope, watermark, NOW), watermark, NOW) == NOW
 
 
 def test_the_watermark_never_goes_back() -> None:
     for heals in (True, False):
         scope = a_scope(heals=heals)
         for watermark in (NOW, NOW + MINUTE):
-            assert next_watermark(scope, covering_window(scope, watermark), watermark) is None
+            assert next_watermark(scope, covering_window(scope, watermark, NOW), watermark, NOW) is None
 
 
 def test_a_backfill_of_last_month_moves_no_watermark() -> None:
     scope = a_scope(NOW - 30 * DAY, heals=False)
     for watermark in (None, NOW - 2 * MINUTE, NOW - 60 * DAY):
-        assert next_watermark(scope, covering_window(scope, watermark), watermark) is None
+        assert next_watermark(scope, covering_window(scope, watermark, NOW), watermark, NOW) is None
 
 
 def test_a_chosen_hour_that_joins_the_covered_time_with_its_overlap_moves_the_watermark() -> None:
     scope = a_scope(heals=False)
     for covered in (NOW - 30 * MINUTE, NOW - HOUR + CATCH_UP_OVERLAP):
-        assert next_watermark(scope, covering_window(scope, None), covered) == NOW
+        assert next_watermark(scope, covering_window(scope, None, NOW), covered, NOW) == NOW
     # Joining end to end is not enough: the last minutes of what was covered are covered once more, or may be lost.
-    assert next_watermark(scope, covering_window(scope, None), NOW - HOUR) is None
+    assert next_watermark(scope, covering_window(scope, None, NOW), NOW - HOUR, NOW) is None
 
 
 # A story of runs: minutes since the one before, whether it heals, whether it succeeds, and how far back a chosen
@@ -282,14 +295,14 @@ def test_whatever_runs_outages_and_backfills_follow_each_other_no_instant_is_ski
     for wait, heals, succeeds, back in runs:
         now += wait * MINUTE
         scope = a_scope(now if heals else now - back * MINUTE, heals=heals)
-        window = covering_window(scope, watermark)
+        window = covering_window(scope, watermark, now)
         if not succeeds:
             continue
         # What a run saw for certain: all but its last minutes.
         seen.append((window.start, max(window.start, window.end - hidden * MINUTE)))
         if window.gap is not None:
             seen.append(window.gap)
-        moved = next_watermark(scope, window, watermark)
+        moved = next_watermark(scope, window, watermark, now)
         if moved is not None:
             assert watermark is None or moved > watermark
             first = first or window.start

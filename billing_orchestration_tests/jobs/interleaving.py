@@ -91,6 +91,7 @@ class Worker:
                 secret_key=settings.yookassa_secret_key.get_secret_value(),
                 api_url=settings.yookassa_api_url,
                 timeouts=self.service.timeouts,
+                now=lambda: self.service.now,
             )
             provider.holds = holds
             provider.elsewhere = self._elsewhere

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -17,6 +18,7 @@ import dagster as dg
 import sqlalchemy as sa
 
 from billing_orchestration.definitions import build_definitions
+from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.jobs.matching_slice import WEBHOOK_GRACE_S
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.sandbox.provider.server import Sandbox
@@ -62,6 +64,18 @@ class Run:
         return [f"{row['action']}: {row['reason']}" for row in self.decisions if row["subject"] == subject]
 
 
+NOBODY_LISTENS = "http://127.0.0.1:9/v3"
+
+
+class Deaf(PaymentProvider):
+    """The real client, whose charges are sent to an address where nobody listens; reads reach the provider."""
+
+    def create_payment(self, *charge: Any, **options: Any) -> ProviderPayment:
+        """Never leaves this machine."""
+        with closing(PaymentProvider(shop_id="1", secret_key="1", api_url=NOBODY_LISTENS)) as nowhere:
+            return nowhere.create_payment(*charge, **options)
+
+
 class Service(Books):
     """The installation under test."""
 
@@ -82,18 +96,31 @@ class Service(Books):
         self._instance: dg.DagsterInstance | None = None
         # A clock that runs (`utc_now`) instead of `now`, which stands still unless a test moves it.
         self.clock: Callable[[], datetime] | None = None
+        # How far the other clocks are ahead of ours.
+        self.database_ahead = self.provider_ahead = timedelta(0)
+        self.is_deaf_to_charges = False
         self.set_time(now)
 
     # --- time
 
     def set_time(self, now: datetime) -> None:
-        """Both sides' clocks, the service's and the provider's."""
+        """All clocks: ours, and those that may differ from it."""
         self.now = now
-        self.sandbox.clock.set(now)
+        self.sandbox.clock.set(now + self.provider_ahead)
 
     def advance(self, **delta: float) -> None:
-        """Both sides' clocks go on."""
+        """All clocks go on."""
         self.set_time(self.now + timedelta(**delta))
+
+    def skew(self, *, database: timedelta = timedelta(0), provider: timedelta = timedelta(0)) -> None:
+        """From now on PostgreSQL's clock and the provider's are that far ahead of ours."""
+        self.database_ahead, self.provider_ahead = database, provider
+        self.set_time(self.now)
+
+    def wrong_by(self, ahead: timedelta) -> None:
+        """Our own clock is that far ahead of the others, which are right."""
+        self.database_ahead = self.provider_ahead = -ahead
+        self.now += ahead
 
     # --- customers
 
@@ -180,6 +207,7 @@ class Service(Books):
         definitions = build_definitions(
             load=load or (lambda: self.settings),
             now=self.clock or (lambda: self.now),
+            database_now=self.database_now,
             connect=self.connect_provider,
             threads=threads,
         )
@@ -190,6 +218,14 @@ class Service(Books):
             instance=instance, run_config=run_config, raise_on_error=False, tags=all_tags
         )
         return _read(result, instance)
+
+    def plan_renewals_only(self, **given: Any) -> Run:
+        """A run of autopayment_job none of whose charges leaves the machine: the attempts stay PLANNED."""
+        self.is_deaf_to_charges = True
+        try:
+            return self.run("autopayment_job", **given)
+        finally:
+            self.is_deaf_to_charges = False
 
     def begin(self, job: str, **given: Any) -> Callable[[], Run]:
         """Run a job in a thread; call what it gives back to wait for the run.
@@ -216,14 +252,19 @@ class Service(Books):
 
     def connect_provider(self, settings: Settings) -> PaymentProvider:
         """The client, with short waits."""
-        return PaymentProvider(
+        return (Deaf if self.is_deaf_to_charges else PaymentProvider)(
             shop_id=settings.yookassa_shop_id,
             secret_key=settings.yookassa_secret_key.get_secret_value(),
             api_url=settings.yookassa_api_url,
             timeouts=self.timeouts,
             read_attempts=3,
             read_backoff_s=0.01,
+            now=self.clock or (lambda: self.now),
         )
+
+    def database_now(self, _: sa.Connection) -> datetime:
+        """PostgreSQL's clock."""
+        return (self.clock() if self.clock is not None else self.now) + self.database_ahead
 
     # --- the books
 

@@ -407,7 +407,7 @@ def test_a_dry_run_shows_every_decision_and_sends_and_writes_nothing(service: Se
 
     assert run.ok
     assert service.snapshot() == before
-    assert service.sandbox.count() == 0
+    assert service.sandbox.count("create") == 0
     assert run.reasons(f"subscription {subscription}") == ["charge: ends today"]
 
 

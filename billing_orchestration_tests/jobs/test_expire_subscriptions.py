@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.database.expiry import fetch_over
+from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.run_scope import RunScope
 from billing_orchestration.jobs.expire_subscriptions import CHUNK, SubscriptionsOver, expire_chunks
 from billing_orchestration.jobs.run_report import RunReport
@@ -299,7 +300,7 @@ def test_side_by_side_no_more_expire_than_were_shown_and_guarded(service: Servic
 
     shown, report = replace(found, over=2 * CHUNK + 7), RunReport()
 
-    over_all = SubscriptionsOver(scope, over_before, shown)
+    over_all = SubscriptionsOver(scope, over_before, shown, Clocks())
     expire_chunks(over_all, database, Clock(lambda: NOON), OF_THE_SYSTEM, report, print)
 
     database.close()

@@ -350,7 +350,10 @@ def test_an_op_that_is_launched_without_those_before_it_says_so_and_changes_noth
 ) -> None:
     with_work_for(service, job)
     before = everything(service)
-    definition = build_definitions(load=lambda: service.settings, now=lambda: service.now).get_job_def(job)
+    definitions = build_definitions(
+        load=lambda: service.settings, now=lambda: service.now, database_now=service.database_now
+    )
+    definition = definitions.get_job_def(job)
 
     result = definition.execute_in_process(instance=service.instance, op_selection=[op], raise_on_error=False)
 

@@ -19,6 +19,7 @@ from billing_orchestration.provider.errors import (
     Forbidden,
     IncompleteSlice,
     OutcomeUnknown,
+    PaymentNotFound,
     RateLimited,
     RequestRejected,
     StillProcessing,
@@ -266,3 +267,56 @@ def test_sixty_four_threads_charge_each_key_once(sandbox: Sandbox, provider: Pay
     assert len(sandbox.provider.charges()) == 256
     assert sandbox.peak_in_flight > 16
     patient.close()
+
+
+# --- The provider's clock
+
+
+def test_the_date_of_any_answer_tells_how_far_the_clock_there_is_ahead(
+    sandbox: Sandbox, provider: PaymentProvider
+) -> None:
+    assert provider.clock_offset is None
+    provider.check()
+    assert provider.clock_offset == timedelta(0)
+    for hours in (3, -3):
+        sandbox.clock.run(timedelta(hours=hours))
+        for _ in range(3):
+            with pytest.raises(PaymentNotFound):
+                provider.get_payment("22e12f66-000f-5000-8000-18db351245c7")
+        offset = provider.clock_offset
+        assert offset is not None
+        assert abs(offset - timedelta(hours=hours)) < timedelta(seconds=60)
+        assert provider.is_clock_suspicious
+
+
+def test_answers_without_a_date_tell_nothing_and_are_asked_for_once(
+    sandbox: Sandbox, provider: PaymentProvider
+) -> None:
+    sandbox.provider.switches.date_header = False
+    provider.make_sure_of_clock()
+    assert (provider.clock_offset, sandbox.count()) == (None, 1)
+
+
+def test_a_clock_that_is_right_costs_one_request_and_one_that_is_wrong_three(
+    sandbox: Sandbox, provider: PaymentProvider
+) -> None:
+    provider.make_sure_of_clock()
+    provider.make_sure_of_clock()
+    assert sandbox.count() == 1
+    sandbox.clock.run(timedelta(hours=1))
+    provider.check()
+    provider.make_sure_of_clock()
+    assert sandbox.count() == 1 + 3
+    provider.make_sure_of_clock()
+    assert sandbox.count() == 1 + 3
+
+
+def test_a_provider_that_gives_no_answer_tells_no_time(sandbox: Sandbox, provider: PaymentProvider) -> None:
+    sandbox.misbehave("any", "cut_before", times=None)
+    with pytest.raises(OutcomeUnknown):
+        provider.make_sure_of_clock()
+    sandbox.behave()
+    # A refusal is an answer, and has its date.
+    sandbox.misbehave("any", "forbidden", times=None)
+    provider.make_sure_of_clock()
+    assert provider.clock_offset == timedelta(0)

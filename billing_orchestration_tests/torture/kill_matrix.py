@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -111,6 +111,9 @@ def _told(cells: Sequence[Cell]) -> str:
 class Stage:
     """A scenario's prepared world, from which each case gets a fresh copy."""
 
+    # How far the provider's clock is ahead of the run's.
+    provider_ahead = timedelta(0)
+
     def __init__(self, server: Server, migrated: str, sandbox: Sandbox, runner: Runner, scenario: Scenario) -> None:
         self._server, self._sandbox, self._runner, self.scenario = server, sandbox, runner, scenario
         sandbox.reset()
@@ -172,7 +175,7 @@ class Stage:
 
     def _run(self, url: str, later: int, death: Death | None = None) -> Ended:
         now = NOON + later * self.scenario.again_after
-        self._sandbox.clock.set(now)
+        self._sandbox.clock.set(now + self.provider_ahead)
         return self._runner.run(self._case(url, now, death))
 
     def _case(self, url: str, now: datetime, death: Death | None = None) -> Case:

@@ -134,9 +134,10 @@ def _execute(case: Case, tell: Any) -> None:
             timeouts=Timeouts(2.0, charge_read_s=case.patience_s, read_s=case.patience_s, charge_done_s=0.0),
             read_attempts=3,
             read_backoff_s=0.01,
+            now=lambda: now,
         )
 
-    definitions = build_definitions(load=lambda: settings, now=lambda: now, connect=connect)
+    definitions = build_definitions(load=lambda: settings, now=lambda: now, database_now=lambda _: now, connect=connect)
     ops = {name: {"config": value} for name, value in case.ops.items()}
     config = {**case.config, **({"ops": {**case.config.get("ops", {}), **ops}} if ops else {})}
     result = definitions.get_job_def(case.job).execute_in_process(

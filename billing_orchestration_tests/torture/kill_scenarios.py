@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from billing_orchestration.domain.attempts import State
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.jobs.service import Service
@@ -18,7 +19,6 @@ DAY = timedelta(days=1)
 HOUR = timedelta(hours=1)
 A_MONTH_LATER = NOON.replace(month=4)
 SENT_ONCE = {"charge_renewals": {"max_sends": 1}}
-NOBODY_LISTENS = "http://127.0.0.1:9/v3"
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,10 @@ def _left_this_morning(renewals: _Renewals) -> None:
     dearer_plan = service.plan("199.00")
     planned = expect(service.subscriber(), A_MONTH_LATER - HOUR, "SUCCEEDED")
     dearer = expect(service.subscriber(dearer_plan), A_MONTH_LATER - HOUR, "VOID", "SUCCEEDED")
-    down = service.settings.model_copy(update={"yookassa_api_url": NOBODY_LISTENS})
-    _run_for_new_ones(service, [planned, dearer], load=lambda: down)
+    for subscription, amount in ((planned, "299.00"), (dearer, "199.00")):
+        service.attempt(
+            subscription, state=State.PLANNED, first_sent_at=None, method=f"method-{subscription}", amount=amount
+        )
     service.execute("UPDATE prices SET amount = 249 WHERE plan_id = :id", id=dearer_plan)
 
 

@@ -7,6 +7,7 @@ engineer would try next. The tests of a mutant are chosen narrowly: those whose 
 from __future__ import annotations
 
 from billing_orchestration_tests.torture.mutant import Edit, Mutant
+from billing_orchestration_tests.torture.mutants_of_clocks import CLOCKS
 from billing_orchestration_tests.torture.mutants_of_pace import PACE
 
 _ANSWERS = "domain/answers.py"
@@ -639,14 +640,14 @@ FURTHER = (
                 "            self.stop(str(answer), type(answer).__name__)\n",
                 "            self._breaker.heard()\n",
             ),
-            Edit(_PIPELINE, "if isinstance(answer, WrongCredentials):", "if False:"),
+            Edit(_CHARGING, "if isinstance(answer, WrongCredentials):", "if False:"),
         ),
         (_FAULTS + "test_a_wrong_shop_key_costs_one_request_and_the_right_one_charges_on_the_same_day",),
     ),
     Mutant(
         "a sender goes on after a wrong shop key",
         "a shop key that is withdrawn costs no more requests than are under way",
-        (Edit(_PIPELINE, "if isinstance(answer, WrongCredentials):", "if False:"),),
+        (Edit(_CHARGING, "if isinstance(answer, WrongCredentials):", "if False:"),),
         (_FAULTS + "test_a_sender_that_hears_of_a_wrong_shop_key_sends_nothing_more",),
     ),
     Mutant(
@@ -686,7 +687,11 @@ FURTHER = (
         "one search is enough",
         "absence takes two complete scans",
         (
-            Edit(_RENEWALS, "    if attempt.first_absent_at is None:\n", "    if False:\n"),
+            Edit(
+                _RENEWALS,
+                "    if attempt.first_absent_at is None or is_in_future(attempt.first_absent_at, now):\n",
+                "    if False:\n",
+            ),
             Edit(_RENEWALS, "if now - attempt.first_absent_at < SCAN_DISTANCE:", "if False:"),
         ),
         (_FAULTS + "test_a_list_that_lags_is_why_absence_takes_two_searches",),
@@ -891,7 +896,7 @@ FURTHER = (
     Mutant(
         "the watermark moves over what failed",
         "what must be retried is covered again",
-        (Edit("jobs/matching_slice.py", "if not report.again and plan.is_whole:", "if plan.is_whole:"),),
+        (Edit("jobs/matching_slice.py", "if not report.again and is_covered:", "if is_covered:"),),
         (_PENDING + "test_a_row_that_somebody_keeps_locked_is_left_for_another_try_and_the_others_are_settled",),
     ),
     Mutant(
@@ -1499,4 +1504,4 @@ RECONCILIATION = (
     ),
 )
 
-ALL = (*PROMISED, *FURTHER, *PACE, *RECONCILIATION)
+ALL = (*PROMISED, *FURTHER, *PACE, *CLOCKS, *RECONCILIATION)

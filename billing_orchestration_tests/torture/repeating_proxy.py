@@ -22,7 +22,7 @@ def repeating_proxy(api_url: str) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def _deliver(self, body: bytes) -> tuple[int, str, bytes]:
+        def _deliver(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
             headers = {
                 name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")
             }
@@ -30,7 +30,8 @@ def repeating_proxy(api_url: str) -> Iterator[str]:
             try:
                 connection.request(self.command, self.path, body or None, headers)
                 answer = connection.getresponse()
-                return answer.status, answer.headers.get("Content-Type", ""), answer.read()
+                handed_on = {name: answer.headers.get(name, "") for name in ("Content-Type", "Date")}
+                return answer.status, handed_on, answer.read()
             finally:
                 connection.close()
 
@@ -38,9 +39,10 @@ def repeating_proxy(api_url: str) -> Iterator[str]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             with ThreadPoolExecutor(deliveries) as threads:
                 answers = list(threads.map(self._deliver, [body] * deliveries))
-            status, content_type, answer = answers[-1]
-            self.send_response(status)
-            self.send_header("Content-Type", content_type)
+            status, handed_on, answer = answers[-1]
+            self.send_response_only(status)  # without a date of its own
+            for name, value in handed_on.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)

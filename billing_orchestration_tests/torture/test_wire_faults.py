@@ -28,9 +28,19 @@ from billing_orchestration_tests.torture.wire_matrix import (
 THOROUGH = "TORTURE_ROUNDS" in os.environ
 # The worst of each kind of request: the money has moved and nobody learns it; what looks like an answer and is none.
 SHORT = {
-    "POST": [("lost answer", EVERY_SECOND), ("500 after", ALWAYS), (REPEATED, ALWAYS), (REFUSED_REPEAT, ALWAYS)],
-    "GET": [("HTML 404", ALWAYS), ("60 s of silence after", ONCE)],
-    "list": [("truncated body", PAGE_2), ("HTML 200 after", ALWAYS)],
+    "POST": [
+        ("lost answer", EVERY_SECOND),
+        ("500 after", ALWAYS),
+        (REPEATED, ALWAYS),
+        (REFUSED_REPEAT, ALWAYS),
+        ("the provider's clock three hours behind", ALWAYS),
+    ],
+    "GET": [("HTML 404", ALWAYS), ("60 s of silence after", ONCE), ("the provider's clock three hours ahead", ALWAYS)],
+    "list": [
+        ("truncated body", PAGE_2),
+        ("HTML 200 after", ALWAYS),
+        ("the provider's clock three hours ahead", ALWAYS),
+    ],
 }
 
 

@@ -61,6 +61,13 @@ FAULTS: Mapping[str, Mapping[str, Any]] = {
     "executed twice": {"effect": "duplicate"},
     REPEATED: {},
     REFUSED_REPEAT: {},
+    "the provider's clock three hours ahead": {},
+    "the provider's clock three hours behind": {},
+}
+# How far the provider's clock is ahead of ours, where that is the fault.
+CLOCKS = {
+    "the provider's clock three hours ahead": 3 * HOUR,
+    "the provider's clock three hours behind": -3 * HOUR,
 }
 # All answers come in the end, the late ones perhaps in time (where the client itself was held up): these may leave a
 # run green.
@@ -173,10 +180,11 @@ class WireStage(Stage):
         """A run with the fault, and runs without it until the books agree."""
         with self._world() as url, self._striking(fault, call, extent) as rule:
             failure = self._run(url, 0).failure
-            struck = rule.fired if rule is not None else self._sandbox.api.counts[CALLS[call]]
+            counts = self._sandbox.api.counts
+            struck = rule.fired if rule else sum(counts.values()) if fault in CLOCKS else counts[CALLS[call]]
             if rule is not None:
                 rule.skip = sys.maxsize  # the story's own rules stay
-            self.api_url, self.patience_s = "", 10.0
+            self.api_url, self.patience_s, self.provider_ahead = "", 10.0, 0 * HOUR
             self._wait_for_peace(url)
             wrong: list[str] = []
             for runs in range(MOST_RUNS_AGAIN + 1):
@@ -190,6 +198,10 @@ class WireStage(Stage):
     @contextmanager
     def _striking(self, fault: str, call: str, extent: str) -> Iterator[Misbehaviour | None]:
         self.patience_s = _PATIENCE_S if fault in _SLOW else 2.0
+        if fault in CLOCKS:
+            self.provider_ahead = CLOCKS[fault]
+            yield None
+            return
         if fault not in (REPEATED, REFUSED_REPEAT):
             yield self._sandbox.misbehave(CALLS[call], **FAULTS[fault], **EXTENTS[extent])
             return
@@ -210,6 +222,9 @@ def cells_of(scenario: Scenario, call: str, extents: Sequence[str]) -> Iterator[
     for fault in FAULTS:
         if fault in (REPEATED, REFUSED_REPEAT):
             if call == "POST":  # a proxy repeats all of them or none
+                yield fault, ALWAYS
+        elif fault in CLOCKS:
+            if ALWAYS in extents:
                 yield fault, ALWAYS
         else:
             yield from ((fault, extent) for extent in extents)

@@ -34,6 +34,7 @@ from billing_orchestration.jobs.autopayment.steps import (
     read_renewals,
     shown,
 )
+from billing_orchestration.jobs.clocks import describe_clocks
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
 from billing_orchestration.jobs.run_report import (
     RunReport,
@@ -134,6 +135,7 @@ def fetch_due_subscriptions(
 )
 def fetch_open_renewals(
     context: dg.OpExecutionContext,
+    billing_database: dg.ResourceParam[BillingDatabase],
     payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
     threads: dg.ResourceParam[Threads],
@@ -141,13 +143,14 @@ def fetch_open_renewals(
 ) -> None:
     """The provider's slice. Only reads; a wrong shop key fails the run after one request."""
     with told_plainly():
-        asked = ask_about_open(hand_over.take(Renewals), payment_provider, clock, threads)
+        asked = ask_about_open(hand_over.take(Renewals), billing_database, payment_provider, clock, threads)
     context.add_output_metadata(
         {
             "asked about": dg.MetadataValue.int(asked.asked_about),
             "searched for": dg.MetadataValue.int(asked.searched_for),
             "answered": dg.MetadataValue.int(len(asked.view.answers)),
             "no answer": dg.MetadataValue.int(len(asked.view.silent)),
+            **describe_clocks(context, asked.clocks),
         }
     )
     hand_over.leave(asked)
@@ -170,7 +173,9 @@ def diff_renewals(
         context, scope, list(changes.items()), {line: shown(decision) for line, decision in changes.items()}
     )
     left = [decision for decision in decisions if isinstance(decision, NotCharged)]
-    hand_over.leave(RenewalPlan(scope, (*approved, *left), asked.view.extra, asked.unusable, refused=tuple(refused)))
+    hand_over.leave(
+        RenewalPlan(scope, (*approved, *left), asked.view.extra, asked.unusable, asked.clocks, tuple(refused))
+    )
 
 
 @dg.op(

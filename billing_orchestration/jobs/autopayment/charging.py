@@ -40,12 +40,15 @@ from billing_orchestration.domain.answers import (
     names_another_attempt,
 )
 from billing_orchestration.domain.attempts import KEY_LIFETIME, Attempt
+from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.provider_payment import ProviderPayment
+from billing_orchestration.jobs.run_failures import FailureCode
 from billing_orchestration.provider.errors import (
     NeverSent,
     OutcomeUnknown,
     RateLimited,
     RequestRejected,
+    WrongCredentials,
 )
 from billing_orchestration.resources import BillingDatabase
 
@@ -118,7 +121,8 @@ class Charging:
     """The five steps. Each takes as many attempts as can share its statements.
 
     `locks` is a connection in autocommit whose session holds the locks. `make_stamp` gives job, run id and the present
-    moment. Every step raises DatabaseUnavailable when the database is gone.
+    moment; `clocks_apart` says after an answer whether a clock was set in mid-run. Every step raises
+    DatabaseUnavailable when the database is gone.
     """
 
     database: BillingDatabase
@@ -128,6 +132,7 @@ class Charging:
     # What the claims of the run say about a doubtful refusal, and what its conclusions say.
     claim_witnesses: Witnesses = field(default_factory=Witnesses)
     conclude_witnesses: Witnesses = field(default_factory=Witnesses)
+    clocks_apart: Callable[[], Clocks | None] = lambda: None
 
     def lock(self, locks: "sa.Connection", group: Sequence[Work]) -> set[uuid.UUID]:
         """Step 1: which of these are ours. An attempt that waited for another send has kept its lock."""
@@ -185,7 +190,7 @@ class Charging:
             not_sent = "not sent again" if work.sent_before else "not sent"
             if is_stopped():
                 raise Withheld(f"{not_sent}: charging had stopped")
-            if work.claimed_at is None or self.make_stamp().at - work.claimed_at > _CLAIM_LIFETIME:
+            if work.claimed_at is None or abs(self.make_stamp().at - work.claimed_at) > _CLAIM_LIFETIME:
                 raise Withheld(f"{not_sent}: its turn came too long after it was looked at")
 
         attempt = work.attempt
@@ -197,6 +202,16 @@ class Charging:
         if names_another_attempt(attempt, answer):
             return OutcomeUnknown(f"the answer names another attempt (payment {answer.id})", answered=True)
         return as_answer_to(attempt, answer)
+
+    def why_stop(self, answer: ProviderPayment | Exception) -> tuple[str, str] | None:
+        """Why nothing more may be sent after this answer, with the code: a wrong shop key, or a wrong clock.
+
+        What is sent by a wrong clock and lost would be searched for at the wrong time.
+        """
+        if isinstance(answer, WrongCredentials):
+            return str(answer), type(answer).__name__
+        clocks = self.clocks_apart()
+        return None if clocks is None else (f"{clocks}. Nothing more was charged", FailureCode.CLOCKS_APART)
 
     def conclude(
         self, connection: "sa.Connection", answers: Sequence[ProviderPayment | Closing]

@@ -26,7 +26,6 @@ from billing_orchestration.jobs.autopayment.charging import Charging, Claims, Wo
 from billing_orchestration.jobs.autopayment.pace import ChargingLimits, Pace
 from billing_orchestration.jobs.autopayment.results import ChargeResult, Results, result_of
 from billing_orchestration.jobs.autopayment.waiting import Waiting
-from billing_orchestration.provider.errors import WrongCredentials
 from billing_orchestration.threads import Queue, Thread, Threads
 
 if TYPE_CHECKING:
@@ -205,9 +204,9 @@ class Pipeline:
         """Step 3."""
         while (work := self._to_send.get()) is not None:
             answer = self._charging.send(work, lambda: self.pace.is_stopped)
-            if isinstance(answer, WrongCredentials):
+            if (why := self._charging.why_stop(answer)) is not None:
                 # At once: until the deciding thread hears of it, this one would send the next.
-                self.pace.stop(str(answer), type(answer).__name__)
+                self.pace.stop(*why)
             self._events.put(_Answered(work, answer))
 
     def _keep_concluding(self) -> None:

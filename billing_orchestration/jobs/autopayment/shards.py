@@ -32,6 +32,7 @@ from billing_orchestration.jobs.autopayment.steps import (
     read_renewals,
     shown,
 )
+from billing_orchestration.jobs.clocks import describe_clocks
 from billing_orchestration.jobs.run_report import (
     RunReport,
     Told,
@@ -183,7 +184,8 @@ def _stop_if_over(
     changes = 0
     first: list[Decision] = []
     for shard in divide(shards):
-        asked = ask_about_open(read_renewals(database, clock, scope, max_overdue_days, shard), provider, clock, threads)
+        renewals = read_renewals(database, clock, scope, max_overdue_days, shard)
+        asked = ask_about_open(renewals, database, provider, clock, threads)
         decisions = [decision for decision in decide(asked, clock) if not isinstance(decision, NotCharged)]
         changes += len(decisions)
         first.extend(shown(decision) for decision in decisions[: 100 - len(first)])
@@ -211,8 +213,8 @@ def renew_shard(
         shard = shard_of_key(context.get_mapping_key())
         scope, division = _agreed(context, run, clock)
         renewals = read_renewals(billing_database, clock, scope, division.max_overdue_days, shard)
-        asked = ask_about_open(renewals, payment_provider, clock, threads)
-        plan = RenewalPlan(scope, tuple(decide(asked, clock)), asked.view.extra, asked.unusable)
+        asked = ask_about_open(renewals, billing_database, payment_provider, clock, threads)
+        plan = RenewalPlan(scope, tuple(decide(asked, clock)), asked.view.extra, asked.unusable, asked.clocks)
         del renewals, asked
         apply_plan(
             context,
@@ -227,6 +229,7 @@ def renew_shard(
     context.add_output_metadata(
         {
             **describe_report(scope, report, JOB),
+            **describe_clocks(context, plan.clocks),
             _REPORT: dg.MetadataValue.text(
                 json.dumps(
                     {

@@ -31,6 +31,7 @@ from billing_orchestration.domain.answers import (
 )
 from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.billing_calendar import BillingCalendar
+from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.problem_kinds import NO_CONTACT, TWO_ACTIVE
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
@@ -51,6 +52,7 @@ from billing_orchestration.domain.shards import Shard
 from billing_orchestration.jobs.autopayment.charging import Charging
 from billing_orchestration.jobs.autopayment.pace import ChargingLimits
 from billing_orchestration.jobs.autopayment.pipeline import Pipeline
+from billing_orchestration.jobs.clocks import clocks_apart, look_at_clocks, note_clocks
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
 from billing_orchestration.provider.errors import ProviderError, WrongCredentials
@@ -103,6 +105,7 @@ class AskedRenewals:
     unusable: tuple[UnusablePayment, ...]
     asked_about: int
     searched_for: int
+    clocks: Clocks
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class RenewalPlan:
     decisions: tuple[RenewalDecision, ...]
     extra: tuple[ProviderPayment, ...]
     unusable: tuple[UnusablePayment, ...]
+    clocks: Clocks
     refused: tuple[Decision, ...] = ()
 
 
@@ -144,8 +148,14 @@ def bounds_of_due(
     }
 
 
-def ask_about_open(renewals: Renewals, provider: ProviderConnection, clock: Clock, threads: Threads) -> AskedRenewals:
-    """The provider's slice: what became of attempts whose outcome is open. It reads only."""
+def ask_about_open(
+    renewals: Renewals, database: BillingDatabase, provider: ProviderConnection, clock: Clock, threads: Threads
+) -> AskedRenewals:
+    """The provider's slice: what became of attempts whose outcome is open, and what time it is there. It reads only.
+
+    The provider's clock is asked for before the first charge: one that is lost while the clocks are apart would be
+    searched for at the wrong time, and made once more.
+    """
     attempts = renewals.slice.open_attempts
     pending = [attempt for attempt in attempts if attempt.state == State.PENDING]
     lost = attempts_to_search(attempts, clock.now())
@@ -154,10 +164,13 @@ def ask_about_open(renewals: Renewals, provider: ProviderConnection, clock: Cloc
     if pending:
         views.append(_ask_about(pending, provider, threads))
     if lost:
-        view, odd = _search(lost, provider)
+        view, odd = _search(lost, provider, clock.now())
         views.append(view)
         unusable.extend(odd)
-    return AskedRenewals(renewals, merge_views(views), tuple(unusable), len(pending), len(lost))
+    if attempts or renewals.slice.due:
+        provider.client.make_sure_of_clock()
+    clocks = look_at_clocks(database, clock, provider)
+    return AskedRenewals(renewals, merge_views(views), tuple(unusable), len(pending), len(lost), clocks)
 
 
 def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection, threads: Threads) -> ProviderView:
@@ -178,10 +191,12 @@ def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection, threads
     return ProviderView(answers, frozenset(), silent)
 
 
-def _search(lost: Sequence[Attempt], provider: ProviderConnection) -> tuple[ProviderView, list[UnusablePayment]]:
+def _search(
+    lost: Sequence[Attempt], provider: ProviderConnection, now: datetime
+) -> tuple[ProviderView, list[UnusablePayment]]:
     views: list[ProviderView] = []
     unusable: list[UnusablePayment] = []
-    for start, end, attempts in scan_windows(lost):
+    for start, end, attempts in scan_windows(lost, now):
         try:
             scan = provider.client.scan(start, end)
         except WrongCredentials:
@@ -214,7 +229,16 @@ def decide(asked: AskedRenewals, clock: Clock) -> list[RenewalDecision]:
         )
         for subscription_id, ended_at in renewals.slice.too_old_examples
     )
-    return decisions
+    return decisions if asked.clocks.may_be_trusted else [_held(decision) for decision in decisions]
+
+
+def _held(decision: RenewalDecision) -> RenewalDecision:
+    """With a wrong clock nothing is sent, missed or given up. What the provider says of an attempt holds anyway."""
+    if isinstance(decision, (Conclude, NotCharged)):
+        return decision
+    held = shown(decision)
+    reason = f"{held.action}, if the clocks were not apart"
+    return NotCharged(held.subject, Code.CLOCKS_APART, reason, held.money, needs_retry=True)
 
 
 def line_of(decision: Charge | Resend | Conclude | Void | NoteAbsence) -> str:
@@ -276,6 +300,7 @@ def apply_plan(
         problems = [problem for d in plan.decisions if isinstance(d, NotCharged) and (problem := _problem_of(d))]
         report.quarantined += len(problems)
         report.opened += open_all(database, stamp(), problems)
+    note_clocks(report, plan.clocks, "Nothing was charged, no absence noted, no attempt given up")
     report.skipped += len(plan.refused)
     report.decisions.extend(plan.refused)
     report_unusable(report, plan.unusable, database=database, stamp=stamp(), dry_run=scope.dry_run)
@@ -338,7 +363,13 @@ def _charge(
     client = provider.client
     if config.max_requests_per_second is not None:
         client.limit_rate(config.max_requests_per_second)
-    charging = Charging(database, client, lambda: Stamp(JOB, plan.scope.run_id, clock.now()), context.log.info)
+    charging = Charging(
+        database,
+        client,
+        lambda: Stamp(JOB, plan.scope.run_id, clock.now()),
+        context.log.info,
+        clocks_apart=lambda: clocks_apart(database, clock, provider),
+    )
     limits = ChargingLimits(config.max_concurrency, config.max_sends, config.resend_wait_s)
     pipeline = Pipeline(charging, limits, threads)
     refused: list[Problem] = []

@@ -183,7 +183,12 @@ class Process:
             )
 
         return SimulatedProvider(
-            settings, wire, self.threads, lambda seconds: world.pass_time(min(seconds, 5.0)), self.accidents.generator
+            settings,
+            wire,
+            self.threads,
+            world.host_now,
+            lambda seconds: world.pass_time(min(seconds, 5.0)),
+            self.accidents.generator,
         )
 
 

@@ -180,6 +180,7 @@ class SimulatedProvider(PaymentProvider):
         settings: Any,
         make_wire: Callable[[], SimulatedWire],
         threads: Threads,
+        now: Callable[[], datetime],
         sleep: Callable[[float], None],
         generator: random.Random,
     ) -> None:
@@ -189,6 +190,7 @@ class SimulatedProvider(PaymentProvider):
             api_url=settings.yookassa_api_url,
             timeouts=Timeouts(connect_s=2.0, charge_read_s=40.0, read_s=15.0),
             threads=threads,
+            now=now,
             sleep=sleep,
             uniform=generator.uniform,
         )

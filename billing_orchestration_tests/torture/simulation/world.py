@@ -279,7 +279,7 @@ class World:
             "run": RunSettings(as_of=order.as_of, dry_run=order.dry_run),
             "billing_database": database,
             "payment_provider": provider,
-            "clock": Clock(self.host_now),
+            "clock": Clock(self.host_now, lambda _: self.now),
             "threads": process.threads,
             "hand_over": HandOver(),
         }
@@ -290,7 +290,11 @@ class World:
 
     def _run_whole(self, process: Process, job: str, order: Order) -> RunEnd:
         definitions = build_definitions(
-            load=lambda: self.settings, now=self.host_now, connect=process.connect, threads=process.threads
+            load=lambda: self.settings,
+            now=self.host_now,
+            database_now=lambda _: self.now,
+            connect=process.connect,
+            threads=process.threads,
         )
         if self._instance is None:
             self._instance = dg.DagsterInstance.ephemeral()
