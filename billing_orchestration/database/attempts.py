@@ -196,19 +196,16 @@ def open_and_claim(
 
 _INSERT_LOST = sa.text(f"""
     INSERT INTO billing_orchestration.renewal_attempts
-        ({_NAMES}, state, planned_at, first_sent_at, sends, last_error, run_id)
-    SELECT {_NAMES}, '{State.VOID}', x.sent_at, x.sent_at, 1, 'its record was lost: rebuilt from its payment', :run_id
+        ({_NAMES}, state, planned_at, first_sent_at, last_sent_at, sends, last_error, run_id)
+    SELECT {_NAMES}, '{State.VOID}', x.sent_at, x.sent_at, x.sent_at, 1,
+           'its record was lost: rebuilt from its payment', :run_id
     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x ({_FIELDS}, sent_at timestamptz)
     ON CONFLICT DO NOTHING
 """)
 
 
 def insert_lost(connection: sa.Connection, stamp: Stamp, attempts: Sequence[Attempt]) -> int:
-    """Write attempts that were rebuilt from their payments, VOID until those are settled; return how many.
-
-    Nobody knows when such an attempt was sent last: `last_sent_at` stays empty, and says nothing about how young our
-    records are.
-    """
+    """Write attempts that were rebuilt from their payments, VOID until those are settled; return how many."""
     rows = [{**_row_of(attempt), "sent_at": attempt.first_sent_at} for attempt in attempts]
     return int(connection.execute(_INSERT_LOST, {"rows": to_json(rows), "run_id": stamp.run_id}).rowcount)
 
@@ -408,3 +405,9 @@ def by_ids(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> dict[
     """The attempts with these ids as they are now."""
     rows = connection.execute(select_attempts(renewal_attempts.c.id.in_(list(attempt_ids))))
     return {row.id: attempt_of(row) for row in rows}
+
+
+def known_ids(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+    """Which of these attempts the database has."""
+    known = sa.select(renewal_attempts.c.id).where(renewal_attempts.c.id == sa.any_(sa.bindparam("ids")))
+    return set(connection.execute(known, {"ids": list(attempt_ids)}).scalars())

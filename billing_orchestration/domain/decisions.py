@@ -53,7 +53,7 @@ class Code:
     ALREADY_PLANNED = "already_planned"
     PERIOD_SETTLED = "period_settled"
     TWO_ACTIVE = "two_active"
-    HELD_BY_ENTRY = "held_by_entry"
+    HELD = "held"
     HARD_DECLINE = "hard_decline"
     TOO_LONG_OVERDUE = "too_long_overdue"
     TRIED_TODAY = "tried_today"

@@ -53,6 +53,8 @@ ProblemKind = Literal[
 NOT_WRITABLE: ProblemKind = "not_writable"
 UNKNOWN_ATTEMPT: ProblemKind = "unknown_attempt"
 TWO_ACTIVE: ProblemKind = "two_active"
+# Opened for a paid renewal, perhaps one whose attempt we do not have: its subscription is not charged meanwhile.
+HOLDING: tuple[ProblemKind, ...] = (UNKNOWN_ATTEMPT, NOT_WRITABLE)
 SECOND_SUCCESS: ProblemKind = "second_success"
 NO_CONTACT: ProblemKind = "no_contact"
 RECEIPT: ProblemKind = "receipt"

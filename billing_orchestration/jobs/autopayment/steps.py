@@ -5,7 +5,7 @@ They take what a run works on and return what it found; what a run's page shows 
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 import dagster as dg
@@ -39,6 +39,7 @@ from billing_orchestration.domain.receipts import mask_body
 from billing_orchestration.domain.renewals import (
     Charge,
     Conclude,
+    Holds,
     NotCharged,
     NoteAbsence,
     RenewalDecision,
@@ -50,6 +51,7 @@ from billing_orchestration.domain.renewals import (
 from billing_orchestration.domain.run_scope import RunScope
 from billing_orchestration.domain.shards import Shard
 from billing_orchestration.jobs.autopayment.charging import Charging
+from billing_orchestration.jobs.autopayment.lost_charges import Search, search, settle_lost
 from billing_orchestration.jobs.autopayment.pace import ChargingLimits
 from billing_orchestration.jobs.autopayment.pipeline import Pipeline
 from billing_orchestration.jobs.clocks import clocks_apart, look_at_clocks, note_clocks
@@ -106,6 +108,13 @@ class AskedRenewals:
     asked_about: int
     searched_for: int
     clocks: Clocks
+    search: Search = field(default_factory=Search)
+
+    @property
+    def holds(self) -> Holds:
+        """What holds a charge: entries in quarantine, and charges that our records have lost."""
+        known, lost = self.renewals.slice.holds, self.search.lost
+        return Holds({**lost.attempts, **known.attempts}, {**lost.subscriptions, **known.subscriptions})
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,7 @@ class RenewalPlan:
     extra: tuple[ProviderPayment, ...]
     unusable: tuple[UnusablePayment, ...]
     clocks: Clocks
+    search: Search
     refused: tuple[Decision, ...] = ()
 
 
@@ -173,6 +183,15 @@ def ask_about_open(
     return AskedRenewals(renewals, merge_views(views), tuple(unusable), len(pending), len(lost), clocks)
 
 
+def ask_for_lost(
+    asked: AskedRenewals, database: BillingDatabase, provider: ProviderConnection, clock: Clock
+) -> AskedRenewals:
+    """The same with charges that our records have lost, where anybody could be charged."""
+    found, days = asked.renewals.slice, asked.renewals.rules.max_overdue_days
+    may_charge = bool(found.due or found.open_attempts)
+    return replace(asked, search=search(database, provider, clock, days, may_charge=may_charge))
+
+
 def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection, threads: Threads) -> ProviderView:
     answers, silent = {}, {}
     by_payment = {attempt.external_payment_id: attempt for attempt in pending if attempt.external_payment_id}
@@ -219,7 +238,7 @@ def decide(asked: AskedRenewals, clock: Clock) -> list[RenewalDecision]:
         now=clock.now(),
         rules=renewals.rules,
         in_review=renewals.slice.in_review,
-        holds=renewals.slice.holds,
+        holds=asked.holds,
     )
     decisions.extend(
         NotCharged(
@@ -285,6 +304,7 @@ def apply_plan(
         report.applied = sum(not isinstance(decision, NotCharged) for decision in plan.decisions)
     else:
         _conclude_open(plan, report, database, provider, stamp())
+        settle_lost(plan.search, report, database, provider, stamp)
         if to_charge := [d.attempt.subscription_id for d in plan.decisions if isinstance(d, Charge)]:
             with database.begin() as connection:
                 close_reachable(connection, stamp(), to_charge)
