@@ -219,8 +219,8 @@ def _entry_id(text: str) -> int:
 
 
 def _row_id(text: str) -> int:
-    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else 0
-    if not 1 <= number <= 2_147_483_647:
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 19 else 0
+    if not 1 <= number <= 2**63 - 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not the id of a row")
     return number
 

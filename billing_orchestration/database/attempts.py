@@ -144,8 +144,9 @@ class Claimed:
 _LOCK_SUBSCRIPTIONS = sa.text("SELECT FROM subscriptions s WHERE s.id = ANY(:ids) ORDER BY s.id FOR SHARE")
 
 # What is frozen when an attempt is planned, as it travels into a statement.
-_FIELDS = """id uuid, subscription_id int, period_start timestamp, number int, idempotence_key uuid, body text,
-    amount numeric(8,2), currency text, user_id text, plan_id int, payment_provider_id int, payment_method_id text"""
+_FIELDS = """id uuid, subscription_id bigint, period_start timestamp, number int, idempotence_key uuid, body text,
+    amount numeric(8,2), currency text, user_id text, plan_id bigint, payment_provider_id bigint,
+    payment_method_id text"""
 _NAMES = ", ".join(column.split()[0] for column in _FIELDS.replace("8,2", "").split(","))
 
 _OPEN_AND_CLAIM = f"""

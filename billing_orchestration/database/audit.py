@@ -213,7 +213,7 @@ _OPEN_PROBLEMS = sa.text(f"""
     SELECT x.problem_key, x.kind, x.reason, x.external_payment_id, x.payment_id, x.subscription_id, x.attempt_id,
            x.evidence, :job, :run_id, :at
     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x (
-        problem_key text, kind text, reason text, external_payment_id text, payment_id int, subscription_id int,
+        problem_key text, kind text, reason text, external_payment_id text, payment_id bigint, subscription_id bigint,
         attempt_id uuid, evidence jsonb)
     WHERE NOT EXISTS (
         SELECT FROM billing_orchestration.quarantine q

@@ -33,7 +33,7 @@ def session_of_shop(provider_ids: str | None) -> dict[str, str]:
 
 def of_this_shop(column: str) -> str:
     """SQL that is true for an id of this shop's payment providers."""
-    return f"({_PROVIDER_IDS} IS NULL OR {column} = ANY (CAST(string_to_array({_PROVIDER_IDS}, ',') AS int[])))"
+    return f"({_PROVIDER_IDS} IS NULL OR {column} = ANY (CAST(string_to_array({_PROVIDER_IDS}, ',') AS bigint[])))"
 
 
 def readable(column: str) -> str:

@@ -83,7 +83,7 @@ _SAMPLE_OVER = sa.text(f"""
      FROM subscriptions s
      WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND {_HELD_BACK}
      ORDER BY s.ended_at, s.id LIMIT :size)
-""").columns(id=sa.Integer, user_id=sa.String, ended_at=sa.String, held=sa.Boolean)
+""").columns(id=sa.BigInteger, user_id=sa.String, ended_at=sa.String, held=sa.Boolean)
 
 
 def fetch_over(connection: sa.Connection, over_before: datetime, sample_size: int) -> OverSlice:

@@ -25,7 +25,7 @@ from billing_orchestration.database.errors import (
 from billing_orchestration.database.tables import service
 
 # Every revision of database/migrations/versions, oldest first: a run knows the newest without loading Alembic.
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008")
 HEAD_REVISION = REVISIONS[-1]
 # Not Alembic's default name: the service has an alembic_version of its own (in public, with its own revision).
 VERSION_TABLE = "schema_version"
@@ -68,7 +68,7 @@ def check_schema(connection: sa.Connection) -> None:
 
 # NULL where the setting is not there.
 _PROVIDERS = sa.text(f"""
-    SELECT CAST(string_to_array(nullif(current_setting('{PROVIDER_IDS}', true), ''), ',') AS int[]),
+    SELECT CAST(string_to_array(nullif(current_setting('{PROVIDER_IDS}', true), ''), ',') AS bigint[]),
            ARRAY(SELECT id FROM payment_providers ORDER BY id)
 """)
 

@@ -92,9 +92,9 @@ _DUE = f"""
     ORDER BY s.ended_at, s.id
 """
 _DUE_COLUMNS: Mapping[str, Any] = {
-    "id": sa.Integer,
+    "id": sa.BigInteger,
     "user_id": sa.String,
-    "plan_id": sa.Integer,
+    "plan_id": sa.BigInteger,
     "started_at": UtcNaive,
     "ended_at": UtcNaive,
     "plan_name": sa.String,
@@ -102,12 +102,12 @@ _DUE_COLUMNS: Mapping[str, Any] = {
     "duration_unit": sa.String,
     "method_id": sa.String,
     "method_currency": sa.String,
-    "method_provider_id": sa.Integer,
+    "method_provider_id": sa.BigInteger,
     "method_is_ours": sa.Boolean,
     "amounts": sa.ARRAY(sa.Numeric(8, 2)),
     "stopped_at": sa.DateTime(timezone=True),
     "settled_until": UtcNaive,
-    "outlasted_by": sa.Integer,
+    "outlasted_by": sa.BigInteger,
 }
 
 _COUNTS = """

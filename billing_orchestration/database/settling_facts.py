@@ -152,8 +152,8 @@ _LOCK_PAYMENT_ROWS = f"""
     SELECT 'settled', external_payment_id, kind, NULL, NULL, NULL, NULL, NULL, NULL
     FROM billing_orchestration.settlements WHERE external_payment_id = ANY(%(ids)s)
     UNION ALL
-    SELECT DISTINCT 'set aside', external_payment_id, NULL, CAST(NULL AS int), CAST(NULL AS int), CAST(NULL AS int),
-           CAST(NULL AS numeric), NULL, CAST(NULL AS timestamp)
+    SELECT DISTINCT 'set aside', external_payment_id, NULL, CAST(NULL AS bigint), CAST(NULL AS bigint),
+           CAST(NULL AS bigint), CAST(NULL AS numeric), NULL, CAST(NULL AS timestamp)
     FROM billing_orchestration.quarantine
     -- An entry about a row of the service's (its expiry was refused) says nothing about the provider's payment.
     WHERE external_payment_id = ANY(%(ids)s) AND resolution = '{IGNORED}'
@@ -205,7 +205,7 @@ _LOCK_PERIODS = f"""
     FROM billing_orchestration.renewal_attempts
     WHERE (subscription_id, period_start) IN (
         SELECT subscription_id, period_start FROM billing_orchestration.renewal_attempts WHERE id = ANY(%(ids)s)
-        UNION SELECT * FROM unnest(CAST(%(subscriptions)s AS int[]), CAST(%(starts)s AS timestamp[])))
+        UNION SELECT * FROM unnest(CAST(%(subscriptions)s AS bigint[]), CAST(%(starts)s AS timestamp[])))
     ORDER BY subscription_id, period_start, number FOR UPDATE
 """
 
@@ -252,10 +252,10 @@ _LOCK_SUBSCRIPTIONS = f"""
            {readable("s.started_at")} AS started_at, {readable("s.ended_at")} AS ended_at
     FROM subscriptions s
     WHERE s.id IN (
-        SELECT unnest(CAST(%(ids)s AS int[]))
+        SELECT unnest(CAST(%(ids)s AS bigint[]))
         UNION
         SELECT a.id FROM subscriptions a
-        JOIN (SELECT * FROM unnest(CAST(%(users)s AS text[]), CAST(%(plans)s AS int[])) AS w (user_id, plan_id)) w
+        JOIN (SELECT * FROM unnest(CAST(%(users)s AS text[]), CAST(%(plans)s AS bigint[])) AS w (user_id, plan_id)) w
           ON a.user_id = w.user_id AND a.plan_id = w.plan_id
         WHERE a.status = 'ACTIVE')
     ORDER BY s.id FOR NO KEY UPDATE OF s
@@ -289,9 +289,9 @@ _READ_BESIDE = f"""
     FROM payments WHERE external_payment_id = ANY(%(ids)s)
     UNION ALL
     SELECT 'price', plan_id, CAST(NULL AS int), currency::text, amount
-    FROM prices WHERE plan_id = ANY(CAST(%(plans)s AS int[])) AND currency IS NOT NULL AND amount IS NOT NULL
+    FROM prices WHERE plan_id = ANY(CAST(%(plans)s AS bigint[])) AND currency IS NOT NULL AND amount IS NOT NULL
     UNION ALL
-    SELECT 'plan', id, duration, duration_unit, NULL FROM plans WHERE id = ANY(CAST(%(plans)s AS int[]))
+    SELECT 'plan', id, duration, duration_unit, NULL FROM plans WHERE id = ANY(CAST(%(plans)s AS bigint[]))
     UNION ALL
     SELECT 'provider', id, CAST(NULL AS int), NULL, NULL FROM payment_providers WHERE {of_this_shop("id")}
 """
@@ -332,7 +332,7 @@ def _read_beside(
 _PAID_MEANWHILE = sa.text("""
     SELECT DISTINCT x.external_payment_id
     FROM unnest(
-        CAST(:ids AS text[]), CAST(:subscriptions AS int[]), CAST(:methods AS text[]), CAST(:since AS timestamp[]))
+        CAST(:ids AS text[]), CAST(:subscriptions AS bigint[]), CAST(:methods AS text[]), CAST(:since AS timestamp[]))
         AS x (external_payment_id, subscription_id, payment_method_id, since)
     JOIN payments p ON p.subscription_id = x.subscription_id
     WHERE p.status IN ('SUCCEEDED', 'REFUNDED') AND p.updated_at >= x.since
@@ -367,7 +367,7 @@ def _read_paid_meanwhile(connection: sa.Connection, written_by_service: Mapping[
 _CHANGED_MEANWHILE = """
     SELECT DISTINCT x.external_payment_id
     FROM unnest(
-        CAST(%(ids)s AS text[]), CAST(%(users)s AS text[]), CAST(%(plans)s AS int[]), CAST(%(since)s AS timestamp[]))
+        CAST(%(ids)s AS text[]), CAST(%(users)s AS text[]), CAST(%(plans)s AS bigint[]), CAST(%(since)s AS timestamp[]))
         AS x (external_payment_id, user_id, plan_id, since)
     JOIN subscriptions s ON s.user_id = x.user_id AND s.plan_id = x.plan_id
     WHERE s.status IS DISTINCT FROM 'CREATED' AND greatest(s.created_at, s.updated_at) >= x.since

@@ -107,13 +107,13 @@ def _read_name(value: object) -> str | None:
 
 
 def _read_id(value: object) -> int | None:
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 19:
         number = int(value)
     elif isinstance(value, int) and not isinstance(value, bool):
         number = value
     else:
         return None
-    return number if 1 <= number <= 2_147_483_647 else None
+    return number if 1 <= number <= 2**63 - 1 else None
 
 
 def _read_instant(value: object) -> datetime | None:

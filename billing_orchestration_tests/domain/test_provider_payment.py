@@ -15,8 +15,8 @@ from billing_orchestration_tests.domain.given import a_payment, an_attempt, the_
 
 MALFORMED: dict[str, list[Any]] = {
     "user_id": ["", "  ", 42, ["ada"], {"id": "ada"}, True, "a\ufffdda"],
-    "plan_id": ["", "three", "0", "-3", "3.0", " 3", "٣", "99999999999", "2147483648", 0, True, 3.0, [3]],
-    "payment_provider_id": ["", "one", "0", "2147483648", False],
+    "plan_id": ["", "three", "0", "-3", "3.0", " 3", "٣", "9" * 20, "9223372036854775808", 0, True, 3.0, [3]],
+    "payment_provider_id": ["", "one", "0", "9223372036854775808", False],
     ATTEMPT_KEY: ["", "not-a-uuid", 5, ["x"], True],
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -18,7 +19,7 @@ from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.fixtures.installation import ROOT
 from billing_orchestration_tests.fixtures.pgbouncer import pooled
-from billing_orchestration_tests.fixtures.postgres import Server
+from billing_orchestration_tests.fixtures.postgres import SERVICE_SCHEMA, Server
 from billing_orchestration_tests.jobs.service import Run, Service
 
 ALL_JOBS = (
@@ -126,6 +127,23 @@ def test_bytes_of_another_encoding_in_one_row_stop_no_other(postgres_server: Ser
         assert [run.failure for run in runs] == [""] * len(ALL_JOBS)
         check()
         assert service.charged()[odd] == 0
+
+
+def test_ids_past_two_to_the_31_are_worked_on(postgres_server: Server, sandbox: Sandbox) -> None:
+    with postgres_server.database() as url, psycopg.connect(url, autocommit=True) as connection:
+        wide = re.sub(r"\bserial\b", "bigserial", SERVICE_SCHEMA.replace("_id integer", "_id bigint"))
+        connection.execute(wide.encode())
+        for table in SERVICE_TABLES:
+            connection.execute(f"SELECT setval('{table}_id_seq', 3000000000)".encode())
+        with service_on(url, sandbox) as service:
+            check = something_for_every_job(service, "anna")
+
+            runs = run_all(service)
+
+            assert [run.failure for run in runs] == [""] * len(ALL_JOBS)
+            check()
+            assert min(row.id for row in service.rows("payments")) > 2**31
+            assert all(row.payment_id > 2**31 for row in service.rows("settlements"))
 
 
 # --- What cannot work is refused before money moves
