@@ -237,7 +237,6 @@ def fetch_due(
         for method_id in [said[row.id].method_id if row.id in said else row.method_id]
     )
     counts = connection.execute(_statement(_COUNTS, shard), bounds).one()
-    without_end = connection.execute(_statement(_WITHOUT_END, shard), part).scalar_one()
     examples = connection.execute(_statement(_TOO_OLD_EXAMPLES, shard), {**bounds, "size": _EXAMPLES}).all()
     return DueSlice(
         due=due,
@@ -247,7 +246,7 @@ def fetch_due(
         too_old=counts.too_old,
         too_old_examples=tuple((row.id, row.ended_at) for row in examples),
         not_recurring=counts.not_recurring,
-        without_end=without_end,
+        without_end=connection.execute(_statement(_WITHOUT_END, shard), part).scalar_one(),
     )
 
 

@@ -102,7 +102,6 @@ def test_all_that_decides_is_in_one_record(books: Books) -> None:
         ended_at=NOON - A_DAY,
         plan_duration=1,
         plan_duration_unit="month",
-        plan_name="plan 1",
         method_id="card",
         method_currency="RUB",
         method_provider_id=books.provider_id,
