@@ -9,11 +9,11 @@ import sys
 from datetime import datetime, timezone
 from typing import Any
 
-from bench import charging, expiry, growth, history, matching, shards, tick
+from bench import charging, expiry, growth, history, matching, reconciliation, shards, tick
 from bench.measuring import LATEST, PUBLISHED, Row, machine, markdown
 from bench.stage import database
 
-PARTS = ("charging", "shards", "tick", "expiry", "matching", "growth", "history")
+PARTS = ("charging", "shards", "tick", "expiry", "matching", "growth", "history", "reconciliation")
 
 
 def main() -> None:
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--slice", type=int, default=10_000, help="provider payments to match (goal: 100000)")
     parser.add_argument("--repair", type=int, default=500, help="of them to repair (goal: 5000)")
     parser.add_argument("--payments", type=int, default=500_000, help="rows of the payments table (goal: 5000000)")
+    parser.add_argument("--days", type=int, default=3, help="days to reconcile (goal: 30, with --slice 33334)")
     parser.add_argument("--largest", type=int, default=100_000, help="growth: rows of the largest table (100000)")
     parser.add_argument("--publish", action="store_true", help="keep them in bench/results/, for docs/performance.md")
     given = parser.parse_args()
@@ -54,6 +55,8 @@ def main() -> None:
                 raw, more = expiry.measure(server, results, given.rounds, given.subscriptions)
             elif part == "matching":
                 raw, more = matching.measure(server, results, given.rounds, given.slice, given.repair, given.payments)
+            elif part == "reconciliation":
+                raw, more = reconciliation.measure(server, given.rounds, given.days, given.slice)
             elif part == "history":
                 raw, more = history.measure(server)
             else:

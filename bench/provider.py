@@ -1,9 +1,9 @@
 """A provider that costs next to nothing, as a process of its own: so that the client is measured and not the server.
 
 It speaks what the client needs of the provider's API (a charge, one payment by its id, which nobody paid, and the list
-with its filters and cursors), answers each request after a given latency, and does no more: 0.1 ms of CPU an answer,
-against 0.9 ms of the sandbox, which checks everything and would itself be the limit on a machine with two cores. Tests
-use the sandbox, never this.
+with its filters and cursors; nothing was refunded), answers each request after a given latency, and does no more:
+0.1 ms of CPU an answer, against 0.9 ms of the sandbox, which checks everything and would itself be the limit on a
+machine with two cores. Tests use the sandbox, never this.
 """
 
 from __future__ import annotations
@@ -136,6 +136,8 @@ class _Connection(asyncio.Protocol):
     def _answer(self, method: bytes, target: str, body: bytes) -> bytes:
         if method == b"GET":
             address = urlsplit(target)
+            if address.path.endswith("/refunds"):
+                return b'{"type":"list","items":[]}'
             asked_about = address.path.partition("/payments/")[2]
             if asked_about:
                 unpaid = {**_payment(asked_about, _stamp(datetime.now(UTC)), _PRICE, {}, asked_about), **_CANCELED}
