@@ -55,6 +55,8 @@ UNKNOWN_ATTEMPT: ProblemKind = "unknown_attempt"
 TWO_ACTIVE: ProblemKind = "two_active"
 # Opened for a paid renewal, perhaps one whose attempt we do not have: its subscription is not charged meanwhile.
 HOLDING: tuple[ProblemKind, ...] = (UNKNOWN_ATTEMPT, NOT_WRITABLE)
+# Of a subscription, not of a payment: gone by the next success for that subscription.
+REJECTED: ProblemKind = "rejected"
 SECOND_SUCCESS: ProblemKind = "second_success"
 NO_CONTACT: ProblemKind = "no_contact"
 RECEIPT: ProblemKind = "receipt"
@@ -68,7 +70,7 @@ FOR_A_PERSON: tuple[ProblemKind, ...] = (
     *OF_THE_BOOKS,
     SECOND_SUCCESS,
     TWO_ACTIVE,
-    "rejected",
+    REJECTED,
     "gap",
     "no_contact",
 )
