@@ -15,7 +15,12 @@ from billing_orchestration_tests.jobs.service import Service
 
 @pytest.fixture
 def definitions(service: Service) -> dg.Definitions:
-    return build_definitions(load=lambda: service.settings, now=lambda: service.now, connect=service.connect_provider)
+    return build_definitions(
+        load=lambda: service.settings,
+        now=lambda: service.now,
+        connect=service.connect_provider,
+        database_now=service.database_now,
+    )
 
 
 def test_a_plan_shows_each_decision_and_the_hash_that_approves_it(

@@ -65,7 +65,7 @@ LONG_AGO = datetime(2000, 1, 1, tzinfo=timezone.utc)
 
 def sent(books: Books, key: str, body: dict[str, Any], began: datetime = LONG_AGO) -> list[str]:
     """What the judge says about it, sent by a run that `began` then."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(body, separators=(",", ":"))
     wrong = books.oracle.wrong_send(key, text, began)
     return [*wrong, *books.oracle.wrong_charge(key, text, books.payments.values(), books.now, books.now)]
 
