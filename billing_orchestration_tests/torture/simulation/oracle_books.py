@@ -51,13 +51,19 @@ class BooksJudge(Judge):
                 " FROM billing_orchestration.settlements"
             )
         }
+        # A settlement that only records the service's own grant has a period, too, and has moved no end.
+        moved_here = {
+            row.external_payment_id
+            for row in self.rows("SELECT external_payment_id FROM billing_orchestration.audit_trail"
+                                 " WHERE entity = 'subscription' AND external_payment_id IS NOT NULL")
+        }  # fmt: skip
         for payment_id, row in ours.items():
             if payment_id not in charged:
                 yield f"GRANTED UNPAID: settlement of {payment_id}, for which no money moved"
                 continue
             if row.kind == "refunded" or row.period_end is None:
                 continue
-            if payment_id in journal.service_grants:
+            if payment_id in journal.service_grants and payment_id in moved_here:
                 yield f"GRANTED TWICE: {payment_id} by the service's webhook and by {row.kind} here"
             if journal.refunded.get(payment_id) is False:
                 yield f"GRANTED UNPAID: {payment_id} was refunded in full before it was granted"

@@ -83,7 +83,7 @@ class Successes:
             self._agenda.tick_at(world.now + MINUTE + max(timedelta(0), world.traits.service_skew))
             return True
         # It has a minute, which the jobs leave to it, by the provider's clock.
-        left_s = 57.0 - (world.now - payment.captured_at).total_seconds()
+        left_s = 57.0 - (world.provider_now() - payment.captured_at).total_seconds()
         if not world.plays("careless webhooks") or left_s < 1.0 or world.is_busy:
             return False
         row_id = world.service.read_pending(payment)
