@@ -12,7 +12,6 @@ import sqlalchemy as sa
 from billing_orchestration.database.audit import Stamp, in_words_of
 from billing_orchestration.database.conventions import naive_utc, of_this_shop
 from billing_orchestration.database.payment_rows import select_rows
-from billing_orchestration.domain.clocks import TOLERATED
 from billing_orchestration.domain.settlement_decisions import PaymentRow
 
 Id = TypeVar("Id", str, int)
@@ -89,31 +88,32 @@ def parts_of(ids: Sequence[Id]) -> Iterator[list[Id]]:
         yield list(ids[start : start + _IDS_AT_A_TIME])
 
 
-_WATERMARK = sa.text("SELECT covered_until FROM billing_orchestration.watermarks WHERE job = :job")
-_ADVANCE_WATERMARK = sa.text("""
+_WATERMARK = "SELECT covered_until FROM billing_orchestration.watermarks WHERE job = :job"
+_MOVE_WATERMARK = sa.text("""
     INSERT INTO billing_orchestration.watermarks AS w (job, covered_until, run_id, updated_at)
     VALUES (:job, :covered_until, :run_id, :at)
     ON CONFLICT (job) DO UPDATE
     SET covered_until = excluded.covered_until, run_id = excluded.run_id, updated_at = excluded.updated_at
-    WHERE w.covered_until < excluded.covered_until OR w.covered_until > :latest
+    WHERE w.covered_until = :seen
 """)
 
 
-def read_watermark(connection: sa.Connection, job: str) -> datetime | None:
-    """Until when a job has covered time without a gap; None before its first run."""
-    found: datetime | None = connection.execute(_WATERMARK, {"job": job}).scalar_one_or_none()
+def read_watermark(connection: sa.Connection, job: str, *, lock: bool = False) -> datetime | None:
+    """Until when a job has covered time without a gap; None before its first run. `lock`: nobody else moves it then."""
+    query = sa.text(f"{_WATERMARK} FOR UPDATE" if lock else _WATERMARK)
+    found: datetime | None = connection.execute(query, {"job": job}).scalar_one_or_none()
     return found
 
 
-def advance_watermark(connection: sa.Connection, stamp: Stamp, covered_until: datetime) -> None:
-    """Note that a job has covered time up to an instant. It never goes back, but from an instant in the future."""
+def move_watermark(connection: sa.Connection, stamp: Stamp, seen: datetime | None, covered_until: datetime) -> None:
+    """Note that a job has covered time up to an instant. Nothing happens when it is not where it was `seen`."""
     connection.execute(
-        _ADVANCE_WATERMARK,
+        _MOVE_WATERMARK,
         {
             "job": stamp.job,
             "covered_until": covered_until,
             "run_id": stamp.run_id,
             "at": stamp.at,
-            "latest": stamp.at + TOLERATED,
+            "seen": seen,
         },
     )

@@ -16,13 +16,15 @@ from billing_orchestration.domain.settlement_decisions import PaymentRow
 class MatchingDiff:
     """What differs. `to_settle` goes through settling, oldest success first; `reported` is left as it is, with reasons.
 
-    `agreed`: how many payments both sides hold alike. `foreign`: how many are another seller's, reported one by one.
+    `left`: what is the webhook's for its minute, to be looked at again. `agreed`: how many payments both sides hold
+    alike. `foreign`: how many are another seller's, reported one by one.
     """
 
     to_settle: tuple[ProviderPayment, ...]
     reported: tuple[Decision, ...]
     agreed: int
     foreign: int = 0
+    left: tuple[ProviderPayment, ...] = ()
 
 
 def by_provider_id(rows: Iterable[PaymentRow]) -> dict[str, list[PaymentRow]]:
@@ -48,15 +50,15 @@ def diff_pending(
     a provider id, which nothing can be matched by.
     """
     differing: list[ProviderPayment] = []
-    left: list[Decision] = []
+    left: list[ProviderPayment] = []
     for payment in paid:
         if payment.id in pending:
             if payment.succeeded_within(webhook_grace, now):
-                left.append(_left(payment))
+                left.append(payment)
             else:
                 differing.append(payment)
     reported = [
-        *left,
+        *map(_left, left),
         *(
             Decision(
                 Action.LEAVE,
@@ -70,7 +72,8 @@ def diff_pending(
     ]
     for payment in differing:
         reported += _duplicates(payment, pending[payment.id])
-    return MatchingDiff(_by_success(differing), tuple(reported), len(paid) - len(differing) - len(left))
+    agreed = len(paid) - len(differing) - len(left)
+    return MatchingDiff(_by_success(differing), tuple(reported), agreed, left=tuple(left))
 
 
 def diff_successful(
@@ -90,6 +93,7 @@ def diff_successful(
     """
     differing: list[ProviderPayment] = []
     reported: list[Decision] = []
+    left: list[ProviderPayment] = []
     agreed = foreign = 0
     for payment in paid:
         found = rows.get(payment.id, ())
@@ -103,10 +107,11 @@ def diff_successful(
             foreign += 1
             reported.append(_foreign(payment))
         elif payment.succeeded_within(webhook_grace, now):
+            left.append(payment)
             reported.append(_left(payment))
         else:
             differing.append(payment)
-    return MatchingDiff(_by_success(differing), tuple(reported), agreed, foreign)
+    return MatchingDiff(_by_success(differing), tuple(reported), agreed, foreign, tuple(left))
 
 
 def _foreign(payment: ProviderPayment) -> Decision:

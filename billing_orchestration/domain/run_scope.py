@@ -138,17 +138,26 @@ def covering_window(scope: RunScope, watermark: datetime | None, now: datetime) 
     return Window(wanted, scope.as_of)
 
 
-def next_watermark(scope: RunScope, window: Window, watermark: datetime | None, now: datetime) -> datetime | None:
+def next_watermark(
+    scope: RunScope, window: Window, watermark: datetime | None, now: datetime, left_since: datetime | None = None
+) -> datetime | None:
     """Where the watermark moves once the whole window was applied; None: it stays.
 
     It moves only over time that was covered without a gap, the overlap included. A backfill of last month moves
     nothing, nor does one that merely adjoins the covered time. One in the future is put right by a run that has read
     back from now.
+
+    `left_since`: when the oldest success was paid that the run has left for a later one. The watermark never lies
+    behind it, and goes back to it where it must: else nobody would look again.
     """
-    if watermark is not None and is_in_future(watermark, now):
-        return window.end if scope.heals else None
-    if watermark is not None and watermark >= window.end:
-        return None
-    if scope.heals or (watermark is not None and window.start <= watermark - CATCH_UP_OVERLAP):
-        return window.end
-    return None
+    end = window.end if left_since is None else min(window.end, left_since)
+    if watermark is None:
+        return end if scope.heals else None
+    if is_in_future(watermark, now):
+        return end if scope.heals else None
+    if scope.heals and left_since is not None and left_since < watermark:
+        return end
+    # Another run may have moved the watermark back since this one has read its window.
+    reaches_back_to = window.start if window.gap is None else window.gap[0]
+    joins = reaches_back_to <= watermark - CATCH_UP_OVERLAP
+    return end if joins and end > watermark else None

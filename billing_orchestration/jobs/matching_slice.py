@@ -9,7 +9,7 @@ from pydantic import Field
 
 from billing_orchestration.alerting import beat
 from billing_orchestration.database.audit import Problem, Stamp
-from billing_orchestration.database.matching import advance_watermark, fetch_settled, read_watermark
+from billing_orchestration.database.matching import fetch_settled, move_watermark, read_watermark
 from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.decisions import Action, Decision
 from billing_orchestration.domain.matching import MatchingDiff
@@ -200,6 +200,10 @@ def apply_matching(
     report_settled(report, results, database=database, stamp=stamp(), dry_run=scope.dry_run)
     report_unusable(report, plan.unusable, database=database, stamp=stamp(), dry_run=scope.dry_run)
     report.decisions.extend(plan.diff.reported)
+    retry_hint = "The next tick tries again"
+    if not scope.heals:
+        retry_hint = "No tick covers this time again, so launch this run again"
+        report.again.extend(f"payment {payment.id}: the service's webhook is at work on it" for payment in report.left)
     _report_without_receipt(plan, report, database, stamp())
     is_covered = plan.is_whole and plan.clocks.may_be_trusted
     note_clocks(
@@ -212,27 +216,19 @@ def apply_matching(
     if not scope.dry_run:
         # What an approval refused is not covered; the next tick looks at it again.
         if not report.again and is_covered:
-            _advance(job, scope, window, database, stamp())
+            _advance(job, plan, report, database, stamp())
             heartbeat = database.settings.heartbeat_url
             if heartbeat is not None and scope.heals and not beat(heartbeat.get_secret_value()):
                 context.log.warning("HEARTBEAT_URL did not take the heartbeat of this tick; nothing else is wrong")
         if report.applied or report.opened or report.again:
-            yield plotted(
-                context,
-                ("billing", job),
-                {
-                    "corrections": report.applied,
-                    "quarantined": report.opened,
-                    "to retry": len(report.again),
-                },
-            )
-    conclude(
-        context,
-        scope,
-        report,
-        retry_hint="Nothing was granted for them. The next tick tries again; nothing is granted twice.",
-        job=job,
-    )
+            numbers = {
+                "corrections": report.applied,
+                "quarantined": report.opened,
+                "to retry": len(report.again),
+            }
+            yield plotted(context, ("billing", job), numbers)
+    hint = f"Nothing was granted for them. {retry_hint}; nothing is granted twice."
+    conclude(context, scope, report, retry_hint=hint, job=job)
     yield dg.Output(None)
 
 
@@ -258,11 +254,14 @@ def _report_without_receipt(plan: MatchingPlan, report: RunReport, database: Bil
         report.opened += open_all(database, stamp, problems)
 
 
-def _advance(job: str, scope: RunScope, window: Window, database: BillingDatabase, stamp: Stamp) -> None:
+def _advance(job: str, plan: MatchingPlan, report: RunReport, database: BillingDatabase, stamp: Stamp) -> None:
+    """Note what was covered; what was left to the webhook was not, however long ago it was paid."""
+    left_since = min((payment.succeeded_at for payment in (*plan.diff.left, *report.left)), default=None)
     with database.begin() as connection:
-        covered_until = next_watermark(scope, window, read_watermark(connection, job), stamp.at)
+        seen = read_watermark(connection, job, lock=True)
+        covered_until = next_watermark(plan.scope, plan.window, seen, stamp.at, left_since)
         if covered_until is not None:
-            advance_watermark(connection, stamp, covered_until)
+            move_watermark(connection, stamp, seen, covered_until)
 
 
 def _report_gap(

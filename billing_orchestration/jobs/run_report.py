@@ -15,6 +15,7 @@ from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import BillingDatabaseError
 from billing_orchestration.domain.decisions import Decision, Tally
 from billing_orchestration.domain.printable import printable
+from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.run_scope import RunRefused, RunScope
 from billing_orchestration.jobs.approval import PLANS
 from billing_orchestration.jobs.run_failures import FailureCode, failed
@@ -42,9 +43,10 @@ class RunReport:
     """What an applying op has done.
 
     `applied` counts changes that were committed, `opened` new quarantine entries. `again` names what must be retried
-    (the run then ends red), `again_unnamed` counts what it leaves out. `stopped_by` says what ended the applying early
-    (`stop_code` is for programs), `numbers` are plotted over time. `decisions` is a Tally where they may be too many
-    to be held.
+    (the run then ends red), `again_unnamed` counts what it leaves out. `left` are the successes that settling has left
+    to the service's webhook for its minute: somebody has to look at them again. `stopped_by` says what ended the
+    applying early (`stop_code` is for programs), `numbers` are plotted over time. `decisions` is a Tally where they may
+    be too many to be held.
     """
 
     decisions: list[Decision] | Tally = field(default_factory=list)
@@ -54,6 +56,7 @@ class RunReport:
     opened: int = 0
     again: list[str] = field(default_factory=list)
     again_unnamed: int = 0
+    left: list[ProviderPayment] = field(default_factory=list)
     stopped_by: str | None = None
     stop_code: str | None = None
     numbers: dict[str, int | float] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from billing_orchestration.database.audit import Problem, Stamp, evidence_of, kn
 from billing_orchestration.database.errors import BillingDatabaseError
 from billing_orchestration.database.one_by_one import NotWritten, Witnesses, one_by_one
 from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
-from billing_orchestration.domain.decisions import Action, Decision
+from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.problem_kinds import NOT_WRITABLE
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
@@ -120,6 +120,8 @@ def report_settled(
             report.decisions.append(Decision(Action.QUARANTINE, subject, reason, payment.money, decision.kind))
         elif isinstance(decision, Leave):
             report.skipped += 1
+            if decision.code == Code.LEFT_TO_WEBHOOK:
+                report.left.append(payment)
             report.decisions.append(Decision(Action.LEAVE, subject, reason, payment.money, decision.code))
     report_refused(report, refused, database=database, stamp=stamp, dry_run=dry_run)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta, timezone
-from functools import partial
 
 import sqlalchemy as sa
 
 from billing_orchestration.database.matching import (
-    advance_watermark,
     fetch_pending,
     fetch_rows,
     fetch_settled,
+    move_watermark,
     read_watermark,
 )
 from billing_orchestration_tests.books import NOON, Books
@@ -20,20 +19,24 @@ from billing_orchestration_tests.waiting import at_once
 AN_HOUR = timedelta(hours=1)
 
 
-def test_a_watermark_never_goes_back(books: Books) -> None:
-    def advance(to: datetime, run_id: str) -> None:
+def test_a_watermark_moves_only_from_where_it_was_seen(books: Books) -> None:
+    def move(seen: datetime | None, to: datetime, run_id: str) -> None:
         with books.engine.begin() as connection:
-            advance_watermark(connection, books.stamp(run_id), to)
+            move_watermark(connection, books.stamp(run_id), seen, to)
 
     def read() -> datetime | None:
         with books.engine.connect() as connection:
             return read_watermark(connection, "job")
 
     assert read() is None
-    advance(NOON, "first")
-    advance(NOON - AN_HOUR, "a backfill")
+    move(None, NOON, "first")
+    move(None, NOON + AN_HOUR, "another first")
+    move(NOON - AN_HOUR, NOON + AN_HOUR, "one that has seen an older one")
     assert read() == NOON
-    advance((NOON + AN_HOUR).astimezone(timezone(timedelta(hours=9))), "later, elsewhere")
+    move(NOON, NOON - AN_HOUR, "one that has left something")
+    assert read() == NOON - AN_HOUR
+    elsewhere = timezone(timedelta(hours=9))
+    move((NOON - AN_HOUR).astimezone(elsewhere), (NOON + AN_HOUR).astimezone(elsewhere), "later, elsewhere")
     assert read() == NOON + AN_HOUR
     with books.engine.connect() as connection:
         assert read_watermark(connection, "another job") is None
@@ -41,23 +44,19 @@ def test_a_watermark_never_goes_back(books: Books) -> None:
     assert run_id == "later, elsewhere"
 
 
-def test_of_watermarks_moved_at_once_the_latest_stays(books: Books) -> None:
-    def advance(hours: int) -> None:
-        with books.engine.begin() as connection:
-            advance_watermark(connection, books.stamp(), NOON + hours * AN_HOUR)
+def test_two_runs_move_one_watermark_one_after_the_other(books: Books) -> None:
+    with books.engine.begin() as connection:
+        move_watermark(connection, books.stamp(), None, NOON)
 
-    at_once([partial(advance, hours) for hours in (-6, -1, -8, -3, -7, -2)])
+    def move_on() -> None:
+        with books.engine.begin() as connection:
+            seen = read_watermark(connection, "job", lock=True)
+            assert seen is not None
+            move_watermark(connection, books.stamp(), seen, seen + AN_HOUR)
+
+    at_once([move_on] * 6)
     with books.engine.connect() as connection:
-        assert read_watermark(connection, "job") == NOON - AN_HOUR
-
-
-def test_a_watermark_never_goes_back_but_from_the_future(books: Books) -> None:
-    told = []
-    for minutes in (-60, -90, 2, -30, 3, -30):
-        with books.engine.begin() as connection:
-            advance_watermark(connection, books.stamp(), NOON + timedelta(minutes=minutes))
-            told.append(read_watermark(connection, "job"))
-    assert told == [NOON + timedelta(minutes=minutes) for minutes in (-60, -60, 2, 2, 3, -30)]
+        assert read_watermark(connection, "job") == NOON + 6 * AN_HOUR
 
 
 def test_the_window_of_pending_rows_has_both_ends_in_it_to_the_microsecond(books: Books) -> None:

@@ -246,7 +246,23 @@ def test_the_watermark_moves_to_the_end_of_what_a_healing_run_covered() -> None:
         assert next_watermark(scope, covering_window(scope, watermark, NOW), watermark, NOW) == NOW
 
 
-def test_the_watermark_never_goes_back() -> None:
+def test_the_watermark_stays_behind_what_was_left_and_goes_back_to_it() -> None:
+    for watermark, left in ((None, HOUR), (NOW - 3 * HOUR, 2 * HOUR), (NOW - MINUTE, HOUR), (NOW, 30 * MINUTE)):
+        scope = a_scope()
+        window = covering_window(scope, watermark, NOW)
+        assert next_watermark(scope, window, watermark, NOW, NOW - left) == NOW - left
+    # What was left after the end of the window holds nothing.
+    assert next_watermark(a_scope(), covering_window(a_scope(), None, NOW), None, NOW, NOW + MINUTE) == NOW
+
+
+def test_a_run_that_has_read_less_than_the_watermark_asks_for_now_moves_nothing() -> None:
+    scope = a_scope()
+    window = covering_window(scope, NOW - 2 * MINUTE, NOW)
+    # Meanwhile another run has left something, and the watermark went back behind this one's window.
+    assert next_watermark(scope, window, NOW - 5 * HOUR, NOW) is None
+
+
+def test_the_watermark_does_not_go_back_for_nothing() -> None:
     for heals in (True, False):
         scope = a_scope(heals=heals)
         for watermark in (NOW, NOW + MINUTE):

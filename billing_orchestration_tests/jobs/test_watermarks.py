@@ -162,6 +162,70 @@ def test_a_run_that_fails_does_not_move_the_watermark_and_the_next_one_covers_it
     assert service.watermark(job) == service.now
 
 
+def half_written(service: Service, job: str, name: str, paid_at: datetime) -> None:
+    """Paid long ago, and the webhook has written SUCCEEDED a moment ago and granted nothing yet."""
+    service.tolerate_duplicates()
+    service.paid_there(name, user=name, plan_id=service.plan(), created_at=paid_at)
+    if job == PENDING_JOB:
+        service.payment(name, created_at=paid_at)
+    service.payment(name, status="SUCCEEDED", created_at=service.now - timedelta(seconds=20))
+
+
+@BOTH
+@pytest.mark.parametrize("outage", [timedelta(minutes=2), timedelta(hours=5)], ids=["none", "five hours"])
+def test_a_watermark_stays_behind_what_a_webhook_has_half_written_and_the_next_tick_settles_it(
+    service: Service, job: str, outage: timedelta
+) -> None:
+    service.tick(job)
+    service.advance(seconds=outage.total_seconds())
+    # At the far edge of what this tick covers: it would be out of the next one's reach.
+    paid_at = min(NOON - OVERLAP, service.now - timedelta(hours=1)) + timedelta(minutes=1)
+    half_written(service, job, "half written", paid_at)
+
+    run = service.tick(job)
+
+    assert run.ok, run.failure
+    assert service.settled("half written") == []
+    assert service.watermark(job) == paid_at
+    service.advance(minutes=2)
+    assert service.tick(job).ok
+    assert service.settled("half written") == ["created"]
+    assert service.watermark(job) == service.now
+
+
+@BOTH
+def test_a_webhook_that_goes_on_has_its_time_and_the_watermark_goes_on_with_it(service: Service, job: str) -> None:
+    service.tick(job)
+    service.advance(hours=5)
+    half_written(service, job, "slow", NOON + timedelta(minutes=1))
+    service.tick(job)
+    subscription = service.subscription(user="slow")
+    service.execute("UPDATE payments SET subscription_id = :id WHERE external_payment_id = 'slow'", id=subscription)
+    service.advance(minutes=2)
+
+    assert service.tick(job).ok
+
+    assert service.settled("slow") == []
+    assert service.watermark(job) == service.now
+
+
+@BOTH
+def test_a_backfill_that_leaves_something_to_a_webhook_is_red_for_no_tick_covers_its_time_again(
+    service: Service, job: str
+) -> None:
+    service.tick(job)
+    half_written(service, job, "half written", NOON - timedelta(days=3, minutes=30))
+
+    run = service.run(job, partition="2026-03-09-11:00")
+
+    assert "1 must be retried" in run.failure
+    assert "the service's webhook is at work on it" in run.failure
+    assert service.watermark(job) == NOON
+    service.advance(minutes=2)
+    assert service.run(job, partition="2026-03-09-11:00").ok
+    assert service.settled("half written") == ["created"]
+
+
 @ONE
 def test_an_explicit_as_of_does_not_jump_over_what_was_not_covered(service: Service, job: str) -> None:
     plan = service.plan()
@@ -227,7 +291,7 @@ def test_what_a_tick_left_to_the_webhook_is_covered_by_the_next_one_whenever_tha
     name = service.paid_there(plan_id=service.plan(), created_at=NOON - timedelta(seconds=59))
     service.tick(SUCCESSFUL_JOB)
     assert service.settled(name) == []
-    assert service.watermark(SUCCESSFUL_JOB) == NOON
+    assert service.watermark(SUCCESSFUL_JOB) == NOON - timedelta(seconds=59)
     service.advance(seconds=pause.total_seconds())
 
     assert service.tick(SUCCESSFUL_JOB).ok

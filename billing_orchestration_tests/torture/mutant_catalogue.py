@@ -900,6 +900,45 @@ FURTHER = (
         (_PENDING + "test_a_row_that_somebody_keeps_locked_is_left_for_another_try_and_the_others_are_settled",),
     ),
     Mutant(
+        "the watermark moves over what was left to the webhook",
+        "a watermark never moves past anything that was left",
+        (
+            Edit(
+                "domain/run_scope.py",
+                "end = window.end if left_since is None else min(window.end, left_since)",
+                "end = window.end",
+            ),
+        ),
+        (
+            "jobs/test_watermarks.py::test_a_watermark_stays_behind_what_a_webhook_has_half_written_and_the_next_tick"
+            "_settles_it",
+        ),
+    ),
+    Mutant(
+        "the watermark never goes back to what was left",
+        "a watermark never moves past anything that was left",
+        (
+            Edit(
+                "domain/run_scope.py",
+                "if scope.heals and left_since is not None and left_since < watermark:",
+                "if False:",
+            ),
+        ),
+        (
+            "jobs/test_watermarks.py::test_a_watermark_stays_behind_what_a_webhook_has_half_written_and_the_next_tick"
+            "_settles_it",
+        ),
+    ),
+    Mutant(
+        "a backfill is green over what it left",
+        "no tick covers the time of a backfill again",
+        (Edit("jobs/matching_slice.py", "if not scope.heals:\n", "if False:\n"),),
+        (
+            "jobs/test_watermarks.py::test_a_backfill_that_leaves_something_to_a_webhook_is_red_for_no_tick_covers_its"
+            "_time_again",
+        ),
+    ),
+    Mutant(
         "a row's age limits pending matches",
         "a PENDING row of any age counts",
         (
