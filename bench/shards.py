@@ -1,9 +1,10 @@
 """Beyond one process (point 6): whole runs of autopayment_job, in one piece, in shards, and in two processes.
 
 All are `dagster job execute` with the run history in PostgreSQL and the same limits for the run as a whole
-(`max_concurrency`); what differs is the run config. CPU seconds are those of all processes of the run, memory is that
-of its largest one, both as last seen in /proc (its processes are not all children of the first). The rate is that of
-the charges, from the first to the last that was settled, so that the start of processes does not count against it.
+(`max_concurrency`); what differs is how the deployment divides them. CPU seconds are those of all processes of the
+run, memory is that of its largest one, both as last seen in /proc (its processes are not all children of the first).
+The rate is that of the charges, from the first to the last that was settled, so that the start of processes does not
+count against it.
 """
 
 from __future__ import annotations
@@ -27,16 +28,11 @@ from bench.stage import Database
 LATENCY_S = 0.1
 SHARDS = 2
 
-_CHARGING = "{{max_concurrency: {concurrency}}}"
-CONFIGS = {
-    "in one piece": "ops: {{charge_renewals: {{config: {charging}}}}}",
-    "in shards, one process": (
-        "ops: {{fetch_due_subscriptions: {{config: {{shards: {shards}}}}}, renew_shard: {{config: {charging}}}}}"
-    ),
-    "in shards, two processes": (
-        "execution: {{config: {{multiprocess: {{max_concurrent: 2}}}}}}\n"
-        "ops: {{fetch_due_subscriptions: {{config: {{shards: {shards}}}}}, renew_shard: {{config: {charging}}}}}"
-    ),
+# How the deployment of each is set up; the limits are of the op that charges.
+DEPLOYMENTS: Mapping[str, Mapping[str, str]] = {
+    "in one piece": {},
+    "in shards, one process": {"RENEWAL_SHARDS": str(SHARDS)},
+    "in shards, two processes": {"RENEWAL_SHARDS": str(SHARDS), "RENEWAL_SHARDS_AT_ONCE": "2"},
 }
 
 
@@ -61,20 +57,20 @@ def measure(server: Database, rounds: int, count: int, concurrency: int) -> tupl
 
             def execute(name: str) -> Mapping[str, float]:
                 fill(url, count)
-                charging = _CHARGING.format(concurrency=concurrency)
+                op = "renew_shard" if DEPLOYMENTS[name] else "charge_renewals"
                 config = home / "run.yaml"
-                config.write_text(CONFIGS[name].format(charging=charging, shards=SHARDS))
+                config.write_text(f"ops: {{{op}: {{config: {{max_concurrency: {concurrency}}}}}}}")
                 command = [sys.executable, "-m", "dagster", "job", "execute", "-m", "billing_orchestration.definitions"]
-                spent = _watched([*command, "-j", "autopayment_job", "-c", str(config)], env)
+                spent = _watched([*command, "-j", "autopayment_job", "-c", str(config)], {**env, **DEPLOYMENTS[name]})
                 return {**spent, "per_s": _rate(url, count)}
 
-            done = interleaved(rounds, {name: (lambda name=name: execute(name)) for name in CONFIGS})
+            done = interleaved(rounds, {name: (lambda name=name: execute(name)) for name in DEPLOYMENTS})
     finally:
         server.drop("dagster")
         shutil.rmtree(home, ignore_errors=True)
     ideal = concurrency / LATENCY_S
     rows = []
-    for name in CONFIGS:
+    for name in DEPLOYMENTS:
         what = f"{count:,} renewals {name}"
         rate = tuple(value / ideal for value in values(done, "per_s", name))
         rows.append(Row(f"{what}: throughput", f"max_concurrency / latency = {ideal:.0f}/s", "", rate))

@@ -11,6 +11,7 @@ import dagster as dg
 import sqlalchemy as sa
 
 from billing_orchestration.database.health import server_clock
+from billing_orchestration.domain.shards import Sharding
 from billing_orchestration.jobs import (
     autopayment,
     expire_payments,
@@ -22,7 +23,7 @@ from billing_orchestration.jobs import (
     reconciliation,
 )
 from billing_orchestration.jobs.approval import PLANS
-from billing_orchestration.jobs.autopayment.shards import in_process_or_multiprocess
+from billing_orchestration.jobs.autopayment.executors import executor_for
 from billing_orchestration.jobs.missed_days import missed_days_sensor
 from billing_orchestration.jobs.money_checks import GROUP
 from billing_orchestration.jobs.partitions import DAILY, RECONCILED
@@ -38,11 +39,10 @@ from billing_orchestration.resources import (
     payment_provider_resource,
     utc_now,
 )
-from billing_orchestration.settings import Settings, load_settings
+from billing_orchestration.settings import Settings, load_settings, renewal_sharding
 from billing_orchestration.threads import OF_THE_SYSTEM, Threads
 
-JOBS = (
-    autopayment.autopayment_job,
+_OTHER_JOBS = (
     expire_payments.expire_payments_job,
     expire_subscriptions.expire_subscriptions_job,
     matching_pending_payments.matching_pending_payments_job,
@@ -77,25 +77,42 @@ def build_definitions(
     database_now: Callable[[sa.Connection], datetime] = server_clock,
     connect: Callable[[Settings], PaymentProvider] | None = None,
     threads: Threads = OF_THE_SYSTEM,
-    executor: dg.ExecutorDefinition = in_process_or_multiprocess,
+    executor: dg.ExecutorDefinition | None = None,
+    renewal_shards: int | None = None,
+    renewal_shards_at_once: int | None = None,
 ) -> dg.Definitions:
     """The definitions for given settings, clocks, provider and threads: the environment's, the real ones, by default.
 
-    `executor` runs the shards of autopayment_job (dagster_k8s.k8s_job_executor, say) and the money checks that are
-    launched from the UI; no other job uses it. Settings are read when a run first needs them, so the code location
-    loads without any.
+    `renewal_shards` divides the runs of autopayment_job, of which `renewal_shards_at_once` run side by side; left out:
+    as RENEWAL_SHARDS and RENEWAL_SHARDS_AT_ONCE say. `executor` runs them (dagster_k8s.k8s_job_executor, say); left
+    out: this machine's processes. All else runs in the run's own process. Other settings are read when a run first
+    needs them, so the code location loads without any. Raises ValueError for shards or an executor that cannot be.
     """
+    sharding = _sharding(renewal_shards, renewal_shards_at_once, executor)
+    jobs = (autopayment.build_job(sharding, executor_for(sharding, executor)), *_OTHER_JOBS)
     return dg.Definitions(
-        jobs=JOBS,
+        jobs=jobs,
         schedules=SCHEDULES,
         assets=[*money_checks.money_assets, *_plotted_assets()],
         asset_checks=money_checks.money_asset_checks,
-        sensors=[failed_run_sensor(JOBS), money_checks.money_checks_sensor, missed_days_sensor(_DAILY_SCHEDULES)],
-        executor=executor,
+        sensors=[failed_run_sensor(jobs), money_checks.money_checks_sensor, missed_days_sensor(_DAILY_SCHEDULES, jobs)],
+        # Of the money checks that are launched from the UI.
+        executor=dg.in_process_executor,
         resources=_resources(
             load, Clock(now, database_now), connect or partial(connect_provider, threads=threads, now=now), threads
         ),
     )
+
+
+def _sharding(shards: int | None, at_once: int | None, executor: dg.ExecutorDefinition | None) -> Sharding | None:
+    """As the arguments say, else as the environment does. A shard too many at once is only a limit shared too often."""
+    if shards is None:
+        shards, at_once = renewal_sharding()
+    if shards is None:
+        return None
+    if at_once is None:
+        at_once = shards if executor is not None and executor.name != dg.in_process_executor.name else 1
+    return Sharding(shards, min(at_once, shards))
 
 
 def _plotted_assets() -> Iterator[dg.AssetSpec]:

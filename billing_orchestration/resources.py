@@ -63,8 +63,7 @@ AFTER = {"before": dg.In(dg.Nothing)}
 
 LAUNCHED_ALONE = (
     "this op was launched without the ops before it, or in another process. Launch the whole job: it is safe to repeat."
-    " Nothing was read or written. With several processes autopayment_job needs `shards` in the config of"
-    " fetch_due_subscriptions"
+    " Nothing was read or written"
 )
 
 

@@ -3,8 +3,8 @@
 A value comes from the environment, else from `.env` in the working directory. An empty one counts as missing.
 `load_settings` reports all faults together, each with its variable and the way out, and never quotes a value: a secret
 may have been put into the wrong variable.
-Definitions load without any setting: `partition_timezone` and `partition_first_day` never fail, and the run names the
-fault.
+Definitions load without any setting: `partition_timezone`, `partition_first_day` and `renewal_sharding` never fail, and
+the run names the fault.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ LANGUAGES = ("ru", "en")
 # Ten years. More is a typing error, and dates overflow.
 LONGEST_SPAN_DAYS = 3650
 _HOST_AND_PORT = re.compile(r"([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
+# As in domain/shards.py, which the webserver does without.
+MOST_SHARDS = 256
 # By then YooKassa has finished with a charge: it answers within 30 s, or with HTTP 500. A run waits for it, so there is
 # an upper bound.
 CHARGE_DONE_S = 45.0
@@ -305,6 +307,8 @@ class Settings(BaseSettings):
     receipt_item: Annotated[str, BeforeValidator(_template("plan", "period_start"))] = "{plan}"
     # After those that it needs.
     receipts: Annotated[str, BeforeValidator(_one_of("off", "with_payment"))] = "off"
+    renewal_shards: Annotated[int | None, BeforeValidator(_code(MOST_SHARDS))] = None
+    renewal_shards_at_once: Annotated[int | None, BeforeValidator(_code(MOST_SHARDS))] = None
     first_partition_day: Annotated[date, BeforeValidator(_day)] = Field(
         default=DEFAULT_FIRST_DAY, validation_alias="BILLING_FIRST_DAY"
     )
@@ -345,6 +349,13 @@ class Settings(BaseSettings):
         if receipts != "off" and missing:
             raise ValueError(f"needs {' and '.join(missing)}: ask the shop's accountant")
         return receipts
+
+    @field_validator("renewal_shards_at_once")
+    @classmethod
+    def _of_shards(cls, at_once: int | None, info: ValidationInfo) -> int | None:
+        if at_once is not None and info.data.get("renewal_shards", "wrong") is None:
+            raise ValueError("needs RENEWAL_SHARDS: into how many parts a renewal run is divided")
+        return at_once
 
     @property
     def reconciliation_zone(self) -> ZoneInfo:
@@ -433,20 +444,22 @@ def _in_words(fault: Any) -> str:
     return f"{variable} {fault['msg'].removeprefix('Value error, ')}"
 
 
-class _PartitionGrid(BaseSettings):
-    """The texts behind the partition grids, unchecked."""
+class _ReadAtLoading(BaseSettings):
+    """The texts behind what definitions are built of (partition grids, shards), unchecked."""
 
     model_config = Settings.model_config
 
     billing_timezone: str = DEFAULT_TIMEZONE
     reconciliation_timezone: str = ""
     billing_first_day: str = DEFAULT_FIRST_DAY.isoformat()
+    renewal_shards: str = ""
+    renewal_shards_at_once: str = ""
 
 
 def partition_timezone() -> str:
     """The partition grid's time zone: `BILLING_TIMEZONE` if valid, else UTC."""
     try:
-        return _timezone(_PartitionGrid().billing_timezone.strip() or DEFAULT_TIMEZONE).key
+        return _timezone(_ReadAtLoading().billing_timezone.strip() or DEFAULT_TIMEZONE).key
     except (ValueError, OSError):
         return DEFAULT_TIMEZONE
 
@@ -454,7 +467,7 @@ def partition_timezone() -> str:
 def reconciliation_partition_timezone() -> str:
     """The same for the days that are reconciled: `RECONCILIATION_TIMEZONE` if given and valid."""
     try:
-        name = _PartitionGrid().reconciliation_timezone.strip()
+        name = _ReadAtLoading().reconciliation_timezone.strip()
         return _timezone(name).key if name else partition_timezone()
     except (ValueError, OSError):
         return partition_timezone()
@@ -463,6 +476,19 @@ def reconciliation_partition_timezone() -> str:
 def partition_first_day() -> date:
     """The partition grid's first day: `BILLING_FIRST_DAY` if valid, else the default."""
     try:
-        return _day(_PartitionGrid().billing_first_day.strip() or DEFAULT_FIRST_DAY)
+        return _day(_ReadAtLoading().billing_first_day.strip() or DEFAULT_FIRST_DAY)
     except (ValueError, OSError):
         return DEFAULT_FIRST_DAY
+
+
+def renewal_sharding() -> tuple[int | None, int | None]:
+    """`RENEWAL_SHARDS` and `RENEWAL_SHARDS_AT_ONCE`, None where not given; both None if one is not valid."""
+    try:
+        texts = _ReadAtLoading()
+        shards, at_once = (
+            _code(MOST_SHARDS)(text.strip()) if text.strip() else None
+            for text in (texts.renewal_shards, texts.renewal_shards_at_once)
+        )
+    except (ValueError, OSError):
+        return None, None
+    return shards, at_once

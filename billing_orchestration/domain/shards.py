@@ -30,6 +30,23 @@ class Shard:
         return f"shard_{self.number}_of_{self.count}"
 
 
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How a deployment divides its renewal runs: into `shards` parts, of which at most `at_once` run side by side.
+
+    Raises ValueError for numbers that make no sense.
+    """
+
+    shards: int
+    at_once: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shards <= MOST_SHARDS:
+            raise ValueError(f"a renewal run has 1 to {MOST_SHARDS} shards, not {self.shards}")
+        if not 1 <= self.at_once <= self.shards:
+            raise ValueError(f"of {self.shards} shards 1 to {self.shards} run at once, not {self.at_once}")
+
+
 def divide(count: int) -> list[Shard]:
     """All shards of a run."""
     return [Shard(number, count) for number in range(1, count + 1)]

@@ -81,12 +81,15 @@ def _is_undone(instance: dg.DagsterInstance, job: str, wanted: dg.RunRequest, ti
     return True
 
 
-def missed_days_sensor(schedules: Sequence[dg.ScheduleDefinition]) -> dg.SensorDefinition:
-    """The sensor that makes up for missed days of these daily schedules."""
+def missed_days_sensor(
+    schedules: Sequence[dg.ScheduleDefinition], jobs: Sequence[dg.JobDefinition]
+) -> dg.SensorDefinition:
+    """The sensor that makes up for missed days of these daily schedules, by the deployment's `jobs`."""
+    daily = {schedule.job_name for schedule in schedules}
 
     @dg.sensor(
         name="missed_days_sensor",
-        jobs=[schedule.job for schedule in schedules],
+        jobs=[job for job in jobs if job.name in daily],
         default_status=dg.DefaultSensorStatus.RUNNING,
         minimum_interval_seconds=_INTERVAL_S,
         description="Runs a daily job once more on the same day when its run was skipped, lost or refused.",

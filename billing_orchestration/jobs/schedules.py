@@ -45,7 +45,7 @@ def tick_schedule(
     """
 
     @dg.schedule(
-        job=job,
+        job_name=job.name,  # by name: autopayment_job is built for the deployment
         name=name,
         cron_schedule=cron,
         execution_timezone=timezone,

@@ -179,6 +179,7 @@ class Service(Books):
         max_changes: int | None = None,
         approved_plan: str | None = None,
         ops: dict[str, Any] | None = None,
+        shards: int | None = None,
         tags: dict[str, str] | None = None,
         partition: str | None = None,
         load: Callable[[], Settings] | None = None,
@@ -198,8 +199,7 @@ class Service(Books):
         run_config: dict[str, Any] = {"resources": {"run": {"config": config}}} if config else {}
         op_config = {name: {"config": value} for name, value in (ops or {}).items()}
         if job == "autopayment_job":
-            is_divided = "shards" in (ops or {}).get("fetch_due_subscriptions", {})
-            op = "renew_shard" if is_divided else "charge_renewals"
+            op = "charge_renewals" if shards is None else "renew_shard"
             charging = op_config.setdefault(op, {"config": {}})["config"]
             charging.setdefault("resend_wait_s", 0.0)
         if op_config:
@@ -210,6 +210,7 @@ class Service(Books):
             database_now=self.database_now,
             connect=self.connect_provider,
             threads=threads,
+            renewal_shards=shards,
         )
         if instance is None:
             instance = self.instance

@@ -162,7 +162,7 @@ def test_a_view_without_a_column_is_refused_before_anything_is_read(
     kept = ", ".join(name for name in ALL.split(", ") if name != column)
     service.execute(f"CREATE VIEW billing_renewals AS SELECT {kept} FROM consents")
 
-    run = service.run(JOB, ops={"fetch_due_subscriptions": {"shards": shards}})
+    run = service.run(JOB, shards=shards)
 
     assert not run.ok
     assert f"the view billing_renewals lacks {column}" in str(run.failure)

@@ -371,19 +371,8 @@ def test_every_op_and_every_field_of_an_ops_config_is_described() -> None:
                 assert not field.is_required, (node.name, name)
 
 
-# What only one job can do is asked of that job; everything else fits all of them.
-OF_ONE_JOB = {"shards.yaml": "autopayment_job"}
-
-
-@pytest.mark.parametrize(
-    ("job", "file"),
-    [
-        (job, path.name)
-        for path in sorted(RUN_CONFIGS.glob("*.yaml"))
-        for job in ALL_JOBS
-        if OF_ONE_JOB.get(path.name, job) == job
-    ],
-)
+@pytest.mark.parametrize("file", sorted(path.name for path in RUN_CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("job", ALL_JOBS)
 def test_the_ready_made_run_configs_fit_their_jobs(job: str, file: str) -> None:
     config = yaml.safe_load((RUN_CONFIGS / file).read_text())
 

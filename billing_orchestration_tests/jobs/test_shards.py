@@ -17,9 +17,12 @@ import pytest
 import sqlalchemy as sa
 
 from billing_orchestration.definitions import build_definitions
+from billing_orchestration.jobs.autopayment.executors import UnsupportedExecutor
 from billing_orchestration.jobs.autopayment.shards import limits_of_a_shard
 from billing_orchestration.jobs.autopayment.steps import ChargingConfig
+from billing_orchestration.jobs.money_checks import CHECKS
 from billing_orchestration.sandbox.provider.server import Sandbox
+from billing_orchestration.settings import load_settings
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.jobs.service import Service
 from billing_orchestration_tests.waiting import wait_until
@@ -29,22 +32,17 @@ JOB = "autopayment_job"
 ROOT = Path(__file__).parents[2]
 
 
-def divided(shards: int, **more: Any) -> dict[str, dict[str, Any]]:
-    """The config of the ops of a divided run."""
-    return {"fetch_due_subscriptions": {"shards": shards, **more}}
-
-
 @pytest.mark.parametrize("shards", [1, 3, 8])
 def test_every_due_subscription_is_charged_once_by_its_shard(service: Service, shards: int) -> None:
     subscriptions = [service.subscriber() for _ in range(5)]
     later = service.subscriber(ended_at=NOON + timedelta(days=2))
 
-    run = service.run(JOB, ops=divided(shards))
+    run = service.run(JOB, shards=shards)
 
     assert run.ok, run.failure
     assert service.charged() == dict.fromkeys(subscriptions, 1)
     assert service.attempts(later) == []
-    assert run.number("fetch_due_subscriptions", "due") == 5
+    assert run.number("divide_due_subscriptions", "due") == 5
     assert run.report["charged"] == 5
     assert run.report["charged, RUB"] == 5 * 299
     assert run.materialized[JOB]["charged"] == 5
@@ -61,11 +59,11 @@ def test_every_due_subscription_is_charged_once_by_its_shard(service: Service, s
 def test_a_divided_run_after_a_whole_one_and_the_other_way_round_change_nothing(service: Service) -> None:
     for _ in range(4):
         service.subscriber()
-    assert service.run(JOB, ops=divided(3)).ok
+    assert service.run(JOB, shards=3).ok
     before = service.snapshot()
 
     assert service.run(JOB).ok
-    assert service.run(JOB, ops=divided(2)).ok
+    assert service.run(JOB, shards=2).ok
 
     assert service.snapshot() == before
 
@@ -74,7 +72,7 @@ def test_a_divided_dry_run_shows_each_shard_and_writes_nothing(service: Service)
     first, second = service.subscriber(), service.subscriber()
     before = service.snapshot()
 
-    run = service.run(JOB, ops=divided(2), dry_run=True)
+    run = service.run(JOB, shards=2, dry_run=True)
 
     assert run.ok, run.failure
     shown = [
@@ -94,14 +92,14 @@ def test_max_changes_holds_for_the_whole_run_and_stops_it_before_the_first_shard
         service.subscriber()
     before = service.snapshot()
 
-    run = service.run(JOB, ops=divided(4), max_changes=3)
+    run = service.run(JOB, shards=4, max_changes=3)
 
     assert not run.ok
     assert "stopped before anything was applied" in run.failure
     assert "4" in run.failure
     assert service.snapshot() == before
     assert service.sandbox.count("create") == 0
-    assert service.run(JOB, ops=divided(4), max_changes=4).ok
+    assert service.run(JOB, shards=4, max_changes=4).ok
     assert len(service.charges()) == 4
 
 
@@ -109,11 +107,11 @@ def test_what_is_overdue_by_too_much_is_so_in_every_shard(service: Service) -> N
     old = [service.subscriber(ended_at=NOON - timedelta(days=9)) for _ in range(2)]
     due = [service.subscriber() for _ in range(2)]
 
-    run = service.run(JOB, ops=divided(2, max_overdue_days=5))
+    run = service.run(JOB, shards=2, ops={"divide_due_subscriptions": {"max_overdue_days": 5}})
 
     assert run.ok, run.failure
     assert service.charged() == dict.fromkeys(due, 1)
-    assert run.number("fetch_due_subscriptions", "not charged: overdue by more than 5 days") == len(old)
+    assert run.number("divide_due_subscriptions", "not charged: overdue by more than 5 days") == len(old)
 
 
 @pytest.mark.parametrize("decline", ["insufficient_funds", "card_expired"])
@@ -124,7 +122,7 @@ def test_a_card_of_two_shards_that_is_declined_in_one_is_not_tried_by_the_next(s
     service.payment("one-card", subscription_id=second, status="SUCCEEDED")
     assert first % 2 != second % 2
 
-    run = service.run(JOB, ops=divided(2))
+    run = service.run(JOB, shards=2)
 
     assert run.ok, run.failure
     assert service.sandbox.count("create") == 1
@@ -143,7 +141,7 @@ def test_shards_that_run_at_a_time_share_the_runs_concurrency_and_its_cap_on_req
 def test_an_approved_plan_is_not_divided(service: Service) -> None:
     service.subscriber()
 
-    run = service.run(JOB, ops=divided(2), approved_plan="0" * 16)
+    run = service.run(JOB, shards=2, approved_plan="0" * 16)
 
     assert not run.ok
     assert "a plan is approved as a whole" in run.failure
@@ -155,7 +153,7 @@ def test_a_wrong_shop_key_costs_one_request_and_no_shard_begins(service: Service
         service.subscriber()
     service.provider.secret_key = "another"
 
-    run = service.run(JOB, ops=divided(4))
+    run = service.run(JOB, shards=4)
 
     assert not run.ok
     assert "YOOKASSA_SHOP_ID" in run.failure
@@ -167,7 +165,7 @@ def test_what_must_be_retried_ends_the_run_red_after_all_shards_and_names_it(ser
     lost, *others = [service.subscriber() for _ in range(4)]
     service.sandbox.misbehave("create", "error_after", payment_method_id=f"method-{lost}", times=None)
 
-    run = service.run(JOB, ops=divided(2))
+    run = service.run(JOB, shards=2)
 
     assert not run.ok
     assert run.failure.startswith("1 must be retried, everything else was applied. Nobody is charged twice")
@@ -175,7 +173,7 @@ def test_what_must_be_retried_ends_the_run_red_after_all_shards_and_names_it(ser
     assert {id_: service.charged()[id_] for id_ in others} == dict.fromkeys(others, 1)
     assert run.materialized[JOB]["unknown"] == 1
     service.sandbox.behave()
-    assert service.run(JOB, ops=divided(3)).ok
+    assert service.run(JOB, shards=3).ok
     assert service.charged() == dict.fromkeys([lost, *others], 1)
     service.check_books()
 
@@ -186,7 +184,7 @@ def test_an_open_attempt_is_concluded_by_its_own_shard(service: Service) -> None
     for subscription in subscriptions:
         service.provider.pay(service.attempts(subscription)[0].external_payment_id)
 
-    run = service.run(JOB, ops=divided(2))
+    run = service.run(JOB, shards=2)
 
     assert run.ok, run.failure
     assert [service.attempts(id_)[0].state for id_ in subscriptions] == ["SUCCEEDED"] * 3
@@ -201,7 +199,7 @@ def test_all_shards_are_about_the_instant_at_which_the_run_began(service: Servic
     today = [service.subscriber(ended_at=NOON) for _ in range(2)]
     tomorrow = [service.subscriber(ended_at=NOON + timedelta(days=1)) for _ in range(2)]
     service.sandbox.misbehave("create", "none", delay_s=600, times=1)
-    ended = service.begin(JOB, ops=divided(2))
+    ended = service.begin(JOB, shards=2)
     wait_until(lambda: service.sandbox.count("create"))
     service.advance(minutes=5)  # the first shard is at work, the second begins after midnight
     service.sandbox.behave()
@@ -263,14 +261,15 @@ def environment_of(service: Service) -> dict[str, str]:
 
 
 @contextmanager
-def executing(service: Service, folder: Path, config: str) -> Iterator[subprocess.Popen[str]]:
-    """`dagster job execute` with this run config, on a home of its own."""
+def executing(service: Service, folder: Path, config: str = "{}") -> Iterator[subprocess.Popen[str]]:
+    """`dagster job execute` with two shards at once and this run config, on a home of its own."""
     home = folder / "home"
     home.mkdir(exist_ok=True)
     (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
     (folder / "run.yaml").write_text(config)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("DAGSTER_", "YOOKASSA_"))}
     environment |= {**environment_of(service), "DAGSTER_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    environment |= {"RENEWAL_SHARDS": "2", "RENEWAL_SHARDS_AT_ONCE": "2"}
     command = [str(Path(sys.executable).parent / "dagster"), "job", "execute"]
     command += ["-m", "billing_orchestration.definitions", "-j", JOB, "-c", str(folder / "run.yaml")]
     with subprocess.Popen(
@@ -289,11 +288,6 @@ def events(folder: Path) -> list[dg.EventLogEntry]:
         return [entry for run in instance.get_runs() for entry in instance.all_logs(run.run_id)]
 
 
-TWO_PROCESSES = """
-execution: {config: {multiprocess: {max_concurrent: 2}}}
-"""
-
-
 TWO_CHARGES_AT_A_TIME = "ops: {renew_shard: {config: {max_concurrency: 2}}}\n"
 
 
@@ -310,8 +304,7 @@ def test_two_processes_charge_their_shards_side_by_side_within_the_limit_of_the_
     def both_charge() -> bool:
         return all(any(rule.fired for rule in rules) for rules in held.values())
 
-    # Without `shards`: one a process.
-    with executing(present, tmp_path, TWO_PROCESSES + TWO_CHARGES_AT_A_TIME) as process:
+    with executing(present, tmp_path, TWO_CHARGES_AT_A_TIME) as process:
         # Both shards have a charge under way at the same moment, and each goes on only after that.
         wait_until(lambda: both_charge() or process.poll() is not None, patience_s=120)
         present.sandbox.behave()
@@ -355,7 +348,7 @@ def test_a_process_that_is_killed_in_its_charge_leaves_nothing_that_the_next_run
     subscriptions = [present.subscriber(ended_at=present.now - timedelta(hours=1)) for _ in range(4)]
     # Charged at the provider, the answer never comes.
     hanging = present.sandbox.misbehave("create", "silence_after", times=None)
-    with executing(present, tmp_path, TWO_PROCESSES) as process:
+    with executing(present, tmp_path) as process:
         wait_until(lambda: hanging.fired >= 2 or process.poll() is not None, patience_s=120)
         shards = _pids_of_shards(tmp_path)
         assert len(shards) == 2, process.stdout and process.stdout.read()[-3000:]
@@ -366,7 +359,7 @@ def test_a_process_that_is_killed_in_its_charge_leaves_nothing_that_the_next_run
     assert process.returncode != 0
     assert all(count == 1 for count in present.charged().values())
 
-    with executing(present, tmp_path, TWO_PROCESSES) as process:
+    with executing(present, tmp_path) as process:
         told, _ = process.communicate(timeout=300)
 
     assert process.returncode == 0, told[-3000:]
@@ -382,19 +375,114 @@ def _pids_of_shards(folder: Path) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("shards", [0, -2, 257])
-def test_a_number_of_shards_that_makes_no_sense_is_refused(service: Service, shards: int) -> None:
-    service.subscriber()
+# --- how a deployment says it
 
-    run = service.run(JOB, ops=divided(shards))
+
+def ops_of(definitions: dg.Definitions) -> set[str]:
+    """The ops of the deployment's autopayment_job."""
+    return {node.name for node in definitions.get_job_def(JOB).nodes_in_topological_order}
+
+
+WHOLE = {"fetch_due_subscriptions", "fetch_open_renewals", "diff_renewals", "charge_renewals"}
+DIVIDED = {"divide_due_subscriptions", "renew_shard", "conclude_shards"}
+
+
+def test_a_deployments_job_is_whole_or_divided_and_never_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ops_of(build_definitions()) == WHOLE
+    assert ops_of(build_definitions(renewal_shards=3)) == DIVIDED
+
+    monkeypatch.setenv("RENEWAL_SHARDS", "4")
+    assert ops_of(build_definitions()) == DIVIDED
+    assert build_definitions().get_job_def(JOB).executor_def.name == "in_process"
+    monkeypatch.setenv("RENEWAL_SHARDS_AT_ONCE", "2")
+    assert build_definitions().get_job_def(JOB).executor_def.name == "multiprocess"
+
+
+def test_a_number_of_shards_that_cannot_be_is_named_by_the_run_and_nothing_is_read(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment_of(service).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RENEWAL_SHARDS", "257")
+
+    run = service.run(JOB, load=load_settings)
 
     assert not run.ok
-    assert "shards" in run.failure
+    assert "RENEWAL_SHARDS is not a whole number from 1 to 256" in run.failure
     assert service.sandbox.count() == 0
 
 
-def test_an_executor_of_the_deployments_own_takes_the_place_of_ours() -> None:
-    definitions = build_definitions(executor=dg.in_process_executor.configured({}, name="mine"))
+@pytest.mark.parametrize("shards", [0, -2, 257])
+def test_a_number_of_shards_in_an_argument_that_makes_no_sense_is_refused(shards: int) -> None:
+    with pytest.raises(ValueError, match="a renewal run has 1 to 256 shards"):
+        build_definitions(renewal_shards=shards)
 
-    assert definitions.get_job_def(JOB).executor_def.name == "mine"
-    assert definitions.get_job_def("expire_payments_job").executor_def.name != "mine"
+
+def on_machines(name: str) -> dg.ExecutorDefinition:
+    """An executor as those of Celery and Kubernetes are: each step in a process of its own, somewhere."""
+    return dg.ExecutorDefinition(name=name, requirements=dg.multiple_process_executor_requirements())
+
+
+def test_an_executor_of_the_deployments_own_runs_the_shards_and_nothing_else() -> None:
+    definitions = build_definitions(executor=on_machines("celery"), renewal_shards=4)
+
+    assert definitions.get_job_def(JOB).executor_def.name == "celery"
+    assert definitions.get_job_def("expire_payments_job").executor_def.name == "in_process"
+
+
+@pytest.mark.parametrize("name", ["dask", "docker", "celery-k8s", "mine"])
+def test_an_executor_that_nobody_has_seen_work_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedExecutor, match=f"the executor '{name}' is not supported: .*celery and k8s"):
+        build_definitions(executor=on_machines(name), renewal_shards=4)
+
+
+def test_an_executor_with_several_processes_is_refused_for_runs_that_are_whole() -> None:
+    with pytest.raises(UnsupportedExecutor, match="set RENEWAL_SHARDS"):
+        build_definitions(executor=dg.multiprocess_executor)
+
+
+def test_one_process_is_refused_for_shards_at_once() -> None:
+    with pytest.raises(UnsupportedExecutor, match="one shard after another, but 2 are to run at once"):
+        build_definitions(executor=dg.in_process_executor, renewal_shards=4, renewal_shards_at_once=2)
+
+
+@pytest.mark.parametrize(("executor", "at_once", "shared_by"), [
+    (None, None, 1),
+    (None, 2, 2),
+    (None, 9, 4),
+    ("celery", 2, 2),
+    ("celery", None, 4),  # nobody has said, so all of them may run at once
+])  # fmt: skip
+def test_limits_are_shared_by_what_runs_at_once(
+    service: Service, executor: str | None, at_once: int | None, shared_by: int
+) -> None:
+    service.subscriber()
+    definitions = build_definitions(
+        load=lambda: service.settings,
+        now=lambda: service.now,
+        database_now=service.database_now,
+        connect=service.connect_provider,
+        executor=on_machines(executor) if executor else None,
+        renewal_shards=4,
+        renewal_shards_at_once=at_once,
+    )
+
+    result = definitions.get_job_def(JOB).execute_in_process(instance=service.instance)
+
+    [output, *_] = [event for event in result.all_events if event.event_type_value == "STEP_OUTPUT"]
+    assert output.step_output_data.metadata["shards at once"].value == shared_by
+
+
+def test_all_money_checks_are_executed_in_the_runs_process_whatever_executor_runs_the_shards(
+    present: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment_of(present).items():
+        monkeypatch.setenv(name, value)
+    definitions = build_definitions(executor=on_machines("celery"), renewal_shards=4)
+    execute_all = definitions.resolve_implicit_global_asset_job_def()
+    assert execute_all.executor_def.name == "in_process"
+
+    result = execute_all.execute_in_process(instance=present.instance)
+
+    evaluations = [event for event in result.all_events if event.event_type_value == "ASSET_CHECK_EVALUATION"]
+    assert len(evaluations) == len(CHECKS)

@@ -187,6 +187,7 @@ class Stage:
             shop_id=self._sandbox.shop_id,
             secret_key=self._sandbox.secret_key,
             ops=self.scenario.ops,
+            shards=self.scenario.shards,
             death=_told_to_die(death),
         )
 

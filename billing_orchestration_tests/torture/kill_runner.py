@@ -50,6 +50,7 @@ class Case:
     shop_id: str
     secret_key: str
     ops: Mapping[str, Any] = field(default_factory=dict)
+    shards: int | None = None
     death: tuple[str, int, str] | None = None
     patience_s: float = 2.0
     conductor: str | None = None
@@ -137,7 +138,9 @@ def _execute(case: Case, tell: Any) -> None:
             now=lambda: now,
         )
 
-    definitions = build_definitions(load=lambda: settings, now=lambda: now, database_now=lambda _: now, connect=connect)
+    definitions = build_definitions(
+        load=lambda: settings, now=lambda: now, database_now=lambda _: now, connect=connect, renewal_shards=case.shards
+    )
     ops = {name: {"config": value} for name, value in case.ops.items()}
     config = {**case.config, **({"ops": {**case.config.get("ops", {}), **ops}} if ops else {})}
     result = definitions.get_job_def(case.job).execute_in_process(

@@ -2,29 +2,22 @@
 
 Daily at 03:00. It first asks what became of earlier attempts whose outcome is open, then charges what is due, each
 attempt by the protocol of `charging`. It is safe to repeat: a period is charged at most once, and a card is tried at
-most once a day. By its config, a run is whole (four ops) or divided into shards (`shards`).
+most once a day. A deployment's runs are whole (four ops), or divided into shards (RENEWAL_SHARDS).
 """
 
-from collections.abc import Iterator
-
 import dagster as dg
-from pydantic import Field
 
 from billing_orchestration.domain.renewals import NotCharged
 from billing_orchestration.domain.run_scope import over_limit
-from billing_orchestration.domain.shards import MOST_SHARDS
+from billing_orchestration.domain.shards import Sharding
 from billing_orchestration.jobs.approval import bind
-from billing_orchestration.jobs.autopayment.shards import (
-    conclude_shards,
-    divide_due,
-    renew_shard,
-    shards_wanted,
-)
+from billing_orchestration.jobs.autopayment.shards import conclude_shards, divide_into, renew_shard
 from billing_orchestration.jobs.autopayment.steps import (
     JOB,
     RETRY_HINT,
     AskedRenewals,
     ChargingConfig,
+    DueConfig,
     RenewalPlan,
     Renewals,
     apply_plan,
@@ -54,78 +47,35 @@ from billing_orchestration.threads import Threads
 MAX_RUNTIME_S = 12 * 3600
 
 
-class DueConfig(dg.Config):
-    """Which due subscriptions are charged, and whether the run is divided."""
-
-    max_overdue_days: int = Field(
-        default=30,
-        ge=0,
-        description="A subscription that ended more than this many billing days ago is reported, not charged.",
-    )
-    shards: int | None = Field(
-        default=None,
-        ge=1,
-        le=MOST_SHARDS,
-        description=(
-            "Divide the due subscriptions into this many parts. They follow each other in one process, which keeps"
-            " memory flat, or run side by side with the executor `multiprocess`. Left out: not divided, or one part per"
-            " process with `multiprocess`. A divided run takes its request limits from renew_shard, not from"
-            " charge_renewals."
-        ),
-    )
-
-
 @dg.op(
-    description="Read the subscriptions that are due, with saved method, price and attempts, and all open attempts. Or,"
-    " with `shards`, only count and divide them.",
-    out={
-        "due": dg.Out(dg.Nothing, is_required=False),
-        "shards": dg.DynamicOut(dg.Nothing, is_required=False),
-    },
+    description="Read the subscriptions that are due, with saved method, price and attempts, and all open attempts.",
+    out=dg.Out(dg.Nothing),
 )
 def fetch_due_subscriptions(
     context: dg.OpExecutionContext,
     config: DueConfig,
     run: RunSettings,
     billing_database: dg.ResourceParam[BillingDatabase],
-    payment_provider: dg.ResourceParam[ProviderConnection],
     clock: dg.ResourceParam[Clock],
-    threads: dg.ResourceParam[Threads],
     hand_over: dg.ResourceParam[HandOver],
-) -> Iterator[dg.Output[None] | dg.DynamicOutput[None]]:
-    """The database's slice, or the shards that each read their own."""
+) -> None:
+    """The database's slice."""
     with told_plainly():
         # All settings are checked before the scope, and both before anything is read.
         _ = billing_database.settings
         scope = run.scope(context, clock, whole_days=True)
-        shards, at_once = shards_wanted(context, config.shards)
-        if shards is not None:
-            yield from divide_due(
-                context,
-                scope,
-                config.max_overdue_days,
-                shards,
-                at_once,
-                billing_database,
-                payment_provider,
-                clock,
-                threads,
-            )
-            return
         renewals = read_renewals(billing_database, clock, scope, config.max_overdue_days)
         found = renewals.slice
     hand_over.leave(renewals)
-    yield dg.Output(
-        None,
-        "due",
-        metadata={
+    context.add_output_metadata(
+        {
             **describe_scope(scope),
             "due": dg.MetadataValue.int(len(found.due)),
             "open attempts": dg.MetadataValue.int(len(found.open_attempts)),
             f"not charged: overdue by more than {config.max_overdue_days} days": dg.MetadataValue.int(found.too_old),
             "not charged: the plan is not recurring": dg.MetadataValue.int(found.not_recurring),
             "ACTIVE without an end": dg.MetadataValue.int(found.without_end),
-        },
+        }
     )
 
 
@@ -204,18 +154,28 @@ def charge_renewals(
     yield dg.Output(None)
 
 
-# No executor of its own: the one of the definitions, so that a deployment can bring Kubernetes' or Celery's.
-@dg.job(
-    name=JOB,
-    description="Renews due subscriptions by charging the saved payment method. The only job that moves money.",
-    partitions_def=DAILY,
-    tags=singleton_tags(JOB, MAX_RUNTIME_S),
-)
-def autopayment_job() -> None:
-    """Database slice, provider slice, diff, charge; or shards, each of which does all of it for its part."""
-    due, shards = fetch_due_subscriptions()
-    charge_renewals(diff_renewals(fetch_open_renewals(due)))
-    conclude_shards(shards.map(renew_shard).collect())
+def build_job(sharding: Sharding | None, executor: dg.ExecutorDefinition) -> dg.JobDefinition:
+    """The job as a deployment runs it: whole, in four ops (no `sharding`), or in shards. Never both in one graph."""
+
+    @dg.graph(name=JOB)
+    def whole() -> None:
+        charge_renewals(diff_renewals(fetch_open_renewals(fetch_due_subscriptions())))
+
+    @dg.graph(name=JOB)
+    def divided() -> None:
+        if sharding is not None:
+            conclude_shards(divide_into(sharding)().map(renew_shard).collect())
+
+    return (whole if sharding is None else divided).to_job(
+        name=JOB,
+        description="Renews due subscriptions by charging the saved payment method. The only job that moves money.",
+        partitions_def=DAILY,
+        tags=singleton_tags(JOB, MAX_RUNTIME_S),
+        executor_def=executor,
+    )
+
+
+autopayment_job = build_job(None, dg.in_process_executor)
 
 
 autopayment_daily_schedule = tick_schedule(

@@ -1,14 +1,13 @@
 """A run in shards: the due in parts that are renewed one by one in flat memory, or side by side in several processes.
 
-Chosen by run config: `shards` of `fetch_due_subscriptions`, and the executor (`execution`). The first op counts and
-divides; each shard is one step that reads, asks, decides and charges its own part (slices are handed over in memory,
-which does not cross processes); the last op adds up. What keeps two processes from charging one period twice is the
-protocol of `charging`, the same as between any two runs: shards add nothing to it and take nothing from it.
+Chosen by the deployment (RENEWAL_SHARDS), for schedule, backfills and launches alike. The first op counts and divides;
+each shard is one step that reads, asks, decides and charges its own part (slices are handed over in memory, which does
+not cross processes); the last op adds up. What keeps two processes from charging one period twice is the protocol of
+`charging`, the same as between any two runs: shards add nothing to it and take nothing from it.
 """
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +18,12 @@ from billing_orchestration.database.renewals import count_due
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.renewals import NotCharged
 from billing_orchestration.domain.run_scope import RunRefused, RunScope, over_limit
-from billing_orchestration.domain.shards import Division, divide, shard_of_key, share
+from billing_orchestration.domain.shards import Division, Sharding, divide, shard_of_key, share
 from billing_orchestration.jobs.autopayment.steps import (
     JOB,
     RETRY_HINT,
     ChargingConfig,
+    DueConfig,
     RenewalPlan,
     apply_plan,
     ask_about_open,
@@ -52,96 +52,54 @@ DIVISION_TAG = "billing/division"
 _REPORT = "read by conclude_shards"
 # Names of what must be retried, per shard; the rest is counted.
 _NAMED = 5
-_EXECUTOR = "in_process_or_multiprocess"
 
 
-# What a shard's process needs, imported once in the process that all of them are forked from: imports are most of what
-# the start of a process costs. None of these opens a connection or starts a thread.
-_PRELOADED = [
-    "billing_orchestration.definitions",
-    "billing_orchestration.jobs.autopayment.pipeline",
-    "billing_orchestration.database.renewals",
-    "billing_orchestration.database.settling",
-    "billing_orchestration.provider.sdk",
-    "dagster_postgres",
-    "sqlalchemy.dialects.postgresql.psycopg",
-]
+def divide_into(sharding: Sharding) -> dg.OpDefinition:
+    """The first op of a divided run: it counts what is due, and yields the shards.
+
+    It raises, before any shard begins, what would stop each of them.
+    """
+
+    @dg.op(
+        name="divide_due_subscriptions",
+        description=f"Count the subscriptions that are due, and divide them into {sharding.shards} shards.",
+        out={"shards": dg.DynamicOut(dg.Nothing)},
+    )
+    def divide_due_subscriptions(
+        context: dg.OpExecutionContext,
+        config: DueConfig,
+        run: RunSettings,
+        billing_database: dg.ResourceParam[BillingDatabase],
+        payment_provider: dg.ResourceParam[ProviderConnection],
+        clock: dg.ResourceParam[Clock],
+        threads: dg.ResourceParam[Threads],
+    ) -> Iterator[dg.DynamicOutput[None]]:
+        with told_plainly():
+            # All settings are checked before the scope, and both before anything is read.
+            _ = billing_database.settings
+            scope = run.scope(context, clock, whole_days=True)
+            yield from _divide(
+                context, scope, config.max_overdue_days, sharding, billing_database, payment_provider, clock, threads
+            )
+
+    return divide_due_subscriptions
 
 
-def _chosen(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "multiprocess" not in config:
-        return config
-    return {
-        "multiprocess": {
-            "max_concurrent": _processes(config["multiprocess"]),
-            "start_method": {"forkserver": {"preload_modules": _PRELOADED}},
-        }
-    }
-
-
-def _processes(config: Mapping[str, Any] | None) -> int:
-    return int((config or {}).get("max_concurrent") or os.cpu_count() or 1)
-
-
-# One process by default, because its start costs more than most lists of due subscriptions take.
-in_process_or_multiprocess: dg.ExecutorDefinition = dg.configured(
-    dg.multi_or_in_process_executor,
-    name=_EXECUTOR,
-    config_schema=dg.Field(
-        dg.Selector(  # type: ignore[no-untyped-call]
-            {
-                "in_process": dg.Field({}, description="All steps in the run's own process, one after another."),
-                "multiprocess": dg.Field(
-                    {
-                        "max_concurrent": dg.Field(
-                            dg.Noneable(dg.Int),
-                            default_value=None,
-                            description="At most this many shards at once. Left out: one per core.",
-                        )
-                    },
-                    description="Each shard in a process of its own.",
-                ),
-            }
-        ),
-        default_value={"in_process": {}},
-        description="Where the shards run.",
-    ),
-)(_chosen)
-
-
-def shards_wanted(context: dg.OpExecutionContext, configured: int | None) -> tuple[int | None, int]:
-    """How many shards the run has (None: it is not divided), and how many of them may run at once."""
-    run_config: Mapping[str, Any] = context.run.run_config
-    execution = (run_config.get("execution") or {}).get("config") or {}
-    shards: int | None
-    if "multiprocess" in execution:
-        at_once = _processes(execution["multiprocess"])
-        shards = configured or at_once
-    elif context.job_def.executor_def.name in (_EXECUTOR, "in_process"):
-        at_once = 1
-        shards = configured
-    else:
-        # An executor of the deployment's own (Kubernetes, Celery): at most as many at once as it says, else all.
-        at_once = int(execution.get("max_concurrent") or configured or 1)
-        shards = configured
-    return shards, min(at_once, shards or 1)
-
-
-def divide_due(
+def _divide(
     context: dg.OpExecutionContext,
     scope: RunScope,
     max_overdue_days: int,
-    shards: int,
-    at_once: int,
+    sharding: Sharding,
     database: BillingDatabase,
     provider: ProviderConnection,
     clock: Clock,
     threads: Threads,
 ) -> Iterator[dg.DynamicOutput[None]]:
-    """Count what is due, and yield the shards. Raises before any of them begins what would stop each of them."""
+    shards, at_once = sharding.shards, sharding.at_once
     if scope.approved_plan is not None:
         raise RunRefused(
-            "a plan is approved as a whole: give either approved_plan or shards. Nothing was read or written"
+            "a plan is approved as a whole, and RENEWAL_SHARDS divides this deployment's runs. Nothing was read or"
+            " written"
         )
     with database.read() as connection:
         if database.settings.billing_renewal_view:
@@ -193,8 +151,7 @@ def _stop_if_over(
 
 
 @dg.op(
-    description="Renew one shard of the due: read it, ask about its open attempts, decide each, charge. Runs only if"
-    " the run is divided (`shards`).",
+    description="Renew one shard of the due: read it, ask about its open attempts, decide each, charge.",
     ins={"shard": dg.In(dg.Nothing)},
     out=dg.Out(dg.Nothing),
 )
@@ -273,7 +230,7 @@ def limits_of_a_shard(config: ChargingConfig, at_once: int) -> ChargingConfig:
 
 @dg.op(
     description="Add up what the shards did; red if something must be retried. The decisions are in the output of"
-    " each renew_shard. Runs only if the run is divided (`shards`).",
+    " each renew_shard.",
     ins={"shards": dg.In(dg.Nothing)},
     out=dg.Out(dg.Nothing),
 )

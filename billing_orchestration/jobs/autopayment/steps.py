@@ -67,6 +67,16 @@ RETRY_HINT = (
 )
 
 
+class DueConfig(dg.Config):
+    """Which due subscriptions are charged."""
+
+    max_overdue_days: int = Field(
+        default=30,
+        ge=0,
+        description="A subscription that ended more than this many billing days ago is reported, not charged.",
+    )
+
+
 class ChargingConfig(dg.Config):
     """Limits on the requests to the provider."""
 

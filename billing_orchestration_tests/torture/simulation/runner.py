@@ -176,8 +176,6 @@ def _run_op(
         yield "result", returned
         return
     for yielded in returned:
-        if isinstance(yielded, dg.DynamicOutput):
-            raise NotImplementedError("a run in shards is not simulated")
         if isinstance(yielded, dg.Output):
             yield yielded.output_name, yielded.value
             context.metadata.update(yielded.metadata)
