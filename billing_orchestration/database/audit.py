@@ -20,6 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.conventions import sql_list
+from billing_orchestration.domain.personal import mask_fields
 from billing_orchestration.domain.problem_kinds import LAST_WORDS, ProblemKind
 
 # Evidence is for a person. A hostile or broken answer must not fill the table.
@@ -163,8 +164,8 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def evidence_of(value: Any) -> dict[str, Any]:
-    """A raw item as evidence, cut to what a person can read."""
-    plain = _plain(value)
+    """A raw item as evidence, cut to what a person can read; of a card, no more than its last four digits."""
+    plain = mask_fields(_plain(value))
     text = json.dumps(plain, ensure_ascii=False)
     return {"item": plain} if len(text) <= _LONGEST_TEXT else {"item": text[:_LONGEST_TEXT], "cut": True}
 

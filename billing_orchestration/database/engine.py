@@ -25,6 +25,7 @@ from billing_orchestration.database.errors import (
     SchemaProblem,
 )
 from billing_orchestration.database.session import PINNED, PREFERRED, prepare
+from billing_orchestration.domain.personal import mask_personal
 
 # A server that does not even accept within this time is down, or a firewall drops the packets.
 CONNECT_TIMEOUT_S = 10
@@ -262,5 +263,6 @@ def _one_line(error: BaseException) -> str:
         if re.match(r"\s*(DETAIL|CONTEXT|HINT|LINE \d+|STATEMENT|QUERY)\b", line):
             break
         lines.append(line.strip())
-    text = " ".join(part for part in lines if part) or type(error).__name__
+    # A trigger's own words may name whom they are about.
+    text = mask_personal(" ".join(part for part in lines if part)) or type(error).__name__
     return text if len(text) <= 400 else text[:399] + "…"

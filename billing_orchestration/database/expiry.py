@@ -47,7 +47,6 @@ class SubscriptionSample:
     """One subscription of the report. `why_held` is None for one that would expire."""
 
     id: int
-    user_id: str | None
     ended_at: str
     why_held: str | None
 
@@ -74,16 +73,16 @@ _COUNT_HELD_BACK = sa.text(f"""
 """)
 # Ends as text: a real database may hold dates that Python has no datetime for.
 _SAMPLE_OVER = sa.text(f"""
-    (SELECT s.id, s.user_id, s.ended_at::text AS ended_at, false AS held
+    (SELECT s.id, s.ended_at::text AS ended_at, false AS held
      FROM subscriptions s
      WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND NOT {_HELD_BACK}
      ORDER BY s.ended_at, s.id LIMIT :size)
     UNION ALL
-    (SELECT s.id, s.user_id, s.ended_at::text, true
+    (SELECT s.id, s.ended_at::text, true
      FROM subscriptions s
      WHERE s.status = 'ACTIVE' AND s.ended_at < :over_before AND {_HELD_BACK}
      ORDER BY s.ended_at, s.id LIMIT :size)
-""").columns(id=sa.BigInteger, user_id=sa.String, ended_at=sa.String, held=sa.Boolean)
+""").columns(id=sa.BigInteger, ended_at=sa.String, held=sa.Boolean)
 
 
 def fetch_over(connection: sa.Connection, over_before: datetime, sample_size: int) -> OverSlice:
@@ -94,7 +93,7 @@ def fetch_over(connection: sa.Connection, over_before: datetime, sample_size: in
     over = connection.execute(_COUNT_OVER, bound).scalar_one()
     held = connection.execute(_COUNT_HELD_BACK, bound).scalar_one()
     samples = tuple(
-        SubscriptionSample(row.id, row.user_id, row.ended_at, _WHY_HELD if row.held else None)
+        SubscriptionSample(row.id, row.ended_at, _WHY_HELD if row.held else None)
         for row in connection.execute(_SAMPLE_OVER, {**bound, "size": sample_size})
     )
     return OverSlice(active.active, over, held, active.without_end, samples)

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 
 from billing_orchestration.domain.clocks import is_in_future
 from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.personal import names_in_body, without_names
 
 # Never change these: another namespace gives the same attempt another key, and so a second charge.
 _ATTEMPT_NAMESPACE = uuid.UUID("6f1f6a52-6a0e-5a5e-9d0b-0c6f3a4f5b11")
@@ -92,6 +93,10 @@ class Attempt:
     def subject(self) -> str:
         """Its name in a report."""
         return f"subscription {self.subscription_id}, attempt {self.number}"
+
+    def unnamed(self, text: str) -> str:
+        """A foreign text about it, without its customer's id and contact."""
+        return without_names(text, {self.user_id} | names_in_body(self.body))
 
 
 def identify(subscription_id: int, period_start: datetime, number: int) -> tuple[uuid.UUID, uuid.UUID]:

@@ -1,8 +1,7 @@
-"""Fiscal receipts (54-FZ): what a charge tells the tax office and the customer, and how a contact is shown."""
+"""Fiscal receipts (54-FZ): what a charge tells the tax office and the customer."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -63,32 +62,3 @@ def fill(template: str, **names: str) -> str:
     """The template with its names filled in, cut to what the provider takes."""
     text = _PLACEHOLDER.sub(lambda found: names.get(found[1], found[0]), template)
     return " ".join(text.split())[:LONGEST_DESCRIPTION]
-
-
-# --- A contact is never shown ------------------------------------------------------------------------------------
-
-_ANY_EMAIL = re.compile(r"""[^\s@"'<>(),;:=\[\]{}]+@[^\s@"'<>(),;:=\[\]{}]+\.[^\s@."'<>(),;:=\[\]{}]+""")
-# A telephone number has eleven digits and more; ids of ours have ten at most.
-_ANY_PHONE = re.compile(r"(?<![\w.-])\+?([0-9]{11,15})(?![\w-])")
-
-
-def mask_contacts(text: str) -> str:
-    """A foreign text with every address and number of a customer as `a…@e….ru` and `7…67`."""
-    return _ANY_PHONE.sub(lambda found: _mask(found[1]), _ANY_EMAIL.sub(lambda found: _mask(found[0]), text))
-
-
-def mask_body(body: str) -> str:
-    """The body of a charge as a person may see it."""
-    document = json.loads(body)
-    customer = document.get("receipt", {}).get("customer") if isinstance(document, dict) else None
-    if not customer:
-        return body
-    document["receipt"]["customer"] = {name: _mask(contact) for name, contact in customer.items()}
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-
-
-def _mask(contact: str) -> str:
-    name, sign, domain = contact.rpartition("@")
-    if not sign:
-        return f"{contact[:1]}…{contact[-2:]}"
-    return f"{name[:1]}…@{domain[:1]}….{domain.rpartition('.')[2]}"

@@ -231,7 +231,7 @@ def _decide_purchase(case: _Case) -> SettlementDecision:
         return case.quarantine("metadata", f"metadata names payment provider {provider_id}, which is not this shop's")
     linked = facts.subscriptions.get(row.subscription_id) if row and row.subscription_id is not None else None
     if linked is not None and linked.user_id != user_id:
-        reason = f"metadata names user {user_id}, the row belongs to user {linked.user_id}"
+        reason = f"metadata names another user than the row's subscription {linked.id}"
         return case.quarantine("foreign_metadata", reason)
     if (doubt := _doubt_about(case, facts.plans[plan_id])) is not None:
         return doubt
@@ -378,8 +378,8 @@ def _decide_attachment(case: _Case, subscription_id: int) -> SettlementDecision:
     if provider_id is None or provider_id not in facts.provider_ids:
         return case.quarantine("metadata", "nothing names its payment provider, and there are several")
     is_other_user = claims.user_id not in (None, subscription.user_id)
-    others = f" (the metadata names user {claims.user_id})" if is_other_user else ""
-    reason = f"a person attached it to subscription {subscription.id} of user {subscription.user_id}{others}"
+    others = ", whose user is not the one that the metadata names" if is_other_user else ""
+    reason = f"a person attached it to subscription {subscription.id}{others}"
     return _grant_period(case, subscription, subscription.plan_id, provider_id, attempt, reason)
 
 

@@ -181,7 +181,7 @@ def _decisions(over: SubscriptionsOver) -> list[Decision]:
     return [
         Decision(Action.LEAVE, f"subscription {sample.id}", f"held back: {sample.why_held}", code=Code.HELD_BACK)
         if sample.why_held
-        else Decision(Action.EXPIRE, f"subscription {sample.id}", f"user {sample.user_id}, ended {sample.ended_at} UTC")
+        else Decision(Action.EXPIRE, f"subscription {sample.id}", f"ended {sample.ended_at} UTC")
         for sample in over.slice.samples
     ]
 

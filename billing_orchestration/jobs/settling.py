@@ -7,19 +7,25 @@ refuses for good goes to quarantine, what it was too busy for must be retried.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from billing_orchestration.database.audit import Problem, Stamp, evidence_of, known_problems, open_problems
+from billing_orchestration.database.customers import users_of
 from billing_orchestration.database.errors import BillingDatabaseError
 from billing_orchestration.database.one_by_one import NotWritten, Witnesses, one_by_one
 from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
 from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.personal import without_names
 from billing_orchestration.domain.problem_kinds import NOT_WRITABLE
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.domain.settlement_decisions import CloseAsGranted, Leave, Quarantine, RecordRefund, Settle
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.resources import BillingDatabase
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
 
 # Large enough that the statements' round trips do not count, small enough that the service's webhook never waits long
 # for the rows a batch has locked.
@@ -149,6 +155,7 @@ def report_refused(
     if not refused:
         return
     with database.read() as connection:
+        refused = _unnamed(connection, refused)
         known = known_problems(connection, [row.problem.key for row in refused if row.refusal.doubt is not None])
     problems = []
     for row in refused:
@@ -162,6 +169,19 @@ def report_refused(
     report.quarantined += len(problems)
     if not dry_run:
         report.opened += open_all(database, stamp, problems)
+
+
+def _unnamed(connection: "sa.Connection", refused: Sequence[Refused]) -> list[Refused]:
+    """The same without the users whom a trigger of the service's may have named."""
+    names = users_of(connection, [row.problem for row in refused])
+    return [
+        replace(
+            row,
+            problem=replace(row.problem, reason=without_names(row.problem.reason, names)),
+            refusal=replace(row.refusal, reason=without_names(row.refusal.reason, names)),
+        )
+        for row in refused
+    ]
 
 
 def open_all(database: BillingDatabase, stamp: Stamp, problems: Sequence[Problem]) -> int:

@@ -218,7 +218,7 @@ class PaymentProvider:
             raise ValueError("the idempotence key must be 1 to 64 visible ASCII characters; nothing was sent")
         sent = body.encode("utf-8")
         charges = self._payments.charges
-        call = Call(f"charge with key {idempotence_key}", moves_money=True)
+        call = Call(f"charge with key {idempotence_key}", body=body)
         answer = self._send(call, lambda: charges.post(sent, idempotence_key), before_send)
         payment = parse_payment(self._object(answer, call))
         if isinstance(payment, UnusablePayment):

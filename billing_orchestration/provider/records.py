@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from billing_orchestration.domain.money import CURRENCIES, Money, parse_amount
+from billing_orchestration.domain.personal import mask_personal, mask_value
 from billing_orchestration.domain.provider_payment import (
     REFUND_STATUSES,
     STATUSES,
@@ -24,7 +25,6 @@ from billing_orchestration.domain.provider_payment import (
     ProviderRefund,
     UnusablePayment,
 )
-from billing_orchestration.domain.receipts import mask_contacts
 
 _NO_MONEY = Decimal("0.00")
 # The provider documents 36 characters; payments.external_payment_id is an unbounded varchar, an index entry is not.
@@ -305,25 +305,27 @@ def provider_instant(instant: datetime, *, round_up: bool = False) -> str:
 # --- Evidence ----------------------------------------------------------------------------------------------------
 
 
-def evidence(item: object, depth: int = _EVIDENCE_DEPTH) -> Any:
-    """The raw item in a form that JSON and PostgreSQL can hold, cut to what a person can read."""
-    if item is None or isinstance(item, bool):
-        return item
-    if isinstance(item, int):
-        return item if abs(item) < 10**_LONGEST_INTEGER else "a number of more than 30 digits"
-    if isinstance(item, float):
-        return item if math.isfinite(item) else str(item)
-    if isinstance(item, str):
-        return _storable(_cut(mask_contacts(item), _EVIDENCE_TEXT))
+def evidence(item: object, depth: int = _EVIDENCE_DEPTH, name: str = "") -> Any:
+    """The raw item in a form that JSON and PostgreSQL can hold, cut to what a person can read.
+
+    Without contacts, and of a card without all but its last four digits. `name`: the field that holds it.
+    """
+    if isinstance(item, int) and not isinstance(item, bool) and abs(item) >= 10**_LONGEST_INTEGER:
+        return "a number of more than 30 digits"
     if isinstance(item, (Mapping, list, tuple)):
         if depth == 0:
             return "…"
         cut = {"…": f"{len(item) - _EVIDENCE_WIDTH} more"} if len(item) > _EVIDENCE_WIDTH else None
         if isinstance(item, Mapping):
             kept = list(item.items())[:_EVIDENCE_WIDTH]
-            return {_storable(_cut(str(key))): evidence(part, depth - 1) for key, part in kept} | (cut or {})
-        return [evidence(part, depth - 1) for part in item[:_EVIDENCE_WIDTH]] + ([cut] if cut else [])
-    return _storable(_cut(str(item), _EVIDENCE_TEXT))
+            return {
+                _storable(_cut(mask_personal(str(key)))): evidence(part, depth - 1, str(key)) for key, part in kept
+            } | (cut or {})
+        return [evidence(part, depth - 1, name) for part in item[:_EVIDENCE_WIDTH]] + ([cut] if cut else [])
+    value = mask_value(name, item)
+    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return _storable(_cut(str(value), _EVIDENCE_TEXT))
 
 
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a flag", int: "a number", float: "a number"}
@@ -336,7 +338,7 @@ def _kind(value: object) -> str:
 def _shown(value: object) -> str:
     if value is None or isinstance(value, (dict, list)):
         return f"({_kind(value)})"
-    return _cut(repr(value), 80)
+    return _cut(mask_personal(repr(value)), 80)
 
 
 def _cut(text: str, limit: int = 300) -> str:

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, TypedDict
 
-from billing_orchestration.domain.receipts import mask_contacts
+from billing_orchestration.domain.personal import mask_personal, names_in_body, without_names
 from billing_orchestration.provider.errors import (
     Forbidden,
     NeverSent,
@@ -37,11 +37,19 @@ _SHORTEST_SECRET = 6
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What was asked, as error texts name it. `moves_money`: a charge; `by_id`: one payment, asked for by its id."""
+    """What was asked, as error texts name it. `by_id`: one payment, asked for by its id.
+
+    `body`: a charge's. Whom it names is left out of what the provider repeats.
+    """
 
     what: str
-    moves_money: bool = False
     by_id: bool = False
+    body: str = ""
+
+    @property
+    def moves_money(self) -> bool:
+        """Whether it is a charge."""
+        return bool(self.body)
 
 
 class _Refusal(TypedDict):
@@ -74,7 +82,7 @@ class Translator:
         """The error for an answer that is not HTTP 200."""
         status = answer.status
         document = _document(answer)
-        refusal, said = self._refusal(status, document)
+        refusal, said = self._refusal(status, document, call)
         answered = f"{call.what}: HTTP {status}" + (f" ({said})" if said else "")
         delay_s = retry_after_s(answer, document, now)
         # An HTML 403 of some proxy says nothing about the request.
@@ -116,10 +124,10 @@ class Translator:
             f"{answered}, {kind}{self._hint(status)}. {_unknown(call)}", retry_after_s=delay_s, answered=by_provider
         )
 
-    def _refusal(self, status: int, document: Any) -> tuple[_Refusal, str]:
+    def _refusal(self, status: int, document: Any, call: Call) -> tuple[_Refusal, str]:
         """What the provider's error JSON says: in its fields, and as one text."""
         code, parameter, description = (
-            self.foreign(_text(document, name)) for name in ("code", "parameter", "description")
+            self.foreign(_text(document, name), call) for name in ("code", "parameter", "description")
         )
         said = ", ".join(part for part in (code, parameter, description) if part)
         return {"status_code": status, "code": code, "description": description}, said
@@ -134,15 +142,20 @@ class Translator:
     def of_unusable(self, answer: Answer, call: Call, reason: str) -> OutcomeUnknown:
         """The error for an HTTP 200 that does not hold what was asked."""
         return OutcomeUnknown(
-            f"{call.what}: HTTP 200 with {_kind_of(answer)}, {self.foreign(reason)}. {_unknown(call)}",
+            f"{call.what}: HTTP 200 with {_kind_of(answer)}, {self.foreign(reason, call)}. {_unknown(call)}",
             answered=isinstance(_document(answer), dict),
         )
 
-    def foreign(self, text: str) -> str:
-        """A foreign text, cut and cleaned of the credentials and of customers' contacts, on one line."""
+    def foreign(self, text: str, call: Call | None = None) -> str:
+        """A foreign text, cut and cleaned of the credentials and of what is personal, on one line.
+
+        `call`: the one that it answers; whom its body names is left out too.
+        """
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        text = mask_contacts(" ".join(text.split()))
+        if call is not None and call.body and text:
+            text = without_names(text, names_in_body(call.body))
+        text = mask_personal(" ".join(text.split()))
         return text if len(text) <= LONGEST_FOREIGN_TEXT else text[:LONGEST_FOREIGN_TEXT] + "…"
 
 

@@ -926,7 +926,8 @@ def test_a_payment_that_a_person_attaches_gives_that_subscription_a_period_whate
     assert isinstance(decision, Settle)
     assert (decision.kind, decision.user_id, decision.plan_id) == ("extended", "ada", 3)
     assert (decision.period_start, decision.period_end) == (a_subscription().ended_at, NEXT_END)
-    assert "boris" in decision.reason
+    assert "whose user is not the one that the metadata names" in decision.reason
+    assert "boris" not in decision.reason
 
 
 def test_a_payment_cannot_be_attached_to_a_subscription_that_is_of_no_use() -> None:

@@ -362,7 +362,7 @@ def test_a_run_shows_its_slice_its_decisions_and_the_numbers_of_the_day(service:
     assert run.number("fetch_subscriptions_over", "ACTIVE") == 2
     assert run.number("fetch_subscriptions_over", "over") == 1
     assert run.number("fetch_subscriptions_over", "ended before") == "2026-03-10 00:00:00 UTC"
-    assert run.reasons(f"subscription {ended}") == ["expire: user anna, ended 2026-03-01 09:30:00 UTC"]
+    assert run.reasons(f"subscription {ended}") == ["expire: ended 2026-03-01 09:30:00 UTC"]
     assert run.materialized == {JOB: {"expired": 1, "held back": 0, "active": 1}}
 
 

@@ -13,8 +13,9 @@ from billing_orchestration.provider.errors import OutcomeUnknown
 from billing_orchestration.provider.translation import Call, Translator, retry_after_s
 from billing_orchestration.provider.wire import Answer
 
+BODY = '{"metadata":{"user_id":"anna-17"},"receipt":{"customer":{"email":"ada@example.ru"}}}'
 NOW = datetime(2026, 3, 1, 10, 0, 0, tzinfo=timezone.utc)
-CHARGE = Call("charge with key k-1", moves_money=True)
+CHARGE = Call("charge with key k-1", body=BODY)
 
 
 def answered(status: int, body: Any = None, **headers: str) -> Answer:
@@ -66,3 +67,10 @@ def test_every_unknown_outcome_of_a_charge_says_to_keep_the_key() -> None:
         told = translator.of_answer(answered(status, {"type": "error", "code": "c"}), CHARGE, NOW)
         assert isinstance(told, OutcomeUnknown), status
         assert "never a new key" in str(told)
+
+
+def test_whom_a_charge_names_is_left_out_of_what_the_provider_repeats() -> None:
+    said = {"type": "error", "code": "invalid_request", "description": "user anna-17 (ada@example.ru) is not anna-177"}
+    told = Translator("https://api.invalid/v3", ()).of_answer(answered(400, said), CHARGE, NOW)
+    assert "user (a customer) ((a customer)) is not anna-177" in str(told)
+    assert "anna-17 " not in repr(told)

@@ -153,7 +153,7 @@ class Charging:
                 part, lambda works: self._claim_together(connection, works), tries=1, witnesses=self.claim_witnesses
             ):
                 if isinstance(result, NotWritten):
-                    claims.refused[works[0].attempt.id] = result.reason
+                    claims.refused[works[0].attempt.id] = works[0].attempt.unnamed(result.reason)
                 else:
                     claims.claimed.update(result.sent_before)
                     claims.held.update(result.held)

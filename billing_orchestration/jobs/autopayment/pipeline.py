@@ -351,8 +351,8 @@ class Pipeline:
         work, answer = judged.work, judged.answer
         if isinstance(answer, Closing):
             if isinstance(result, NotWritten):
-                state = f"{answer.state}: {answer.reason}"
-                self._charging.log(f"{work.attempt.subject} ({state}) could not be written: {result.reason}")
+                state, why = f"{answer.state}: {answer.reason}", work.attempt.unnamed(result.reason)
+                self._charging.log(f"{work.attempt.subject} ({state}) could not be written: {why}")
             if judged.wait_s is not None:
                 self._waiting.send_again(work, self._now_s() + judged.wait_s)
                 return

@@ -39,7 +39,7 @@ def result_of(attempt: Attempt, answer: ProviderPayment | Closing, result: Settl
         code = answer.decline_reason or answer.decline_class or ""
         return ChargeResult(attempt, answer.word, answer.reason, answer.decline_class, needs_retry, code=code)
     if not isinstance(result, Settled):
-        why = result.reason if result is not None else "no reason is known"
+        why = attempt.unnamed(result.reason) if result is not None else "no reason is known"
         reason = (
             f"paid at the provider ({answer.id}), not granted yet: {why}; the matching jobs or the next run settle it"
         )

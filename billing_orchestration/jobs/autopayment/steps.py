@@ -33,9 +33,9 @@ from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.decisions import Action, Code, Decision
+from billing_orchestration.domain.personal import mask_body
 from billing_orchestration.domain.problem_kinds import NO_CONTACT, TWO_ACTIVE
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
-from billing_orchestration.domain.receipts import mask_body
 from billing_orchestration.domain.renewals import (
     Charge,
     Conclude,
@@ -340,7 +340,7 @@ def _conclude_open(
 
     for part, closed in one_by_one(closings, write):
         if isinstance(closed, NotWritten):
-            report.again.append(f"{part[0].attempt.subject}: {closed.reason}")
+            report.again.append(f"{part[0].attempt.subject}: {part[0].attempt.unnamed(closed.reason)}")
             continue
         for closing in part:
             if closing.attempt.id in closed:
