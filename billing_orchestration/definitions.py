@@ -21,6 +21,7 @@ from billing_orchestration.jobs import (
     money_checks,
     prune_run_history,
     reconciliation,
+    resolve_quarantine,
 )
 from billing_orchestration.jobs.approval import PLANS
 from billing_orchestration.jobs.autopayment.executors import executor_for
@@ -50,6 +51,8 @@ _OTHER_JOBS = (
     prune_run_history.run_history_job,
     reconciliation.reconciliation_job,
 )
+# Launched by a person, who looks at the run: no schedule, and no alert about a red one.
+BY_HAND = (resolve_quarantine.resolve_quarantine_job,)
 SCHEDULES = (
     autopayment.autopayment_daily_schedule,
     expire_payments.expire_payments_daily_schedule,
@@ -91,7 +94,7 @@ def build_definitions(
     sharding = _sharding(renewal_shards, renewal_shards_at_once, executor)
     jobs = (autopayment.build_job(sharding, executor_for(sharding, executor)), *_OTHER_JOBS)
     return dg.Definitions(
-        jobs=jobs,
+        jobs=[*jobs, *BY_HAND],
         schedules=SCHEDULES,
         assets=[*money_checks.money_assets, *_plotted_assets()],
         asset_checks=money_checks.money_asset_checks,

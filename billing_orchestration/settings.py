@@ -456,6 +456,22 @@ class _ReadAtLoading(BaseSettings):
     renewal_shards_at_once: str = ""
 
 
+class _UiAddress(BaseSettings):
+    """The text behind the links of the UI's pages, unchecked."""
+
+    model_config = Settings.model_config
+
+    dagster_ui_url: str = DEFAULT_UI_URL
+
+
+def ui_prefix() -> str:
+    """The path of `DAGSTER_UI_URL`, before every other path of the UI: empty, or as `/dagster`. It never fails."""
+    try:
+        return urlsplit(_UiAddress().dagster_ui_url.strip()).path.rstrip("/")
+    except (ValueError, OSError):
+        return ""
+
+
 def partition_timezone() -> str:
     """The partition grid's time zone: `BILLING_TIMEZONE` if valid, else UTC."""
     try:

@@ -181,15 +181,3 @@ def numbers(connection: sa.Connection, now: datetime) -> Mapping[str, int | floa
     rows = connection.execute(_NUMBERS, {"naive_now": naive_utc(now), "day": day})
     values = {row.name: row.value if isinstance(row.value, Decimal) else Decimal(row.value) for row in rows}
     return {name: int(value) if value == value.to_integral_value() else float(value) for name, value in values.items()}
-
-
-_OPEN_AND_LAST = sa.text("""
-    SELECT count(*) AS open, coalesce(max(id), 0) AS last
-    FROM billing_orchestration.quarantine WHERE resolved_at IS NULL
-""")
-
-
-def count_and_last(connection: sa.Connection) -> tuple[int, int]:
-    """How many entries of the quarantine are open, and the newest open one's id (0: none)."""
-    row = connection.execute(_OPEN_AND_LAST).one()
-    return int(row.open), int(row.last)

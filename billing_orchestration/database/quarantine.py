@@ -13,6 +13,9 @@ import sqlalchemy as sa
 from billing_orchestration.database.audit import Change, Stamp, record_changes
 from billing_orchestration.domain.problem_kinds import MENDED, NO_CONTACT, NOT_WRITABLE
 
+# A provider's record that cannot be read may hold anything.
+_LONGEST_SUM = 40
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -39,6 +42,15 @@ class Entry:
     def subject(self) -> str:
         """What the problem is about: "payment …", "subscription 12", "job …"."""
         return self.problem_key.removesuffix(f":{self.kind}")
+
+    @property
+    def provider_sum(self) -> str:
+        """The provider's amount with its currency, as its record in the evidence has it; empty without one."""
+        item = self.evidence.get("item")
+        amount = item.get("amount") if isinstance(item, Mapping) else None
+        if isinstance(amount, Mapping):
+            amount = f"{amount.get('value')} {amount.get('currency')}"
+        return amount[:_LONGEST_SUM] if isinstance(amount, str) else ""
 
     @property
     def about_books(self) -> bool:
@@ -78,6 +90,33 @@ def entries_since(connection: sa.Connection, last_id: int, limit: int) -> list[E
     return _entries(
         connection, "WHERE id > :last_id AND resolved_at IS NULL ORDER BY id LIMIT :limit", last_id=last_id, limit=limit
     )
+
+
+_SUMS = sa.text("""
+    SELECT q.id, concat_ws(' ', coalesce(p.amount, a.amount), coalesce(p.currency::text, a.currency::text)) AS money
+    FROM billing_orchestration.quarantine q
+    LEFT JOIN payments p ON p.id = q.payment_id
+    LEFT JOIN billing_orchestration.renewal_attempts a ON a.id = q.attempt_id
+    WHERE q.id = ANY(:ids)
+""")
+
+
+def sums_of(connection: sa.Connection, entries: Sequence[Entry]) -> dict[int, str]:
+    """By entry: how much money it is about, as the provider says, else as the payment's row or the attempt does."""
+    ours = {row.id: str(row.money) for row in connection.execute(_SUMS, {"ids": [entry.id for entry in entries]})}
+    return {entry.id: entry.provider_sum or ours.get(entry.id, "") for entry in entries}
+
+
+_OPEN_AND_LAST = sa.text("""
+    SELECT count(*) AS open, coalesce(max(id), 0) AS last
+    FROM billing_orchestration.quarantine WHERE resolved_at IS NULL
+""")
+
+
+def count_and_last(connection: sa.Connection) -> tuple[int, int]:
+    """How many entries are open, and the newest open one's id (0: none)."""
+    row = connection.execute(_OPEN_AND_LAST).one()
+    return int(row.open), int(row.last)
 
 
 def read_entry(connection: sa.Connection, entry_id: int, *, lock: bool = False) -> Entry | None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 import sqlalchemy as sa
 
@@ -94,25 +95,30 @@ def resolve(
     entry_id: int,
     resolution: Resolution,
     now: Callable[[], datetime],
+    *,
+    run_id: str | None = None,
+    dry_run: bool = False,
 ) -> list[str]:
     """Resolve one open entry; return what was done, in lines for a person.
 
     What moves: nothing at the provider; at most one grant in the books, through `settle_batch`, whose primary key
     allows one per provider payment. The payment is fetched again, before any transaction. Then one transaction: the
     user's lock, the entry's row (still open?), the entry closed, the payment settled with the ruling, the audit trail.
-    Killed anywhere: all of it or nothing. Raises NotResolved with nothing written; and, also with nothing written,
-    ProviderError, BillingDatabaseError.
+    Killed anywhere: all of it or nothing. With `dry_run` the same transaction is rolled back instead of committed.
+    `run_id` names the run in the audit trail; without one it gets a name of its own. Raises NotResolved with nothing
+    written; and, also with nothing written, ProviderError, BillingDatabaseError.
     """
-    if not resolution.reason.strip() or not resolution.by.strip():
+    if not dry_run and not (resolution.reason.strip() and resolution.by.strip()):
         raise NotResolved("a resolution needs a reason and a name: they are what the next person reads")
     with read(engine) as connection:
         entry = _open_entry(read_entry(connection, entry_id), entry_id)
-    stamp = Stamp(JOB, f"cli-{uuid.uuid4()}", now())
+    stamp = Stamp(JOB, run_id or f"cli-{uuid.uuid4()}", now())
+    transaction = partial(read if dry_run else begin, engine)
     if entry.about_books:
-        return _resolve_books(engine, connect, stamp, entry, resolution)
+        return _resolve_books(transaction, connect, stamp, entry, resolution)
     if resolution.word == IGNORED or not entry.about_provider_payment or entry.kind in GRANTED_ALREADY:
         _refuse_attaching(entry, resolution)
-        with begin(engine) as connection:
+        with transaction() as connection:
             if entry.about_provider_payment and entry.kind not in GRANTED_ALREADY:
                 _refuse_granted(connection, entry)
             _close(connection, stamp, entry, _closing_word(entry, resolution), resolution)
@@ -120,7 +126,7 @@ def resolve(
     payment, is_live = _ask(engine, connect, entry)
 
     def settle(payments: Sequence[ProviderPayment]) -> Settled:
-        with begin(engine) as connection:
+        with transaction() as connection:
             return _settle(connection, stamp, entry, payments[0], resolution, calendar, is_live=is_live)
 
     settled = write_alone(payment, settle)
@@ -141,7 +147,11 @@ def _refuse_attaching(entry: Entry, resolution: Resolution) -> None:
 
 
 def _resolve_books(
-    engine: sa.Engine, connect: Callable[[], PaymentProvider], stamp: Stamp, entry: Entry, resolution: Resolution
+    transaction: Callable[[], AbstractContextManager[sa.Connection]],
+    connect: Callable[[], PaymentProvider],
+    stamp: Stamp,
+    entry: Entry,
+    resolution: Resolution,
 ) -> list[str]:
     """Close an entry about books that differ. Accepted: our rows take what the provider says now.
 
@@ -152,7 +162,7 @@ def _resolve_books(
     payment = _there(connect, entry.external_payment_id) if resolution.word == ACCEPTED else None
 
     def close(_: Sequence[Entry]) -> list[RowChange]:
-        with begin(engine) as connection:
+        with transaction() as connection:
             payment_id = entry.external_payment_id
             changes: list[RowChange] = []
             if resolution.word == ACCEPTED:

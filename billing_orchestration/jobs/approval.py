@@ -13,6 +13,7 @@ import dagster as dg
 from billing_orchestration.domain.approval import allowed, fingerprint, plan_hash
 from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.run_scope import RunScope
+from billing_orchestration.jobs.next_steps import launch_again
 from billing_orchestration.jobs.run_failures import FailureCode, failed
 
 PLAN_TAG = "billing/plan"
@@ -45,8 +46,7 @@ def bind(
                 metadata={
                     "plan": dg.MetadataValue.text(now),
                     "to approve it": dg.MetadataValue.md(
-                        f"Launch {context.job_name} with\n\n```yaml\nresources:\n  run:\n    config:\n"
-                        f'      as_of: "{scope.as_of.isoformat()}"\n      approved_plan: "{now}"\n```'
+                        f"[Launch {context.job_name} with this plan]({approval_link(context, scope, now)})"
                     ),
                     _CHANGES: dg.MetadataValue.text(json.dumps([name for name, _, _ in names])),
                 },
@@ -77,6 +77,11 @@ def bind(
     if refused:
         context.log.warning(f"{len(refused)} changes are not in the approved plan {scope.approved_plan}: refused")
     return [change for name, _, change in names if name in approved], refused
+
+
+def approval_link(context: dg.OpExecutionContext, scope: RunScope, plan: str) -> str:
+    """The launchpad that applies the plan of this dry run, with everything else as this run had it."""
+    return launch_again(context, dry_run=None, as_of=scope.as_of.isoformat(), approved_plan=plan)
 
 
 def _previewed(context: dg.OpExecutionContext, plan: str) -> list[str] | None:

@@ -5,7 +5,8 @@ checks and numbers are written hourly. When nothing is new, nothing is written. 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -17,7 +18,6 @@ from billing_orchestration.alerting import RUNBOOK, Alert, Alerts
 from billing_orchestration.database.errors import BillingDatabaseError
 from billing_orchestration.database.money_checks import (
     Verdict,
-    count_and_last,
     day_reconciled,
     matching_keeps_up,
     no_old_unknown,
@@ -25,31 +25,37 @@ from billing_orchestration.database.money_checks import (
     numbers,
     paid_is_granted,
 )
-from billing_orchestration.database.quarantine import Entry, entries_since, open_entries
+from billing_orchestration.database.quarantine import Entry, count_and_last, entries_since
 from billing_orchestration.domain.attempts import KEY_LIFETIME_HOURS
 from billing_orchestration.domain.printable import printable
 from billing_orchestration.domain.problem_kinds import kind_of
+from billing_orchestration.jobs.next_steps import location_of
+from billing_orchestration.jobs.quarantine_page import QUARANTINE, quarantine_page, resolving_link
 from billing_orchestration.jobs.run_alerts import retry_undelivered
-from billing_orchestration.resources import BillingDatabase, Clock
-from billing_orchestration.settings import SettingsError
+from billing_orchestration.launchpad import LOCATION, launchpad, run_option
+from billing_orchestration.resources import PARTITION_TAG, BillingDatabase, Clock
+from billing_orchestration.settings import SettingsError, ui_prefix
 
 MONEY = dg.AssetKey(["billing", "money"])
-QUARANTINE = dg.AssetKey(["billing", "quarantine"])
 GROUP = "billing"
 EVERY = timedelta(hours=1)
 _SENSOR_INTERVAL_S = 300
-_ENTRIES_SHOWN = 100
 _ENTRIES_TOLD = 10
 
 
 @dataclass(frozen=True)
 class MoneyCheck:
-    """One invariant, by the statement that asks whether it holds; what it means for the money; what to do."""
+    """One invariant, by the statement that asks whether it holds; what it means for the money; what to do.
+
+    `jobs` are launched to mend it, with this run config.
+    """
 
     ask: Callable[[sa.Connection, datetime], Verdict]
     description: str
     money: str
     do: str
+    jobs: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -65,12 +71,15 @@ CHECKS = (
         " days).",
         "a customer may have paid without a grant, or been granted without a payment.",
         "look at each with `billing-orchestration explain payment ID`; somebody may have changed rows by hand.",
+        ("matching_successful_payments_job",),
+        run_option("dry_run", True),
     ),
     MoneyCheck(
         no_old_unknown,
         f"No charge has an unknown outcome for longer than {KEY_LIFETIME_HOURS} h, the lifetime of its key.",
         "these customers may have been charged and not renewed. They are never charged again before it is known.",
         "launch autopayment_job: it searches the provider's list for them.",
+        ("autopayment_job",),
     ),
     MoneyCheck(
         no_second_success,
@@ -83,33 +92,52 @@ CHECKS = (
         "Both matching jobs have covered the last hour.",
         "customers may have paid without access yet. The next tick that succeeds covers up to seven days.",
         "check that the daemon runs, that both schedules are on, and that their runs are green.",
+        ("matching_pending_payments_job", "matching_successful_payments_job"),
     ),
     MoneyCheck(
         day_reconciled,
         "Yesterday and the six days before were reconciled: both sides agree, or each difference is before a person.",
         "somebody may have paid without access, or has access unpaid, and nobody looks at it.",
         "launch reconciliation_job for the days that it names, and read why its runs are red.",
+        ("reconciliation_job",),
     ),
 )
 
 
-def _metadata(check: MoneyCheck, verdict: Verdict) -> Mapping[str, Any]:
+def _metadata(check: MoneyCheck, verdict: Verdict, location: str = LOCATION) -> Mapping[str, Any]:
     metadata: dict[str, Any] = {"broken": dg.MetadataValue.int(verdict.count)}
-    if verdict.broken:  # as plain text: the page hides Markdown behind a click
+    if verdict.broken:  # as plain text and URLs: the page hides Markdown behind a click
         metadata["what breaks it"] = dg.MetadataValue.text(printable("; ".join(verdict.broken)))
         metadata["the money"] = dg.MetadataValue.text(check.money)
         metadata["what to do"] = dg.MetadataValue.text(f"{check.do} See {RUNBOOK}#{check.name}")
+        metadata |= {f"next: {what}": dg.MetadataValue.url(link) for what, link in _next(check, verdict, location)}
     return metadata
+
+
+def _next(check: MoneyCheck, verdict: Verdict, location: str) -> Iterator[tuple[str, str]]:
+    """What to launch, each with the link to its launchpad: filled in with the entry or day, where one is named."""
+    for what in verdict.broken:
+        if entry := re.match(r"quarantine entry (\d+):", what):
+            yield f"decide about entry {entry[1]}", resolving_link(int(entry[1]), "accept", location=location)
+    days = [found[1] for what in verdict.broken if (found := re.match(r"day (\d{4}-\d\d-\d\d):", what))]
+    for job in check.jobs:
+        for day in days or [None]:
+            tags = None if day is None else {PARTITION_TAG: day}
+            link = launchpad(job, check.config, tags=tags, location=location, prefix=ui_prefix())
+            yield f"launch {job}" + (f" for {day}" if day else ""), link
 
 
 def _asset_check(check: MoneyCheck) -> dg.AssetChecksDefinition:
     @dg.asset_check(asset=MONEY, name=check.name, description=check.description)
     def body(
-        billing_database: dg.ResourceParam[BillingDatabase], clock: dg.ResourceParam[Clock]
+        context: dg.AssetCheckExecutionContext,
+        billing_database: dg.ResourceParam[BillingDatabase],
+        clock: dg.ResourceParam[Clock],
     ) -> dg.AssetCheckResult:
         with billing_database.read() as connection:
             verdict = check.ask(connection, clock.now())
-        return dg.AssetCheckResult(passed=verdict.passed, metadata=_metadata(check, verdict))
+        metadata = _metadata(check, verdict, location_of(context.op_execution_context))
+        return dg.AssetCheckResult(passed=verdict.passed, metadata=metadata)
 
     return body
 
@@ -124,7 +152,8 @@ money_assets = [
     ),
     dg.AssetSpec(
         QUARANTINE,
-        description="Entries that wait for a person. Refreshed within five minutes when one opens or closes.",
+        description="Payments that wait for a person, with a link for each answer. Refreshed within five minutes when"
+        " an entry opens or closes, and hourly.",
         group_name=GROUP,
     ),
 ]
@@ -137,12 +166,12 @@ class Look:
     open: int
     last: int
     fresh: Sequence[Entry]
-    entries: Sequence[Entry] | None
+    page: dg.AssetMaterialization | None
     verdicts: Mapping[str, Verdict] | None
     numbers: Mapping[str, int | float] | None
 
 
-def look(connection: sa.Connection, now: datetime, cursor: Mapping[str, Any]) -> Look:
+def look(connection: sa.Connection, now: datetime, cursor: Mapping[str, Any], location: str = LOCATION) -> Look:
     """Read what a tick needs: one small query, and more only if something is new or an hour has passed."""
     count, last = count_and_last(connection)
     told = int(cursor.get("told", 0))
@@ -152,7 +181,7 @@ def look(connection: sa.Connection, now: datetime, cursor: Mapping[str, Any]) ->
         count,
         last,
         entries_since(connection, told, 1000) if last > told else (),
-        open_entries(connection, _ENTRIES_SHOWN) if changed else None,
+        quarantine_page(connection, now, location) if changed or (hourly and count) else None,
         {check.name: check.ask(connection, now) for check in CHECKS} if hourly else None,
         numbers(connection, now) if hourly else None,
     )
@@ -187,51 +216,35 @@ def check_alert(check: MoneyCheck, verdict: Verdict, alerts: Alerts) -> Alert:
     )
 
 
-def _events(seen: Look) -> list[dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation]:
+def _events(seen: Look, location: str) -> list[dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation]:
     events: list[dg.AssetMaterialization | dg.AssetObservation | dg.AssetCheckEvaluation] = []
-    if seen.entries is not None:
-        # The page shows about 50 characters of a row: what is wrong comes first.
-        names = ("id", "what is wrong", "about", "opened")
-        events.append(
-            dg.AssetMaterialization(
-                QUARANTINE,
-                metadata={
-                    "open": dg.MetadataValue.int(seen.open),
-                    f"entries (first {_ENTRIES_SHOWN})": dg.MetadataValue.table(
-                        records=[
-                            dg.TableRecord(
-                                dict(zip(names, (entry.id, printable(f"{entry.kind}: {entry.reason}"),
-                                                 printable(entry.subject),
-                                                 f"{entry.opened_at:%Y-%m-%d %H:%M}"), strict=True))
-                            )
-                            for entry in seen.entries
-                        ],
-                        schema=dg.TableSchema([dg.TableColumn(name) for name in names]),
-                    ),
-                    "to resolve one": dg.MetadataValue.md("`billing-orchestration quarantine show ID`"),
-                },
-            )
-        )  # fmt: skip
+    if seen.page is not None:
+        events.append(seen.page)
     if seen.numbers is not None:
         events.append(dg.AssetMaterialization(MONEY, metadata=dict(seen.numbers)))
     if seen.verdicts is not None:
         for check in CHECKS:
             verdict = seen.verdicts[check.name]
             events.append(
-                dg.AssetCheckEvaluation(MONEY, check.name, verdict.passed, metadata=_metadata(check, verdict))
+                dg.AssetCheckEvaluation(MONEY, check.name, verdict.passed, metadata=_metadata(check, verdict, location))
             )
     return events
 
 
 def tick(
-    instance: dg.DagsterInstance, cursor_text: str | None, database: BillingDatabase, alerts: Alerts, now: datetime
+    instance: dg.DagsterInstance,
+    cursor_text: str | None,
+    database: BillingDatabase,
+    alerts: Alerts,
+    now: datetime,
+    location: str = LOCATION,
 ) -> dg.SensorResult | dg.SkipReason:
     """Look once: show what is new and alert about it. An alert that could not be delivered is sent by a later tick."""
     retry_undelivered(instance, alerts)
     cursor: dict[str, Any] = json.loads(cursor_text) if cursor_text else {}
     try:
         with database.read() as connection:
-            seen = look(connection, now, cursor)
+            seen = look(connection, now, cursor, location)
     except (BillingDatabaseError, SettingsError) as error:
         # The jobs' red runs alert about it.
         return dg.SkipReason(str(error))
@@ -249,7 +262,7 @@ def tick(
             if name not in told and alerts.send(check_alert(check, seen.verdicts[name], alerts))
         }
         cursor["failing"] = sorted(told)
-    events = _events(seen)
+    events = _events(seen, location)
     text = json.dumps(cursor, sort_keys=True)
     if not events:
         return dg.SensorResult(skip_reason=f"nothing new; {seen.open} open in the quarantine", cursor=text)
@@ -269,4 +282,6 @@ def money_checks_sensor(
     clock: dg.ResourceParam[Clock],
 ) -> dg.SensorResult | dg.SkipReason:
     """One tick."""
-    return tick(context.instance, context.cursor, billing_database, alerts, clock.now())
+    origin = context.code_location_origin
+    location = LOCATION if origin is None else origin.location_name
+    return tick(context.instance, context.cursor, billing_database, alerts, clock.now(), location)

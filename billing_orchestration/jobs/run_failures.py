@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 
 from billing_orchestration.domain.printable import printable
+from billing_orchestration.jobs.next_steps import launch_again
 
 # Where a failure carries its code, among the metadata of its event.
 _CODE = "failure code"
@@ -26,6 +27,7 @@ class FailureCode:
     TOO_MANY_CHANGES = "TooManyChanges"  # max_changes or the guard: nothing was applied
     DAY_DIFFERS = "DayDiffers"  # all was applied, and differences are left
     SUMS_DO_NOT_CLOSE = "SumsDoNotClose"  # a fault of the comparison itself: nothing was applied
+    NOT_RESOLVED = "NotResolved"  # a person's decision that cannot be carried out: nothing was written
     PLAN_CHANGED = "PlanChanged"  # not what was approved: nothing was applied
     NO_WORDS = "NoWords"  # the run's process ended without a word
 
@@ -40,10 +42,24 @@ class RunFailure:
 
 
 def failed(code: str, words: str, metadata: Mapping[str, Any] | None = None) -> dg.Failure:
-    """The failure to raise. Dagster must not retry it: every job is safe to launch again, and says when that helps."""
+    """The failure to raise, with a link to the next step.
+
+    Dagster must not retry it: every job is safe to launch again, and says when that helps.
+    """
     return dg.Failure(
-        printable(words), metadata={**(metadata or {}), _CODE: dg.MetadataValue.text(code)}, allow_retries=False
+        printable(words),
+        metadata={**_next_step(code), **(metadata or {}), _CODE: dg.MetadataValue.text(code)},
+        allow_retries=False,
     )
+
+
+def _next_step(code: str) -> dict[str, dg.MetadataValue[Any]]:
+    """Metadata: the launchpad of the run that failed, set up for what comes next."""
+    context = dg.OpExecutionContext.get()
+    if code in (FailureCode.TOO_MANY_CHANGES, FailureCode.PLAN_CHANGED):
+        link = launch_again(context, dry_run=True, max_changes=None, approved_plan=None)
+        return {"next: look at a dry run": dg.MetadataValue.url(link)}
+    return {"next: launch it again": dg.MetadataValue.url(launch_again(context))}
 
 
 def failure_of(instance: dg.DagsterInstance, run_id: str) -> RunFailure:

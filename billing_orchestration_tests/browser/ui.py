@@ -163,13 +163,6 @@ class Ui:
         expect(self.page.locator(".CodeMirror-line", has_text="dry_run: true")).to_be_visible()
         self.sees("No errors")
 
-    def replace_config(self, config: str) -> None:
-        """Paste a run config over the scaffolded one."""
-        self.page.locator(".CodeMirror-line").first.click()
-        self.page.keyboard.press("Control+A")
-        self.page.keyboard.insert_text(config)
-        self.sees("No errors")
-
     def launch(self) -> str:
         """Launch without a partition, and hand back the run's id."""
         self.page.get_by_role("button", name="Launch Run").click()

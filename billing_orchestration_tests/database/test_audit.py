@@ -20,7 +20,7 @@ from billing_orchestration.database.audit import (
     open_problems,
     record_changes,
 )
-from billing_orchestration.database.money_checks import count_and_last
+from billing_orchestration.database.quarantine import count_and_last
 from billing_orchestration_tests.books import NOON, Books
 from billing_orchestration_tests.waiting import at_once
 

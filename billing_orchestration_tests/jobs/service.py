@@ -48,7 +48,7 @@ class Run:
         return next(
             value
             for key, value in self.metadata.items()
-            if key.startswith(("apply_", "charge_", "conclude_")) or key == "failure"
+            if key.startswith(("apply_", "charge_", "conclude_", "resolve_")) or key == "failure"
         )
 
     @property

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import dagster as dg
 import pytest
+import yaml
 
+from billing_orchestration.definitions import build_definitions
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.jobs.service import Run, Service
 
@@ -94,14 +98,65 @@ def test_an_approved_expiry_of_subscriptions_holds_for_exactly_the_set_that_was_
     assert service.rows("subscriptions", "status = 'EXPIRED'") == []
 
 
-def test_the_preview_tells_how_to_approve_it(service: Service) -> None:
+def test_the_link_of_the_preview_opens_the_launchpad_that_applies_it(service: Service) -> None:
     service.subscriber()
-    run = service.run("autopayment_job", dry_run=True)
+    run = service.run("autopayment_job", dry_run=True, ops={"fetch_due_subscriptions": {"max_overdue_days": 9}})
 
     shown: dict[str, Any] = {}
     for entry in service.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_OBSERVATION):
         assert entry.dagster_event is not None
         shown = dict(entry.dagster_event.asset_observation_data.asset_observation.metadata)
 
-    assert f'approved_plan: "{plan_of(run, service)}"' in shown["to approve it"].value
-    assert f'as_of: "{NOON.isoformat()}"' in shown["to approve it"].value
+    [link] = re.findall(r"\]\((.*)\)", shown["to approve it"].value)
+    config = yaml.safe_load(parse_qs(urlsplit(link).query)["config"][0])
+    assert config["resources"]["run"]["config"] == {
+        "as_of": NOON.isoformat(),
+        "approved_plan": plan_of(run, service),
+    }
+    assert config["ops"]["fetch_due_subscriptions"]["config"] == {"max_overdue_days": 9}
+    definitions = build_definitions(
+        load=lambda: service.settings,
+        now=lambda: service.now,
+        database_now=service.database_now,
+        connect=service.connect_provider,
+    )
+    job = definitions.get_job_def("autopayment_job")
+    assert job.execute_in_process(instance=service.instance, run_config=config).success
+    assert len(service.charges()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "label", "wanted"),
+    [
+        ({"max_changes": 0}, "next: look at a dry run", {"dry_run": True}),
+        ({"approved_plan": "0123456789abcdef", "as_of": NOON}, "next: look at a dry run",
+         {"as_of": NOON.isoformat(), "dry_run": True}),
+        ({"as_of": "yesterday"}, "next: launch it again", {"as_of": "yesterday"}),
+    ],
+    ids=["too many changes", "another plan", "a run that was refused"],
+)  # fmt: skip
+def test_a_red_run_links_to_its_next_step(
+    service: Service, given: dict[str, Any], label: str, wanted: dict[str, Any]
+) -> None:
+    service.subscriber()
+    run = service.run("autopayment_job", **given)
+    assert not run.ok
+    assert next(iter(run.report)) == label
+    assert _run_options(run.report[label]) == wanted
+
+
+def test_a_red_tick_launched_again_stands_for_its_day_and_not_for_the_tick(service: Service) -> None:
+    service.provider.secret_key = "test_another"
+    for job, day in (("autopayment_job", "2026-03-12"), ("matching_pending_payments_job", "2026-03-12-11:00")):
+        service.subscriber()
+        run = service.tick(job, partition=day)
+        assert not run.ok
+        link = run.report["next: launch it again"]
+        assert _run_options(link) == {}
+        is_daily = job == "autopayment_job"
+        assert parse_qs(urlsplit(link).query).get("tags[0][value]", []) == ([day] if is_daily else [])
+
+
+def _run_options(link: str) -> dict[str, Any]:
+    config = yaml.safe_load(parse_qs(urlsplit(link).query).get("config", ["{}"])[0])
+    return dict(config.get("resources", {}).get("run", {}).get("config", {}))
