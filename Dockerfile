@@ -31,6 +31,8 @@ RUN pip install --no-index --no-deps --no-build-isolation . \
 
 COPY workspace.yaml workspace.grpc.yaml ./
 COPY run_configs ./run_configs
+COPY deploy/celery ./deploy/celery
+COPY deploy/kubernetes ./deploy/kubernetes
 COPY deploy/dagster.yaml /opt/dagster/home/dagster.yaml
 
 # By number: Kubernetes' runAsNonRoot accepts no name.

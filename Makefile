@@ -17,7 +17,7 @@ FIRST := 1
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo dev test check bench torture conformance browser lock sbom clean
+.PHONY: help demo dev test check bench torture conformance browser cluster lock sbom clean
 
 # Without compiled files every run of a job costs 2.5 times the CPU, so they are written whatever the caller's shell
 # says. Another Python's paths must not leak into .venv.
@@ -34,7 +34,7 @@ dev: $(STAMP) ## Open the Dagster UI on the same data: http://localhost:3000, sc
 	@$(PYTHON) -m billing_orchestration.sandbox.dev $(ARGS)
 
 test: $(STAMP) ## Run all tests, on a real PostgreSQL and the sandbox provider over HTTP
-	@$(PYTHON) -m pytest $(TESTS) --ignore $(TESTS)/browser -n 2 $(ARGS)
+	@$(PYTHON) -m pytest $(TESTS) --ignore $(TESTS)/browser --ignore $(TESTS)/cluster -n 2 $(ARGS)
 
 check: $(STAMP) ## Check lint, format, types, layers, shape, definitions, tracked files
 	@$(PYTHON) -m ruff check .
@@ -72,6 +72,21 @@ $(VENV)/.browser: $(STAMP)
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	@touch $@
 
+# Redis is one, too.
+cluster: $(VENV)/.cluster ## Charge on two real Celery workers over a real Redis, one of them killed, in a few minutes
+	@command -v redis-server >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo 'Installing redis-server ...'; \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y redis-server >/dev/null; \
+	  else \
+	    echo 'No redis-server found: install the package redis-server' >&2; exit 1; \
+	  fi; }
+	@$(PYTHON) -m pytest $(TESTS)/cluster $(ARGS)
+
+$(VENV)/.cluster: $(STAMP)
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[celery,kubernetes]'
+	@touch $@
+
 # The file is the provider's own and not part of this project: name your copy of it.
 conformance: $(VENV)/.conformance ## Judge client and sandbox by the provider's OpenAPI file; OPENAPI=PATH (docs/conformance.md)
 	@test -n "$(OPENAPI)" || { \
@@ -86,10 +101,10 @@ $(VENV)/.conformance: $(STAMP)
 # For the Python of the image. Changes of constraints.txt are not in the image until this was run: `make check` says so.
 LOCK := $(VENV)/bin/uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' \
   --no-emit-index-url --no-emit-find-links --constraints constraints.txt --python-platform linux \
-  --python-version $(shell sed -n 's/^ARG PYTHON_IMAGE=python:\([0-9.]*\).*/\1/p' Dockerfile)
+  --python-version $(shell sed -n 's/^ARG PYTHON_IMAGE=python:\([0-9.]*\).*/\1.9/p' Dockerfile)
 
 lock: $(VENV)/.supply ## Write down the image's packages with the hashes of their files (needs the package index)
-	@$(LOCK) pyproject.toml --output-file deploy/requirements.txt >/dev/null
+	@$(LOCK) pyproject.toml --extra docker --extra celery --extra kubernetes --output-file deploy/requirements.txt >/dev/null
 	@echo setuptools | $(LOCK) - --output-file deploy/requirements.build.txt >/dev/null
 
 sbom: $(VENV)/.supply ## List the image's packages for auditors, as CycloneDX: dist/sbom.cdx.json
