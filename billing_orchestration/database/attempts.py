@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, in_words_of, record_changes, to_json
-from billing_orchestration.database.conventions import naive_utc, sql_list
+from billing_orchestration.database.conventions import naive_utc, of_this_shop, sql_list
 from billing_orchestration.database.second_look import WHY_NOT, in_review, why_not
 from billing_orchestration.database.tables import renewal_attempts
 from billing_orchestration.domain.answers import Closing
@@ -108,24 +108,30 @@ def of_shard(shard: Shard | None) -> list[sa.ColumnElement[bool]]:
     return [] if shard is None else [renewal_attempts.c.subscription_id % shard.count == shard.number - 1]
 
 
+_IS_OURS = sa.text(of_this_shop("renewal_attempts.payment_provider_id"))
+
+
 def open_attempts(connection: sa.Connection, shard: Shard | None = None) -> list[Attempt]:
-    """Every attempt (of the shard) whose outcome is open, of whatever age and whatever became of its subscription."""
-    rows = connection.execute(select_attempts(_IS_OPEN, *of_shard(shard)))
+    """Every attempt of this shop (and shard) whose outcome is open, of whatever age and whatever its subscription."""
+    rows = connection.execute(select_attempts(_IS_OPEN, _IS_OURS, *of_shard(shard)))
     return [attempt_of(row) for row in rows]
 
 
-_IS_IN_REVIEW = sa.text(in_review("renewal_attempts"))
+_IS_OF_OTHERS = sa.text(
+    f"({in_review('renewal_attempts')} OR (renewal_attempts.state IN {sql_list(*OPEN)} AND NOT {_IS_OURS.text}))"
+)
 
 
-def attempts_in_review(connection: sa.Connection, shard: Shard | None = None) -> list[Attempt]:
-    """Every attempt (of the shard) that a person decides about, whatever its period."""
-    rows = connection.execute(select_attempts(_IS_IN_REVIEW, *of_shard(shard)))
+def attempts_of_others(connection: sa.Connection, shard: Shard | None = None) -> list[Attempt]:
+    """Every attempt (of the shard) that this run does not decide about, whatever its period: one that a person does,
+    and an open one of another shop, which this provider is not asked about."""
+    rows = connection.execute(select_attempts(_IS_OF_OTHERS, *of_shard(shard)))
     return [attempt_of(row) for row in rows]
 
 
 def count_open_attempts(connection: sa.Connection) -> int:
     """How many there are."""
-    return int(connection.execute(sa.select(sa.func.count()).where(_IS_OPEN)).scalar_one())
+    return int(connection.execute(sa.select(sa.func.count()).where(_IS_OPEN, _IS_OURS)).scalar_one())
 
 
 @dataclass(frozen=True, slots=True)

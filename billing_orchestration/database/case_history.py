@@ -8,13 +8,19 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from billing_orchestration.database.conventions import of_this_shop
+
 # More than one customer has in years, and than a person on the phone can read.
 _MOST_ROWS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Rows as they are; `audit` and `problems` in the order they were written."""
+    """Rows as they are; `audit` and `problems` in the order they were written.
+
+    A payment and an attempt say whether they are this shop's (`is_ours`). `provider_ids`: what this shop's provider can
+    be asked about.
+    """
 
     subscriptions: Sequence[Any] = ()
     payments: Sequence[Any] = ()
@@ -39,12 +45,13 @@ _SUBSCRIPTIONS = """
            s.plan_id, p.name AS plan, p.is_recurring, s.created_at
     FROM subscriptions s LEFT JOIN plans p ON p.id = s.plan_id WHERE s.id = ANY(:ids) ORDER BY s.id
 """
-_PAYMENTS = """
-    SELECT * FROM payments WHERE external_payment_id = :external OR id = :row OR subscription_id = :subscription
-    ORDER BY created_at, id
+_IS_OURS = f"{of_this_shop('payment_provider_id')} AS is_ours"
+_PAYMENTS = f"""
+    SELECT *, {_IS_OURS} FROM payments
+    WHERE external_payment_id = :external OR id = :row OR subscription_id = :subscription ORDER BY created_at, id
 """
-_ATTEMPTS = """
-    SELECT * FROM billing_orchestration.renewal_attempts
+_ATTEMPTS = f"""
+    SELECT *, {_IS_OURS} FROM billing_orchestration.renewal_attempts
     WHERE external_payment_id = ANY(:externals) OR id = ANY(:ids) OR subscription_id = :subscription ORDER BY planned_at
 """
 _SETTLEMENTS = """
@@ -96,7 +103,7 @@ def case_of_payment(connection: sa.Connection, external_id: str | None, row_id: 
             externals,
             {"payment": _ids(payments), "attempt": _ids(attempts), "quarantine": _ids(problems)},
         ),
-        provider_ids=externals,
+        provider_ids=_of_this_shop(externals, (*payments, *attempts)),
     )
 
 
@@ -125,7 +132,7 @@ def case_of_subscription(connection: sa.Connection, subscription_id: int) -> Cas
                 "quarantine": _ids(problems),
             },
         ),
-        provider_ids=externals,
+        provider_ids=_of_this_shop(externals, (*payments, *attempts)),
     )
 
 
@@ -139,6 +146,13 @@ def _ids(rows: Sequence[Any]) -> list[Any]:
 
 def _external_ids(rows: Sequence[Any], known: Sequence[str] = ()) -> list[str]:
     return sorted({*known, *(row.external_payment_id for row in rows if row.external_payment_id)})
+
+
+def _of_this_shop(externals: Sequence[str], rows: Sequence[Any]) -> list[str]:
+    """Without the ids that only rows of another shop carry."""
+    ours = {row.external_payment_id for row in rows if row.is_ours is not False}
+    elsewhere = {row.external_payment_id for row in rows if row.is_ours is False}
+    return [id_ for id_ in externals if id_ in ours or id_ not in elsewhere]
 
 
 def _problems(

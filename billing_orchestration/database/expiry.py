@@ -338,32 +338,34 @@ def fetch_stale_payments(connection: sa.Connection, created_before: datetime) ->
 # One statement with its audit trail. Each row travels once, column by column; a reason that many share travels once.
 # The UPDATE itself locks the rows, in the order of their ids (`_ROW_BY_ROW` sees to the plan): locking them first would
 # be one more write to each. A row that changes while it is waited for is checked again as it is then.
-_EXPIRE_PAYMENTS = sa.text("""
+_EXPIRE_PAYMENTS = sa.text(f"""
     WITH expired AS (
         UPDATE payments p SET status = 'EXPIRED', updated_at = :naive_at
         FROM ROWS FROM (unnest(CAST(:ids AS bigint[])), jsonb_array_elements_text(CAST(:external_ids AS jsonb)),
                         jsonb_array_elements_text(CAST(:names AS jsonb)), unnest(CAST(:numbers AS int[])))
              AS x (id, external_id, name, reason)
-        WHERE p.id = x.id AND p.external_payment_id IS NOT DISTINCT FROM x.external_id AND p.status = 'PENDING'
+        WHERE p.id = x.id AND p.external_payment_id IS NOT DISTINCT FROM x.external_id
+          AND {of_this_shop("p.payment_provider_id")} AND p.status = 'PENDING'
         RETURNING p.id, coalesce(x.name, x.external_id) AS name, x.reason,
                   p.status IS NOT DISTINCT FROM 'EXPIRED' AS is_expired
     ), trail AS (
         INSERT INTO billing_orchestration.audit_trail
             (at, job, run_id, entity, entity_id, action, old, new, reason, external_payment_id)
-        SELECT :at, :job, :run_id, 'payment', id::text, 'expired', CAST('{"status": "PENDING"}' AS jsonb),
-               CAST('{"status": "EXPIRED"}' AS jsonb), (CAST(:reasons AS text[]))[reason], name
+        SELECT :at, :job, :run_id, 'payment', id::text, 'expired', CAST('{{"status": "PENDING"}}' AS jsonb),
+               CAST('{{"status": "EXPIRED"}}' AS jsonb), (CAST(:reasons AS text[]))[reason], name
         FROM expired
     )
-    SELECT CASE WHEN count(*) < :count THEN coalesce(array_agg(id), '{}') END, coalesce(bool_and(is_expired), true)
+    SELECT CASE WHEN count(*) < :count THEN coalesce(array_agg(id), '{{}}') END, coalesce(bool_and(is_expired), true)
     FROM expired
 """)
 # A trigger that swallows the UPDATE leaves the row PENDING, and says nothing.
-_STILL_PENDING = sa.text("""
+_STILL_PENDING = sa.text(f"""
     SELECT EXISTS (
         SELECT FROM payments p
         JOIN ROWS FROM (unnest(CAST(:ids AS bigint[])), jsonb_array_elements_text(CAST(:external_ids AS jsonb)))
              AS x (id, external_id) ON p.id = x.id
-        WHERE p.external_payment_id IS NOT DISTINCT FROM x.external_id AND p.status = 'PENDING')
+        WHERE p.external_payment_id IS NOT DISTINCT FROM x.external_id AND p.status = 'PENDING'
+          AND {of_this_shop("p.payment_provider_id")})
 """)
 
 

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql as pg
 
-from billing_orchestration.database.conventions import PROVIDER_IDS, SCHEMA, SERVICE_TABLES
+from billing_orchestration.database.conventions import PROVIDER_IDS, SCHEMA, SERVICE_TABLES, of_this_shop
 from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import (
     ProvidersUnclear,
@@ -69,13 +69,15 @@ def check_schema(connection: sa.Connection) -> None:
 # NULL where the setting is not there.
 _PROVIDERS = sa.text(f"""
     SELECT CAST(string_to_array(nullif(current_setting('{PROVIDER_IDS}', true), ''), ',') AS bigint[]),
-           ARRAY(SELECT id FROM payment_providers ORDER BY id)
+           ARRAY(SELECT id FROM payment_providers ORDER BY id),
+           ARRAY(SELECT id || coalesce(' (' || name || ')', '') FROM payment_providers
+                 WHERE {of_this_shop("id")} ORDER BY id)
 """)
 
 
-def check_providers(connection: sa.Connection) -> None:
-    """Return when it is known which rows of payment_providers are this shop's. Raises ProvidersUnclear, one line."""
-    chosen, there = connection.execute(_PROVIDERS).one()
+def check_providers(connection: sa.Connection) -> list[str]:
+    """The rows of payment_providers that are this shop's, in words. Raises ProvidersUnclear, one line."""
+    chosen, there, names = connection.execute(_PROVIDERS).one()
     listed = ", ".join(str(id_) for id_ in there) or "none"
     if chosen is None and len(there) > 1:
         raise ProvidersUnclear(
@@ -85,6 +87,7 @@ def check_providers(connection: sa.Connection) -> None:
         raise ProvidersUnclear(
             f"YOOKASSA_PROVIDER_IDS names {', '.join(str(id_) for id_ in missing)}, and payment_providers has {listed}"
         )
+    return list(names)
 
 
 def tables_elsewhere(connection: sa.Connection) -> str | None:

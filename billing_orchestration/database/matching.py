@@ -10,7 +10,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Stamp, in_words_of
-from billing_orchestration.database.conventions import naive_utc, of_this_shop
+from billing_orchestration.database.conventions import naive_utc, of_this_shop, of_this_shop_first
 from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.domain.settlement_decisions import PaymentRow
 
@@ -42,7 +42,7 @@ _PENDING_WITHOUT_ID = f"""
     ORDER BY id LIMIT :size
 """
 _PENDING_WITH_ID = f"external_payment_id = ANY(:ids) AND status = 'PENDING' AND {_OURS} ORDER BY id"
-_WITH_ID = "external_payment_id = ANY(:ids) ORDER BY id"
+_WITH_ID = f"external_payment_id = ANY(:ids) AND {of_this_shop_first('payments')} ORDER BY id"
 _SETTLED = sa.text("""
     SELECT external_payment_id FROM billing_orchestration.settlements WHERE external_payment_id = ANY(:ids)
 """)

@@ -55,7 +55,7 @@ _NOT_GRANTED = sa.text(f"""
     FROM billing_orchestration.settlements s
     JOIN payments p ON p.external_payment_id = s.external_payment_id AND p.id <> s.payment_id
     WHERE s.settled_at > :since AND s.kind <> 'refunded' AND p.status = 'SUCCEEDED'
-      AND p.subscription_id <> s.subscription_id
+      AND p.subscription_id <> s.subscription_id AND {of_this_shop("p.payment_provider_id")}
     UNION ALL
     -- The webhook died half-way, and no matching run has seen the payment since. What a person set aside is no news.
     SELECT 'payment ' || p.id || coalesce(' (' || p.external_payment_id || ')', '') || ' is SUCCEEDED, '
@@ -68,6 +68,7 @@ _NOT_GRANTED = sa.text(f"""
         SELECT FROM billing_orchestration.settlements s WHERE s.external_payment_id = p.external_payment_id)
       AND NOT EXISTS (
         SELECT FROM payments o WHERE o.external_payment_id = p.external_payment_id AND o.id <> p.id
+          AND {of_this_shop("o.payment_provider_id")}
           AND (o.status = 'REFUNDED' OR (o.status = 'SUCCEEDED' AND o.subscription_id IS NOT NULL)))
       AND NOT EXISTS (
         SELECT FROM billing_orchestration.quarantine q
@@ -160,7 +161,8 @@ _NUMBERS = sa.text(f"""
     UNION ALL
     SELECT 'oldest unfinished payment, hours',
            coalesce(round(extract(epoch FROM CAST(:naive_now AS timestamp) - min(created_at))::numeric / 3600, 1), 0)
-    FROM payments WHERE status = 'PENDING'
+    -- Real data has '-infinity', which is no age. And a bound is what finds the oldest by its index.
+    FROM payments WHERE status = 'PENDING' AND created_at > '-infinity' AND {of_this_shop("payment_provider_id")}
     UNION ALL
     SELECT 'granted in 24 h: ' || kind, count(*) FROM billing_orchestration.settlements
     WHERE settled_at > :day GROUP BY kind

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes
-from billing_orchestration.database.conventions import naive_utc, of_this_shop, sql_list
+from billing_orchestration.database.conventions import naive_utc, of_this_shop, of_this_shop_first, sql_list
 from billing_orchestration.database.matching import parts_of
 from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.database.settling import finish_payments
@@ -29,7 +29,8 @@ _OF_DAY = f"""
     WHERE ((created_at >= %(start)s AND created_at < %(end)s) OR (updated_at >= %(start)s AND updated_at < %(end)s))
       AND {of_this_shop("payment_provider_id")}
 """
-_BY_PAYMENT = f"{_COLUMNS} WHERE external_payment_id = ANY(%(ids)s)"
+_BY_PAYMENT = f"{_COLUMNS} WHERE external_payment_id = ANY(%(ids)s) AND {of_this_shop_first('payments')}"
+# The rows that the two above have found, once more.
 _BY_ROW = f"{_COLUMNS} WHERE id = ANY(%(ids)s)"
 Row = tuple[Any, ...]
 
@@ -127,10 +128,12 @@ def record_day(
 
 
 def lock_rows(connection: sa.Connection, payment_id: str | None, row_id: int | None) -> list[PaymentRow]:
-    """The rows of a payment of the provider's, else the one row, under lock. The caller holds its user's lock."""
+    """This shop's rows of a payment of the provider's, else the one row, under lock. The caller holds its user's."""
+    ours = of_this_shop("payment_provider_id")
     if payment_id is not None:
-        return select_rows(connection, "external_payment_id = :id ORDER BY id FOR NO KEY UPDATE", {"id": payment_id})
-    return select_rows(connection, "id = :id FOR NO KEY UPDATE", {"id": row_id})
+        where = f"external_payment_id = :id AND {ours} ORDER BY id FOR NO KEY UPDATE"
+        return select_rows(connection, where, {"id": payment_id})
+    return select_rows(connection, f"id = :id AND {ours} FOR NO KEY UPDATE", {"id": row_id})
 
 
 def settled_row(connection: sa.Connection, payment_id: str) -> int | None:

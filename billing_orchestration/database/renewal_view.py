@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import sqlalchemy as sa
 
+from billing_orchestration.database.conventions import of_this_shop
 from billing_orchestration.database.errors import SchemaProblem
 from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.declines import HARD
@@ -49,10 +50,11 @@ def check_view(connection: sa.Connection, view: str) -> None:
 
 
 def stopped_at(method: str) -> str:
-    """SQL: when a hard decline stopped a payment method, whosever charge it was; NULL if none did."""
+    """SQL: when a hard decline stopped a payment method of this shop, whosever charge it was; NULL if none did."""
     return f"""(
         SELECT max(h.last_sent_at) FROM billing_orchestration.renewal_attempts h
-        WHERE h.payment_method_id = {method} AND h.state = '{State.STOPPED}' AND h.decline_class = '{HARD}')"""
+        WHERE h.payment_method_id = {method} AND h.state = '{State.STOPPED}' AND h.decline_class = '{HARD}'
+          AND {of_this_shop("h.payment_provider_id")})"""
 
 
 @lru_cache

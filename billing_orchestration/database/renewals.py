@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.attempts import (
     attempt_of,
-    attempts_in_review,
+    attempts_of_others,
     count_open_attempts,
     of_shard,
     open_attempts,
@@ -32,8 +32,8 @@ from billing_orchestration.domain.shards import Shard
 class DueSlice:
     """What the database says about renewals. The counts are of due rows that are not fetched one by one.
 
-    `in_review` holds the attempts that a person decides about, of any period. `too_old_examples`: (subscription id, its
-    end as text) of the latest ones among those.
+    `in_review` holds the attempts that others decide about (a person, another shop), of any period.
+    `too_old_examples`: (subscription id, its end as text) of the latest ones among those.
     """
 
     due: tuple[DueSubscription, ...]
@@ -65,7 +65,8 @@ _DUE = f"""
           AND NOT EXISTS (
               SELECT FROM billing_orchestration.renewal_attempts a
               WHERE a.external_payment_id = p.external_payment_id)
-        ORDER BY p.created_at DESC, p.id DESC
+        -- Another shop's only says why nothing is charged.
+        ORDER BY {of_this_shop("p.payment_provider_id")} DESC, p.created_at DESC, p.id DESC
         LIMIT 1
     ) last_payment ON true
     -- A method that was bound without a payment: it is known from the service's view only.
@@ -145,6 +146,7 @@ _DECLINED_TODAY = sa.text(f"""
     SELECT payment_method_id, max(last_sent_at) AS at
     FROM billing_orchestration.renewal_attempts
     WHERE last_sent_at >= :today AND state IN {sql_list(State.DECLINED, State.STOPPED)}
+      AND {of_this_shop("payment_provider_id")}
     GROUP BY payment_method_id
 """)
 
@@ -241,7 +243,7 @@ def fetch_due(
     return DueSlice(
         due=due,
         open_attempts=tuple(open_attempts(connection, shard)),
-        in_review=tuple(attempts_in_review(connection, shard)),
+        in_review=tuple(attempts_of_others(connection, shard)),
         holds=_read_holds(connection),
         too_old=counts.too_old,
         too_old_examples=tuple((row.id, row.ended_at) for row in examples),

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from billing_orchestration.database.conventions import sql_list
+from billing_orchestration.database.conventions import of_this_shop, sql_list
 from billing_orchestration.domain.attempts import OPEN, State
 from billing_orchestration.domain.problem_kinds import IGNORED, UNKNOWN_ATTEMPT
 
@@ -27,6 +27,8 @@ OUTLASTS = """t.user_id = s.user_id AND t.plan_id = s.plan_id AND t.status = 'AC
 
 # NULL: `w`, an attempt, may be sent. `s` is its subscription, if there is one. Else a clause that says why not.
 WHY_NOT = f"""CASE
+    WHEN {of_this_shop("w.payment_provider_id")} IS NOT TRUE
+        THEN 'payment provider ' || w.payment_provider_id || ' is not this shop''s'
     WHEN s.id IS NULL THEN 'the subscription is gone'
     WHEN s.status IS DISTINCT FROM 'ACTIVE' THEN 'the subscription is ' || coalesce(s.status::text, 'without a status')
     WHEN s.ended_at IS DISTINCT FROM w.period_start THEN 'its end has moved to ' || coalesce(s.ended_at::text, 'none')

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 import sqlalchemy as sa
 
 from billing_orchestration.database.attempts import ATTEMPT_COLUMNS, attempt_of_raw
-from billing_orchestration.database.conventions import naive_utc, of_this_shop, readable
+from billing_orchestration.database.conventions import naive_utc, of_this_shop, of_this_shop_first, readable
 from billing_orchestration.database.errors import DatabaseBusy
 from billing_orchestration.domain.attempts import SCAN_MARGIN, Attempt
 from billing_orchestration.domain.lost_attempts import Identity, identity_of, recreate
@@ -143,7 +143,8 @@ _LOCK_PAYMENT_ROWS = f"""
     WITH held AS (
         SELECT id, subscription_id, payment_provider_id, status::text AS status, amount,
                currency::text AS currency, external_payment_id, greatest(created_at, updated_at) AS touched_at
-        FROM payments WHERE external_payment_id = ANY(%(ids)s) ORDER BY id FOR NO KEY UPDATE
+        FROM payments WHERE external_payment_id = ANY(%(ids)s) AND {of_this_shop_first("payments")}
+        ORDER BY id FOR NO KEY UPDATE
     )
     SELECT 'row' AS what, external_payment_id, status AS word, id, subscription_id, payment_provider_id, amount,
            currency, {readable("touched_at")} AS touched_at
@@ -286,7 +287,7 @@ def _utc(instant: datetime | None) -> datetime | None:
 # The payment rows once more, and what no transaction of ours changes.
 _READ_BESIDE = f"""
     SELECT 'row' AS what, id, NULL AS number, NULL AS word, NULL AS amount
-    FROM payments WHERE external_payment_id = ANY(%(ids)s)
+    FROM payments WHERE external_payment_id = ANY(%(ids)s) AND {of_this_shop_first("payments")}
     UNION ALL
     SELECT 'price', plan_id, CAST(NULL AS int), currency::text, amount
     FROM prices WHERE plan_id = ANY(CAST(%(plans)s AS bigint[])) AND currency IS NOT NULL AND amount IS NOT NULL

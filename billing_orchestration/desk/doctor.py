@@ -239,11 +239,19 @@ def _service_tables(connection: sa.Connection, now: Callable[[], datetime]) -> I
 def _schema(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
     try:
         health.check_schema(connection)
-        health.check_providers(connection)
     except SchemaProblem as error:
         yield fault("schema.wrong", str(error))
     else:
         yield ok("schema", f"{SCHEMA} is at revision {health.HEAD_REVISION}, as this version needs")
+
+
+def _providers(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
+    try:
+        names = health.check_providers(connection)
+    except SchemaProblem as error:
+        yield fault("providers.unclear", str(error))
+    else:
+        yield ok("providers", f"this shop is {', '.join(names) or 'in no row'} of payment_providers")
 
 
 def _writing(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
@@ -287,7 +295,7 @@ def _renewal_view(connection: sa.Connection, view: str) -> Iterator[Finding]:
 
 
 # In this order. After a fault of a barrier (no usable server, another database than meant) the rest is noise.
-DATABASE_CHECKS = (_server, _session, _service_tables, _schema, _writing, _indexes)
+DATABASE_CHECKS = (_server, _session, _service_tables, _schema, _providers, _writing, _indexes)
 BARRIERS = (_server, _session, _service_tables)
 
 

@@ -105,11 +105,17 @@ def _now_here(case: Case) -> Iterator[str]:
     for p in case.payments:
         at = f", at the provider {p.external_payment_id}" if p.external_payment_id else ", without a provider's id"
         owner = f", for subscription {p.subscription_id}" if p.subscription_id is not None else ", for no subscription"
-        yield f"payment row {p.id}: {p.status}, {p.amount} {p.currency}{owner}{at}"
+        yield f"payment row {p.id}: {p.status}, {p.amount} {p.currency}{owner}{at}{_elsewhere(p)}"
     for a in case.attempts:
         word = f", {a.last_error}" if a.last_error else ""
         period = f"the period from {a.period_start}"
-        yield f"renewal attempt {a.number} of {period}: {a.state}, {a.amount} {a.currency}{word}"
+        yield f"renewal attempt {a.number} of {period}: {a.state}, {a.amount} {a.currency}{word}{_elsewhere(a)}"
+
+
+def _elsewhere(row: Any) -> str:
+    return (
+        "" if row.is_ours is not False else f", of payment provider {row.payment_provider_id}, which is not this shop's"
+    )
 
 
 def _now_there(there: Mapping[str, ProviderPayment]) -> Iterator[str]:

@@ -131,6 +131,10 @@ def _decide(case: _Case, is_live: bool) -> SettlementDecision:
         return at_work
     if attempt is None and case.row is None and facts.rows:
         return _no_row_to_settle(case)
+    if case.row is not None and case.row.payment_provider_id not in facts.provider_ids and ruling is None:
+        reason = f"its row belongs to payment provider {case.row.payment_provider_id}, which is not this shop's"
+        decision = case.quarantine("metadata", reason)
+        return decision if attempt is None else _review(decision, attempt, facts)
     if payment.refunded_in_full:
         return _decide_refund(case)
     if ruling is not None and ruling.attach_to is not None:
@@ -140,9 +144,6 @@ def _decide(case: _Case, is_live: bool) -> SettlementDecision:
         return decision if attempt is None else _review(decision, attempt, facts)
     if attempt is not None:
         return _decide_renewal(case, attempt)
-    if case.row is not None and case.row.payment_provider_id not in facts.provider_ids and ruling is None:
-        reason = f"its row belongs to payment provider {case.row.payment_provider_id}, which is not this shop's"
-        return case.quarantine("metadata", reason)
     if case.row is not None and case.has_other_money and ruling is None:
         return case.quarantine(
             "amount_differs", f"{case.row.money or 'no currency'} here, {payment.money} at the provider"

@@ -90,6 +90,21 @@ def row(books: Books, attempt: Attempt) -> Any:
 # Opening
 
 
+@pytest.mark.parametrize("sent", [False, True], ids=["a first send", "another send"])
+def test_an_attempt_of_another_shop_is_not_claimed(books: Books, sent: bool) -> None:
+    subscription = books.subscription()
+    attempt = books.attempt(subscription) if sent else books.planned(subscription)
+    with books.engine.begin() as connection:
+        other = books.provider_id + 1
+        connection.execute(sa.text(f"SET LOCAL billing_orchestration.provider_ids = '{other}'"))
+        if sent:
+            claimed = claim(connection, books.stamp(), [attempt.id], NOON - KEY_LIFETIME, NOON)
+        else:
+            claimed = open_and_claim(connection, books.stamp(), [attempt])
+    assert claimed.sent_before == {}
+    assert claimed.held == {attempt.id: f"payment provider {books.provider_id} is not this shop's"}
+
+
 def test_what_is_written_ahead_is_all_that_the_next_run_needs(books: Books) -> None:
     ended_at = NOON - 2 * A_DAY + TICK
     subscription_id = books.subscription("Ёлка 😀", ended_at=ended_at)

@@ -47,7 +47,7 @@ def warnings() -> list[str]:
 
 def test_a_healthy_installation_has_neither_fault_nor_warning(healthy: pytest.MonkeyPatch) -> None:
     assert found(Level.FAULT, Level.WARNING) == {}
-    assert len(examine()) == 16
+    assert len(examine()) == 17
 
 
 def test_doctor_changes_nothing(healthy: pytest.MonkeyPatch, database_url: str, sandbox: Sandbox) -> None:

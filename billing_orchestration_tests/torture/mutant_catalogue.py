@@ -9,6 +9,7 @@ from __future__ import annotations
 from billing_orchestration_tests.torture.mutant import Edit, Mutant
 from billing_orchestration_tests.torture.mutants_of_clocks import CLOCKS
 from billing_orchestration_tests.torture.mutants_of_pace import PACE
+from billing_orchestration_tests.torture.mutants_of_shops import SHOPS
 
 _ANSWERS = "domain/answers.py"
 _ATTEMPT = "domain/attempts.py"
@@ -171,9 +172,9 @@ PROMISED = (
         (
             Edit(
                 "database/matching.py",
-                '_WITH_ID = "external_payment_id = ANY(:ids) ORDER BY id"',
-                '_WITH_ID = "external_payment_id = ANY(:ids) AND created_at >= (SELECT max(created_at) FROM payments)'
-                " - interval '1 hour' ORDER BY id\"",
+                '\n_WITH_ID = f"external_payment_id = ANY(:ids) AND',
+                '\n_WITH_ID = f"external_payment_id = ANY(:ids) AND created_at >= (SELECT max(created_at) FROM payments)'
+                " - interval '1 hour' AND",
             ),
         ),
         (
@@ -1543,4 +1544,4 @@ RECONCILIATION = (
     ),
 )
 
-ALL = (*PROMISED, *FURTHER, *PACE, *CLOCKS, *RECONCILIATION)
+ALL = (*PROMISED, *FURTHER, *PACE, *CLOCKS, *SHOPS, *RECONCILIATION)
