@@ -120,6 +120,8 @@ def ours(url: str, api_url: str, concurrency: int) -> dict[str, float]:
 
     class Watched:
         is_live = True
+        charge_done_s = client.charge_done_s
+        rate = client.rate
 
         def create_payment(self, body: str, key: str, before_send: Any = None) -> Any:
             payment = client.create_payment(body, key, before_send)

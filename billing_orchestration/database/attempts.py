@@ -18,7 +18,7 @@ from billing_orchestration.database.audit import Change, Stamp, in_words_of, rec
 from billing_orchestration.database.conventions import naive_utc, of_this_shop, sql_list
 from billing_orchestration.database.second_look import WHY_NOT, in_review, why_not
 from billing_orchestration.database.tables import renewal_attempts
-from billing_orchestration.domain.answers import Closing
+from billing_orchestration.domain.answers import SHOP, Closing
 from billing_orchestration.domain.attempts import OPEN, Attempt, State
 from billing_orchestration.domain.clocks import TOLERATED
 from billing_orchestration.domain.money import Money
@@ -377,6 +377,26 @@ def close(connection: sa.Connection, stamp: Stamp, closings: Sequence[Closing]) 
         ],
     )
     return {row.id for row in changed}
+
+
+_EXCUSE = sa.text(f"""
+    UPDATE billing_orchestration.renewal_attempts a SET decline_class = '{SHOP}'
+    WHERE a.id = ANY(:ids) AND a.state = '{State.REJECTED}' AND a.decline_class <> '{SHOP}'
+    RETURNING a.id, a.subscription_id
+""")
+
+
+def excuse(connection: sa.Connection, stamp: Stamp, attempt_ids: Sequence[uuid.UUID], reason: str) -> None:
+    """Note of attempts that were REJECTED that the shop was refused, not these charges: they are no try of the day."""
+    excused = connection.execute(_EXCUSE, {"ids": list(attempt_ids)}).all()
+    record_changes(
+        connection,
+        stamp,
+        [
+            Change("attempt", str(row.id), "excused", reason, new={"subscription_id": row.subscription_id})
+            for row in excused
+        ],
+    )
 
 
 # The lock's namespace: a class id of its own keeps it apart from other users of advisory locks in this database.

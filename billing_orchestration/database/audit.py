@@ -285,13 +285,14 @@ CLOSE_SETTLED = """
     UPDATE billing_orchestration.quarantine
     SET resolved_at = %(at)s, resolution = 'settled', resolved_by = %(job)s,
         resolution_reason = 'what stood in the way is gone: settled by run ' || %(run_id)s
-    WHERE external_payment_id = ANY(%(ids)s) AND resolved_at IS NULL AND kind = ANY(%(kinds)s)
+    WHERE resolved_at IS NULL
+      AND ((external_payment_id = ANY(%(ids)s) AND kind = ANY(%(kinds)s)) OR problem_key = ANY(%(problem_keys)s))
     RETURNING id, external_payment_id
 """
 
 
-def record_healed(connection: sa.Connection, stamp: Stamp, healed: Sequence[tuple[int, str]]) -> None:
-    """Record which problems (their id, their payment's id) were closed because their payment was settled."""
+def record_healed(connection: sa.Connection, stamp: Stamp, healed: Sequence[tuple[int, str | None]]) -> None:
+    """Record which problems (their id, and their payment's id if any) were closed because a payment was settled."""
     record_changes(
         connection,
         stamp,

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from billing_orchestration.database.attempts import insert_lost
 from billing_orchestration.database.audit import (
     CLOSE_SETTLED,
+    Problem,
     Stamp,
     change_rows,
     in_words_of,
@@ -28,7 +29,7 @@ from billing_orchestration.database.errors import NotAsMeant
 from billing_orchestration.database.settlement_rows import Rows, new_subscription, problem_of, subscription_of
 from billing_orchestration.database.settling_facts import ChangedMeanwhile, read_facts
 from billing_orchestration.domain.billing_calendar import BillingCalendar
-from billing_orchestration.domain.problem_kinds import FOR_A_PERSON, KINDS
+from billing_orchestration.domain.problem_kinds import FOR_A_PERSON, KINDS, REJECTED
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.settlement import decide_settlement
 from billing_orchestration.domain.settlement_decisions import (
@@ -319,7 +320,8 @@ _WRITE = f"""
         WHERE coalesce(x.entity_id, CAST(paid.id AS text)) IS NOT NULL
         ORDER BY x.number
     ), healed AS (
-        -- The open problems of these payments, of the kinds that are gone by their settlement.
+        -- The open problems of these payments, of the kinds that are gone by their settlement, and the refused charges
+        -- of the subscriptions that they pay for.
         {CLOSE_SETTLED}
     ), closed AS (
         {_CLOSE_ATTEMPTS}
@@ -363,6 +365,11 @@ def _write(connection: sa.Connection, stamp: Stamp, rows: Rows) -> dict[str, int
             "extensions": to_json(rows.extensions),
             "ids": [row["external_payment_id"] for row in rows.settlements],
             "kinds": _HEALED,
+            "problem_keys": [
+                Problem(f"subscription {row['subscription_id']}", REJECTED, "").key
+                for row in rows.settlements
+                if row["kind"] != "refunded"
+            ],
             "at": stamp.at,
             "naive_at": naive_utc(stamp.at),
             "job": stamp.job,
@@ -370,7 +377,7 @@ def _write(connection: sa.Connection, stamp: Stamp, rows: Rows) -> dict[str, int
         },
     )
     payment_rows = {row["external_payment_id"]: row["payment_id"] for row in rows.settlements if row["payment_id"]}
-    healed: list[tuple[int, str]] = []
+    healed: list[tuple[int, str | None]] = []
     new_rows = 0
     for what, number, payment_id in written:
         if what == "paid":

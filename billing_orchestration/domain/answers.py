@@ -7,6 +7,7 @@ it (amount, currency, refund, test shop) is `settlement`'s work.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,9 +31,10 @@ from billing_orchestration.domain.provider_payment import (
     UnusablePayment,
 )
 
-# `decline_class` of an attempt that was refused because of the shop's key or rights. Somebody fixes them and the charge
-# is tried again; a refusal of the charge itself (400) is for a person.
-SHOP_REFUSALS = ("401", "403")
+# `decline_class` of an attempt that was refused because of the shop: its key, its rights, or charges as it makes them.
+# Somebody fixes that and the charge is tried again the same day. A refusal of the charge itself (400) is for a person.
+SHOP = "shop"
+SHOP_REFUSALS = ("401", "403", SHOP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,15 @@ def _state_of(payment: ProviderPayment) -> tuple[str, str, str | None]:
     raise ValueError(f"unknown status {payment.status!r}")
 
 
-def judge_refusal(attempt: Attempt, reason: str, *, status_code: int, code: str, sent_before: bool) -> Closing:
+def is_about_the_shop(attempt: Attempt, status_code: int, parameter: str) -> bool:
+    """Whether one refusal tells that the shop is refused: its key is wrong, or no charge is taken without a receipt."""
+    demands_receipt = re.match(r"receipt\b", parameter) is not None and "receipt" not in json.loads(attempt.body)
+    return status_code == 401 or (status_code == 400 and demands_receipt)
+
+
+def judge_refusal(
+    attempt: Attempt, reason: str, *, status_code: int, code: str, sent_before: bool, parameter: str = ""
+) -> Closing:
     """The provider refused this request (400, 401, 403): no money moved by it. It is not sent again in this run.
 
     `sent_before`: an earlier request with this key may have been executed. The refusal says nothing about that one.
@@ -120,7 +130,7 @@ def judge_refusal(attempt: Attempt, reason: str, *, status_code: int, code: str,
         State.REJECTED,
         reason,
         decline_reason=code or None,
-        decline_class=str(status_code),
+        decline_class=SHOP if status_code == 400 and is_about_the_shop(attempt, 400, parameter) else str(status_code),
         unanswered=False,
     )
 

@@ -53,6 +53,8 @@ ProblemKind = Literal[
 NOT_WRITABLE: ProblemKind = "not_writable"
 UNKNOWN_ATTEMPT: ProblemKind = "unknown_attempt"
 TWO_ACTIVE: ProblemKind = "two_active"
+# Of a subscription, not of a payment: gone by the next success for that subscription.
+REJECTED: ProblemKind = "rejected"
 SECOND_SUCCESS: ProblemKind = "second_success"
 NO_CONTACT: ProblemKind = "no_contact"
 RECEIPT: ProblemKind = "receipt"
@@ -66,7 +68,7 @@ FOR_A_PERSON: tuple[ProblemKind, ...] = (
     *OF_THE_BOOKS,
     SECOND_SUCCESS,
     TWO_ACTIVE,
-    "rejected",
+    REJECTED,
     "gap",
     "no_contact",
 )

@@ -61,7 +61,7 @@ class Inquiry:
             if not isinstance(answers[payment_id], NoAnswer):
                 self._breaker.heard()
                 continue
-            self._breaker.failed()
+            self._breaker.failed(payment_id)
             if self._breaker.is_open:
                 self._warn(
                     f"the provider did not answer {BREAKER_SILENCES} times in a row: the rest is left for the next run"

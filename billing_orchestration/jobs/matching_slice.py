@@ -123,7 +123,7 @@ def fetch_paid(
         watermark = read_watermark(connection, job)
     window = covering_window(scope, watermark, clock.now())
     if config.max_requests_per_second is not None:
-        provider.client.limit_rate(config.max_requests_per_second)
+        provider.client.rate.limit(config.max_requests_per_second)
     paid = provider.client.fetch_slice(window.start, window.end, parallel_windows=config.parallel_windows)
     clocks = look_at_clocks(database, clock, provider)
     context.add_output_metadata(

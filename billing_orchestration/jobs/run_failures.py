@@ -24,6 +24,9 @@ class FailureCode:
     STOPPED_EARLY = "StoppedEarly"  # what was not begun stays as it is
     CLOCKS_APART = "ClocksApart"  # by more than five minutes: what depends on the time was left undone
     PROVIDER_FAILS = "ProviderFails"  # for everyone: charging stopped early
+    SHOP_REFUSED = "ShopRefused"  # the first charges were refused alike: charging stopped early
+    NOT_GRANTED = "NotGranted"  # a few paid charges in a row: charging stopped early
+    TERMINATED = "Terminated"  # by a person or the machine: what was not begun stays as it is
     TOO_MANY_CHANGES = "TooManyChanges"  # max_changes or the guard: nothing was applied
     DAY_DIFFERS = "DayDiffers"  # all was applied, and differences are left
     SUMS_DO_NOT_CLOSE = "SumsDoNotClose"  # a fault of the comparison itself: nothing was applied

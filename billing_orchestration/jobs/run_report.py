@@ -19,6 +19,7 @@ from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.run_scope import RunRefused, RunScope
 from billing_orchestration.jobs.approval import PLANS
 from billing_orchestration.jobs.run_failures import FailureCode, failed
+from billing_orchestration.jobs.termination import deliver, is_being_canceled
 from billing_orchestration.provider.errors import IncompleteSlice, OutcomeUnknown, ProviderError, RequestRejected
 from billing_orchestration.settings import SettingsError
 
@@ -45,8 +46,8 @@ class RunReport:
     `applied` counts changes that were committed, `opened` new quarantine entries. `again` names what must be retried
     (the run then ends red), `again_unnamed` counts what it leaves out. `left` are the successes that settling has left
     to the service's webhook for its minute: somebody has to look at them again. `stopped_by` says what ended the
-    applying early (`stop_code` is for programs), `numbers` are plotted over time. `decisions` is a Tally where they may
-    be too many to be held.
+    applying early (`stop_code` is for programs), `terminated_by` is the signal that wants the run to end. `numbers` are
+    plotted over time. `decisions` is a Tally where they may be too many to be held.
     """
 
     decisions: list[Decision] | Tally = field(default_factory=list)
@@ -59,6 +60,7 @@ class RunReport:
     left: list[ProviderPayment] = field(default_factory=list)
     stopped_by: str | None = None
     stop_code: str | None = None
+    terminated_by: int | None = None
     numbers: dict[str, int | float] = field(default_factory=dict)
 
     @property
@@ -153,15 +155,19 @@ def conclude(
     `red`: a code and words, for a run that is red although nothing must be retried.
 
     A run that changed something gets the tag billing/changed with the number of changes. Raises dg.Failure; its first
-    line says what to do and what is known about the money (`retry_hint`).
+    line says what to do and what is known about the money (`retry_hint`). A run that a person terminates ends as
+    Canceled, whatever it raises here.
     """
     metadata = {**describe_report(scope, report, job), **(more or {})}
     if report.decisions or report.again:  # an empty run says so in its metadata; a log line is one more event row
         context.log.info(f"{job}: {_result(scope, report)}")
     if report.applied and not scope.dry_run:
         context.instance.add_run_tags(context.run_id, {CHANGED_TAG: str(report.applied)})
+    is_canceled = end_if_interrupted(context, report)
     if report.again or report.stopped_by:
         raise failed(*_why_red(scope, report, retry_hint), metadata)
+    if is_canceled:
+        raise failed(FailureCode.TERMINATED, "terminated when all was done: nothing must be retried", metadata)
     if red is not None:
         raise failed(*red, metadata)
     context.add_output_metadata(metadata)
@@ -184,6 +190,17 @@ def _why_red(scope: RunScope, report: RunReport, retry_hint: str) -> tuple[str, 
         others = "and this was a dry run: nothing was written." if scope.dry_run else f"{rest} {retry_hint}"
         words.append(f"{report.to_retry} must be retried, {others} In detail: {shown}{and_more}")
     return code, " ".join(words)
+
+
+def end_if_interrupted(context: dg.OpExecutionContext, report: RunReport) -> bool:
+    """End a run that was interrupted while it charged, now that nothing is under way; Dagster may resume it.
+
+    Returns whether a person terminates it: whatever it raises then, it is Canceled.
+    """
+    is_canceled = bool(report.applied or report.terminated_by) and is_being_canceled(context)
+    if report.terminated_by and not is_canceled:
+        deliver(report.terminated_by)
+    return is_canceled
 
 
 def _next_steps(scope: RunScope, report: RunReport, job: str) -> dict[str, dg.MetadataValue[Any]]:

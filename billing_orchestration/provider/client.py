@@ -151,7 +151,7 @@ class PaymentProvider:
         self._clock = Readings()
         self._sleep = sleep
         self._uniform = uniform
-        self._rate = RateLimit(max_requests_per_second, clock=threads.monotonic, sleep=sleep)
+        self.rate = RateLimit(max_requests_per_second, clock=threads.monotonic, sleep=sleep)
         self._wire = Wire(self.api_url, max_connections=max_connections, connect_s=timeouts.connect_s)
         token = b64encode(f"{shop_id}:{secret_key}".encode()).decode("ascii")
         self._errors = Translator(self.api_url, (secret_key, token))
@@ -190,10 +190,6 @@ class PaymentProvider:
             if self._clock.offset is None:
                 return  # its answers carry no Date
 
-    def limit_rate(self, max_requests_per_second: float) -> None:
-        """Cap the requests of all threads together from now on, as a run's config asks for."""
-        self._rate.limit(max_requests_per_second)
-
     def close(self) -> None:
         """Close the pooled connections."""
         self._wire.close()
@@ -207,8 +203,8 @@ class PaymentProvider:
 
         What moves: the amount in `body`, from the customer to the shop, if the answer's status is `succeeded`. The
         caller has committed body and key (SPEC 5), so a process killed here leaves an attempt whose outcome is
-        unknown and whose key may be sent again within 24 h. Other threads and a 429 may make it wait before it sends:
-        `before_send` is called when its turn comes, and an exception from it passes through with nothing sent.
+        unknown and whose key may be sent again within 24 h. It does not wait for its turn: the caller has taken one
+        from `rate`, before it looked at the customer. An exception from `before_send` passes with nothing sent.
 
         NeverSent, WrongCredentials, Forbidden, RequestRejected: no money moved by this request. RateLimited,
         StillProcessing, OutcomeUnknown: it may have. Raises ValueError, before anything is sent, for a key that is
@@ -219,7 +215,9 @@ class PaymentProvider:
         sent = body.encode("utf-8")
         charges = self._payments.charges
         call = Call(f"charge with key {idempotence_key}", body=body)
-        answer = self._send(call, lambda: charges.post(sent, idempotence_key), before_send)
+        if before_send is not None:
+            before_send()
+        answer = self._send(call, lambda: charges.post(sent, idempotence_key))
         payment = parse_payment(self._object(answer, call))
         if isinstance(payment, UnusablePayment):
             name = f"payment {payment.payment_id}" if payment.payment_id else "a payment without a readable id"
@@ -242,7 +240,7 @@ class PaymentProvider:
             quoted = quoted.replace(".", "%2E")
 
         def ask() -> ProviderPayment | UnusablePayment:
-            answer = self._send(call, lambda: self._payments.one(quoted))
+            answer = self._ask(call, lambda: self._payments.one(quoted))
             payment = parse_payment(self._object(answer, call))
             answered_id = payment.id if isinstance(payment, ProviderPayment) else payment.payment_id
             if answered_id not in (None, payment_id):
@@ -310,7 +308,7 @@ class PaymentProvider:
     def check(self) -> None:
         """The cheapest authenticated request, once. Raises the ProviderError that says what is wrong."""
         call = Call("the list of payments")
-        self._items(self._send(call, lambda: self._payments.page("payments", {"limit": "1"})), call)
+        self._items(self._ask(call, lambda: self._payments.page("payments", {"limit": "1"})), call)
 
     def cards(self, method_ids: Iterable[str], max_concurrency: int = 8) -> dict[str, str]:
         """The last four digits of saved cards, and `inactive` where the provider says so. It may not tell of each.
@@ -321,7 +319,7 @@ class PaymentProvider:
         def ask(method_id: str) -> str:
             call = Call("a saved payment method", by_id=True)
             quoted = quote(method_id, safe="")
-            method = self._object(self._send(call, lambda: self._payments.method(quoted)), call)
+            method = self._object(self._ask(call, lambda: self._payments.method(quoted)), call)
             if method.get("status") == "inactive":
                 return "inactive"
             card = method.get("card")
@@ -335,25 +333,27 @@ class PaymentProvider:
     def has_fiscalization(self) -> bool | None:
         """Whether the provider registers the shop's receipts. None: it does not say. Raises ProviderError."""
         call = Call("the shop's settings")
-        shop = self._object(self._send(call, self._payments.shop), call)
+        shop = self._object(self._ask(call, self._payments.shop), call)
         told = shop.get("fiscalization")
         enabled = told.get("enabled") if isinstance(told, dict) else shop.get("fiscalization_enabled")
         return enabled if isinstance(enabled, bool) else None
 
     def _read_page(self, what: str, query: Mapping[str, str], call: Call) -> tuple[list[Any], Any, int]:
         def ask() -> tuple[list[Any], Any]:
-            return self._items(self._send(call, lambda: self._payments.page(what, query)), call)
+            return self._items(self._ask(call, lambda: self._payments.page(what, query)), call)
 
         (items, following), requests = self._within_bound(ask)
         return items, following, requests
 
     # --- One request ---------------------------------------------------------------------------------------------
 
-    def _send(self, call: Call, request: Callable[[], Answer], before_send: Callable[[], None] | None = None) -> Answer:
-        """Wait for the turn and send once. An answer other than HTTP 200 is raised as the error it means."""
-        self._rate.wait_turn()
-        if before_send is not None:
-            before_send()
+    def _ask(self, call: Call, request: Callable[[], Answer]) -> Answer:
+        """A read: wait for the turn, then as `_send`."""
+        self.rate.wait_turn()
+        return self._send(call, request)
+
+    def _send(self, call: Call, request: Callable[[], Answer]) -> Answer:
+        """Send once. An answer other than HTTP 200 is raised as the error it means."""
         began_s = self._threads.monotonic()
         try:
             answer = request()
@@ -364,13 +364,13 @@ class PaymentProvider:
             took = timedelta(seconds=self._threads.monotonic() - began_s)
             self._clock.note(offset_of(there, received_at, took, DATE_RESOLUTION))
         if answer.status == 200:
-            self._rate.answered()
+            self.rate.answered()
             return answer
         error = self._errors.of_answer(answer, call, received_at)
         if isinstance(error, RateLimited):
-            self._rate.slow_down(error.retry_after_s)
+            self.rate.slow_down(error.retry_after_s)
         else:
-            self._rate.answered()
+            self.rate.answered()
         raise error
 
     def _within_bound(self, ask: Callable[[], Value]) -> tuple[Value, int]:

@@ -29,13 +29,17 @@ class NeverSent(ProviderError):
 class RequestRejected(ProviderError):
     """The provider answered this request with an error of its own. No money moved by it.
 
-    `status_code` is the HTTP status, `code` the provider's error code, `description` its words.
+    `status_code` is the HTTP status, `code` the provider's error code, `parameter` what it names as wrong,
+    `description` its words.
     """
 
-    def __init__(self, message: str, *, status_code: int, code: str = "", description: str = "") -> None:
+    def __init__(
+        self, message: str, *, status_code: int, code: str = "", parameter: str = "", description: str = ""
+    ) -> None:
         super().__init__(message)
         self.status_code = status_code
         self.code = code
+        self.parameter = parameter
         self.description = description
 
 

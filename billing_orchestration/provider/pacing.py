@@ -21,6 +21,8 @@ Result = TypeVar("Result")
 FIRST_PAUSE_S = 1.0
 # A longer pause would not slow the run down but halt it. The run goes on, and its failures say why.
 LONGEST_PAUSE_S = 60.0
+# Turns that come this soon are given together: who asks for them is not woken more often than that.
+_SOON_S = 0.005
 # After a pause, 64 waiting threads would send at once and get the next 429. They start this far apart instead, and
 # closer with every answer that is not a 429.
 FIRST_SPACING_S = 0.05
@@ -71,6 +73,34 @@ class RateLimit:
             if self._paused_until <= now:  # else a 429 came while this thread slept: it queues again
                 return
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether nobody may send now, since a 429 came."""
+        return self._clock() < self._paused_until
+
+    def turns(self, most: int) -> int:
+        """How many requests, up to `most`, may go now: for whoever has work to do between its turn and its request."""
+        with self._lock:
+            now = self._clock()
+            if now < self._paused_until:
+                return 0
+            spacing_s = max(self._interval_s, self._spacing_s)
+            if not spacing_s:
+                return most
+            soon = now + _SOON_S - max(now, self._next_turn)
+            return 0 if soon < 0 else min(most, 1 + int(soon / spacing_s))
+
+    def take(self, count: int) -> None:
+        """Use turns up."""
+        with self._lock:
+            spacing_s = max(self._interval_s, self._spacing_s)
+            self._next_turn = max(self._clock(), self._next_turn) + count * spacing_s
+
+    def next_turn_s(self) -> float:
+        """In how many seconds there are turns again."""
+        with self._lock:
+            return max(self._next_turn, self._paused_until) - self._clock()
+
     def slow_down(self, retry_after_s: float | None = None) -> float:
         """A 429 came: nobody sends for `retry_after_s`, or for a growing default. Returns the pause in seconds."""
         with self._lock:
@@ -101,11 +131,22 @@ class RateLimit:
 
 
 class Breaker:
-    """Open after `limit` failures in a row: the provider fails for everyone, so whoever asks it stops."""
+    """Open after `limit` failures with nothing heard in between: the provider fails for everyone, and asking it stops.
+
+    A subject (a card, a payment) that fails counts once, however often it fails. It does not count at all if others
+    were heard while its request was under way: then the failure is its own.
+    """
 
     def __init__(self, limit: int) -> None:
-        self.failures = 0
+        self.heard_so_far = 0
         self._limit = limit
+        self._row: dict[str, int] = {}
+        self._failed_alone: set[str] = set()
+
+    @property
+    def failures(self) -> int:
+        """The weight of the failures since something was heard."""
+        return sum(self._row.values())
 
     @property
     def is_open(self) -> bool:
@@ -113,12 +154,18 @@ class Breaker:
         return self.failures >= self._limit
 
     def heard(self) -> None:
-        """The provider has understood a request: the row of failures is over."""
-        self.failures = 0
+        """The provider has understood a request: it does not fail for everyone."""
+        self.heard_so_far += 1
+        if self._row:
+            self._failed_alone.update(self._row)
+            self._row.clear()
 
-    def failed(self, weight: int = 1) -> None:
-        """A request has failed in a way that may concern everyone."""
-        self.failures += weight
+    def failed(self, subject: str, weight: int = 1, heard_before: int | None = None) -> None:
+        """A request has failed. `heard_before`: what `heard_so_far` was when it was sent."""
+        if heard_before is not None and heard_before < self.heard_so_far:
+            self._failed_alone.add(subject)
+        if subject not in self._failed_alone:
+            self._row[subject] = max(weight, self._row.get(subject, 0))
 
 
 def map_concurrently(

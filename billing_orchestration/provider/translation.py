@@ -55,6 +55,7 @@ class Call:
 class _Refusal(TypedDict):
     status_code: int
     code: str
+    parameter: str
     description: str
 
 
@@ -130,7 +131,13 @@ class Translator:
             self.foreign(_text(document, name), call) for name in ("code", "parameter", "description")
         )
         said = ", ".join(part for part in (code, parameter, description) if part)
-        return {"status_code": status, "code": code, "description": description}, said
+        refusal: _Refusal = {
+            "status_code": status,
+            "code": code,
+            "parameter": parameter,
+            "description": description,
+        }
+        return refusal, said
 
     def _hint(self, status: int) -> str:
         if status in {404, 405}:

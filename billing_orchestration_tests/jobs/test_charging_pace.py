@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 
 import pytest
 
+from billing_orchestration.domain.attempts import Attempt
 from billing_orchestration.domain.provider_payment import CANCELED, PENDING
 from billing_orchestration.jobs.autopayment.charging import Withheld, Work
-from billing_orchestration.jobs.autopayment.pace import BREAKER_LIMIT, ChargingLimits, Pace
+from billing_orchestration.jobs.autopayment.pace import (
+    BREAKER_LIMIT,
+    MOST_NOT_GRANTED,
+    MOST_REFUSED_ALIKE,
+    ChargingLimits,
+    Pace,
+)
 from billing_orchestration.jobs.autopayment.waiting import Waiting
 from billing_orchestration.jobs.run_failures import FailureCode
 from billing_orchestration.provider.errors import (
@@ -23,96 +33,289 @@ from billing_orchestration.provider.errors import (
 from billing_orchestration_tests.domain.given import a_due_subscription, a_payment, an_attempt
 
 PAID = a_payment()
+DECLINED = a_payment(status=CANCELED)
 FAILED = OutcomeUnknown("HTTP 500")
 SILENCE = OutcomeUnknown("no answer", timed_out=True)
 THROTTLED = RateLimited("429")
-REFUSED = RequestRejected("no", status_code=400)
-FORBIDDEN = Forbidden("no", status_code=403)
+REFUSED = RequestRejected("no", status_code=400, code="invalid_request", parameter="amount")
+FORBIDDEN = Forbidden("the shop may not do this", status_code=403, code="forbidden")
 WRONG_KEY = WrongCredentials("the secret key is wrong", status_code=401)
+NO_RECEIPT = RequestRejected("Receipt is missing", status_code=400, code="invalid_request", parameter="receipt")
+
+_numbers = count(1)
 
 
-def pace(*answers: object, max_concurrency: int = 16, max_sends: int = 3) -> Pace:
-    """A pace that has heard these answers."""
-    made = Pace(ChargingLimits(max_concurrency, max_sends, resend_wait_s=2.0), threading.Event())
+def a_card(method: str = "") -> Attempt:
+    """An attempt of a card that nobody has seen before, or of this one."""
+    number = next(_numbers)
+    return an_attempt(a_due_subscription(id=number, method_id=method or f"card-{number}"))
+
+
+def pace(max_concurrency: int = 16, max_sends: int = 3) -> Pace:
+    return Pace(ChargingLimits(max_concurrency, max_sends, resend_wait_s=2.0), threading.Event())
+
+
+def hears(made: Pace, *answers: object, card: str = "") -> Pace:
+    """One send after another, each of another card (or all of this one), each with its answer."""
     for answer in answers:
-        made.note(answer)  # type: ignore[arg-type]
+        made.note(made.begin(a_card(card)), answer)  # type: ignore[arg-type]
+    return made
+
+
+def grows_to(made: Pace, width: int) -> Pace:
+    while made.width < width:
+        made.granted()
     return made
 
 
 # --- the width
 
 
-def test_the_first_charge_goes_alone() -> None:
-    assert pace().room(0, 0) == 1
-    assert pace().room(1, 0) == 0
+def test_the_first_charge_goes_alone_until_its_grant_is_committed() -> None:
+    made = pace()
+    assert made.room(0, 0) == 1
+    assert made.room(1, 0) == 0
+    # Answered, and not written yet; and an answer is no grant.
+    assert hears(made, PAID).room(0, 1) == 0
+    assert hears(made, *[PAID, DECLINED] * 20).room(0, 0) == 1
+    made.granted()
+    assert made.room(0, 0) == 2
 
 
-@pytest.mark.parametrize("answer", [PAID, a_payment(status=PENDING), a_payment(status=CANCELED), REFUSED])
-def test_every_answer_that_the_provider_has_understood_doubles_the_width_up_to_max_concurrency(answer: object) -> None:
-    assert [pace(*[answer] * count).width for count in range(6)] == [1, 2, 4, 8, 16, 16]
+@pytest.mark.parametrize("answer", [PAID, a_payment(status=PENDING), DECLINED, REFUSED])
+def test_the_width_grows_with_committed_grants_and_not_with_answers(answer: object) -> None:
+    made = pace(4)
+    widths = []
+    for _ in range(5):
+        hears(made, *[answer] * 4)
+        widths.append(made.width)
+        made.granted()
+    assert widths == [1, 2, 3, 4, 4]
 
 
-@pytest.mark.parametrize("failure", [FAILED, SILENCE, THROTTLED, FORBIDDEN, NeverSent("refused"), KeyError("odd")])
+@pytest.mark.parametrize("failure", [FAILED, SILENCE, FORBIDDEN, NeverSent("refused"), KeyError("odd")])
 def test_every_failure_halves_the_width_but_never_to_nothing(failure: object) -> None:
-    wide = [PAID] * 4
-    assert [pace(*wide, *[failure] * count).width for count in range(4)] == [16, 8, 4, 2]
-    assert pace(failure).width == 1
+    made = grows_to(pace(), 16)
+    assert [hears(made, failure).width for _ in range(5)] == [8, 4, 2, 1, 1]
+
+
+def test_a_card_that_hangs_while_others_are_answered_does_not_slow_them_down() -> None:
+    made = grows_to(pace(), 16)
+    hanging = [made.begin(a_card()) for _ in range(10)]
+    hears(made, PAID)
+    for sent in hanging:
+        made.note(sent, SILENCE)
+    assert (made.width, made.is_stopped, made.in_doubt) == (16, False, False)
+
+
+def test_a_429_halves_the_width_once_a_burst_and_is_remembered_for_the_run() -> None:
+    made = grows_to(pace(), 16)
+    burst = [made.begin(a_card()) for _ in range(16)]
+    for sent in burst:
+        made.note(sent, THROTTLED)
+    assert made.width == 8
+    # As many grants as the width for each further one, where one was enough before.
+    widths = []
+    for _ in range(8 + 9):
+        made.granted()
+        widths.append(made.width)
+    assert widths == [8] * 7 + [9] * 9 + [10]
+    hears(made, THROTTLED)
+    assert made.width == 5
+    hears(made, FAILED)
+    # What a failure took comes back at once, up to where the 429 came.
+    assert [grows_to(made, 5).width, made.is_stopped] == [5, False]
 
 
 def test_what_was_withheld_is_no_answer_and_changes_nothing() -> None:
-    assert pace(PAID, FAILED, PAID, *[Withheld("not sent")] * 20).width == 2
-    assert not pace(*[Withheld("not sent")] * 20).is_stopped
+    made = hears(grows_to(pace(), 2), *[Withheld("not sent")] * 20)
+    assert (made.width, made.is_stopped, made.in_doubt) == (2, False, False)
 
 
 def test_at_full_width_some_are_claimed_ahead_so_that_no_sender_waits_for_the_database() -> None:
-    full = pace(*[PAID] * 4)
+    full = grows_to(pace(), 16)
     assert full.room(0, 0) == 24
     assert full.room(16, 0) == 8
     # Few seats free: wait for more, which then share a statement.
     assert full.room(20, 0) == 0
-    assert pace(*[PAID] * 3).room(8, 0) == 0
+    assert grows_to(pace(), 8).room(8, 0) == 0
 
 
 def test_nothing_more_is_claimed_while_the_database_is_behind() -> None:
-    full = pace(*[PAID] * 4)
+    full = grows_to(pace(), 16)
     assert full.room(0, 23) == 24
     assert full.room(0, 24) == 0
+
+
+# --- the books
+
+
+def test_a_few_paid_charges_in_a_row_that_cannot_be_granted_stop_the_run() -> None:
+    made = grows_to(pace(), 16)
+    for _ in range(MOST_NOT_GRANTED - 1):
+        made.not_granted("payments_id_seq is at its end")
+        assert (made.room(0, 0), made.room(1, 0), made.is_stopped) == (1, 0, False)
+    made.not_granted("payments_id_seq is at its end")
+    assert (made.is_stopped, made.stop_code) == (True, FailureCode.NOT_GRANTED)
+    assert "3 charges in a row are paid and not granted yet, last: payments_id_seq is at its end" in str(
+        made.stop_reason
+    )
+
+
+def test_a_grant_in_between_shows_that_the_books_take_what_is_charged() -> None:
+    made = pace()
+    for _ in range(20):
+        made.not_granted("a trigger refuses this row")
+        made.not_granted("a trigger refuses this row")
+        made.granted()
+    assert not made.is_stopped
 
 
 # --- the breaker
 
 
-def test_failures_in_a_row_open_the_breaker_and_an_answer_in_between_closes_it() -> None:
-    almost = [FAILED] * (BREAKER_LIMIT - 1)
-    assert not pace(*almost).is_stopped
-    assert not pace(*almost, PAID, *almost).is_stopped
-    stopped = pace(*almost, FAILED)
-    assert stopped.is_stopped
-    assert stopped.stop_reason == "the provider fails for everyone (6 times in a row), last: HTTP 500"
-    assert stopped.stop_code == FailureCode.PROVIDER_FAILS
-    assert stopped.room(0, 0) == 0
+def failing(*failures: object) -> Pace:
+    """A run in which these happen, one after another, each to another card."""
+    return hears(pace(), *failures)
 
 
-@pytest.mark.parametrize("failure", [FORBIDDEN, NeverSent("refused"), StillProcessing("202"), KeyError("odd")])
-def test_every_kind_of_failure_counts_once(failure: object) -> None:
-    assert not pace(*[failure] * (BREAKER_LIMIT - 1)).is_stopped
-    assert pace(*[failure] * BREAKER_LIMIT).is_stopped
+@pytest.mark.parametrize(
+    ("failures", "stops"),
+    [
+        ([FAILED] * (BREAKER_LIMIT - 1), False),
+        ([FAILED] * BREAKER_LIMIT, True),
+        # Silence costs the whole timeout.
+        ([SILENCE] * (BREAKER_LIMIT // 2 - 1), False),
+        ([SILENCE] * (BREAKER_LIMIT // 2), True),
+        # Six cards that answer 500, or two that hang: others are tried in between.
+        ([FAILED] * 6 + [PAID] + [FAILED] * 6, False),
+        ([SILENCE, SILENCE, DECLINED] * 9, False),
+        ([*[FAILED] * 7, REFUSED, *[FAILED] * 7], False),
+        # A 429 slows down, and is no failure.
+        ([THROTTLED] * 100, False),
+        *(([odd] * BREAKER_LIMIT, True) for odd in (NeverSent("refused"), StillProcessing("202"), KeyError("odd"))),
+        *(([odd] * (BREAKER_LIMIT - 1), False) for odd in (NeverSent("no"), StillProcessing("202"), KeyError("odd"))),
+    ],
+)
+def test_the_breaker_opens_when_one_card_after_another_fails_and_nothing_is_heard(
+    failures: list[object], stops: bool
+) -> None:
+    made = failing(*failures)
+    assert made.is_stopped is stops
+    assert made.stop_code == (FailureCode.PROVIDER_FAILS if stops else None)
 
 
-def test_silence_counts_double_since_it_costs_the_whole_timeout() -> None:
-    assert not pace(*[SILENCE] * (BREAKER_LIMIT // 2 - 1)).is_stopped
-    assert pace(*[SILENCE] * (BREAKER_LIMIT // 2)).is_stopped
+def test_a_card_that_fails_again_and_again_counts_once() -> None:
+    assert not hears(pace(), *[FAILED] * 100, card="the bad one").is_stopped
+    made = hears(failing(*[FAILED] * (BREAKER_LIMIT - 2)), *[FAILED] * 100, card="the bad one")
+    assert not made.is_stopped  # a card fewer than it takes
+    assert hears(made, FAILED).is_stopped
 
 
-def test_a_429_slows_down_and_never_opens_the_breaker() -> None:
-    assert not pace(*[THROTTLED] * 100).is_stopped
+def test_cards_that_are_known_to_fail_alone_do_not_open_the_breaker_at_the_end() -> None:
+    bad = [a_card() for _ in range(20)]
+    made = pace()
+    for attempt in bad:
+        made.note(made.begin(attempt), SILENCE)
+        hears(made, PAID)
+    # All others are done; these are sent once more, one after another.
+    for attempt in bad:
+        made.note(made.begin(attempt), SILENCE)
+    assert not made.is_stopped
+
+
+def test_cards_that_hang_while_others_are_answered_never_open_the_breaker() -> None:
+    made = pace()
+    hanging = [made.begin(a_card()) for _ in range(64)]
+    hears(made, PAID)
+    for sent in hanging:
+        made.note(sent, SILENCE)
+    assert not made.is_stopped
+
+
+def test_a_provider_that_falls_silent_in_the_middle_opens_it_soon() -> None:
+    made = hears(pace(), *[PAID] * 50)
+    under_way = [made.begin(a_card()) for _ in range(8)]
+    for sent in under_way[:3]:
+        made.note(sent, SILENCE)
+    assert not made.is_stopped
+    made.note(under_way[3], SILENCE)
+    assert made.stop_reason == (
+        "the provider fails for everyone (8 failures, nothing heard between them), last: no answer"
+    )
+    assert made.room(0, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("cause", "relief"),
+    [
+        (lambda made: hears(made, FAILED), lambda made: hears(made, PAID)),
+        (lambda made: hears(made, REFUSED), lambda made: hears(made, DECLINED)),
+        (lambda made: made.not_granted("no"), lambda made: made.granted()),
+    ],
+    ids=["a failure", "a refusal", "no grant"],
+)
+def test_other_customers_are_tried_while_it_is_in_doubt_whether_all_would_fail(
+    cause: Callable[[Pace], object], relief: Callable[[Pace], object]
+) -> None:
+    made = pace()
+    assert not made.in_doubt
+    cause(made)
+    assert made.in_doubt
+    relief(made)
+    assert not made.in_doubt
+
+
+# --- the shop
 
 
 def test_a_wrong_shop_key_stops_at_once_and_the_first_reason_is_kept() -> None:
-    stopped = pace(WRONG_KEY, *[FAILED] * 10)
-    assert stopped.stop_reason == "the secret key is wrong"
-    stopped.stop()
+    stopped = failing(WRONG_KEY, *[FAILED] * 10)
     assert (stopped.stop_reason, stopped.stop_code) == ("the secret key is wrong", "WrongCredentials")
+    stopped.stop()
+    assert stopped.stop_reason == "the secret key is wrong"
+
+
+def test_a_shop_that_must_send_receipts_is_told_by_the_first_refusal() -> None:
+    assert failing(NO_RECEIPT).stop_reason == "Receipt is missing"
+    # Also later in a run. But what is wrong with a receipt that was sent may be the customer's.
+    assert failing(PAID, NO_RECEIPT).is_stopped
+    made = pace()
+    attempt = a_card()
+    with_receipt = replace(attempt, body=attempt.body.replace('"capture":true', '"capture":true,"receipt":{}'))
+    made.note(made.begin(with_receipt), NO_RECEIPT)
+    assert not made.is_stopped
+
+
+@pytest.mark.parametrize("refusal", [REFUSED, FORBIDDEN])
+def test_one_refusal_of_the_first_charges_is_the_shops(refusal: RequestRejected) -> None:
+    assert not failing(*[refusal] * (MOST_REFUSED_ALIKE - 1)).is_stopped
+    made = failing(*[refusal] * MOST_REFUSED_ALIKE)
+    assert (made.is_stopped, made.stop_code, made.refuses_the_shop) == (True, FailureCode.SHOP_REFUSED, True)
+    assert f"the first {MOST_REFUSED_ALIKE} charges were refused alike. In its words: {refusal}" in str(
+        made.stop_reason
+    )
+    assert len(made.refused_alike) == MOST_REFUSED_ALIKE
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        # Somebody was charged, or only declined: the refusals are those customers' own.
+        [PAID, *[REFUSED] * 50],
+        [REFUSED, REFUSED, DECLINED, *[REFUSED] * 50],
+        # Not alike.
+        [REFUSED, RequestRejected("no", status_code=400, code="invalid_request", parameter="description")] * 9,
+        [REFUSED, RequestRejected("no", status_code=400, code="unsupported", parameter="amount")] * 9,
+    ],
+)
+def test_refusals_of_some_customers_are_not_the_shops(answers: list[object]) -> None:
+    made = failing(*answers)
+    assert (made.is_stopped, made.refuses_the_shop) == (False, False)
+
+
+def test_one_card_that_is_refused_for_many_subscriptions_is_one_refusal() -> None:
+    assert not hears(pace(), *[REFUSED] * 50, card="shared").is_stopped
 
 
 def test_the_end_of_a_run_stops_without_a_reason() -> None:
@@ -142,7 +345,7 @@ def test_an_attempt_that_was_throttled_may_be_sent_ten_times_and_its_other_sends
 
 
 def test_nothing_is_sent_again_after_a_stop() -> None:
-    assert pace(WRONG_KEY).wait_before_resend(1, 0, 0.0) is None
+    assert failing(WRONG_KEY).wait_before_resend(1, 0, 0.0) is None
 
 
 # --- who is sent next
@@ -159,6 +362,19 @@ def test_attempts_are_sent_in_their_order_as_far_as_there_is_room() -> None:
     assert waiting.take(2, 0.0) == ([first, second], [])
     assert waiting.take(2, 0.0) == ([third], [])
     assert not waiting
+
+
+def test_while_in_doubt_the_next_come_from_the_other_end_and_before_any_resend() -> None:
+    """What failed before stands first: those at the other end are least like it."""
+    works = [work(number) for number in range(1, 5)]
+    waiting = Waiting(works)
+    again = work(9)
+    waiting.send_again(again, at=0.0)
+    assert waiting.take(1, 1.0, in_doubt=True) == ([works[3]], [])
+    assert waiting.take(9, 1.0, in_doubt=True) == ([works[2], works[1], works[0]], [])
+    assert waiting.has_some(1.0)
+    assert waiting.take(9, 1.0, in_doubt=True) == ([again], [])
+    assert not waiting.has_some(1.0)
 
 
 def test_a_resend_comes_first_once_it_is_due() -> None:

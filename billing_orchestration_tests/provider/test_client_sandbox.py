@@ -119,8 +119,11 @@ def test_a_429_moves_nothing_and_is_told_with_the_wish(
         provider.create_payment(renewal(method.id), "key-1")
     assert raised.value.retry_after_s == 3
     assert sandbox.provider.charges() == []
-    provider.create_payment(renewal(method.id), "key-1")
+    assert provider.rate.turns(1) == 0
+    provider.check()
     assert waits == [pytest.approx(3, abs=0.5)]
+    provider.create_payment(renewal(method.id), "key-1")
+    assert len(sandbox.provider.charges()) == 1
 
 
 def test_a_decline_is_an_answer_not_an_error(sandbox: Sandbox, provider: PaymentProvider) -> None:

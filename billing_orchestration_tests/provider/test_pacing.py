@@ -132,6 +132,63 @@ def test_after_a_pause_the_waiting_do_not_start_all_at_once(clock: Clock) -> Non
     assert clock.slept == []
 
 
+# --- turns that are taken ahead of the work before a request
+
+
+def turn_by_turn(shared: RateLimit, clock: Clock, seconds: float) -> list[float]:
+    """When requests went, by somebody who asks for turns as soon as there are some."""
+    sent: list[float] = []
+    began = clock.now
+    while clock.now < began + seconds:
+        count = shared.turns(64)
+        shared.take(count)
+        sent.extend([clock.now - began] * count)
+        clock.now += max(shared.next_turn_s(), 0.001)
+    return sent
+
+
+def test_without_a_cap_there_are_turns_for_everybody(clock: Clock) -> None:
+    shared = pace(clock)
+    assert shared.turns(64) == 64
+    shared.take(64)
+    assert (shared.turns(64), shared.is_paused) == (64, False)
+
+
+@pytest.mark.parametrize("rate", [0.5, 3, 100, 1000, 5000])
+def test_turns_keep_to_the_cap(clock: Clock, rate: float) -> None:
+    sent = turn_by_turn(pace(clock, rate), clock, 20.0)
+    assert len(sent) == pytest.approx(20 * rate, abs=max(1, 0.01 * rate))
+    # In no second more than the cap, but for those that are given a moment early.
+    for second in range(20):
+        assert sum(second <= at < second + 1 for at in sent) <= rate + max(1, 0.005 * rate)
+
+
+def test_a_turn_is_used_up_only_when_it_is_taken(clock: Clock) -> None:
+    shared = pace(clock, 1)
+    assert (shared.turns(9), shared.turns(9)) == (1, 1)
+    shared.take(1)
+    assert (shared.turns(9), shared.next_turn_s()) == (0, 1.0)
+    clock.now += 1
+    assert shared.turns(9) == 1
+    # An idle time is not saved up for a burst.
+    clock.now += 60
+    assert shared.turns(9) == 1
+
+
+def test_after_a_429_there_are_no_turns_before_the_wish_is_over_and_then_one_by_one(clock: Clock) -> None:
+    shared = pace(clock)
+    shared.slow_down(7)
+    assert (shared.turns(9), shared.is_paused, shared.next_turn_s()) == (0, True, 7.0)
+    clock.now += 7
+    assert not shared.is_paused
+    assert shared.turns(9) == 1
+    shared.take(1)
+    assert shared.turns(9) == 0
+    for _ in range(30):
+        shared.answered()
+    assert shared.turns(9) == 9
+
+
 # --- map_concurrently --------------------------------------------------------------------------------------------
 
 

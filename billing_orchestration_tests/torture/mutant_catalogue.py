@@ -318,9 +318,8 @@ FURTHER = (
         (
             Edit(
                 _CLIENT,
-                "answer = self._send(call, lambda: charges.post(sent, idempotence_key), before_send)",
-                "answer, _ = self._within_bound("
-                "lambda: self._send(call, lambda: charges.post(sent, idempotence_key), before_send))",
+                "answer = self._send(call, lambda: charges.post(sent, idempotence_key))",
+                "answer, _ = self._within_bound(lambda: self._send(call, lambda: charges.post(sent, idempotence_key)))",
             ),
         ),
         ("provider/test_client_wire.py::test_what_is_not_understood_of_a_charge_is_unknown_and_sent_once",),
@@ -563,7 +562,7 @@ FURTHER = (
     Mutant(
         "the breaker removed",
         "a provider that fails for everyone gets few requests",
-        (Edit(_PACE, "BREAKER_LIMIT = 6", "BREAKER_LIMIT = 10**9"),),
+        (Edit(_PACE, "BREAKER_LIMIT = 8", "BREAKER_LIMIT = 10**9"),),
         (
             _FAULTS + "test_a_provider_that_fails_for_everyone_gets_few_requests_and_the_rest_is_named_and_untouched"
             "[500 before the charge]",
@@ -586,7 +585,7 @@ FURTHER = (
     Mutant(
         "a 429 that slows nobody down",
         "after a 429 nobody sends before the provider wishes",
-        (Edit(_CLIENT, "            self._rate.slow_down(error.retry_after_s)\n", "            pass\n"),),
+        (Edit(_CLIENT, "            self.rate.slow_down(error.retry_after_s)\n", "            pass\n"),),
         (_FAULTS + "test_everybody_slows_down_for_429_and_all_succeed_in_the_end",),
     ),
     Mutant(

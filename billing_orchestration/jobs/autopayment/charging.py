@@ -21,13 +21,14 @@ its metadata. Killed between 4 and 5: the lock ends with the session.
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
-from billing_orchestration.database.attempts import Claimed, claim, close, open_and_claim, try_lock, unlock
+from billing_orchestration.database.attempts import Claimed, claim, close, excuse, open_and_claim, try_lock, unlock
 from billing_orchestration.database.audit import Stamp
-from billing_orchestration.database.engine import translated
+from billing_orchestration.database.engine import keep_to_indexes, translated
 from billing_orchestration.database.one_by_one import NotWritten, Witnesses, one_by_one
 from billing_orchestration.database.settling import Settled, settle_batch
 from billing_orchestration.domain.answers import (
@@ -42,6 +43,7 @@ from billing_orchestration.domain.answers import (
 from billing_orchestration.domain.attempts import KEY_LIFETIME, Attempt
 from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.provider_payment import ProviderPayment
+from billing_orchestration.domain.renewals import Charge, Resend
 from billing_orchestration.jobs.run_failures import FailureCode
 from billing_orchestration.provider.errors import (
     NeverSent,
@@ -50,10 +52,13 @@ from billing_orchestration.provider.errors import (
     RequestRejected,
     WrongCredentials,
 )
+from billing_orchestration.provider.pacing import RateLimit
 from billing_orchestration.resources import BillingDatabase
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
+
+    from billing_orchestration.jobs.autopayment.pace import Sent
 
 # A claim that was committed longer ago than this is made again before the send: the process may have been suspended, or
 # its sender was busy. Whether the provider has finished with a send is counted from its claim: 5 s until it is sent,
@@ -66,6 +71,7 @@ class ChargesPayments(Protocol):
 
     is_live: bool
     charge_done_s: float
+    rate: RateLimit
 
     def create_payment(
         self, body: str, idempotence_key: str, before_send: Callable[[], None] | None = None
@@ -95,11 +101,22 @@ class Work:
     uncounted: int = 0
     put_off: int = 0
     claimed_at: datetime | None = None
+    sent: "Sent | None" = None
 
     @property
     def is_to_be_opened(self) -> bool:
         """Whether the attempt is not in the database yet."""
         return self.is_new and not self.sends
+
+
+def works_of(decisions: Sequence[Charge | Resend]) -> list[Work]:
+    """The decisions in the order of their sends: attempts of earlier runs first, for they may have moved money."""
+    works: list[Work] = []
+    for decision in sorted(decisions, key=lambda decision: isinstance(decision, Charge)):
+        is_new = isinstance(decision, Charge)
+        sent_before = not is_new and decision.attempt.may_have_been_sent
+        works.append(Work(decision.attempt, is_new, sent_before, order=len(works)))
+    return works
 
 
 @dataclass(slots=True)
@@ -133,6 +150,21 @@ class Charging:
     claim_witnesses: Witnesses = field(default_factory=Witnesses)
     conclude_witnesses: Witnesses = field(default_factory=Witnesses)
     clocks_apart: Callable[[], Clocks | None] = lambda: None
+
+    def lock_session(self) -> "sa.Connection":
+        """A session that holds locks. It is not the pool's: closing it ends every lock, whatever went wrong."""
+        connection = self.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        connection.detach()
+        keep_to_indexes(connection)
+        return connection
+
+    @contextmanager
+    def own_connection(self) -> "Iterator[sa.Connection]":
+        """A thread's own connection, which does not return to the pool."""
+        with self.database.engine.connect() as connection:
+            connection.detach()
+            keep_to_indexes(connection)
+            yield connection
 
     def lock(self, locks: "sa.Connection", group: Sequence[Work]) -> set[uuid.UUID]:
         """Step 1: which of these are ours. An attempt that waited for another send has kept its lock."""
@@ -190,6 +222,8 @@ class Charging:
             not_sent = "not sent again" if work.sent_before else "not sent"
             if is_stopped():
                 raise Withheld(f"{not_sent}: charging had stopped")
+            if self.provider.rate.is_paused:
+                raise Withheld(f"{not_sent}: the provider has asked everybody to wait")
             if work.claimed_at is None or abs(self.make_stamp().at - work.claimed_at) > _CLAIM_LIFETIME:
                 raise Withheld(f"{not_sent}: its turn came too long after it was looked at")
 
@@ -239,6 +273,20 @@ class Charging:
                 else:
                     yield answer, result[answer.id] if isinstance(answer, ProviderPayment) else None
 
+    def withdraw(self, works: Sequence[Work]) -> None:
+        """Take back the claims of what certainly never left; what may have left stays as it is."""
+        stopped = "not sent: charging had stopped"
+        closings = [judge_unsent(work.attempt, stopped, sent_before=work.sent_before).given_up() for work in works]
+        withdrawn = [closing for closing in closings if closing.never_sent]
+        if withdrawn:
+            with self.database.begin() as connection:
+                close(connection, self.make_stamp(), withdrawn)
+
+    def excuse(self, attempt_ids: Sequence[uuid.UUID], reason: str) -> None:
+        """Note of refused attempts that the shop was refused: they are no try of the day."""
+        with self.database.begin() as connection:
+            excuse(connection, self.make_stamp(), attempt_ids, reason)
+
     def unlock(self, locks: "sa.Connection", attempt_ids: Sequence[uuid.UUID]) -> None:
         """Step 5."""
         if attempt_ids:
@@ -252,7 +300,12 @@ def judge(work: Work, answer: ProviderPayment | Exception) -> Closing:
         return judge_payment(attempt, answer)
     if isinstance(answer, RequestRejected):
         return judge_refusal(
-            attempt, str(answer), status_code=answer.status_code, code=answer.code, sent_before=work.sent_before
+            attempt,
+            str(answer),
+            status_code=answer.status_code,
+            code=answer.code,
+            parameter=answer.parameter,
+            sent_before=work.sent_before,
         )
     work.uncounted += isinstance(answer, (Withheld, RateLimited))
     if isinstance(answer, (Withheld, NeverSent)):

@@ -13,19 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from billing_orchestration.database.attempts import close
-from billing_orchestration.database.engine import keep_to_indexes, translated
+from billing_orchestration.database.engine import translated
 from billing_orchestration.database.one_by_one import NotWritten
 from billing_orchestration.database.settling import Settled
-from billing_orchestration.domain.answers import Closing, judge_silence, judge_unsent
-from billing_orchestration.domain.attempts import KEY_LIFETIME_HOURS
+from billing_orchestration.domain.answers import Closing, judge_silence
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
 from billing_orchestration.domain.renewals import Charge, Resend
-from billing_orchestration.jobs.autopayment.charging import Charging, Claims, Work, judge
+from billing_orchestration.jobs.autopayment.charging import Charging, Claims, Work, judge, works_of
 from billing_orchestration.jobs.autopayment.pace import ChargingLimits, Pace
-from billing_orchestration.jobs.autopayment.results import ChargeResult, Results, result_of
+from billing_orchestration.jobs.autopayment.results import ChargeResult, Results, not_sent_after_all, result_of
 from billing_orchestration.jobs.autopayment.waiting import Waiting
+from billing_orchestration.jobs.run_failures import FailureCode
 from billing_orchestration.threads import Queue, Thread, Threads
 
 if TYPE_CHECKING:
@@ -83,6 +82,11 @@ class _Broken:
     error: BaseException
 
 
+@dataclass(slots=True)
+class _Terminated:
+    """Somebody wants the run to end."""
+
+
 class Pipeline:
     """One run of the protocol over many attempts. Use `run` once."""
 
@@ -93,7 +97,7 @@ class Pipeline:
         self._now_s = threads.monotonic
         self.pace = Pace(limits, threads.make_event())
         self._waiting = Waiting(())
-        self._events: Queue[_Answered | _Claimed | _Written | _Broken] = threads.make_queue()
+        self._events: Queue[_Answered | _Claimed | _Written | _Broken | _Terminated] = threads.make_queue()
         self._to_claim: Queue[tuple[list[Work], list[uuid.UUID]] | None] = threads.make_queue()
         self._to_send: Queue[Work | None] = threads.make_queue()
         self._to_write: Queue[list[_Judged] | None] = threads.make_queue()
@@ -101,6 +105,7 @@ class Pipeline:
         self._judged: deque[_Judged] = deque()
         self._oldest_judged_at = 0.0
         self._to_unlock: list[uuid.UUID] = []
+        self._waits_for_turn = False
         # How many are where: with the claiming thread, under way, with a writer; and how many writers are busy.
         self._claiming = self._in_flight = self._writing = self._batches = 0
         self._results = Results()
@@ -113,16 +118,11 @@ class Pipeline:
         """
         if not decisions:
             return []
-        works: list[Work] = []
-        # Attempts of earlier runs first: they may have moved money already.
-        for decision in sorted(decisions, key=lambda decision: isinstance(decision, Charge)):
-            is_new = isinstance(decision, Charge)
-            sent_before = not is_new and decision.attempt.may_have_been_sent
-            works.append(Work(decision.attempt, is_new, sent_before, order=len(works)))
+        works = works_of(decisions)
         self._waiting = Waiting(works)
         started = told = self._now_s()
         try:
-            with self._lock_session() as locks:
+            with self._charging.lock_session() as locks:
                 with self._database_threads(locks):
                     while self._go_on():
                         if self._now_s() - told >= _PROGRESS_EVERY_S:
@@ -139,6 +139,10 @@ class Pipeline:
         self._charging.log(self._results.progress(len(works), self._now_s() - started))
         return self._results.all
 
+    def terminate(self) -> None:
+        """Send nothing more; conclude what is under way. May be called by a signal's handler, at any moment."""
+        self._events.put(_Terminated())
+
     def _go_on(self) -> bool:
         """Hand out what can be handed out and take what comes; False when nothing is left to do."""
         self._claim_more()
@@ -150,21 +154,6 @@ class Pipeline:
         return True
 
     # --- the threads
-
-    def _lock_session(self) -> "sa.Connection":
-        connection = self._charging.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        # No longer the pool's: closing it ends the session, and with it every lock, whatever went wrong.
-        connection.detach()
-        keep_to_indexes(connection)
-        return connection
-
-    @contextmanager
-    def _own_connection(self) -> "Iterator[sa.Connection]":
-        """A thread's own, which does not return to the pool."""
-        with self._charging.database.engine.connect() as connection:
-            connection.detach()
-            keep_to_indexes(connection)
-            yield connection
 
     @contextmanager
     def _database_threads(self, locks: "sa.Connection") -> Iterator[None]:
@@ -192,7 +181,7 @@ class Pipeline:
 
     def _keep_claiming(self, locks: "sa.Connection") -> None:
         """Steps 5, 1 and 2: the only thread that uses the connection of the locks. Claims have one of their own."""
-        with self._own_connection() as connection:
+        with self._charging.own_connection() as connection:
             while (order := self._to_claim.get()) is not None:
                 group, done = order
                 self._charging.unlock(locks, done)
@@ -211,7 +200,7 @@ class Pipeline:
 
     def _keep_concluding(self) -> None:
         """Step 4, on a connection of its own."""
-        with self._own_connection() as connection:
+        with self._charging.own_connection() as connection:
             while (batch := self._to_write.get()) is not None:
                 by_answer = {id(judged.answer): judged for judged in batch}
                 written = self._charging.conclude(connection, [judged.answer for judged in batch])
@@ -229,7 +218,7 @@ class Pipeline:
         except queue.Empty:
             pass
 
-    def _take(self, event: "_Answered | _Claimed | _Written | _Broken") -> None:
+    def _take(self, event: "_Answered | _Claimed | _Written | _Broken | _Terminated") -> None:
         if isinstance(event, _Answered):
             self._in_flight -= 1
             if not self._judged:
@@ -243,6 +232,8 @@ class Pipeline:
             self._batches -= 1
             for judged, result in event.results:
                 self._finish_written(judged, result)
+        elif isinstance(event, _Terminated):
+            self.pace.stop("the run was terminated", FailureCode.TERMINATED)
         else:
             raise event.error
 
@@ -253,16 +244,27 @@ class Pipeline:
             waits.append(self._oldest_judged_at + _LINGER_S - self._now_s())
         if self._waiting.next_at is not None and not self._claiming and not self.pace.is_stopped:
             waits.append(self._waiting.next_at - self._now_s())
+        if self._waits_for_turn:
+            waits.append(self._charging.provider.rate.next_turn_s())
         return max(0.001, min(waits))
 
     # --- between the steps
 
     def _claim_more(self) -> None:
-        """Hand the next group to the claiming thread, with the locks to release."""
+        """Hand the next group to the claiming thread, with the locks to release.
+
+        Its turn at the provider comes first: between the claim, which looks at the customer again, and the send there
+        is nothing to wait for.
+        """
+        self._waits_for_turn = False
         if self._claiming:
             return
+        rate = self._charging.provider.rate
         room = self.pace.room(self._in_flight, self._writing + len(self._judged))
-        group, skipped = self._waiting.take(room, self._now_s())
+        turns = rate.turns(room) if room else 0
+        group, skipped = self._waiting.take(turns, self._now_s(), in_doubt=self.pace.in_doubt)
+        rate.take(len(group))
+        self._waits_for_turn = room > turns and self._waiting.has_some(self._now_s())
         for work in skipped:
             reason = "this payment method was declined a moment ago; tried again on another day"
             self._finish(work, ChargeResult(work.attempt, "skipped", reason, code=Code.METHOD_DECLINED_TODAY))
@@ -290,28 +292,24 @@ class Pipeline:
                 continue
             self._to_unlock.append(attempt_id)
             if attempt_id in claims.wait_s:
-                work.sent_before = True
                 self._leave(work, "not sent again: the provider may still be at work on its last send")
             elif attempt_id in claims.refused:
                 self._leave(work, f"not sent: {claims.refused[attempt_id]}")
             else:
                 why = claims.held.get(attempt_id, "its attempt is closed, or its key too old")
-                reason = f"looked at again right before sending: {why}; " + (
-                    f"its outcome stays open and is searched after {KEY_LIFETIME_HOURS} h"
-                    if work.sent_before
-                    else "not charged"
-                )
-                self._finish(work, ChargeResult(work.attempt, "skipped", reason, code=Code.CHANGED_MEANWHILE))
+                self._finish(work, not_sent_after_all(work.attempt, why, sent_before=work.sent_before))
 
     def _put_off(self, work: Work, seconds: float) -> None:
         """Keep it until the provider has certainly finished with its last send, which nobody has an answer to."""
         work.put_off += 1
+        work.sent_before = True
         if not work.sends:  # else its lock is kept, as always between two sends
             self._to_unlock.append(work.attempt.id)
         self._waiting.send_again(work, self._now_s() + seconds)
 
     def _hand_to_sender(self, work: Work) -> None:
         work.sends += 1
+        work.sent = self.pace.begin(work.attempt)
         self._in_flight += 1
         self._to_send.put(work)
         # One for each that may be under way at once, as needed.
@@ -320,7 +318,8 @@ class Pipeline:
 
     def _judge(self, work: Work, answer: ProviderPayment | Exception) -> _Judged:
         """What an answer means, judged on arrival: pace and breaker follow it at once."""
-        self.pace.note(answer)
+        if work.sent is not None:
+            self.pace.note(work.sent, answer)
         if isinstance(answer, ProviderPayment) and answer.status == SUCCEEDED:
             return _Judged(work, answer)
         closing = judge(work, answer)
@@ -357,7 +356,13 @@ class Pipeline:
                 self._waiting.send_again(work, self._now_s() + judged.wait_s)
                 return
         self._to_unlock.append(work.attempt.id)
-        self._finish(work, result_of(work.attempt, answer, result))
+        told = result_of(work.attempt, answer, result)
+        if isinstance(answer, ProviderPayment):
+            if told.outcome == "charged":
+                self.pace.granted()
+            elif told.outcome != "refunded":
+                self.pace.not_granted(told.reason)
+        self._finish(work, told)
 
     def _leave(self, work: Work, reason: str) -> None:
         """Not sent, or not again, in this run."""
@@ -371,12 +376,9 @@ class Pipeline:
     def _give_up_the_rest(self, locks: "sa.Connection") -> None:
         """After a stop: attempts that wait for another send keep their state, charges that were not begun stay so."""
         again, not_begun = self._waiting.give_up()
-        stopped = "not sent: charging had stopped"
-        closings = [judge_unsent(work.attempt, stopped, sent_before=work.sent_before).given_up() for work in again]
-        withdrawn = [closing for closing in closings if closing.never_sent]
-        if withdrawn:
-            with self._charging.database.begin() as connection:
-                close(connection, self._charging.make_stamp(), withdrawn)
+        self._charging.withdraw(again)
+        if self.pace.refuses_the_shop:
+            self._charging.excuse(self._results.excuse(self.pace.refused_alike), str(self.pace.stop_reason))
         self._charging.unlock(locks, [*self._to_unlock, *(work.attempt.id for work in again)])
         for work in again:
             self._leave(work, f"charging stopped: {self.pace.stop_reason}")

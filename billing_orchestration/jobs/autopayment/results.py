@@ -1,13 +1,16 @@
 """What became of each charge, in the words of the run's report."""
 
+import uuid
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass
 
 from billing_orchestration.database.audit import Problem, evidence_of
 from billing_orchestration.database.one_by_one import NotWritten
 from billing_orchestration.database.settling import Settled
-from billing_orchestration.domain.answers import Closing
-from billing_orchestration.domain.attempts import Attempt
+from billing_orchestration.domain.answers import SHOP, Closing
+from billing_orchestration.domain.attempts import KEY_LIFETIME_HOURS, Attempt
+from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.problem_kinds import NOT_WRITABLE
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.settlement_decisions import Leave, Quarantine, RecordRefund, Settle
@@ -71,6 +74,13 @@ def _not_granted(attempt: Attempt, payment: ProviderPayment, why: str) -> Proble
     )
 
 
+def not_sent_after_all(attempt: Attempt, why: str, *, sent_before: bool) -> ChargeResult:
+    """What became of an attempt that the look right before its send has stopped."""
+    rest = f"its outcome stays open and is searched after {KEY_LIFETIME_HOURS} h" if sent_before else "not charged"
+    reason = f"looked at again right before sending: {why}; {rest}"
+    return ChargeResult(attempt, "skipped", reason, code=Code.CHANGED_MEANWHILE)
+
+
 class Results:
     """What became of each attempt, and how far the run is."""
 
@@ -81,6 +91,13 @@ class Results:
     def add(self, result: ChargeResult) -> None:
         self.all.append(result)
         self._outcomes[result.outcome] += 1
+
+    def excuse(self, methods: Set[str]) -> list[uuid.UUID]:
+        """The charges of these methods were refused because of the shop, not because of their own; their attempts."""
+        excused = [one for one in self.all if one.outcome == "rejected" and one.attempt.payment_method_id in methods]
+        for result in excused:
+            result.decline_class, result.needs_retry = SHOP, True
+        return [result.attempt.id for result in excused]
 
     def progress(self, total: int, elapsed_s: float) -> str:
         """One line for the run's log."""

@@ -33,12 +33,14 @@ from billing_orchestration.jobs.autopayment.steps import (
     shown,
 )
 from billing_orchestration.jobs.clocks import describe_clocks
+from billing_orchestration.jobs.run_failures import FailureCode, failed
 from billing_orchestration.jobs.run_report import (
     RunReport,
     Told,
     conclude,
     describe_report,
     describe_scope,
+    end_if_interrupted,
     plotted,
     stop_before_applying,
     told_plainly,
@@ -183,6 +185,9 @@ def renew_shard(
             clock,
             threads,
         )
+    if end_if_interrupted(context, report):
+        words = f"terminated: what was under way is concluded, {report.to_retry} must be retried"
+        raise failed(FailureCode.TERMINATED, words, describe_report(scope, report, JOB))
     context.add_output_metadata(
         {
             **describe_report(scope, report, JOB),

@@ -34,7 +34,7 @@ from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.personal import mask_body
-from billing_orchestration.domain.problem_kinds import NO_CONTACT, TWO_ACTIVE
+from billing_orchestration.domain.problem_kinds import NO_CONTACT, REJECTED, TWO_ACTIVE
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
 from billing_orchestration.domain.renewals import (
     Charge,
@@ -52,9 +52,11 @@ from billing_orchestration.domain.shards import Shard
 from billing_orchestration.jobs.autopayment.charging import Charging
 from billing_orchestration.jobs.autopayment.pace import ChargingLimits
 from billing_orchestration.jobs.autopayment.pipeline import Pipeline
+from billing_orchestration.jobs.autopayment.results import ChargeResult
 from billing_orchestration.jobs.clocks import clocks_apart, look_at_clocks, note_clocks
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
+from billing_orchestration.jobs.termination import interrupts_held_back
 from billing_orchestration.provider.errors import ProviderError, WrongCredentials
 from billing_orchestration.provider.pacing import map_concurrently
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, rules_of
@@ -80,7 +82,13 @@ class DueConfig(dg.Config):
 class ChargingConfig(dg.Config):
     """Limits on the requests to the provider."""
 
-    max_concurrency: int = Field(default=16, ge=1, le=256, description="At most this many charges at once.")
+    max_concurrency: int = Field(
+        default=64,
+        ge=1,
+        le=256,
+        description="At most this many charges at once. A run begins with one, and grows while grants are committed and"
+        " the provider does not throttle.",
+    )
     max_requests_per_second: float | None = Field(
         default=None, gt=0, description="A cap on requests per second, if the provider gave you one. Left out: none."
     )
@@ -372,7 +380,7 @@ def _charge(
     database.check_writing()
     client = provider.client
     if config.max_requests_per_second is not None:
-        client.limit_rate(config.max_requests_per_second)
+        client.rate.limit(config.max_requests_per_second)
     charging = Charging(
         database,
         client,
@@ -382,17 +390,26 @@ def _charge(
     )
     limits = ChargingLimits(config.max_concurrency, config.max_sends, config.resend_wait_s)
     pipeline = Pipeline(charging, limits, threads)
-    refused: list[Problem] = []
-    for result in pipeline.run(to_send):
+    with interrupts_held_back(pipeline.terminate) as held:
+        results = pipeline.run(to_send)
+        report.stopped_by, report.stop_code = pipeline.pace.stop_reason, pipeline.pace.stop_code
+        _report_charges(report, results, charging)
+    report.terminated_by = held.signal
+
+
+def _report_charges(report: RunReport, results: Sequence[ChargeResult], charging: Charging) -> None:
+    """Add up what became of the charges, and put before a person what needs one."""
+    for_a_person: list[Problem] = []
+    for result in results:
         attempt = result.attempt
         word = "in review" if result.outcome == "review" else result.outcome
         subject = f"subscription {attempt.subscription_id}"
         report.decisions.append(Decision(word, subject, result.reason, attempt.money, result.code))
         report.numbers[word] = report.numbers.get(word, 0) + 1
         if result.outcome == "rejected" and result.decline_class not in SHOP_REFUSALS:
-            refused.append(_refused(attempt, result.reason))
+            for_a_person.append(_refused(attempt, result.reason))
         if result.problem is not None:
-            refused.append(result.problem)
+            for_a_person.append(result.problem)
         if result.outcome in ("declined", "stopped"):
             name = f"declines: {result.decline_class}"
             report.numbers[name] = report.numbers.get(name, 0) + 1
@@ -405,9 +422,8 @@ def _charge(
         report.opened += result.newly_quarantined
         if result.needs_retry:
             report.again.append(f"{subject} ({result.outcome}): {result.reason}")
-    report.stopped_by, report.stop_code = pipeline.pace.stop_reason, pipeline.pace.stop_code
-    report.quarantined += len(refused)
-    report.opened += open_all(database, charging.make_stamp(), refused)
+    report.quarantined += len(for_a_person)
+    report.opened += open_all(charging.database, charging.make_stamp(), for_a_person)
 
 
 def _problem_of(decision: NotCharged) -> Problem | None:
@@ -422,7 +438,7 @@ def _problem_of(decision: NotCharged) -> Problem | None:
 def _refused(attempt: Attempt, reason: str) -> Problem:
     return Problem(
         f"subscription {attempt.subscription_id}",
-        "rejected",
+        REJECTED,
         f"the provider refuses to charge {attempt.payment_method_id}, no money moved: {reason}",
         subscription_id=attempt.subscription_id,
         attempt_id=attempt.id,

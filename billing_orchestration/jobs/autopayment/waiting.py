@@ -1,4 +1,8 @@
-"""Which attempt is sent next. A payment method is charged once at a time, and not again after it was declined."""
+"""Which attempt is sent next. A payment method is charged once at a time, and not again after it was declined.
+
+In their order, which puts what failed before first. While it is in doubt whether the latest failures are everybody's,
+from the other end: those who are least like them.
+"""
 
 import heapq
 from collections import deque
@@ -20,6 +24,10 @@ class Waiting:
     def __bool__(self) -> bool:
         return bool(self.ready or self._later)
 
+    def has_some(self, now: float) -> bool:
+        """Whether an attempt may be sent now."""
+        return bool(self.ready) or (bool(self._later) and self._later[0][0] <= now)
+
     @property
     def next_at(self) -> float | None:
         """When the next attempt is to be sent again."""
@@ -29,14 +37,15 @@ class Waiting:
         """Keep an attempt until its next send. It keeps its payment method."""
         heapq.heappush(self._later, (at, work.order, work))
 
-    def take(self, room: int, now: float) -> tuple[list[Work], list[Work]]:
+    def take(self, room: int, now: float, *, in_doubt: bool = False) -> tuple[list[Work], list[Work]]:
         """Up to `room` attempts to send now; and those that are skipped because their method was declined."""
         group: list[Work] = []
         skipped: list[Work] = []
-        while len(group) < room and self._later and self._later[0][0] <= now:
-            group.append(heapq.heappop(self._later)[2])
+        if not in_doubt or not self.ready:
+            while len(group) < room and self._later and self._later[0][0] <= now:
+                group.append(heapq.heappop(self._later)[2])
         while len(group) < room and self.ready:
-            work = self.ready.popleft()
+            work = self.ready.pop() if in_doubt else self.ready.popleft()
             method = work.attempt.payment_method_id
             if method in self._declined and not work.sent_before:
                 # One that may have been sent may have moved money: the provider has to be asked about it.

@@ -112,7 +112,7 @@ def fetch_provider_day(
         if not scope.dry_run:
             mark_covered(context, str(day.day))
         if config.max_requests_per_second is not None:
-            payment_provider.client.limit_rate(config.max_requests_per_second)
+            payment_provider.client.rate.limit(config.max_requests_per_second)
         provider = read_provider(payment_provider.client, day, config.parallel_windows)
     context.add_output_metadata(
         {
