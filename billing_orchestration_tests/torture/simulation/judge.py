@@ -92,6 +92,7 @@ class Journal:
     def note_grant(self, payment_id: str, subscription_id: int, now: datetime) -> None:
         """The service's own webhook has granted a payment."""
         self.service_grants[payment_id] = subscription_id
+        self.half_written.pop(payment_id, None)
         self.service_granted_at[payment_id] = now
 
 

@@ -47,7 +47,8 @@ class Successes:
     def _webhook(self, payment_id: str, deliveries: int) -> None:
         world, traits = self._world, self._world.traits
         did = None
-        if "service" not in world.out:
+        # One delivery of a payment's webhook at a time: what the service does to itself is not ours to prevent.
+        if "service" not in world.out and payment_id not in self._handlers:
             payment = world.provider.payment(payment_id)
             if payment.status != "succeeded":
                 return
@@ -76,7 +77,9 @@ class Successes:
         world = self._world
         if "renewal_attempt_id" in payment.metadata or payment.id in world.journal.poisoned or payment.refunded:
             return False
-        if world.plays("half webhooks") and self._dice.chance(0.25) and self._write_half(payment):
+        is_late = world.provider_now() - payment.captured_at > 40 * MINUTE
+        mishap = "late half webhooks" if is_late else "half webhooks"
+        if world.plays(mishap) and self._dice.chance(0.25) and self._write_half(payment):
             world.tell(f"  webhook {payment.id}: dies half-way")
             world.happened["webhook: dies half-way"] += 1
             self._agenda.tick_at(world.now)
