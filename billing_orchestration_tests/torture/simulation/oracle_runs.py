@@ -45,7 +45,8 @@ class RunsJudge(Judge):
             half_written_at = journal.half_written.get(entry.payment_id)
             if half_written_at is not None and abs(now - half_written_at) < timedelta(seconds=61):
                 continue  # its handler may still be at work
-            left_to_webhook = timedelta(0) <= now - captured_at < timedelta(seconds=61) or captured_at > now
+            # The jobs leave it a minute by the provider's clock, which tells whole seconds.
+            left_to_webhook = provider_now - captured_at < timedelta(seconds=61)
             in_gap = any(start <= captured_at <= end for start, end in journal.gaps)
             if not visible or left_to_webhook or in_gap:
                 continue

@@ -35,7 +35,7 @@ class Successes:
         and no longer left to the webhook."""
         traits, now = self._world.traits, self._world.now
         self._agenda.tick_at(now)
-        self._agenda.tick_at(now + max(MINUTE, traits.list_lag, traits.provider_skew + MINUTE))
+        self._agenda.tick_at(now + max(MINUTE + timedelta(seconds=1), traits.list_lag, traits.provider_skew + MINUTE))
 
     def webhooks(self, payment_id: str) -> None:
         """Delivered once, twice, late, or never."""
