@@ -33,8 +33,8 @@ class Support:
         rows = world.oracle.rows(_OPEN_CHARGES) if self._dice.chance(0.5) else []
         rows = rows or world.oracle.rows("SELECT id FROM subscriptions WHERE status = 'ACTIVE' ORDER BY id")
         if rows:
-            # None is as long as a plan's period: added on top of an unsettled charge, it looks like that charge's grant,
-            # and nobody could tell the two apart.
+            # None is as long as a plan's period: on top of an unsettled charge nobody could tell it from that charge's
+            # grant.
             days = self._dice.choice((1, 1, 5, 20, -1, -3, -8, -31))
             self._change_subscription(
                 self._dice.choice(rows).id, "ended_at = ended_at + %s", days * DAY, f"end moved by {days} days"
