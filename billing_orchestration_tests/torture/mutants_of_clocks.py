@@ -54,7 +54,13 @@ CLOCKS = (
     Mutant(
         "a watermark in the future trusted",
         "a run reaches back seven days from a watermark in the future",
-        (Edit("domain/run_scope.py", "    if is_in_future(watermark, now):\n", "    if False:\n"),),
+        (
+            Edit(
+                "domain/run_scope.py",
+                "    if is_in_future(watermark, now):\n        return Window(",
+                "    if False:\n        return Window(",
+            ),
+        ),
         (_JOBS + "test_a_watermark_in_the_future_is_not_trusted_and_put_right",),
     ),
     Mutant(
