@@ -9,11 +9,10 @@ from pydantic import Field
 
 from billing_orchestration.alerting import beat
 from billing_orchestration.database.audit import Problem, Stamp
-from billing_orchestration.database.matching import fetch_settled, move_watermark, read_watermark
+from billing_orchestration.database.matching import move_watermark, read_watermark
 from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.decisions import Action, Decision
 from billing_orchestration.domain.matching import MatchingDiff
-from billing_orchestration.domain.problem_kinds import RECEIPT
 from billing_orchestration.domain.provider_payment import WEBHOOK_GRACE, ProviderPayment, UnusablePayment
 from billing_orchestration.domain.run_scope import (
     CATCH_UP_OVERLAP,
@@ -37,7 +36,13 @@ from billing_orchestration.jobs.run_report import (
     plotted,
     stop_before_applying,
 )
-from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
+from billing_orchestration.jobs.settling import (
+    open_all,
+    report_settled,
+    report_unusable,
+    report_without_receipt,
+    settle_all,
+)
 from billing_orchestration.provider.client import Slice
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
 
@@ -103,7 +108,7 @@ class MatchingPlan:
     unusable: tuple[UnusablePayment, ...]
     clocks: Clocks
     is_whole: bool = True
-    without_receipt: tuple[ProviderPayment, ...] = ()
+    paid: tuple[ProviderPayment, ...] = ()
 
 
 def fetch_paid(
@@ -161,8 +166,9 @@ def plan_matching(
     approved, refused = bind(context, paid.scope, list(lines.items()), dict(zip(lines, decisions, strict=False)))
     if refused:
         diff = replace(diff, to_settle=tuple(approved), reported=(*diff.reported, *refused))
-    without_receipt = tuple(payment for payment in paid.slice.payments if payment.lacks_receipt)
-    return MatchingPlan(paid.scope, paid.window, diff, paid.slice.unusable, paid.clocks, not refused, without_receipt)
+    return MatchingPlan(
+        paid.scope, paid.window, diff, paid.slice.unusable, paid.clocks, not refused, paid.slice.payments
+    )
 
 
 def _why(rows: Sequence[PaymentRow]) -> str:
@@ -204,7 +210,7 @@ def apply_matching(
     if not scope.heals:
         retry_hint = "No tick covers this time again, so launch this run again"
         report.again.extend(f"payment {payment.id}: the service's webhook is at work on it" for payment in report.left)
-    _report_without_receipt(plan, report, database, stamp())
+    report_without_receipt(report, plan.paid, database=database, stamp=stamp(), dry_run=scope.dry_run)
     is_covered = plan.is_whole and plan.clocks.may_be_trusted
     note_clocks(
         report,
@@ -230,28 +236,6 @@ def apply_matching(
     hint = f"Nothing was granted for them. {retry_hint}; nothing is granted twice."
     conclude(context, scope, report, retry_hint=hint, job=job)
     yield dg.Output(None)
-
-
-def _report_without_receipt(plan: MatchingPlan, report: RunReport, database: BillingDatabase, stamp: Stamp) -> None:
-    """Paid renewals that the tax office does not know: their grants stand, and a person makes the receipts."""
-    if not plan.without_receipt:
-        return
-    with database.read() as connection:
-        settled = fetch_settled(connection, [payment.id for payment in plan.without_receipt])
-    problems = [
-        Problem(
-            f"payment {payment.id}",
-            RECEIPT,
-            f"renewed and granted for {payment.money}, and the registration of its receipt was canceled",
-            external_payment_id=payment.id,
-        )
-        for payment in plan.without_receipt
-        if payment.id in settled
-    ]
-    report.quarantined += len(problems)
-    report.decisions.extend(Decision(Action.QUARANTINE, p.subject, p.reason, code=p.kind) for p in problems)
-    if not plan.scope.dry_run:
-        report.opened += open_all(database, stamp, problems)
 
 
 def _advance(job: str, plan: MatchingPlan, report: RunReport, database: BillingDatabase, stamp: Stamp) -> None:

@@ -6,19 +6,20 @@ refuses for good goes to quarantine, what it was too busy for must be retried.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from billing_orchestration.database.audit import Problem, Stamp, evidence_of, known_problems, open_problems
 from billing_orchestration.database.customers import users_of
 from billing_orchestration.database.errors import BillingDatabaseError
+from billing_orchestration.database.matching import fetch_settled
 from billing_orchestration.database.one_by_one import NotWritten, Witnesses, one_by_one
 from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
 from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.personal import without_names
-from billing_orchestration.domain.problem_kinds import NOT_WRITABLE
+from billing_orchestration.domain.problem_kinds import NOT_WRITABLE, RECEIPT
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.domain.settlement_decisions import CloseAsGranted, Leave, Quarantine, RecordRefund, Settle
 from billing_orchestration.jobs.run_report import RunReport
@@ -221,6 +222,31 @@ def unusable_problems(unusable: Sequence[UnusablePayment]) -> list[Problem]:
             )
         )
     return problems
+
+
+def report_without_receipt(
+    report: RunReport, payments: Iterable[ProviderPayment], *, database: BillingDatabase, stamp: Stamp, dry_run: bool
+) -> None:
+    """Paid renewals that the tax office does not know: their grants stand, and a person makes the receipts."""
+    lacking = [payment for payment in payments if payment.lacks_receipt]
+    if not lacking:
+        return
+    with database.read() as connection:
+        settled = fetch_settled(connection, [payment.id for payment in lacking])
+    problems = [
+        Problem(
+            f"payment {payment.id}",
+            RECEIPT,
+            f"renewed and granted for {payment.money}, and the registration of its receipt was canceled",
+            external_payment_id=payment.id,
+        )
+        for payment in lacking
+        if payment.id in settled
+    ]
+    report.quarantined += len(problems)
+    report.decisions.extend(Decision(Action.QUARANTINE, p.subject, p.reason, code=p.kind) for p in problems)
+    if not dry_run:
+        report.opened += open_all(database, stamp, problems)
 
 
 def report_unusable(

@@ -122,6 +122,29 @@ def test_a_canceled_registration_is_a_persons_and_the_grant_stands(shop: Service
     shop.check_books()
 
 
+def test_a_registration_that_is_canceled_late_is_found_by_the_days_reconciliation(shop: Service) -> None:
+    subscription = shop.subscriber()
+    shop.provider.switches.registration = "pending"
+    shop.run(JOB)
+    [charge] = shop.charges()
+    end = shop.ended_at(subscription)
+    shop.advance(hours=18)
+    shop.provider.cancel_receipt(charge.payment_id)
+    assert shop.run("matching_successful_payments_job").ok
+    assert shop.rows("quarantine") == []
+
+    preview = shop.run("reconciliation_job", dry_run=True)
+    assert preview.report["quarantined"] == 1
+    assert shop.rows("quarantine") == []
+    told = [shop.run("reconciliation_job") for _ in range(2)]
+
+    assert [(run.ok, run.report["newly quarantined"]) for run in told] == [(True, 1), (True, 0)]
+    [entry] = shop.rows("quarantine")
+    assert (entry.kind, entry.external_payment_id) == ("receipt", charge.payment_id)
+    assert shop.ended_at(subscription) == end
+    shop.check_books()
+
+
 def test_a_refused_receipt_shows_its_contact_nowhere(shop: Service) -> None:
     subscription = shop.subscriber()
     shop.provider.switches.refuse_unknown_fields = True

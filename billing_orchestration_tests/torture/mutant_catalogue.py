@@ -173,8 +173,8 @@ PROMISED = (
             Edit(
                 "database/matching.py",
                 '\n_WITH_ID = f"external_payment_id = ANY(:ids) AND',
-                '\n_WITH_ID = f"external_payment_id = ANY(:ids) AND created_at >= (SELECT max(created_at) FROM payments)'
-                " - interval '1 hour' AND",
+                '\n_WITH_ID = f"external_payment_id = ANY(:ids) AND created_at >='
+                " (SELECT max(created_at) FROM payments) - interval '1 hour' AND",
             ),
         ),
         (

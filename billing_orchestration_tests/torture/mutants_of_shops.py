@@ -1,4 +1,4 @@
-"""Faults in how the jobs keep to this shop where a database holds the rows of several."""
+"""Faults in what a real shop needs: receipts, methods that were saved, its own rows among those of several."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ _OPEN = _TESTS + "test_an_open_attempt_of_another_shop_is_left_to_it_and_its_sub
 _NUMBERS = _TESTS + "test_the_money_checks_and_the_plotted_numbers_are_of_this_shop"
 
 SHOPS = (
+    Mutant(
+        "a receipt that is canceled late not looked for",
+        "a day's reconciliation reads the registration of its receipts",
+        (
+            Edit(
+                "jobs/reconciliation/__init__.py",
+                "        report, both.provider.payments.values(), database=database, stamp=stamp(), dry_run=dry_run\n",
+                "        report, (), database=database, stamp=stamp(), dry_run=dry_run\n",
+            ),
+        ),
+        ("jobs/test_receipts.py::test_a_registration_that_is_canceled_late_is_found_by_the_days_reconciliation",),
+    ),
     Mutant(
         "every payment provider this shop's",
         "YOOKASSA_PROVIDER_IDS says which rows of payment_providers are this shop's",

@@ -39,7 +39,7 @@ from billing_orchestration.jobs.run_report import (
     told_plainly,
 )
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
-from billing_orchestration.jobs.settling import report_settled, report_unusable, settle_all
+from billing_orchestration.jobs.settling import report_settled, report_unusable, report_without_receipt, settle_all
 from billing_orchestration.resources import (
     AFTER,
     BillingDatabase,
@@ -259,6 +259,8 @@ def _apply(
     results = {result.payment.id: result for result in settled}
     report_settled(report, iter(results.values()), database=database, stamp=stamp(), dry_run=dry_run)
     report_unusable(report, both.provider.unusable, database=database, stamp=stamp(), dry_run=dry_run)
+    # A registration may be canceled long after the matching jobs have looked.
+    report_without_receipt(report, both.provider.payments.values(), database=database, stamp=stamp(), dry_run=dry_run)
     report.skipped += len(plan.refused)
     report.decisions.extend(plan.refused)
     left = left_after(both, plan.lines, results, database, dry_run=dry_run)
