@@ -17,8 +17,8 @@ SHOPS = (
         (
             Edit(
                 "jobs/reconciliation/__init__.py",
-                "        report, both.provider.payments.values(), database=database, stamp=stamp(), dry_run=dry_run\n",
-                "        report, (), database=database, stamp=stamp(), dry_run=dry_run\n",
+                "report_without_receipt(report, both.provider.payments.values(), database",
+                "report_without_receipt(report, (), database",
             ),
         ),
         ("jobs/test_receipts.py::test_a_registration_that_is_canceled_late_is_found_by_the_days_reconciliation",),
