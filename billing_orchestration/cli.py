@@ -1,7 +1,8 @@
 """The command `billing-orchestration`: what a person or CI does from a shell.
 
-An expected failure is one line on stderr. Exit codes: 0 done, 1 failed, 2 wrong usage. Each command imports only what
-it needs, so that `--help` and a typing error answer at once.
+An expected failure is one line on stderr. Exit codes: 0 done, 1 failed, 2 wrong usage; of `doctor --live` 2 says that
+the deployment does not work. Each command imports only what it needs, so that `--help` and a typing error answer at
+once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import getpass
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import date, datetime
+from datetime import date, datetime, timezone
 from pathlib import Path
 
 from billing_orchestration.domain.printable import printable
@@ -79,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor = commands.add_parser("doctor", help="check settings, database, schema and provider; say how to fix each")
     doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--live", action="store_true", help="tell in one line whether the deployment works now")
+    doctor.add_argument("--daemon", action="store_true", help="with --live: the daemon alone, for its liveness probe")
+    doctor.add_argument("--json", action="store_true", help="with --live: the same as JSON")
     _add_plan(commands)
     _add_upcoming(commands)
     _add_switches(commands)
@@ -269,9 +273,13 @@ def _migrate(arguments: argparse.Namespace) -> None:
         _say("nothing to do" if not report.not_done else "nothing else to do")
 
 
-def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
+def _doctor(arguments: argparse.Namespace) -> int:
     from billing_orchestration.desk.doctor import HEADER, Level, diagnose
 
+    if arguments.live:
+        return _doctor_live(arguments)
+    if arguments.json or arguments.daemon:
+        raise argparse.ArgumentTypeError("--json and --daemon belong to --live")
     faults = 0
     _say(HEADER)
     for finding in diagnose():
@@ -279,6 +287,14 @@ def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
         faults += finding.level is Level.FAULT
     _say("unfit: jobs fail until each FAULT is fixed" if faults else "fit: the jobs can work here")
     return FAILED if faults else 0
+
+
+def _doctor_live(arguments: argparse.Namespace) -> int:
+    from billing_orchestration.desk.live import NOT_LIVE, as_json, as_line, is_live, look
+
+    findings = look(datetime.now(timezone.utc), daemon_only=arguments.daemon)
+    _say(as_json(findings) if arguments.json else as_line(findings))
+    return 0 if is_live(findings) else NOT_LIVE
 
 
 def _plan(arguments: argparse.Namespace) -> int | None:

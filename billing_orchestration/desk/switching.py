@@ -28,6 +28,7 @@ ORDER = (
     "matching_successful_payments_job",
     "expire_payments_job",
     "expire_subscriptions_job",
+    "reconciliation_job",
     "run_history_job",
     "autopayment_job",
 )
@@ -67,11 +68,11 @@ def stop(instance: dg.DagsterInstance, jobs: Sequence[str]) -> Iterator[str]:
     Raises NotSwitched if one is still on afterwards.
     """
     wanted = _known(jobs)
-    for state in _states(instance, wanted):
+    for state in states_of(instance, wanted):
         if state.is_running:
             instance.update_instigator_state(state.with_status(InstigatorStatus.STOPPED))
     for job in wanted:
-        still_on = [state.name for state in _states(instance, [job]) if state.is_running]
+        still_on = [state.name for state in states_of(instance, [job]) if state.is_running]
         if still_on:
             raise NotSwitched(f"{', '.join(still_on)} is still on: switch it off in the UI (Automation)")
         yield f"{job}: schedule off"
@@ -93,7 +94,7 @@ def start(instance: dg.DagsterInstance, workspace: Path, jobs: Sequence[str]) ->
         for schedule in schedules:
             if schedule.job_name == job:
                 instance.start_schedule(schedule)
-        if not any(state.is_running for state in _states(instance, [job])):
+        if not any(state.is_running for state in states_of(instance, [job])):
             raise NotSwitched(f"{job}: its schedule is not on; look at its code location in the UI (Deployment)")
         yield f"{job}: schedule on"
 
@@ -105,7 +106,7 @@ def _known(jobs: Sequence[str]) -> list[str]:
     return [job for job in ORDER if not jobs or job in jobs]
 
 
-def _states(instance: dg.DagsterInstance, jobs: Sequence[str]) -> list[InstigatorState]:
+def states_of(instance: dg.DagsterInstance, jobs: Sequence[str]) -> list[InstigatorState]:
     """What the run history holds of the schedules of these jobs, in whichever code location."""
     # A schedule is called after its job and its cadence.
     prefixes = tuple(job.removesuffix("job") for job in jobs)
