@@ -8,6 +8,7 @@ address: a password may stand wherever the slip is.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import re
 from typing import Any
 
@@ -59,6 +60,22 @@ def read_address(text: str) -> sa.URL:
         database=database,
         query={name: str(value) for name, value in parts.items()} | elsewhere,
     )
+
+
+class _WithoutTheDriversWords(logging.Filter):
+    """Dagster logs each failed connection to its run history in the driver's words, which quote the address."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith("Retrying failed database connection"):
+            record.msg, record.args = "Retrying failed connection to the run history (DAGSTER_POSTGRES_URL)", ()
+        return True
+
+
+def keep_addresses_out_of_logs() -> None:
+    """From now on this process logs no part of the run history's address. Harmless to repeat."""
+    root = logging.getLogger()
+    if not any(isinstance(known, _WithoutTheDriversWords) for known in root.filters):
+        root.addFilter(_WithoutTheDriversWords())
 
 
 def read_run_history_address(text: str) -> sa.URL:

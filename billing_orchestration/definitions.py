@@ -11,6 +11,7 @@ import dagster as dg
 import sqlalchemy as sa
 
 from billing_orchestration.database.health import server_clock
+from billing_orchestration.database_address import keep_addresses_out_of_logs
 from billing_orchestration.domain.shards import Sharding
 from billing_orchestration.jobs import (
     autopayment,
@@ -69,6 +70,8 @@ _PLOTTED_BY_DAY = (autopayment.autopayment_job.name, expire_payments.JOB, expire
 _PLOTTED_BY_TICK = (matching_pending_payments.JOB, matching_successful_payments.JOB)
 
 
+# The code server and its runs open the run history, too.
+keep_addresses_out_of_logs()
 # Dagster copies a sensor that launches jobs, and warns of a parameter of its own that nobody here gives.
 warnings.filterwarnings("ignore", "Parameter `owners` of initializer `SensorDefinition", dg.BetaWarning)
 

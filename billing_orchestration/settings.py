@@ -465,9 +465,12 @@ class _UiAddress(BaseSettings):
 
 
 def ui_prefix() -> str:
-    """The path of `DAGSTER_UI_URL`, before every other path of the UI: empty, or as `/dagster`. It never fails."""
+    """The path of `DAGSTER_UI_URL`, before every other path of the UI: empty, or as `/dagster`. It never fails.
+
+    An address that cannot be one gives no path: it may be a secret in the wrong variable.
+    """
     try:
-        return urlsplit(_UiAddress().dagster_ui_url.strip()).path.rstrip("/")
+        return urlsplit(_ui_url(_UiAddress().dagster_ui_url.strip())).path
     except (ValueError, OSError):
         return ""
 

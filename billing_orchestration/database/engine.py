@@ -228,32 +228,33 @@ _LOST = (
     "|connection not open|Connection reset by peer|Broken pipe|terminating connection"
 )
 _BAD_OPTION = "invalid connection option|invalid URI query"
-# How PostgreSQL and libpq word it, and the way out. Other languages than English fall through to the last one.
-_WAYS_OUT = (
-    (_BAD_OPTION, "remove that option after the `?`"),
-    ("too many connections for role", "raise the role's limit: ALTER ROLE … CONNECTION LIMIT 20"),
-    ("too many connections for database", "raise the database's limit: ALTER DATABASE … CONNECTION LIMIT 100"),
-    ("password authentication failed", "the user or the password in it is wrong"),
-    ("no password supplied", "it holds no password, and the server wants one"),
-    ("pg_hba.conf", "the server does not let this user in from here: see its pg_hba.conf"),
-    ("database .* does not exist", "create that database, or correct its name"),
-    ("role .* does not exist", "create that role, or correct the user in it"),
-    ("refused", "is PostgreSQL running there? correct the host and the port, or start it"),
-    ("No such file or directory", "no server listens on that socket: correct `host=`, or start it"),
-    ("resolve|translate host name|Name or service", "correct the host"),
-    ("timeout|timed out", "the host does not answer: correct the host, or look at the network in between"),
-    ("too many clients|remaining connection slots", "the server has no connection left: raise max_connections"),
-    ("starting up|shutting down|recovery", "the server is starting or stopping: try again"),
-    ("SSL|certificate", "correct `sslmode=` and the certificates"),
+# How PostgreSQL and libpq word it, what it means, and the way out. Their own words quote parts of the address, and in
+# one that was written wrongly any part may be a password. Other languages than English fall through to the last one.
+_NOT_CONNECTED = (
+    (_BAD_OPTION, "it holds an option that PostgreSQL does not know", "remove that option after the `?`"),
+    ("too many connections for role", "its role has all its connections in use",
+     "raise the role's limit: ALTER ROLE … CONNECTION LIMIT 20"),
+    ("too many connections for database", "its database has all its connections in use",
+     "raise the database's limit: ALTER DATABASE … CONNECTION LIMIT 100"),
+    ("password authentication failed", "password authentication failed", "the user or the password in it is wrong"),
+    ("no password supplied", "no password supplied", "it holds no password, and the server wants one"),
+    ("pg_hba.conf", "the server does not let this user in from here", "see its pg_hba.conf"),
+    ("database .* does not exist", "the server has no such database", "create that database, or correct its name"),
+    ("role .* does not exist", "the server has no such role", "create that role, or correct the user in it"),
+    ("refused", "connection refused", "is PostgreSQL running there? correct the host and the port, or start it"),
+    ("No such file or directory", "no server listens on that socket", "correct `host=`, or start it"),
+    ("resolve|translate host name|Name or service", "nothing has that host's name", "correct the host"),
+    ("timeout|timed out", "the host does not answer", "correct the host, or look at the network in between"),
+    ("too many clients|remaining connection slots", "the server has no connection left", "raise max_connections"),
+    ("starting up|shutting down|recovery", "the server is starting or stopping", "try again"),
+    ("SSL|certificate", "no TLS connection that both sides accept", "correct `sslmode=` and the certificates"),
+    ("", "the server, or what is in between, ended it", "correct it, or start the server; psql says more"),
 )  # fmt: skip
 
 
 def _no_connection(reason: str) -> DatabaseUnavailable:
-    ways_out = (way_out for words, way_out in _WAYS_OUT if re.search(words, reason))
-    way_out = next(ways_out, "correct it, or start the server")
-    # libpq asks, in a line of its own, what the way out says.
-    reason = re.sub(r"\s*Is the server running [^?]*\?", "", reason).removeprefix("connection failed: ")
-    return DatabaseUnavailable(f"cannot connect to the database of BILLING_DATABASE_URL: {reason}; {way_out}")
+    what, way_out = next((what, out) for words, what, out in _NOT_CONNECTED if re.search(words, reason))
+    return DatabaseUnavailable(f"cannot connect to the database of BILLING_DATABASE_URL: {what}; {way_out}")
 
 
 def _one_line(error: BaseException) -> str:

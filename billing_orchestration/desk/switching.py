@@ -19,6 +19,11 @@ from dagster._core.scheduler.instigation import InstigatorState, InstigatorStatu
 from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._core.workspace.load_target import WorkspaceFileTarget
 
+from billing_orchestration.database.engine import create_engine, read
+from billing_orchestration.database.errors import BillingDatabaseError, DatabaseUnavailable
+from billing_orchestration.database_address import keep_addresses_out_of_logs
+from billing_orchestration.settings import load_what_is_right
+
 if TYPE_CHECKING:
     from dagster._core.remote_representation.external import RemoteSchedule
 
@@ -45,6 +50,7 @@ def open_history() -> Iterator[dg.DagsterInstance]:
     """The deployment's run history. Raises NotSwitched, one line, when it cannot be opened."""
     if not os.environ.get("DAGSTER_HOME"):
         raise NotSwitched("DAGSTER_HOME is not set: run this where the deployment runs, with its environment")
+    _check_reachable()
     try:
         instance = dg.DagsterInstance.get()
     except Exception as error:
@@ -55,6 +61,26 @@ def open_history() -> Iterator[dg.DagsterInstance]:
         ) from error
     with instance:
         yield instance
+
+
+def _check_reachable() -> None:
+    """Dagster tries again and again, and logs the driver's own words, which may repeat the address."""
+    keep_addresses_out_of_logs()
+    settings, faults = load_what_is_right()
+    if fault := faults.get("DAGSTER_POSTGRES_URL"):
+        raise NotSwitched(f"{fault}. Nothing was switched")
+    if settings.dagster_postgres_url is None:
+        return
+    engine = create_engine(settings.dagster_postgres_url)
+    try:
+        with read(engine):
+            pass
+    except BillingDatabaseError as error:
+        if isinstance(error, DatabaseUnavailable):  # of anything else Dagster may make something
+            told = str(error).replace("BILLING_DATABASE_URL", "DAGSTER_POSTGRES_URL")
+            raise NotSwitched(f"{told}. Nothing was switched") from error
+    finally:
+        engine.dispose()
 
 
 def own_workspace() -> Path:

@@ -36,7 +36,7 @@ from billing_orchestration.provider.pacing import RateLimit, map_concurrently
 from billing_orchestration.provider.records import parse_payment, read_json
 from billing_orchestration.provider.slices import RefundSlice, Slice
 from billing_orchestration.provider.translation import Call, Translator, told_at
-from billing_orchestration.provider.wire import Answer, Wire
+from billing_orchestration.provider.wire import Answer, NoWay, Wire
 from billing_orchestration.threads import OF_THE_SYSTEM, Threads
 
 if TYPE_CHECKING:
@@ -111,6 +111,13 @@ class _Payments:
         return self._wire.send(method, path, headers=ready, body=body, read_s=self._timeouts.charge_read_s)
 
 
+def _wire(api_url: str, max_connections: int, timeouts: Timeouts) -> Wire:
+    try:
+        return Wire(api_url, max_connections=max_connections, connect_s=timeouts.connect_s)
+    except NoWay as fault:
+        raise NeverSent(f"Nothing was sent, so no money moved: {fault}.") from fault
+
+
 class PaymentProvider:
     """One shop at the payment provider. One instance serves any number of threads.
 
@@ -135,7 +142,7 @@ class PaymentProvider:
         sleep: Callable[[float], None] = time.sleep,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        """Sends nothing. Raises ValueError for what cannot work."""
+        """Sends nothing. Raises ValueError for what cannot work, NeverSent for a proxy or certificates that cannot."""
         if not shop_id or not secret_key:
             raise ValueError("the shop id and the secret key must not be empty")
         if read_attempts < 1:
@@ -152,9 +159,9 @@ class PaymentProvider:
         self._sleep = sleep
         self._uniform = uniform
         self.rate = RateLimit(max_requests_per_second, clock=threads.monotonic, sleep=sleep)
-        self._wire = Wire(self.api_url, max_connections=max_connections, connect_s=timeouts.connect_s)
+        self._wire = _wire(self.api_url, max_connections, timeouts)
         token = b64encode(f"{shop_id}:{secret_key}".encode()).decode("ascii")
-        self._errors = Translator(self.api_url, (secret_key, token))
+        self._errors = Translator((secret_key, token))
         self._payments = _Payments(self.api_url, self._wire, timeouts, f"Basic {token}")
         self._lists = Lists(self._read_page, self._errors.foreign, threads)
 
@@ -407,6 +414,6 @@ class PaymentProvider:
         page = self._object(answer, call)
         items = page.get("items")
         if not isinstance(items, list):
-            hint = f"which holds no list of items; is YOOKASSA_API_URL right? It is {self.api_url}"
+            hint = "which holds no list of items; is YOOKASSA_API_URL right?"
             raise self._errors.of_unusable(answer, call, hint)
         return items, page.get("next_cursor")

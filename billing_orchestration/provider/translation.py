@@ -62,8 +62,7 @@ class _Refusal(TypedDict):
 class Translator:
     """Makes the errors of one API, and keeps its credentials out of them."""
 
-    def __init__(self, api_url: str, secrets: tuple[str, ...]) -> None:
-        self._api_url = api_url
+    def __init__(self, secrets: tuple[str, ...]) -> None:
         self._secrets = tuple(secret for secret in secrets if len(secret) >= _SHORTEST_SECRET)
 
     def of_fault(self, fault: Exception, call: Call) -> ProviderError:
@@ -74,7 +73,7 @@ class Translator:
                 hint = "the TLS connection was not trusted: check the certificates (REQUESTS_CA_BUNDLE, SSL_CERT_FILE)"
             else:
                 hint = "check YOOKASSA_API_URL, the network and HTTPS_PROXY"
-            return NeverSent(f"{call.what}: {_never_sent(call)} {self._api_url} cannot be reached: {hint} ({reason}).")
+            return NeverSent(f"{call.what}: {_never_sent(call)} The provider cannot be reached: {hint} ({reason}).")
         if isinstance(fault, TimeoutError):
             return OutcomeUnknown(f"{call.what}: no answer within the time allowed. {_unknown(call)}", timed_out=True)
         return OutcomeUnknown(f"{call.what}: no whole answer arrived ({reason}). {_unknown(call)}")
@@ -139,11 +138,12 @@ class Translator:
         }
         return refusal, said
 
-    def _hint(self, status: int) -> str:
+    @staticmethod
+    def _hint(status: int) -> str:
         if status in {404, 405}:
-            return f"; does YOOKASSA_API_URL end with /v3? It is {self._api_url}"
+            return "; does YOOKASSA_API_URL end with /v3?"
         if 300 <= status < 400:
-            return f"; redirects are not followed, check YOOKASSA_API_URL ({self._api_url})"
+            return "; redirects are not followed, check YOOKASSA_API_URL"
         return ""
 
     def of_unusable(self, answer: Answer, call: Call, reason: str) -> OutcomeUnknown:

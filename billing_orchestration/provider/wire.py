@@ -38,6 +38,10 @@ _LONGEST_IDLE_S = 45.0
 LARGEST_ANSWER = 16 * 2**20
 
 
+class NoWay(ValueError):
+    """The environment names a proxy or a certificate bundle that cannot work. The text does not repeat it."""
+
+
 class NotConnected(Exception):
     """There was no connection, so not a byte of the request left this machine. `__cause__` says why."""
 
@@ -59,7 +63,7 @@ class Wire:
     """The pooled connections to one API, for any number of threads: at most `max_connections` requests at a time."""
 
     def __init__(self, api_url: str, *, max_connections: int, connect_s: float) -> None:
-        """Raises ValueError, with the reason, for a URL, a proxy or a certificate bundle that cannot work."""
+        """Raises ValueError for a URL that cannot work, NoWay for a proxy or a certificate bundle."""
         if max_connections < 1:
             raise ValueError(f"max_connections is {max_connections}; it must be at least 1")
         url = _parse_api_url(api_url)
@@ -226,7 +230,7 @@ def _proxy_for(url: Url) -> tuple[str, int, None, Mapping[str, str]] | None:
     except LocationParseError:
         proxy = Url()
     if proxy.scheme != "http" or not proxy.host:
-        raise ValueError(f"the environment names a proxy for {url.host} that is not of the form http://HOST:PORT")
+        raise NoWay("the environment names a proxy (HTTPS_PROXY) that is not of the form http://HOST:PORT")
     headers = {}
     if proxy.auth is not None:
         account = unquote(proxy.auth) + ("" if ":" in proxy.auth else ":")
@@ -246,4 +250,4 @@ def _tls_context() -> ssl.SSLContext:
             return ssl.create_default_context(capath=path)
         return ssl.create_default_context(cafile=path)
     except OSError as fault:  # ssl.SSLError is one
-        raise ValueError(f"{variable} names {path}, which cannot be read as certificates: {fault}") from fault
+        raise NoWay(f"{variable} names nothing that can be read as certificates ({type(fault).__name__})") from fault

@@ -21,6 +21,7 @@ from dagster_webserver.app import create_app_from_workspace_process_context
 from dotenv import load_dotenv
 from starlette.types import ASGIApp
 
+from billing_orchestration.database_address import keep_addresses_out_of_logs
 from billing_orchestration.loopback import is_loopback
 from billing_orchestration.settings import SettingsError, load_ui_settings
 from billing_orchestration.ui.guard import Guard
@@ -34,6 +35,7 @@ _POLL_RATE_MS = 2000
 
 def serve(host: str, port: int, workspace: Path, prefix: str) -> None:
     """Serve the UI until interrupted. Raises SettingsError, before it listens, for what must not be served so."""
+    keep_addresses_out_of_logs()
     settings = load_ui_settings()
     login = settings.ui_login
     if login is None and not is_loopback(host):

@@ -71,7 +71,7 @@ def test_a_database_that_cannot_be_reached_or_entered_is_named_with_the_way_out_
     socket = service.settings.billing_database_url.partition("?")[2]
     wrong = {
         f"postgresql+psycopg://{role_with_password}:hunter2@/postgres?{socket}": "password",
-        f"postgresql+psycopg://postgres:@/no_such_database?{socket}": "no_such_database",
+        f"postgresql+psycopg://postgres:@/no_such_database?{socket}": "create that database",
         "postgresql+psycopg://postgres:hunter2@127.0.0.1:1/billing": "start it",
         "postgresql+psycopg://postgres:hunter2@no-such-host.invalid/billing": "host",
     }

@@ -13,6 +13,7 @@ from billing_orchestration.alerting import Alerts
 from billing_orchestration.database.quarantine import all_entries
 from billing_orchestration.definitions import SCHEDULES
 from billing_orchestration.jobs.money_checks import tick
+from billing_orchestration.jobs.quarantine_page import RESOLVE_JOB, RESOLVE_OP
 from billing_orchestration.jobs.run_alerts import alert_about
 from billing_orchestration.resources import BillingDatabase
 from billing_orchestration_tests.books import NOON
@@ -76,11 +77,17 @@ def live_through_everything(service: Service) -> None:
 
 
 def run_all(service: Service) -> list[Run]:
-    """Every job, after dry runs of two."""
+    """Every job, after dry runs of two; then two decisions of a person."""
     service.execute("ALTER TABLE subscriptions ENABLE TRIGGER meddle")
     runs = [service.run(job, dry_run=True) for job in ("autopayment_job", "expire_subscriptions_job")]
     once = {"autopayment_job": {"charge_renewals": {"max_sends": 1}}}
-    return runs + [service.run(job, ops=once.get(job)) for job in (schedule.job_name for schedule in SCHEDULES)]
+    runs += [service.run(job, ops=once.get(job)) for job in (schedule.job_name for schedule in SCHEDULES)]
+    # A person decides in the UI: what is shown first, and what is done.
+    for entry in service.rows("quarantine", "kind IN ('foreign_metadata', 'metadata')"):
+        decision = {"entry": entry.id, "decision": "attach", "subscription": 1, "reason": "asked", "by": "vera"}
+        for dry_run in (True, False):
+            runs.append(service.run(RESOLVE_JOB, ops={RESOLVE_OP: {**decision, "dry_run": dry_run}}))
+    return runs
 
 
 def test_no_customer_is_named_in_the_run_history_or_an_alert(

@@ -55,14 +55,14 @@ def test_the_delay_is_read_from_header_or_body_and_capped(
 
 
 def test_a_foreign_text_is_one_line_without_credentials() -> None:
-    translator = Translator("https://api.invalid/v3", ("hush-hush-hush", "abc"))
+    translator = Translator(("hush-hush-hush", "abc"))
     assert translator.foreign("a\n\thush-hush-hush  b") == "a *** b"
     assert translator.foreign("abc") == "abc", "a secret that short would blank out ordinary words"
     assert len(translator.foreign("x" * 1000)) == 301
 
 
 def test_every_unknown_outcome_of_a_charge_says_to_keep_the_key() -> None:
-    translator = Translator("https://api.invalid/v3", ())
+    translator = Translator(())
     for status in (202, 204, 302, 404, 405, 408, 409, 410, 413, 418, 429, 500, 502, 503, 504, 599):
         told = translator.of_answer(answered(status, {"type": "error", "code": "c"}), CHARGE, NOW)
         assert isinstance(told, OutcomeUnknown), status
@@ -71,6 +71,6 @@ def test_every_unknown_outcome_of_a_charge_says_to_keep_the_key() -> None:
 
 def test_whom_a_charge_names_is_left_out_of_what_the_provider_repeats() -> None:
     said = {"type": "error", "code": "invalid_request", "description": "user anna-17 (ada@example.ru) is not anna-177"}
-    told = Translator("https://api.invalid/v3", ()).of_answer(answered(400, said), CHARGE, NOW)
+    told = Translator(()).of_answer(answered(400, said), CHARGE, NOW)
     assert "user (a customer) ((a customer)) is not anna-177" in str(told)
     assert "anna-17 " not in repr(told)

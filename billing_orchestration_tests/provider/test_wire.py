@@ -223,7 +223,7 @@ def test_a_refused_connection_means_that_no_money_moved() -> None:
 
 def test_a_host_that_does_not_exist_means_that_no_money_moved() -> None:
     client = Shop("http://no-such-host.invalid/v3")
-    with pytest.raises(NeverSent, match="no-such-host"):
+    with pytest.raises(NeverSent, match="check YOOKASSA_API_URL, the network and HTTPS_PROXY"):
         client.provider.create_payment(BODY, KEY)
 
 
@@ -427,7 +427,7 @@ def test_a_certificate_of_another_name_gets_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_a_certificate_bundle_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such/bundle.pem")
-    with pytest.raises(ValueError, match=r"REQUESTS_CA_BUNDLE names /no/such/bundle\.pem"):
+    with pytest.raises(NeverSent, match="REQUESTS_CA_BUNDLE names nothing that can be read as certificates"):
         Shop("https://api.invalid/v3")
 
 
