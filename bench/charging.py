@@ -86,7 +86,8 @@ def plan(url: str) -> list[Any]:
             today=NOW - timedelta(hours=12),
         )
     engine.dispose()
-    return decide_renewals(found.due, found.open_attempts, ProviderView(), now=NOW, rules=RenewalRules(calendar, 3, 30))
+    rules = RenewalRules(calendar, 3, 30, "1")
+    return decide_renewals(found.due, found.open_attempts, ProviderView(), now=NOW, rules=rules)
 
 
 def ours(url: str, api_url: str, concurrency: int) -> dict[str, float]:

@@ -214,6 +214,7 @@ def rules_of(settings: Settings, calendar: BillingCalendar, max_overdue_days: in
         calendar,
         settings.subscription_grace_days,
         max_overdue_days,
+        settings.yookassa_shop_id,
         receipt_rules(settings),
         settings.charge_description or (PLAIN_DESCRIPTION if settings.billing_language == "en" else _IN_RUSSIAN),
         settings.yookassa_gateway_id,

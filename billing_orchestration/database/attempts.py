@@ -45,6 +45,9 @@ ATTEMPT_COLUMNS = (
     renewal_attempts.c.decline_class,
     renewal_attempts.c.decline_reason,
     renewal_attempts.c.first_absent_at,
+    renewal_attempts.c.shop_id,
+    renewal_attempts.c.period_count,
+    renewal_attempts.c.period_unit,
 )
 
 
@@ -70,6 +73,9 @@ def attempt_of(row: Any) -> Attempt:
         decline_class=row.decline_class,
         decline_reason=row.decline_reason,
         first_absent_at=row.first_absent_at,
+        shop_id=row.shop_id,
+        period_count=row.period_count,
+        period_unit=row.period_unit,
     )
 
 
@@ -152,7 +158,7 @@ _LOCK_SUBSCRIPTIONS = sa.text("SELECT FROM subscriptions s WHERE s.id = ANY(:ids
 # What is frozen when an attempt is planned, as it travels into a statement.
 _FIELDS = """id uuid, subscription_id bigint, period_start timestamp, number int, idempotence_key uuid, body text,
     amount numeric(8,2), currency text, user_id text, plan_id bigint, payment_provider_id bigint,
-    payment_method_id text"""
+    payment_method_id text, shop_id text, period_count int, period_unit text"""
 _NAMES = ", ".join(column.split()[0] for column in _FIELDS.replace("8,2", "").split(","))
 
 _OPEN_AND_CLAIM = f"""
@@ -229,7 +235,7 @@ _CLAIM = f"""
     WITH looked AS (
         SELECT w.id, w.first_sent_at IS NOT NULL AS sent_before, {WHY_NOT} AS why
         FROM billing_orchestration.renewal_attempts w LEFT JOIN subscriptions s ON s.id = w.subscription_id
-        WHERE w.id = ANY(:ids) AND w.state IN {sql_list(State.PLANNED, State.UNKNOWN)}
+        WHERE w.id = ANY(:ids) AND w.shop_id = :shop_id AND w.state IN {sql_list(State.PLANNED, State.UNKNOWN)}
           AND (w.first_sent_at IS NULL OR w.first_sent_at > :oldest_key)
           -- A wrong clock has sent it, or it was searched for: nobody knows how old its key is.
           AND coalesce(greatest(w.first_sent_at, w.last_sent_at) <= :latest, true) AND w.first_absent_at IS NULL
@@ -249,6 +255,7 @@ def claim(
     attempt_ids: Sequence[uuid.UUID],
     oldest_key: datetime,
     done_before: datetime,
+    shop_id: str,
     view: str | None = None,
 ) -> Claimed:
     """Claim open attempts for another send, after a second look at each.
@@ -256,7 +263,8 @@ def claim(
     The attempt and its subscription are looked at under lock, as in `open_and_claim`. Whether an attempt may have been
     sent is read from the row as it is now: another run may have sent it meanwhile, and an answer that says "not this
     time" must not be taken for "never". An attempt whose first send was at `oldest_key` or before is never sent again,
-    nor one that claims to come from the future: the provider may have forgotten its key. One whose last send was not
+    nor one that claims to come from the future: the provider may have forgotten its key. Nor is one of another shop
+    than `shop_id`, or of one that nobody wrote down: there its key is a new one. One whose last send was not
     answered and is younger than `done_before` is not sent yet, whoever sent it: two requests with one key at the same
     time may be two charges. Commit before sending.
     """
@@ -271,6 +279,7 @@ def claim(
         "ids": [row.id for row in free],
         "at": stamp.at,
         "oldest_key": oldest_key,
+        "shop_id": shop_id,
         "latest": stamp.at + TOLERATED,
     }
     return _claimed(connection.execute(_statement(_CLAIM, view), bound), at_work)
@@ -290,6 +299,9 @@ def _row_of(attempt: Attempt) -> dict[str, Any]:
         "plan_id": attempt.plan_id,
         "payment_provider_id": attempt.payment_provider_id,
         "payment_method_id": attempt.payment_method_id,
+        "shop_id": attempt.shop_id,
+        "period_count": attempt.period_count,
+        "period_unit": attempt.period_unit,
     }
 
 

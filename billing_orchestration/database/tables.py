@@ -146,6 +146,9 @@ renewal_attempts = sa.Table(
     sa.Column("first_absent_at", Instant, comment="the first complete scan that did not find the attempt"),
     sa.Column("closed_at", Instant),
     sa.Column("run_id", sa.Text, nullable=False, comment="the Dagster run that planned it"),
+    sa.Column("shop_id", sa.Text, comment="the shop that it is charged by; NULL: planned before revision 0009"),
+    sa.Column("period_count", sa.Integer, comment="the period that is paid for, frozen with the price"),
+    sa.Column("period_unit", sa.Text),
     sa.CheckConstraint(f"state IN {sql_list(*ALL_STATES)}", name="renewal_attempts_state_check"),
     sa.UniqueConstraint("subscription_id", "period_start", "number", name="renewal_attempts_identity"),
     sa.Index(

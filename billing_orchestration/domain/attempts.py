@@ -59,6 +59,8 @@ ALL_STATES = (*LIVE, State.DECLINED, State.STOPPED, State.REJECTED, State.VOID)
 class Attempt:
     """One attempt as the database holds it. Instants are aware UTC; `first_sent_at` None: certainly never sent.
 
+    `shop_id`: the shop whose charge it is; None: planned by a version that did not write it down. `period_count` and
+    `period_unit`: the period that is paid for, frozen with the price; None: not known, the plan's then.
     `is_recreated`: the database has lost it, and it was rebuilt from its payment (`lost_attempts`).
     """
 
@@ -82,6 +84,9 @@ class Attempt:
     decline_class: str | None = None
     decline_reason: str | None = None
     first_absent_at: datetime | None = None
+    shop_id: str | None = None
+    period_count: int | None = None
+    period_unit: str | None = None
     is_recreated: bool = False
 
     @property

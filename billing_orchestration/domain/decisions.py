@@ -48,6 +48,7 @@ class Code:
     # Renewals that are not charged, and open attempts that are left as they are.
     OPEN_AT_PROVIDER = "open_at_provider"
     OUTCOME_UNKNOWN = "outcome_unknown"
+    OTHER_SHOP = "other_shop"
     IN_REVIEW = "in_review"
     ALREADY_CHARGED = "already_charged"
     ALREADY_PLANNED = "already_planned"

@@ -92,6 +92,7 @@ class RenewalRules:
     calendar: BillingCalendar
     grace_days: int
     max_overdue_days: int
+    shop_id: str
     receipt: ReceiptRules | None = None
     description: str = PLAIN_DESCRIPTION
     gateway_id: str | None = None
@@ -167,9 +168,7 @@ def plan_attempt(
     method_id: str,
     money: Money,
     provider_id: int,
-    receipt_rules: ReceiptRules | None = None,
-    description: str = PLAIN_DESCRIPTION,
-    gateway_id: str | None = None,
+    rules: RenewalRules,
 ) -> Attempt:
     """The attempt with its identity, its key and the exact body that will be sent, frozen together.
 
@@ -186,7 +185,7 @@ def plan_attempt(
         "amount": {"value": f"{money.amount:.2f}", "currency": money.currency},
         "capture": True,
         "payment_method_id": method_id,
-        "description": fill(description, **names),
+        "description": fill(rules.description, **names),
         "metadata": {
             ATTEMPT_KEY: str(attempt_id),
             "subscription_id": str(due.id),
@@ -196,11 +195,11 @@ def plan_attempt(
             "payment_provider_id": str(provider_id),
         },
     }
-    if gateway_id:
-        body["recipient"] = {"gateway_id": gateway_id}
-    contact = receipt_rules and _contact_of(due, receipt_rules)
-    if receipt_rules and contact:
-        body["receipt"] = receipt_of(receipt_rules, contact, money, **names)
+    if rules.gateway_id:
+        body["recipient"] = {"gateway_id": rules.gateway_id}
+    contact = rules.receipt and _contact_of(due, rules.receipt)
+    if rules.receipt and contact:
+        body["receipt"] = receipt_of(rules.receipt, contact, money, **names)
     return Attempt(
         id=attempt_id,
         subscription_id=due.id,
@@ -215,13 +214,21 @@ def plan_attempt(
         plan_id=plan_id,
         payment_provider_id=provider_id,
         payment_method_id=method_id,
+        shop_id=rules.shop_id,
+        period_count=due.plan_duration,
+        period_unit=due.plan_duration_unit,
     )
 
 
 def decide_open_attempt(
-    attempt: Attempt, view: ProviderView, due: DueSubscription | None, now: datetime
+    attempt: Attempt, view: ProviderView, due: DueSubscription | None, now: datetime, shop_id: str
 ) -> RenewalDecision:
-    """What to do with an attempt of an earlier run whose outcome is open. `due` is its subscription if still due."""
+    """What to do with an attempt of an earlier run whose outcome is open. `due` is its subscription if still due.
+
+    Only the shop that an attempt names may send it, or give it up because its list does not show it.
+    """
+    if attempt.may_have_been_sent and attempt.shop_id not in (None, shop_id):
+        return _left_to(f"shop {attempt.shop_id}", attempt, "it was sent by that shop, and only its list can tell")
     answer = view.answers.get(attempt.id)
     if answer is not None and attempt.state == State.PENDING and judge_payment(attempt, answer).state == State.PENDING:
         return NotCharged(
@@ -259,6 +266,14 @@ def decide_open_attempt(
             f" {KEY_LIFETIME_HOURS} h",
             attempt.money,
         )
+    if attempt.shop_id is None:
+        return NotCharged(
+            attempt.subject,
+            Code.OUTCOME_UNKNOWN,
+            "outcome not known, and it was sent by a version that did not write its shop down: not sent again, searched"
+            f" after {KEY_LIFETIME_HOURS} h",
+            attempt.money,
+        )
     return Resend(attempt, "outcome not known: the same key and body again, so it cannot charge twice")
 
 
@@ -281,7 +296,15 @@ def _decide_past_key_lifetime(attempt: Attempt, view: ProviderView, now: datetim
             "outcome not known: the second scan must come an hour after the first",
             attempt.money,
         )
+    if attempt.shop_id is None:
+        return _left_to("a person", attempt, "two scans did not find it, and nobody wrote down which shop has sent it")
     return Void(attempt, "two complete scans an hour apart did not find it: it never reached the provider")
+
+
+def _left_to(whom: str, attempt: Attempt, reason: str) -> NotCharged:
+    """Its money may have moved, and this shop's list cannot tell."""
+    words = f"outcome not known, left to {whom}: {reason} (docs/operations.md, attempts of another shop)"
+    return NotCharged(attempt.subject, Code.OTHER_SHOP, words, attempt.money, needs_retry=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,9 +441,7 @@ def _new_attempt(due: DueSubscription, number: int, today: date, rules: RenewalR
         method_id=due.method_id,
         money=Money(due.prices[0], due.method_currency),
         provider_id=due.method_provider_id,
-        receipt_rules=rules.receipt,
-        description=rules.description,
-        gateway_id=rules.gateway_id,
+        rules=rules,
     )
 
 
@@ -483,7 +504,7 @@ def decide_renewals(
     comes_first = {attempt.subscription_id: attempt for attempt in in_review if not _is_present(attempt, by_id)}
     for attempt in open_attempts:
         subscription = by_id.get(attempt.subscription_id)
-        decision = decide_open_attempt(attempt, view, subscription, now)
+        decision = decide_open_attempt(attempt, view, subscription, now, rules.shop_id)
         if isinstance(decision, Resend) and subscription is not None:
             decision = _still_wanted(decision, subscription, comes_first, now=now, rules=rules, holds=holds)
         if isinstance(decision, Void):
@@ -537,15 +558,16 @@ def _still_wanted(
     if isinstance(fresh, NotCharged):
         return Void(attempt, f"never sent, and no longer to be charged: {fresh.reason}")
     wanted = fresh.attempt
-    if (wanted.money, wanted.payment_method_id, wanted.plan_id) != (
-        attempt.money,
-        attempt.payment_method_id,
-        attempt.plan_id,
-    ):
-        return Void(attempt, "never sent, and the price, the plan or the payment method has changed since")
+    if _what_is_paid(wanted) != _what_is_paid(attempt):
+        return Void(attempt, "never sent, and the price, the plan, the payment method or the shop has changed since")
     if _receipt_in(wanted.body) != _receipt_in(attempt.body):
         return Void(attempt, "never sent, and its receipt's settings or contact have changed since")
     return decision
+
+
+def _what_is_paid(attempt: Attempt) -> tuple[Any, ...]:
+    period = attempt.period_count, attempt.period_unit
+    return attempt.money, attempt.payment_method_id, attempt.plan_id, period, attempt.shop_id
 
 
 def _receipt_in(body: str) -> Any:

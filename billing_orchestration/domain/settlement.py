@@ -318,6 +318,13 @@ def _period_of(plan: PlanRow | None, plan_id: int) -> Period:
     return parse_period(plan.duration, plan.duration_unit)
 
 
+def _period_paid(case: _Case, attempt: Attempt) -> Period:
+    """The period that was frozen with the price; the plan's, where it was not. Raises UnusablePeriod."""
+    if attempt.period_count is None:
+        return _period_of(case.facts.plans.get(attempt.plan_id), attempt.plan_id)
+    return parse_period(attempt.period_count, attempt.period_unit)
+
+
 def _spent_before_it_was_paid(
     payment: ProviderPayment, subscription: SubscriptionRow | None, end: datetime
 ) -> str | None:
@@ -391,8 +398,12 @@ def _grant_period(
     payment_provider_id: int,
     attempt: Attempt | None,
     reason: str,
+    paid_for: Attempt | None = None,
 ) -> SettlementDecision:
-    """One period by a person's word: from the subscription's end, or from now if it would be over by then."""
+    """One period by a person's word: from the subscription's end, or from now if it would be over by then.
+
+    `paid_for`: the attempt whose frozen period it is; without one it is the plan's.
+    """
     if subscription.status not in ("ACTIVE", "EXPIRED"):
         problem = (
             f"subscription {subscription.id} is {subscription.status}: a period would be of no use to the customer"
@@ -403,7 +414,7 @@ def _grant_period(
         return case.quarantine("no_end", problem, subscription.id)
     start = subscription.ended_at
     try:
-        period = _period_of(case.facts.plans.get(plan_id), plan_id)
+        period = _period_paid(case, paid_for) if paid_for else _period_of(case.facts.plans.get(plan_id), plan_id)
         end = case.calendar.next_end(subscription.started_at, start, period)
         # A period that has already passed grants nothing.
         if (subscription.status == "EXPIRED" and start < case.now) or end <= case.now:
@@ -461,7 +472,8 @@ def _decide_second_success(case: _Case, attempt: Attempt, other: str) -> Settlem
     if case.ruling is not None and case.final_row is None and subscription is not None:
         # The attempt is closed, and its period is the other payment's.
         reason = f"a person accepted it as one more period: {other}"
-        return _grant_period(case, subscription, attempt.plan_id, attempt.payment_provider_id, None, reason)
+        provider_id = attempt.payment_provider_id
+        return _grant_period(case, subscription, attempt.plan_id, provider_id, None, reason, paid_for=attempt)
     reason = f"{other}: the customer may have paid twice, refund one"
     return case.quarantine("second_success", reason, attempt.subscription_id)
 
@@ -510,7 +522,7 @@ def _granted_until(case: _Case, attempt: Attempt, subscription: SubscriptionRow,
     """
     calendar, start = case.calendar, attempt.period_start
     try:
-        period = _period_of(case.facts.plans.get(attempt.plan_id), attempt.plan_id)
+        period = _period_paid(case, attempt)
         ends = (calendar.next_end(subscription.started_at, start, period), calendar.add_period(start, period))
     except UnusablePeriod:
         return None
@@ -524,7 +536,7 @@ def _renew(case: _Case, attempt: Attempt, subscription: SubscriptionRow, old_end
     """Extend the subscription by a period from its old end, whatever became of the subscription meanwhile."""
     final = case.final_row
     try:
-        period = _period_of(case.facts.plans.get(attempt.plan_id), attempt.plan_id)
+        period = _period_paid(case, attempt)
         end = case.calendar.next_end(subscription.started_at, old_end, period)
     except UnusablePeriod as error:
         return _review(case.quarantine("period", str(error)), attempt, case.facts)

@@ -31,7 +31,7 @@ from billing_orchestration.domain.answers import Closing
 from billing_orchestration.domain.attempts import ALL_STATES, KEY_LIFETIME, LIVE, OPEN, Attempt, State
 from billing_orchestration.domain.problem_kinds import ProblemKind
 from billing_orchestration_tests.books import NOON, Books, naive
-from billing_orchestration_tests.domain.given import an_attempt
+from billing_orchestration_tests.domain.given import SHOP, an_attempt
 from billing_orchestration_tests.waiting import at_once, start_blocked, wait_until
 
 A_DAY = timedelta(days=1)
@@ -49,7 +49,7 @@ def send_again(
     books: Books, *attempts: Attempt, oldest_key: datetime = NOON - KEY_LIFETIME, done_before: datetime = NOON
 ) -> Mapping[uuid.UUID, bool]:
     with books.engine.begin() as connection:
-        claimed = claim(connection, books.stamp(), [attempt.id for attempt in attempts], oldest_key, done_before)
+        claimed = claim(connection, books.stamp(), [attempt.id for attempt in attempts], oldest_key, done_before, SHOP)
     return dict(claimed.sent_before)
 
 
@@ -60,7 +60,7 @@ def look(books: Books, *attempts: Attempt) -> Claimed:
 
 def look_again(books: Books, *attempts: Attempt) -> Claimed:
     with books.engine.begin() as connection:
-        return claim(connection, books.stamp(), [attempt.id for attempt in attempts], NOON - KEY_LIFETIME, NOON)
+        return claim(connection, books.stamp(), [attempt.id for attempt in attempts], NOON - KEY_LIFETIME, NOON, SHOP)
 
 
 def a_problem(books: Books, kind: ProblemKind, *, payment_id: str | None = None, **about: Any) -> int:
@@ -87,6 +87,14 @@ def row(books: Books, attempt: Attempt) -> Any:
     return found
 
 
+@pytest.mark.parametrize("shop_id", ["another shop", None], ids=["another shop", "nobody wrote it down"])
+def test_an_attempt_is_sent_again_by_the_shop_that_it_names_and_by_no_other(books: Books, shop_id: str | None) -> None:
+    ours = books.attempt(books.subscription())
+    other = books.attempt(books.subscription(), shop_id=shop_id)
+    assert send_again(books, ours, other) == {ours.id: True}
+    assert row(books, other).sends == 1
+
+
 # Opening
 
 
@@ -98,7 +106,7 @@ def test_an_attempt_of_another_shop_is_not_claimed(books: Books, sent: bool) -> 
         other = books.provider_id + 1
         connection.execute(sa.text(f"SET LOCAL billing_orchestration.provider_ids = '{other}'"))
         if sent:
-            claimed = claim(connection, books.stamp(), [attempt.id], NOON - KEY_LIFETIME, NOON)
+            claimed = claim(connection, books.stamp(), [attempt.id], NOON - KEY_LIFETIME, NOON, SHOP)
         else:
             claimed = open_and_claim(connection, books.stamp(), [attempt])
     assert claimed.sent_before == {}
@@ -422,7 +430,8 @@ def test_a_send_without_an_answer_is_not_repeated_before_the_provider_can_have_f
     answered = books.attempt(other.subscription_id)
 
     with books.engine.begin() as connection:
-        early = claim(connection, books.stamp(), [planned.id, answered.id], NOON - KEY_LIFETIME, NOON - SECONDS_45)
+        ids = [planned.id, answered.id]
+        early = claim(connection, books.stamp(), ids, NOON - KEY_LIFETIME, NOON - SECONDS_45, SHOP)
         connection.rollback()
     assert early.at_work == ({planned.id: NOON} if waits else {})
     assert early.sent_before == ({answered.id: True} if waits else {planned.id: True, answered.id: True})

@@ -36,6 +36,7 @@ from billing_orchestration.database.settling import settle_batch
 from billing_orchestration.domain.answers import Closing
 from billing_orchestration.domain.attempts import State
 from billing_orchestration_tests.books import NOON, Books, naive
+from billing_orchestration_tests.domain.given import SHOP
 
 A_DAY = timedelta(days=1)
 SIZE = 60_000
@@ -214,7 +215,7 @@ def charging(books: Books) -> None:
 
     def work(connection: sa.Connection) -> None:
         assert open_and_claim(connection, books.stamp(), fresh).sent_before
-        claim(connection, books.stamp(), again, NOON - A_DAY, NOON)
+        claim(connection, books.stamp(), again, NOON - A_DAY, NOON, SHOP)
         attempts = by_ids(connection, again)
         assert close(connection, books.stamp(), [Closing(a, State.DECLINED, "declined") for a in attempts.values()])
         assert open_attempts(connection)

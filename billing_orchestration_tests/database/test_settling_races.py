@@ -29,6 +29,7 @@ from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.settlement_decisions import CloseAsGranted, Leave, Settle
 from billing_orchestration_tests.books import NOON, Books, naive
+from billing_orchestration_tests.domain.given import SHOP
 from billing_orchestration_tests.waiting import at_once, start_blocked
 
 MONTH_LATER = NOON.replace(month=4)
@@ -476,7 +477,7 @@ def test_charging_locks_attempts_in_the_order_of_settling(books: Books, database
 
     def work(connection: sa.Connection) -> object:
         if again == "claim":
-            return claim(connection, stamp, [a.id for a in attempts], NOON - A_DAY, NOON)
+            return claim(connection, stamp, [a.id for a in attempts], NOON - A_DAY, NOON, SHOP)
         return close(connection, stamp, [Closing(a, State.UNKNOWN, "silence") for a in attempts])
 
     blocked_pair(
@@ -521,7 +522,7 @@ def test_settling_charging_and_both_expiries_in_any_order_never_deadlock(flawed_
         with books.engine.begin() as connection:
             opened = set(open_and_claim(connection, stamp, planned).sent_before)
         with books.engine.begin() as connection:
-            claim(connection, stamp, [attempt.id for attempt in planned], NOON - A_DAY, NOON)
+            claim(connection, stamp, [attempt.id for attempt in planned], NOON - A_DAY, NOON, SHOP)
         states = [State.UNKNOWN, State.PENDING, State.DECLINED, State.DECLINED]
         closings = [Closing(a, chance.choice(states), "answer") for a in planned if a.id in opened]
         with books.engine.begin() as connection:

@@ -22,7 +22,8 @@ UTC = timezone.utc
 NOW = datetime(2026, 3, 12, 3, 0, tzinfo=UTC)
 PRICE = Money(Decimal("299.00"), "RUB")
 IN_UTC = BillingCalendar(UTC)
-RULES = RenewalRules(IN_UTC, grace_days=3, max_overdue_days=30)
+SHOP = "100500"
+RULES = RenewalRules(IN_UTC, grace_days=3, max_overdue_days=30, shop_id=SHOP)
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
@@ -70,6 +71,7 @@ def an_attempt(due: DueSubscription | None = None, *, number: int = 1, money: Mo
         method_id=due.method_id or "none",
         money=money,
         provider_id=due.method_provider_id or 0,
+        rules=RULES,
     )
     return dataclasses.replace(attempt, **changes)
 

@@ -23,6 +23,7 @@ from billing_orchestration_tests.domain.given import (
     HOUR,
     NOW,
     PRICE,
+    RULES,
     UTC,
     a_due_subscription,
     a_sent_attempt,
@@ -80,6 +81,7 @@ def test_the_identity_depends_on_nothing_else(
         method_id=method_id,
         money=Money(amount, currency),
         provider_id=provider_id,
+        rules=RULES,
     )
     assert (attempt.id, attempt.idempotence_key) == (an_attempt().id, an_attempt().idempotence_key)
 
@@ -134,6 +136,7 @@ def test_every_body_keeps_the_providers_limits(
         method_id="m" * 36,
         money=Money(amount, "RUB"),
         provider_id=2**31 - 1,
+        rules=RULES,
     )
     body = json.loads(attempt.body)
     assert len(body["description"]) <= 128

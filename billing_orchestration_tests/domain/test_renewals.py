@@ -38,6 +38,7 @@ from billing_orchestration_tests.domain.given import (
     HOUR,
     NOW,
     RULES,
+    SHOP,
     UTC,
     a_due_subscription,
     a_sent_attempt,
@@ -163,7 +164,7 @@ def test_one_that_is_overdue_by_more_than_max_overdue_days_is_not_charged(days: 
 
 
 def test_max_overdue_days_is_counted_in_billing_days() -> None:
-    rules = RenewalRules(calendar_of("Asia/Kolkata"), grace_days=3, max_overdue_days=1)
+    rules = RenewalRules(calendar_of("Asia/Kolkata"), grace_days=3, max_overdue_days=1, shop_id=SHOP)
     now = at("2026-03-12T23:00", "Asia/Kolkata")
     late_yesterday = a_due_subscription(ended_at=at("2026-03-11T00:10", "Asia/Kolkata"))
     the_day_before = a_due_subscription(ended_at=at("2026-03-10T23:50", "Asia/Kolkata"))
@@ -308,7 +309,7 @@ def test_one_that_was_already_attempted_today_is_not_charged(tried_at: datetime,
 
 
 def test_today_is_the_billing_time_zones_today() -> None:
-    rules = RenewalRules(calendar_of("America/New_York"), grace_days=3, max_overdue_days=30)
+    rules = RenewalRules(calendar_of("America/New_York"), grace_days=3, max_overdue_days=30, shop_id=SHOP)
     # 03:00 UTC is still yesterday evening in New York.
     due = a_due_subscription(last_tried_at=NOW.replace(hour=4) - DAY)
     assert why_not(due, rules=rules) == "already attempted today"
@@ -370,7 +371,7 @@ def test_a_charge_breaks_no_rule(
 def decide_open(
     attempt: Attempt, view: ProviderView = NOTHING_TOLD, due: Any = "still due", now: datetime = NOW
 ) -> Any:
-    return decide_open_attempt(attempt, view, a_due_subscription() if due == "still due" else due, now)
+    return decide_open_attempt(attempt, view, a_due_subscription() if due == "still due" else due, now, SHOP)
 
 
 @pytest.mark.parametrize("status", [SUCCEEDED, CANCELED, PENDING, WAITING_FOR_CAPTURE])
@@ -701,3 +702,49 @@ def test_in_one_run_a_subscription_is_sent_at_most_one_charge_and_nobody_is_forg
         # A new charge beside an attempt of an earlier run only if that one is closed for certain.
         if any(isinstance(d, Charge) for d in mine) and len(mine) > 1:
             assert [type(d) for d in mine] == [Void, Charge]
+
+
+# Attempts of another shop
+
+
+def test_an_attempt_that_another_shop_may_have_sent_is_neither_sent_nor_given_up() -> None:
+    for state, age in ((State.UNKNOWN, HOUR), (State.PLANNED, HOUR), (State.PENDING, HOUR), (State.UNKNOWN, 3 * DAY)):
+        attempt = a_sent_attempt(ago=age, state=state, shop_id="another", first_absent_at=NOW - 2 * HOUR)
+        told = ProviderView(scanned=frozenset({attempt.id}))
+        decision = decide_open_attempt(attempt, told, a_due_subscription(), NOW, SHOP)
+        assert isinstance(decision, NotCharged)
+        assert (decision.code, decision.needs_retry) == ("other_shop", True)
+        assert "shop another" in decision.reason
+
+
+def test_an_attempt_of_another_shop_that_was_never_sent_is_planned_anew() -> None:
+    planned = an_attempt(shop_id="another")
+    void, charge = decide([a_due_subscription(attempts=(planned,))], [planned])
+    assert isinstance(void, Void)
+    assert isinstance(charge, Charge)
+    assert (charge.attempt.number, charge.attempt.shop_id) == (2, SHOP)
+
+
+def test_a_sent_attempt_whose_shop_nobody_wrote_down_is_searched_and_neither_sent_nor_given_up() -> None:
+    young = a_sent_attempt(shop_id=None)
+    decision = decide_open_attempt(young, NOTHING_TOLD, a_due_subscription(), NOW, SHOP)
+    assert isinstance(decision, NotCharged)
+    assert "not sent again" in decision.reason
+    old = a_sent_attempt(ago=DAY, shop_id=None)
+    scanned = frozenset({old.id})
+    found = ProviderView(answers={old.id: the_payment_of(old)}, scanned=scanned)
+    assert isinstance(decide_open_attempt(old, found, a_due_subscription(), NOW, SHOP), Conclude)
+    absent = ProviderView(scanned=scanned)
+    assert isinstance(decide_open_attempt(old, absent, a_due_subscription(), NOW, SHOP), NoteAbsence)
+    missed = dataclasses.replace(old, first_absent_at=NOW - HOUR)
+    decision = decide_open_attempt(missed, absent, a_due_subscription(), NOW, SHOP)
+    assert isinstance(decision, NotCharged)
+    assert (decision.code, decision.needs_retry) == ("other_shop", True)
+
+
+def test_a_planned_attempt_whose_period_has_changed_is_planned_anew() -> None:
+    planned = an_attempt()
+    void, charge = decide([a_due_subscription(attempts=(planned,), plan_duration=2)], [planned])
+    assert isinstance(void, Void)
+    assert isinstance(charge, Charge)
+    assert (charge.attempt.period_count, charge.attempt.period_unit) == (2, "month")

@@ -186,10 +186,10 @@ def test_a_payment_that_was_refunded_in_full_is_recorded_as_refunded_and_grants_
 
 @pytest.mark.parametrize("status", ["CREATED", "PENDING", "EXPIRED"])
 def test_a_refund_is_recorded_in_the_row_that_is_there_whatever_its_amount_or_the_metadata(status: str) -> None:
-    row = a_row(status, subscription_id=12, payment_provider_id=9, money=CHEAPER)
+    row = a_row(status, subscription_id=12, payment_provider_id=1, money=CHEAPER)
     decision = settle(a_payment(**FULL, metadata={}), facts([row]))
     assert isinstance(decision, RecordRefund)
-    assert (decision.row, decision.subscription_id, decision.payment_provider_id) == (row, 12, 9)
+    assert (decision.row, decision.subscription_id, decision.payment_provider_id) == (row, 12, 1)
 
 
 @pytest.mark.parametrize("value", [None, "", "nine", "2", 2, "-1"])
@@ -308,10 +308,24 @@ def test_a_renewal_of_another_amount_or_currency_than_asked_goes_to_review(money
 
 @pytest.mark.parametrize("plan", [None, PlanRow(3, None, "month"), PlanRow(3, 1, "fortnight"), PlanRow(3, 0, "days")])
 def test_a_renewal_whose_period_cannot_be_computed_goes_to_review(plan: PlanRow | None) -> None:
-    attempt = a_sent_attempt()
+    attempt = a_sent_attempt(period_count=None, period_unit=None)  # of an older version
     decision = settle(the_payment_of(attempt), renewal_facts(attempt, plans={3: plan} if plan else {}))
     assert isinstance(decision, Quarantine)
     assert (decision.kind, decision.review) == ("period", attempt)
+
+
+@pytest.mark.parametrize("plan", [PlanRow(3, 1, "month"), PlanRow(3, None, None), None], ids=["month", "none", "gone"])
+def test_a_renewal_grants_the_period_that_was_paid_whatever_the_plan_says_by_now(plan: PlanRow | None) -> None:
+    attempt = a_sent_attempt(a_due_subscription(plan_duration=1, plan_duration_unit="year"))
+    known = renewal_facts(attempt, plans={3: plan} if plan else {})
+    decision = settle(the_payment_of(attempt), known)
+    assert isinstance(decision, Settle)
+    assert decision.period_end == datetime(2027, 3, 12, 9, 0, tzinfo=UTC)
+    # One that a person accepts beside another payment of the period is as long.
+    other = dataclasses.replace(attempt, state=State.SUCCEEDED, external_payment_id="the other")
+    accepted = settle(the_payment_of(attempt), renewal_facts(other, plans=known.plans), ruling=Ruling())
+    assert isinstance(accepted, Settle)
+    assert accepted.period_end == datetime(2027, 3, 12, 9, 0, tzinfo=UTC)
 
 
 def test_a_renewal_of_a_subscription_without_an_end_goes_to_review() -> None:
@@ -375,7 +389,7 @@ def moved(
     """The service holds the renewal as paid, and the end of its subscription is there by now."""
     started = a_subscription(**subscription)
     due = a_due_subscription(ended_at=started.ended_at)
-    attempt = a_sent_attempt(due)
+    attempt = a_sent_attempt(due, period_count=None, period_unit=None)
     row = a_row("SUCCEEDED", external_payment_id="renewal-1", subscription_id=12)
     known = renewal_facts(
         attempt,

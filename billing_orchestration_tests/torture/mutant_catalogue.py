@@ -10,6 +10,7 @@ from billing_orchestration_tests.torture.mutant import Edit, Mutant
 from billing_orchestration_tests.torture.mutants_of_clocks import CLOCKS
 from billing_orchestration_tests.torture.mutants_of_pace import PACE
 from billing_orchestration_tests.torture.mutants_of_shops import SHOPS
+from billing_orchestration_tests.torture.mutants_of_terms import TERMS
 
 _ANSWERS = "domain/answers.py"
 _ATTEMPT = "domain/attempts.py"
@@ -1543,4 +1544,4 @@ RECONCILIATION = (
     ),
 )
 
-ALL = (*PROMISED, *FURTHER, *PACE, *CLOCKS, *SHOPS, *RECONCILIATION)
+ALL = (*PROMISED, *FURTHER, *PACE, *CLOCKS, *SHOPS, *TERMS, *RECONCILIATION)

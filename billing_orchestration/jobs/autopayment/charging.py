@@ -198,7 +198,8 @@ class Charging:
             stamp = self.make_stamp()
             for work in group:
                 work.claimed_at = stamp.at
-            view = self.database.settings.billing_renewal_view
+            settings = self.database.settings
+            view = settings.billing_renewal_view
             if group[0].is_to_be_opened:
                 return open_and_claim(connection, stamp, [work.attempt for work in group], view)
             return claim(
@@ -207,6 +208,7 @@ class Charging:
                 [work.attempt.id for work in group],
                 stamp.at - KEY_LIFETIME,
                 stamp.at - timedelta(seconds=self.provider.charge_done_s),
+                settings.yookassa_shop_id,
                 view,
             )
 

@@ -174,7 +174,8 @@ def ask_about_open(
     The provider's clock is asked for before the first charge: one that is lost while the clocks are apart would be
     searched for at the wrong time, and made once more.
     """
-    attempts = renewals.slice.open_attempts
+    ours = (None, renewals.rules.shop_id)
+    attempts = [attempt for attempt in renewals.slice.open_attempts if attempt.shop_id in ours]
     pending = [attempt for attempt in attempts if attempt.state == State.PENDING]
     lost = attempts_to_search(attempts, clock.now())
     views = []

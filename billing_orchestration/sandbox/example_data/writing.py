@@ -24,6 +24,7 @@ from billing_orchestration.database.tables import (
 )
 from billing_orchestration.sandbox.example_data.book import Book, metadata_of
 from billing_orchestration.sandbox.example_data.records import Attempt, PaymentRow, Story, Subscription
+from billing_orchestration.sandbox.provider.cabinet import SHOP_ID
 from billing_orchestration.sandbox.provider.clock import iso
 from billing_orchestration.sandbox.provider.remote_control import SandboxControl
 
@@ -157,6 +158,9 @@ def _attempt(attempt: Attempt, generator: random.Random) -> dict[str, Any]:
         "plan_id": plan.id,
         "payment_provider_id": 1,
         "payment_method_id": subscription.method_id,
+        "shop_id": SHOP_ID,
+        "period_count": plan.count,
+        "period_unit": plan.unit,
         "planned_at": attempt.sent_at,
         "first_sent_at": attempt.sent_at,
         "last_sent_at": attempt.sent_at,

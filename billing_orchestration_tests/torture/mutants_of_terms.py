@@ -1,0 +1,48 @@
+"""Faults of what an attempt is charged for: by which shop, by which card, at which price and for which period."""
+
+from __future__ import annotations
+
+from billing_orchestration_tests.torture.mutant import Edit, Mutant
+
+_ATTEMPTS = "database/attempts.py"
+_RENEWALS = "domain/renewals.py"
+_TERMS = "jobs/test_attempts_keep_their_terms.py::"
+
+TERMS = (
+    Mutant(
+        "an attempt sent by whatever shop",
+        "an attempt is sent again by the shop that it names and by no other",
+        (Edit(_ATTEMPTS, "w.shop_id = :shop_id AND ", ":shop_id <> '' AND "),),
+        ("database/test_attempts.py::test_an_attempt_is_sent_again_by_the_shop_that_it_names_and_by_no_other",),
+    ),
+    Mutant(
+        "another shop's attempt given up",
+        "only the list of the shop that an attempt names can tell that it was never executed",
+        (
+            Edit(_RENEWALS, "if attempt.may_have_been_sent and attempt.shop_id not in (None, shop_id):", "if False:"),
+            Edit("jobs/autopayment/steps.py", "if attempt.shop_id in ours]", "if ours]"),
+        ),
+        (_TERMS + "test_a_charge_whose_answer_the_old_shop_owes_is_not_made_again_by_the_new_one",),
+    ),
+    Mutant(
+        "an attempt of nobody's shop given up",
+        "one whose shop nobody wrote down is left to a person when it is not found",
+        (
+            Edit(
+                _RENEWALS,
+                '    if attempt.shop_id is None:\n        return _left_to("a person"',
+                '    if attempt.shop_id == "":\n        return _left_to("a person"',
+            ),
+        ),
+        (
+            "domain/test_renewals.py"
+            "::test_a_sent_attempt_whose_shop_nobody_wrote_down_is_searched_and_neither_sent_nor_given_up",
+        ),
+    ),
+    Mutant(
+        "the plan's period at settling",
+        "the period that was paid is granted, whatever the plan says by then",
+        (Edit("domain/settlement.py", "    if attempt.period_count is None:\n", "    if True:\n"),),
+        (_TERMS + "test_a_year_that_was_paid_is_granted_although_the_plan_is_monthly_by_now",),
+    ),
+)
