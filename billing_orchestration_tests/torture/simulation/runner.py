@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 import dagster as dg
+from dagster._core.execution.context.compute import current_execution_context
 
 
 @dataclass
 class _Run:
     tags: dict[str, str]
     run_config: Mapping[str, Any]
+    # As of a run that no code location has launched.
+    remote_job_origin: None = None
 
 
 @dataclass
@@ -59,6 +62,11 @@ class Context:
     metadata: dict[str, Any] = field(default_factory=dict)
     events: list[Any] = field(default_factory=list)
     run_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def op_execution_context(self) -> Context:
+        """What `OpExecutionContext.get()` returns in the op."""
+        return self
 
     @property
     def job_name(self) -> str:
@@ -146,6 +154,7 @@ def run_ops(
             continue  # what it waits for was not yielded: Dagster skips it as well
         context = Context(end.run_id, job, tags, partition, run_config=run_config)
         given = {**resources, **{name: results[output] for name, output in inputs.items()}}
+        token = current_execution_context.set(context)  # type: ignore[arg-type]
         try:
             for output, value in _run_op(node, context, op_config.get(node.name, {}), given):
                 results[node.name, output] = value
@@ -157,6 +166,7 @@ def run_ops(
             end.crash = error
             return end
         finally:
+            current_execution_context.reset(token)
             end.metadata.append(context.metadata)
     return end
 
