@@ -73,7 +73,7 @@ $(VENV)/.browser: $(STAMP)
 	@touch $@
 
 # Redis is one, too.
-cluster: $(VENV)/.cluster ## Charge on two real Celery workers over a real Redis, one of them killed, in a few minutes
+cluster: $(VENV)/.cluster ## Kill parts of real deployments: a Celery worker over a real Redis, a code server, in a few minutes
 	@command -v redis-server >/dev/null || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo 'Installing redis-server ...'; \
@@ -84,7 +84,7 @@ cluster: $(VENV)/.cluster ## Charge on two real Celery workers over a real Redis
 	@$(PYTHON) -m pytest $(TESTS)/cluster $(ARGS)
 
 $(VENV)/.cluster: $(STAMP)
-	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[celery,kubernetes]'
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docker,celery,kubernetes]'
 	@touch $@
 
 # The file is the provider's own and not part of this project: name your copy of it.
