@@ -296,6 +296,36 @@ def test_it_sees_a_run_that_crashes_or_leaves_a_thread_behind(world: World) -> N
     assert "CRASH of " in world.faults[1]
 
 
+WRONG = timedelta(hours=1)
+
+
+def test_it_sees_a_charge_by_a_clock_that_was_wrong_before_or_has_been_seen_since(world: World) -> None:
+    world.set_clocks(WRONG, timedelta(0))
+    process = Process(world, Accidents(random.Random(1)), world.now)
+
+    process._look_at_clocks()
+    assert any("it was wrong before the run began" in words for words in world.faults)
+
+    world.faults.clear()
+    world.set_clocks(-WRONG, timedelta(0))
+    for _ in range(2):
+        process.after_request("GET", None, None)
+    process._look_at_clocks()
+    assert world.faults == []
+    process.after_request("GET", None, None)
+    process._look_at_clocks()
+    assert any(" answers that have shown it" in words for words in world.faults)
+
+
+def test_it_sees_what_a_run_does_by_a_wrong_clock(world: World) -> None:
+    before = world.oracle.bound_to_time()
+    assert world.oracle.done_by_a_wrong_clock("a_job", before) == []
+    world.service.payment(world.now, Decimal(1), "RUB", external_id=None, status="EXPIRED")
+
+    [words] = world.oracle.done_by_a_wrong_clock("a_job", before)
+    assert "DONE BY A WRONG CLOCK" in words
+
+
 @pytest.fixture
 def story(postgres_server: Server, migrated_template: str) -> Iterator[Simulation]:
     """A simulation that has not begun, each of whose runs is red."""

@@ -1,4 +1,4 @@
-"""Our host's clock goes wrong for some hours: ahead or behind, also while a run is under way."""
+"""Our host's clock or PostgreSQL's goes wrong for some hours: ahead or behind, also while a run is under way."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ class WrongClocks:
         self._world, self._dice, self._agenda, self._ticks = world, dice, agenda, ticks
 
     def begin(self) -> None:
-        """The host's clock jumps."""
+        """One of them jumps."""
         world = self._world
-        if world.host_error or world.journal.calm:
+        if world.clocks_are_apart or world.journal.calm:
             return
-        hours = self._dice.choice((-30.0, -3.0, -1.5, 0.2, 1.5, 3.0, 6.0, 30.0))
-        world.host_error = timedelta(hours=hours)
-        world.tell(f"  our clock is {hours} hours {'ahead' if hours > 0 else 'behind'}")
-        world.happened["wrong clock: ours, ahead" if hours > 0 else "wrong clock: ours, behind"] += 1
-        self._agenda.after(self._dice.minutes(10, 9 * 60), "our clock is put right", self.end)
+        error = timedelta(hours=self._dice.choice((-30.0, -3.0, -1.5, 0.2, 1.5, 3.0, 6.0, 30.0)))
+        whose = self._dice.choice(("ours", "ours", "PostgreSQL's"))
+        if whose == "ours":
+            world.set_clocks(error, timedelta(0))
+        else:
+            world.set_clocks(timedelta(0), error)
+        where = "ahead" if error > timedelta(0) else "behind"
+        world.tell(f"  wrong clock: {whose}, {where} by {abs(error)}")
+        world.happened[f"wrong clock: {whose}, {where}"] += 1
+        self._agenda.after(self._dice.minutes(10, 9 * 60), "the clock is put right", self.end)
 
     def end(self) -> None:
         """It is right again."""
-        if self._world.host_error:
-            self._world.host_error = timedelta(0)
-            self._world.tell("  our clock is right again")
+        if self._world.clocks_are_apart:
+            self._world.set_clocks(timedelta(0), timedelta(0))
+            self._world.tell("  the clocks are right again")
             self._ticks.again_from_now()
             self._agenda.tick_at(self._world.now)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from billing_orchestration_tests.torture.simulation.oracle_books import BooksJudge
+from billing_orchestration_tests.torture.simulation.oracle_clocks import ClocksJudge
 from billing_orchestration_tests.torture.simulation.oracle_runs import RunsJudge
 from billing_orchestration_tests.torture.simulation.oracle_sends import SendsJudge
 
 
-class Oracle(BooksJudge, RunsJudge, SendsJudge):
+class Oracle(BooksJudge, RunsJudge, SendsJudge, ClocksJudge):
     """One installation's judge. `violations` runs every check of the books; the others are for certain moments."""

@@ -77,6 +77,8 @@ class Process:
         self.as_of = as_of
         # As the run itself reads it: our host's clock.
         self.began = world.host_now()
+        self._clocks_set = world.clocks_set
+        self._answered_since = 0
         # One at a time goes on, in an order that is drawn.
         self.threads = OrderedThreads(
             random.Random(accidents.generator.getrandbits(64)), world.seconds, world.pass_time
@@ -98,6 +100,19 @@ class Process:
             return
         if accidents.meanwhile and accidents.generator.random() < accidents.meanwhile:
             world.go_on(place)
+
+    @property
+    def clocks_as_at_its_beginning(self) -> bool:
+        """Whether nobody has set a clock since it began."""
+        return self.world.clocks_set == self._clocks_set
+
+    def _look_at_clocks(self) -> None:
+        """A wrong clock is seen before the first charge, and one that was set since with the next answers."""
+        world = self.world
+        if world.clocks_are_apart and self.clocks_as_at_its_beginning:
+            world.fault("CHARGED BY A WRONG CLOCK: it was wrong before the run began")
+        elif world.host_error and self._answered_since > 2 * world.traits.max_concurrency:
+            world.fault(f"CHARGED BY A WRONG CLOCK: after {self._answered_since} answers that have shown it")
 
     def at_statement(self, connection: Any, statement: str) -> None:
         self.sessions.add(connection.info.backend_pid)
@@ -123,6 +138,7 @@ class Process:
         self.threads.give_way()
         world, lived = self.world, not self.accidents.dead
         if method == "POST" and key is not None and lived:
+            self._look_at_clocks()
             world.charges.look_at(key, body or b"", self.as_of, self.began, reaches=fault != "not connected")
         try:
             self._point(f"before {method}")
@@ -136,6 +152,7 @@ class Process:
     def after_request(self, method: str, key: str | None, answer: Any) -> None:
         if method == "POST" and key is not None and not self.accidents.dead:
             self.world.charges.note_answer(key, answer)
+        self._answered_since += bool(self.world.host_error) and not self.clocks_as_at_its_beginning
         self._point(f"after {method}")
         self.threads.give_way()
 

@@ -35,7 +35,8 @@ MUST_BE_PLAYED = (
     *(f"POST: {fault}" for fault, _ in CHARGE_FAULTS), *(f"GET: {fault}" for fault, _ in READ_FAULTS),
     "whole autopayment_job", "of a partition", "attempts STOPPED", "attempts DECLINED", "attempts PENDING",
     "attempts VOID", "attempts REJECTED", "attempts REVIEW", "attempts SUCCEEDED", "settled renewed", "settled created",
-    "settled extended", "settled refunded",
+    "settled extended", "settled refunded", "a card is stuck: silence before", "a card is stuck: error before",
+    "webhook: dies half-way",
 )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ class Runs:
         chargeable = world.oracle.chargeable(as_of, world.now) if charges else {}
         began = world.now
         end = self.run(job, accidents, **how)
-        disturbed = not accidents.undisturbed or accidents.meanwhile or world.outage or world.host_error
+        disturbed = not accidents.undisturbed or accidents.meanwhile or world.outage or world.clocks_are_apart
         if charges and accidents.stuck and not disturbed and end.failure != "killed":
             # Nobody else's card is stuck, so nobody else waits.
             for words in world.oracle.not_charged(chargeable):

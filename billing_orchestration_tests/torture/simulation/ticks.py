@@ -53,7 +53,7 @@ class Ticks:
         if not all(greens) and self._again_at <= world.now:
             # One more at a time: each red tick asking for two would fill an outage of eight days with nothing else.
             self._again_at = world.now + (
-                TICK if world.outage is None and not world.host_error else self._dice.minutes(30, 400)
+                TICK if world.outage is None and not world.clocks_are_apart else self._dice.minutes(30, 400)
             )
             self._agenda.tick_at(self._again_at)
         self._backfill_gaps()
@@ -75,7 +75,7 @@ class Ticks:
             while hour <= last:
                 window = dg.TimeWindow(hour, hour + timedelta(hours=1))
                 run = self._runs.launch(row.job, self._runs.calm(), partition=window)
-                if not run.ok and world.outage is None and not world.host_error:
+                if not run.ok and world.outage is None and not world.clocks_are_apart:
                     world.fault(f"a backfill of {hour} is red: {run.failure}")
                 hour += timedelta(hours=1)
             world.service.execute(

@@ -74,11 +74,13 @@ class Order:
 
 
 class World:
-    """The installation. `now` is the time; our host's clock is off by `host_error`, the others by their skew."""
+    """The installation. `now` is the time; clocks are off by `host_error`, `database_error` and their skew."""
 
     def __init__(self, url: str, seed: int, start: datetime, traits: Traits, *, served: Sandbox | None = None) -> None:
         self.now = start
-        self.host_error = timedelta(0)
+        self.host_error = self.database_error = timedelta(0)
+        # How often a clock was set, to the wrong time or the right one.
+        self.clocks_set = 0
         self.seed = seed
         self.traits = traits
         self.zone = ZoneInfo(traits.zone)
@@ -148,6 +150,19 @@ class World:
 
     def service_now(self) -> datetime:
         return self.now + self.traits.service_skew
+
+    def database_now(self) -> datetime:
+        return self.now + self.database_error
+
+    def set_clocks(self, host_error: timedelta, database_error: timedelta) -> None:
+        """Somebody has, or a machine of its own."""
+        self.host_error, self.database_error = host_error, database_error
+        self.clocks_set += 1
+
+    @property
+    def clocks_are_apart(self) -> bool:
+        """Whether one of them is wrong, by more than may be tolerated."""
+        return bool(self.host_error or self.database_error)
 
     def seconds(self) -> float:
         """The time as a number."""
@@ -229,6 +244,7 @@ class World:
         database.process = process
         if not nested:
             self._database = database
+        bound_to_time = self.oracle.bound_to_time() if self.clocks_are_apart else None
         order = Order(tick and tick + self.host_error, partition, dry_run, self._op_config(tick))
         try:
             end = self._run_whole(process, job, order) if whole else self._run_ops(process, job, order, database)
@@ -247,6 +263,9 @@ class World:
             if not nested:
                 self._database = None
         self.look_after(job, process, end)
+        if bound_to_time is not None and process.clocks_as_at_its_beginning:
+            for words in self.oracle.done_by_a_wrong_clock(job, bound_to_time):
+                self.fault(words)
         how = "ok" if end.ok else f"red: {end.failure}"
         self.tell(f"{job}{' partition' if partition else ''}{' dry' if dry_run else ''}{' nested' if nested else ''}"
                   f" {how[:200]} {mine.happened[:3] or ''}")  # fmt: skip
@@ -279,7 +298,7 @@ class World:
             "run": RunSettings(as_of=order.as_of, dry_run=order.dry_run),
             "billing_database": database,
             "payment_provider": provider,
-            "clock": Clock(self.host_now, lambda _: self.now),
+            "clock": Clock(self.host_now, lambda _: self.database_now()),
             "threads": process.threads,
             "hand_over": HandOver(),
         }
@@ -292,7 +311,7 @@ class World:
         definitions = build_definitions(
             load=lambda: self.settings,
             now=self.host_now,
-            database_now=lambda _: self.now,
+            database_now=lambda _: self.database_now(),
             connect=process.connect,
             threads=process.threads,
         )
