@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from billing_orchestration_tests.translations import anchor_of
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "billing_orchestration"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # A rule that someone looks up by name stays in the table, whatever becomes of the code.
 RULES = (
     "anchor day",
@@ -81,8 +83,7 @@ def test_the_tests_that_the_safety_page_names_exist() -> None:
 
 
 def _anchors(path: Path) -> set[str]:
-    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
-    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    return {anchor_of(title) for title in re.findall(r"^#+ (.*)$", path.read_text(), re.M)}
 
 
 def test_the_readme_names_commands_that_exist() -> None:
