@@ -33,6 +33,7 @@ COPY workspace.yaml workspace.grpc.yaml ./
 COPY run_configs ./run_configs
 COPY deploy/celery ./deploy/celery
 COPY deploy/kubernetes ./deploy/kubernetes
+COPY docs ./docs
 COPY deploy/dagster.yaml /opt/dagster/home/dagster.yaml
 
 # By number: Kubernetes' runAsNonRoot accepts no name.

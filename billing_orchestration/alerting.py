@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # A message of this many characters fits into every service that people use on a phone.
 _LONGEST = 3500
-RUNBOOK = "docs/operations.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +66,10 @@ class Alerts:
     def link(self, path: str) -> str:
         """A page of the Dagster UI."""
         return f"{self.settings.dagster_ui_url}/{path}"
+
+    def runbook(self, heading: str) -> str:
+        """What to read about it: a heading of docs/operations.md."""
+        return f"{self.settings.runbook}#{heading}"
 
     def send(self, alert: Alert) -> bool:
         """Send to every receiver. False: not all of them took it, send it again later. Never raises; takes seconds at

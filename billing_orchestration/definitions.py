@@ -30,6 +30,7 @@ from billing_orchestration.jobs.missed_days import missed_days_sensor
 from billing_orchestration.jobs.money_checks import GROUP
 from billing_orchestration.jobs.partitions import DAILY, RECONCILED
 from billing_orchestration.jobs.run_alerts import failed_run_sensor
+from billing_orchestration.jobs.run_report import asset_of
 from billing_orchestration.provider.client import PaymentProvider
 from billing_orchestration.resources import (
     Clock,
@@ -125,12 +126,12 @@ def _plotted_assets() -> Iterator[dg.AssetSpec]:
     """What Dagster plots (one point a day, or one for each tick that changed something), and the plans of dry runs."""
     yield dg.AssetSpec(
         PLANS,
-        description="Plans shown by dry runs (Events, latest first), each with what to launch to approve it.",
+        description="Plans that dry runs have shown, each with a link that approves it: see Events, latest first.",
         group_name=GROUP,
     )
     for job in _PLOTTED_BY_DAY:
         yield dg.AssetSpec(
-            dg.AssetKey(["billing", job]),
+            asset_of(job),
             description=f"Numbers of {job}, by day, all runs of a day added up. See Metadata, Plots.",
             partitions_def=DAILY,
             group_name=GROUP,
@@ -143,7 +144,7 @@ def _plotted_assets() -> Iterator[dg.AssetSpec]:
     )
     for job in _PLOTTED_BY_TICK:
         yield dg.AssetSpec(
-            dg.AssetKey(["billing", job]),
+            asset_of(job),
             description=f"Corrections by {job}, one point per tick that made any. See Metadata, Plots.",
             group_name=GROUP,
         )

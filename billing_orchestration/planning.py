@@ -15,7 +15,7 @@ import dagster as dg
 
 from billing_orchestration.jobs.approval import PLAN_TAG
 from billing_orchestration.jobs.run_failures import failure_of
-from billing_orchestration.jobs.run_report import decisions_in
+from billing_orchestration.jobs.run_report import decisions_in, read_result
 
 
 class NotPlanned(Exception):
@@ -67,14 +67,14 @@ def make_plan(definitions: dg.Definitions, job: str, as_of: datetime | None) -> 
         run = instance.get_run_by_id(result.run_id)
         report: Mapping[str, Any] = {}
         for entry in instance.all_logs(result.run_id, of_type=dg.DagsterEventType.STEP_OUTPUT):
-            if entry.dagster_event is not None and "applied" in entry.dagster_event.step_output_data.metadata:
+            if entry.dagster_event is not None and "result" in entry.dagster_event.step_output_data.metadata:
                 report = entry.dagster_event.step_output_data.metadata
     decisions, total = decisions_in(report)
     return Plan(
         job=job,
         as_of=str(report["as_of"].value).split(" ")[0],
         plan=run.tags.get(PLAN_TAG, "") if run is not None else "",
-        changes=int(report["applied"].value or 0),
+        changes=read_result(str(report["result"].value))["applied"],
         total=total,
         decisions=decisions,
     )

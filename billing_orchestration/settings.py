@@ -143,6 +143,13 @@ def _ui_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def _docs_url(text: str) -> str:
+    try:
+        return _ui_url(text)
+    except ValueError:
+        raise ValueError("is not an http(s) URL; it must name the folder of operations.md") from None
+
+
 def _ui_auth(value: str | SecretStr) -> SecretStr:
     text = value.get_secret_value() if isinstance(value, SecretStr) else value
     read_login(text)
@@ -288,6 +295,7 @@ class Settings(BaseSettings):
     alert_urls: Annotated[SecretStr | None, BeforeValidator(_alert_urls)] = None
     heartbeat_url: Annotated[SecretStr | None, BeforeValidator(_heartbeat_url)] = None
     dagster_ui_url: Annotated[str, BeforeValidator(_ui_url)] = DEFAULT_UI_URL
+    docs_url: Annotated[str | None, BeforeValidator(_docs_url)] = None
     ui_auth: Annotated[SecretStr | None, BeforeValidator(_ui_auth)] = None
     ui_hosts: Annotated[str | None, BeforeValidator(_ui_hosts)] = None
     ui_read_only: Annotated[bool, BeforeValidator(_yes_or_no)] = False
@@ -366,6 +374,11 @@ class Settings(BaseSettings):
     def is_live_shop(self) -> bool:
         """Whether the secret key is a live shop's, where a test payment must never grant anything."""
         return self.yookassa_secret_key.get_secret_value().startswith("live_")
+
+    @property
+    def runbook(self) -> str:
+        """The address of docs/operations.md: below DOCS_URL, else where `billing-orchestration webserver` serves it."""
+        return f"{self.docs_url or f'{self.dagster_ui_url}/docs'}/operations.md"
 
     @property
     def ui_login(self) -> Passwords | LoginProxy | None:
@@ -462,6 +475,7 @@ class _UiAddress(BaseSettings):
     model_config = Settings.model_config
 
     dagster_ui_url: str = DEFAULT_UI_URL
+    docs_url: str = ""
 
 
 def ui_prefix() -> str:
@@ -473,6 +487,15 @@ def ui_prefix() -> str:
         return urlsplit(_ui_url(_UiAddress().dagster_ui_url.strip())).path
     except (ValueError, OSError):
         return ""
+
+
+def runbook_link() -> str:
+    """The runbook as a page of the UI links to it: `DOCS_URL`'s, else the webserver's own. It never fails."""
+    try:
+        folder = _ui_url(_UiAddress().docs_url.strip())
+    except (ValueError, OSError):
+        folder = f"{ui_prefix()}/docs"
+    return f"{folder}/operations.md"
 
 
 def partition_timezone() -> str:

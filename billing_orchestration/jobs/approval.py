@@ -84,6 +84,13 @@ def approval_link(context: dg.OpExecutionContext, scope: RunScope, plan: str) ->
     return launch_again(context, dry_run=None, as_of=scope.as_of.isoformat(), approved_plan=plan)
 
 
+def link_of_plan(context: dg.OpExecutionContext, scope: RunScope) -> str | None:
+    """The same, for the plan that this run has shown. None: it has shown none, as a divided run."""
+    run = context.instance.get_run_by_id(context.run_id)
+    plan = run.tags.get(PLAN_TAG) if run is not None else None
+    return None if plan is None else approval_link(context, scope, plan)
+
+
 def _previewed(context: dg.OpExecutionContext, plan: str) -> list[str] | None:
     """The changes that the dry run of a plan has shown; None when this run history does not know it."""
     records = context.instance.get_run_records(dg.RunsFilter(job_name=context.job_name, tags={PLAN_TAG: plan}), limit=1)

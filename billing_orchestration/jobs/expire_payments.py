@@ -270,7 +270,7 @@ def apply_payment_expiry(
         if not scope.dry_run:
             yield plotted(
                 context,
-                ("billing", JOB),
+                JOB,
                 {"expired": report.applied - settled, "settled late": settled, "kept pending": len(plan.kept)},
                 day=str(billing_database.calendar.day_of(scope.as_of)),
                 levels=frozenset({"kept pending"}),

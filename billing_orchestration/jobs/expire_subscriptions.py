@@ -162,7 +162,7 @@ def apply_subscription_expiry(
     if not over.scope.dry_run:
         yield plotted(
             context,
-            ("billing", JOB),
+            JOB,
             {"expired": report.applied, "held back": over.slice.held, "active": over.slice.active - report.applied},
             day=str(billing_database.calendar.day_of(over.scope.as_of)),
             levels=frozenset({"held back", "active"}),

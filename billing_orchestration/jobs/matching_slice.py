@@ -232,7 +232,7 @@ def apply_matching(
                 "quarantined": report.opened,
                 "to retry": len(report.again),
             }
-            yield plotted(context, ("billing", job), numbers)
+            yield plotted(context, job, numbers)
     hint = f"Nothing was granted for them. {retry_hint}; nothing is granted twice."
     conclude(context, scope, report, retry_hint=hint, job=job)
     yield dg.Output(None)

@@ -14,7 +14,7 @@ from typing import Any
 import dagster as dg
 import sqlalchemy as sa
 
-from billing_orchestration.alerting import RUNBOOK, Alert, Alerts
+from billing_orchestration.alerting import Alert, Alerts
 from billing_orchestration.database.errors import BillingDatabaseError
 from billing_orchestration.database.money_checks import (
     Verdict,
@@ -34,7 +34,7 @@ from billing_orchestration.jobs.quarantine_page import QUARANTINE, quarantine_pa
 from billing_orchestration.jobs.run_alerts import retry_undelivered
 from billing_orchestration.launchpad import LOCATION, launchpad, run_option
 from billing_orchestration.resources import PARTITION_TAG, BillingDatabase, Clock
-from billing_orchestration.settings import SettingsError, ui_prefix
+from billing_orchestration.settings import SettingsError, runbook_link, ui_prefix
 
 MONEY = dg.AssetKey(["billing", "money"])
 GROUP = "billing"
@@ -109,8 +109,9 @@ def _metadata(check: MoneyCheck, verdict: Verdict, location: str = LOCATION) -> 
     if verdict.broken:  # as plain text and URLs: the page hides Markdown behind a click
         metadata["what breaks it"] = dg.MetadataValue.text(printable("; ".join(verdict.broken)))
         metadata["the money"] = dg.MetadataValue.text(check.money)
-        metadata["what to do"] = dg.MetadataValue.text(f"{check.do} See {RUNBOOK}#{check.name}")
+        metadata["what to do"] = dg.MetadataValue.text(check.do)
         metadata |= {f"next: {what}": dg.MetadataValue.url(link) for what, link in _next(check, verdict, location)}
+        metadata["runbook"] = dg.MetadataValue.url(f"{runbook_link()}#{check.name}")
     return metadata
 
 
@@ -146,8 +147,8 @@ money_asset_checks = [_asset_check(check) for check in CHECKS]
 money_assets = [
     dg.AssetSpec(
         MONEY,
-        description="Hourly numbers of all jobs: charges, declines, unknown outcomes, open attempts and payments. See"
-        " Metadata, Plots. The money checks are in the tab Checks.",
+        description="Is the money right? The tab Checks says so. Metadata, Plots: charges, declines, unknown outcomes,"
+        " open attempts and payments, hour by hour.",
         group_name=GROUP,
     ),
     dg.AssetSpec(
@@ -200,7 +201,7 @@ def quarantine_alert(fresh: Sequence[Entry], waiting: int, alerts: Alerts) -> Al
         happened="\n".join([*lines, *more]),
         money=f"nothing more happens with it until a person decides ({waiting} open in all).",
         do="billing-orchestration quarantine show "
-        f"{fresh[0].id if one else 'ID'}, then resolve. See {RUNBOOK}#quarantine",
+        f"{fresh[0].id if one else 'ID'}, then resolve. See {alerts.runbook('quarantine')}",
         link=alerts.link("assets/billing/quarantine"),
     )
 
@@ -211,7 +212,7 @@ def check_alert(check: MoneyCheck, verdict: Verdict, alerts: Alerts) -> Alert:
         title=f"money check failed: {check.name}",
         happened="\n".join([check.description, *(f"- {what}" for what in verdict.broken)]),
         money=check.money,
-        do=f"{check.do} See {RUNBOOK}#{check.name}",
+        do=f"{check.do} See {alerts.runbook(check.name)}",
         link=alerts.link("assets/billing/money?view=checks"),
     )
 

@@ -12,7 +12,7 @@ from enum import Enum
 
 import dagster as dg
 
-from billing_orchestration.alerting import RUNBOOK, Alert, Alerts
+from billing_orchestration.alerting import Alert, Alerts
 from billing_orchestration.jobs.run_failures import FailureCode, RunFailure, failure_of
 
 # On a run that has alerted (the value is its failure's code), and on one whose alert could not be delivered.
@@ -85,7 +85,7 @@ def alert_of(run: dg.DagsterRun, failure: RunFailure, alerts: Alerts) -> Alert:
         title=f"{run.job_name} failed" + (f" ({partition})" if partition else ""),
         happened=words if len(words) <= _SHOWN else f"{words[:_SHOWN]}…",
         money=consequence.money,
-        do=f"{_DO.get(failure.code, consequence.do)} See {RUNBOOK}#{run.job_name}",
+        do=f"{_DO.get(failure.code, consequence.do)} See {alerts.runbook(run.job_name)}",
         link=alerts.link(f"runs/{run.run_id}"),
     )
 

@@ -12,6 +12,7 @@ import dagster as dg
 
 from billing_orchestration.domain.printable import printable
 from billing_orchestration.jobs.next_steps import launch_again
+from billing_orchestration.settings import runbook_link
 
 # Where a failure carries its code, among the metadata of its event.
 _CODE = "failure code"
@@ -49,11 +50,21 @@ def failed(code: str, words: str, metadata: Mapping[str, Any] | None = None) -> 
 
     Dagster must not retry it: every job is safe to launch again, and says when that helps.
     """
+    told = dict(metadata or {})
+    # What was done stands first, then where to go.
+    done = {name: told.pop(name) for name in ("result",) if name in told}
+    runbook = {"runbook": dg.MetadataValue.url(f"{runbook_link()}#{_heading(code)}")}
     return dg.Failure(
         printable(words),
-        metadata={**_next_step(code), **(metadata or {}), _CODE: dg.MetadataValue.text(code)},
+        metadata={**done, **_next_step(code), **told, **runbook, _CODE: dg.MetadataValue.text(code)},
         allow_retries=False,
     )
+
+
+def _heading(code: str) -> str:
+    """Where the runbook speaks of it: of the clocks, of deciding, or of the job."""
+    headings = {FailureCode.CLOCKS_APART: "clocksapart", FailureCode.NOT_RESOLVED: "quarantine"}
+    return headings.get(code, dg.OpExecutionContext.get().job_name)
 
 
 def _next_step(code: str) -> dict[str, dg.MetadataValue[Any]]:

@@ -1,5 +1,6 @@
 """What a run reports: metadata for the UI, numbers over time, and failures in plain words."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from billing_orchestration.domain.decisions import Decision, Tally
 from billing_orchestration.domain.printable import printable
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.run_scope import RunRefused, RunScope
-from billing_orchestration.jobs.approval import PLANS
+from billing_orchestration.jobs.approval import link_of_plan
 from billing_orchestration.jobs.run_failures import FailureCode, failed
 from billing_orchestration.jobs.termination import deliver, is_being_canceled
 from billing_orchestration.provider.errors import IncompleteSlice, OutcomeUnknown, ProviderError, RequestRejected
@@ -31,8 +32,9 @@ ROWS_SHOWN = 100
 _FAILURES_TOLD = 5
 # How `decisions_in` finds a run's decisions among its metadata.
 _DECISIONS = "decisions"
-_COUNT = "count: "
-_COLUMNS = ("action", "subject", "amount", "reason", "code")
+_COUNT, _SUM = "count: ", "sum: "
+# The record of a row holds its code, too, for programs: a column less leaves room for words.
+_COLUMNS = ("action", "subject", "amount", "reason")
 # The first line of a red run says what to do, even when that is nothing.
 _PROVIDER_IN_TROUBLE = "What to do: nothing yet, the next run covers this one; if that is red too, ask the provider."
 # Marks runs that changed something, as a filter for the list of runs.
@@ -91,7 +93,7 @@ def describe_decisions(decisions: Sequence[Decision] | Tally) -> dict[str, dg.Me
             schema=dg.TableSchema(columns=[dg.TableColumn(name) for name in _COLUMNS]),
         )
     for action, currency, total in tally.sums():
-        metadata[f"sum: {action}, {currency}"] = dg.MetadataValue.float(float(total))
+        metadata[f"{_SUM}{action}, {currency}"] = dg.MetadataValue.float(float(total))
     for action, count in sorted(tally.counts.items()):
         metadata[f"{_COUNT}{action}"] = dg.MetadataValue.int(count)
     return metadata
@@ -109,35 +111,73 @@ def decisions_in(metadata: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], 
     return rows, total
 
 
+def _as_of(scope: RunScope) -> dg.MetadataValue[Any]:
+    return dg.MetadataValue.text(f"{scope.as_of.isoformat()} (from {scope.source})")
+
+
 def describe_scope(scope: RunScope) -> dict[str, dg.MetadataValue[Any]]:
     """Metadata: what the run stands for."""
     return {
-        "as_of": dg.MetadataValue.text(f"{scope.as_of.isoformat()} (from {scope.source})"),
+        "as_of": _as_of(scope),
         "dry_run": dg.MetadataValue.bool(scope.dry_run),
     }
 
 
-def describe_report(scope: RunScope, report: RunReport, job: str) -> dict[str, dg.MetadataValue[Any]]:
-    """Metadata: what was done. A run's page shows the first lines without a click."""
-    return {
-        "result": dg.MetadataValue.text(_result(scope, report)),
-        **_next_steps(scope, report, job),
-        **describe_decisions(report.decisions),
-        **describe_scope(scope),
-        "applied": dg.MetadataValue.int(report.applied),
-        "skipped": dg.MetadataValue.int(report.skipped),
-        "quarantined": dg.MetadataValue.int(report.quarantined),
-        "newly quarantined": dg.MetadataValue.int(report.opened),
-        "to retry": dg.MetadataValue.int(report.to_retry),
-        **{name: _number(value) for name, value in report.numbers.items()},
-    }
+# The words of a run's sentence, and what they count (`read_result`).
+_WORDS = {
+    "changed": "applied",
+    "would change": "applied",
+    "skipped": "skipped",
+    "quarantined": "quarantined",
+    "new": "newly quarantined",
+    "to retry": "to retry",
+}
 
 
 def _result(scope: RunScope, report: RunReport) -> str:
-    return (
-        f"{'would change' if scope.dry_run else 'changed'} {report.applied}, skipped {report.skipped}, quarantined"
-        f" {report.quarantined} ({report.opened} new), to retry {report.to_retry}"
+    """The run in one sentence, without what is zero."""
+    new = f" (new {report.opened})" if report.opened else ""
+    counts = (
+        ("would change" if scope.dry_run else "changed", report.applied, ""),
+        ("skipped", report.skipped, ""),
+        ("quarantined", report.quarantined, new),
+        ("to retry", report.to_retry, ""),
     )
+    told = ", ".join(f"{word} {count}{detail}" for word, count, detail in counts if count or detail)
+    return f"{'dry run: ' if scope.dry_run else ''}{told or 'nothing to do'}"
+
+
+def read_result(sentence: str) -> dict[str, int]:
+    """The counts of a run's sentence: applied, skipped, quarantined, newly quarantined, to retry."""
+    found = re.findall(rf"\b({'|'.join(_WORDS)}) (\d+)", sentence)
+    return dict.fromkeys(_WORDS.values(), 0) | {_WORDS[word]: int(count) for word, count in found}
+
+
+def _more_numbers(report: RunReport, told: Mapping[str, Any]) -> dict[str, dg.MetadataValue[Any]]:
+    """The numbers that neither the counts of decisions nor their sums have told."""
+    return {
+        name: _number(value)
+        for name, value in report.numbers.items()
+        if value and f"{_COUNT}{name}" not in told and f"{_SUM}{name}" not in told
+    }
+
+
+def describe_report(
+    scope: RunScope, report: RunReport, job: str, approval: str | None = None
+) -> dict[str, dg.MetadataValue[Any]]:
+    """Metadata: what was done. A run's page shows the first lines without a click.
+
+    Each number once, and none that is zero: the sentence counts what became of things, the rest what was decided.
+    `approval`: the link that approves the plan of a dry run.
+    """
+    decisions = describe_decisions(report.decisions)
+    return {
+        "result": dg.MetadataValue.text(_result(scope, report)),
+        **_next_steps(scope, report, job, approval),
+        **decisions,
+        **_more_numbers(report, decisions),
+        "as_of": _as_of(scope),
+    }
 
 
 def conclude(
@@ -158,7 +198,9 @@ def conclude(
     line says what to do and what is known about the money (`retry_hint`). A run that a person terminates ends as
     Canceled, whatever it raises here.
     """
-    metadata = {**describe_report(scope, report, job), **(more or {})}
+    more = {name: value for name, value in (more or {}).items() if value.value}
+    approval = link_of_plan(context, scope) if scope.dry_run and report.applied else None
+    metadata = {**describe_report(scope, report, job, approval), **more}
     if report.decisions or report.again:  # an empty run says so in its metadata; a log line is one more event row
         context.log.info(f"{job}: {_result(scope, report)}")
     if report.applied and not scope.dry_run:
@@ -203,21 +245,26 @@ def end_if_interrupted(context: dg.OpExecutionContext, report: RunReport) -> boo
     return is_canceled
 
 
-def _next_steps(scope: RunScope, report: RunReport, job: str) -> dict[str, dg.MetadataValue[Any]]:
+def _next_steps(scope: RunScope, report: RunReport, job: str, approval: str | None) -> dict[str, dg.MetadataValue[Any]]:
     """Metadata: where to go from here. Nothing for a run that found nothing."""
     steps: dict[str, dg.MetadataValue[Any]] = {}
-    if report.applied and scope.dry_run:
-        steps["next: approve this plan"] = dg.MetadataValue.asset(PLANS)
+    if report.applied and approval is not None:
+        steps["next: approve this plan"] = dg.MetadataValue.url(approval)
     if report.quarantined:
         steps["next: what waits for a person"] = dg.MetadataValue.asset(dg.AssetKey(["billing", "quarantine"]))
     if report.applied and not scope.dry_run:
-        steps["next: numbers over time"] = dg.MetadataValue.asset(dg.AssetKey(["billing", job]))
+        steps["next: numbers over time"] = dg.MetadataValue.asset(asset_of(job))
     return steps
+
+
+def asset_of(job: str) -> dg.AssetKey:
+    """The asset with a job's numbers. It has a name of its own: a job's would lead to two pages."""
+    return dg.AssetKey(["billing", job.removesuffix("_job")])
 
 
 def plotted(
     context: dg.OpExecutionContext,
-    key: Sequence[str],
+    job: str,
     numbers: Mapping[str, int | float | Decimal],
     day: str | None = None,
     levels: frozenset[str] = frozenset(),
@@ -230,21 +277,21 @@ def plotted(
     numbers of red days matter most.
     """
     if day is not None:
-        before = _counted(context.instance, key, day)
+        before = _counted(context.instance, asset_of(job), day)
         counted: dict[str, int | float] = {}
         for name in dict.fromkeys([*before, *numbers]):
             value = float(numbers.get(name, 0)) + (0 if name in levels else before.get(name, 0))
             counted[name] = int(value) if value == int(value) else round(value, 2)
         numbers = counted
     return dg.AssetMaterialization(
-        list(key), partition=day, metadata={name: _number(value) for name, value in numbers.items()}
+        asset_of(job), partition=day, metadata={name: _number(value) for name, value in numbers.items()}
     )
 
 
-def _counted(instance: dg.DagsterInstance, key: Sequence[str], day: str) -> Mapping[str, float]:
+def _counted(instance: dg.DagsterInstance, key: dg.AssetKey, day: str) -> Mapping[str, float]:
     """What the day's runs have counted so far: its latest point."""
     found = instance.fetch_materializations(
-        dg.AssetRecordsFilter(asset_key=dg.AssetKey(list(key)), asset_partitions=[day]), limit=1
+        dg.AssetRecordsFilter(asset_key=key, asset_partitions=[day]), limit=1
     ).records
     latest = found[0].asset_materialization if found else None
     if latest is None:

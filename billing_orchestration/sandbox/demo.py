@@ -168,6 +168,7 @@ class _Play:
             [
                 self.report.cases(list(JOBS), self.story.cases, books),
                 self.report.books(books, self.story.subscriptions),
+                self._money_checks(),
                 self._second_round(),
             ]
         )
@@ -196,6 +197,17 @@ class _Play:
             runs = [started.wait() for started in [self._start(job) for job in jobs]]
         for run in runs:
             self.report.run(self.history, run, JOBS[run.job])
+
+    def _money_checks(self) -> bool:
+        """What the UI will say of the same books: its checks must not contradict the verdict."""
+        from billing_orchestration.database.engine import read
+        from billing_orchestration.jobs.money_checks import CHECKS
+
+        with read(self.engine) as connection:
+            verdicts = {check.name: check.ask(connection, datetime.now(timezone.utc)) for check in CHECKS}
+        faults = [f"{name}: {what}" for name, verdict in verdicts.items() for what in verdict.broken]
+        self.report.check(f"the money checks of the UI are green ({', '.join(verdicts)})", faults)
+        return not faults
 
     def _second_round(self) -> bool:
         """All five again, two at once: nothing may change on either side."""

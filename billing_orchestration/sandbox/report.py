@@ -43,7 +43,10 @@ class Report:
         if told.more_decisions:
             self.console.print(f"… and {told.more_decisions} more like these", style="dim")
         colour = "green" if run.succeeded else "red"
-        self.console.print(f"{colour}: {_numbers(told.counts)}  ({run.seconds:.1f} s)", style=colour)
+        self.console.print(
+            f"{colour}: {_numbers(told.counts)}  ({run.seconds:.1f} s)",
+            style=colour,
+        )
         if not run.succeeded:
             self.console.print(told.failure or f"see {run.log}", style="red")
 
@@ -129,7 +132,7 @@ def _table(*names: str, right: Sequence[int] = ()) -> Table:
 
 
 def _numbers(numbers: Mapping[str, int]) -> str:
-    return " · ".join(f"{name} {number}" for name, number in numbers.items()) or "nothing"
+    return " · ".join(f"{name} {number}" for name, number in numbers.items() if number) or "nothing"
 
 
 def _sums(sums: Mapping[str, Decimal]) -> str:

@@ -11,11 +11,10 @@ import dagster as dg
 
 from billing_orchestration.domain.decisions import PASSIVE
 from billing_orchestration.jobs.run_failures import failure_of
-from billing_orchestration.jobs.run_report import decisions_in
+from billing_orchestration.jobs.run_report import decisions_in, read_result
 
 # A reason of several sentences is cut in the table; the run's page in the UI has all of it.
 _LONGEST_REASON = 240
-_COUNTS = ("applied", "skipped", "quarantined", "newly quarantined", "to retry")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +53,12 @@ def read_run(instance: dg.DagsterInstance, job: str) -> RunStory | None:
         if entry.dagster_event is None:
             continue
         metadata = entry.dagster_event.step_output_data.metadata
-        if "applied" in metadata:
+        if "result" in metadata:
             report = metadata
         elif (entry.dagster_event.step_key or "").startswith("fetch_"):
             found |= _numbers(metadata)
     decisions, total = decisions_in(report)
-    numbers = _numbers(report)
-    counts = {name: numbers[name] for name in _COUNTS if name in numbers}
+    counts = read_result(str(report["result"].value)) if "result" in report else {}
     return RunStory(run.run_id, found, counts, decisions, total - len(decisions), failure.words if failure else None)
 
 

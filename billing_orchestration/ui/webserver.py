@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 from billing_orchestration.database_address import keep_addresses_out_of_logs
 from billing_orchestration.loopback import is_loopback
 from billing_orchestration.settings import SettingsError, load_ui_settings
+from billing_orchestration.ui.documents import Documents, documents_folder
 from billing_orchestration.ui.guard import Guard
 
 # Dagster's own defaults.
@@ -54,7 +55,7 @@ def serve(host: str, port: int, workspace: Path, prefix: str) -> None:
         official_app(instance, workspace, read_only=settings.ui_read_only, prefix=prefix) as app,
     ):
         uvicorn.run(
-            Guard(app, names=settings.ui_names, login=login, prefix=prefix),
+            Guard(Documents(app, documents_folder(), prefix), names=settings.ui_names, login=login, prefix=prefix),
             host=host,
             port=port,
             access_log=False,

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from billing_orchestration.definitions import build_definitions
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.jobs.matching_slice import WEBHOOK_GRACE_S
+from billing_orchestration.jobs.run_report import read_result
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.settings import Settings
@@ -44,12 +45,13 @@ class Run:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The metadata of the applying op, whether it ended green or red."""
-        return next(
+        """The metadata of the applying op, whether it ended green or red, with the counts of its sentence."""
+        found = next(
             value
             for key, value in self.metadata.items()
             if key.startswith(("apply_", "charge_", "conclude_", "resolve_")) or key == "failure"
         )
+        return {**found, **(read_result(str(found["result"])) if "result" in found else {})}
 
     @property
     def decisions(self) -> list[dict[str, Any]]:

@@ -141,7 +141,8 @@ def test_a_red_run_links_to_its_next_step(
     service.subscriber()
     run = service.run("autopayment_job", **given)
     assert not run.ok
-    assert next(iter(run.report)) == label
+    assert [name for name in run.report if name.startswith("next: ")] == [label]
+    assert run.report["runbook"] == "/docs/operations.md#autopayment_job"
     assert _run_options(run.report[label]) == wanted
 
 

@@ -457,7 +457,7 @@ def test_numbers_of_the_day_are_plotted(service: Service) -> None:
 
     run = service.run(JOB)
 
-    numbers = run.materialized["autopayment_job"]
+    numbers = run.materialized["autopayment"]
     assert (numbers["charged"], numbers["declined"], numbers["declines: soft"], numbers["charged, RUB"]) == (
         1, 1, 1, 299.0,
     )  # fmt: skip

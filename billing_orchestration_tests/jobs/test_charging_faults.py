@@ -248,7 +248,7 @@ def test_an_answer_with_another_amount_or_currency_goes_to_a_person_and_grants_n
 
     run = service.run(JOB)
 
-    assert run.report["in review"] == 1
+    assert run.report["count: in review"] == 1
     assert states(service, subscription) == ["REVIEW"]
     assert service.ended_at(subscription) == NOON
     [problem] = service.rows("quarantine")

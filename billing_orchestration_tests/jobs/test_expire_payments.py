@@ -395,7 +395,7 @@ def test_a_row_that_the_webhook_finishes_while_the_provider_is_asked_is_skipped_
     assert run.reasons(f"payment {payment}") == ["skip: changed meanwhile, no longer PENDING"]
     assert run.report["skipped"] == 2
     # What is plotted is what happened.
-    assert run.materialized[JOB]["expired"] == 0
+    assert run.materialized[JOB.removesuffix("_job")]["expired"] == 0
 
 
 def test_one_row_that_the_database_refuses_goes_to_a_person_once_and_never_stops_the_others(service: Service) -> None:
@@ -438,7 +438,7 @@ def test_of_several_pages_each_row_is_decided_once_and_one_that_is_refused_stops
     assert run.ok, run.failure
     assert service.status("payments", paid) == "SUCCEEDED"
     assert service.scalars("SELECT id FROM payments WHERE status = 'PENDING'") == [odd]
-    assert run.materialized[JOB] == {"expired": 2 * PAGE + 9, "settled late": 1, "kept pending": 0}
+    assert run.materialized[JOB.removesuffix("_job")] == {"expired": 2 * PAGE + 9, "settled late": 1, "kept pending": 0}
     assert run.report["newly quarantined"] == 1
     assert len(run.decisions) == 100
     assert run.number("fetch_stale_payments", "stale PENDING payments") == 2 * PAGE + 11
@@ -500,7 +500,7 @@ def test_a_run_shows_its_slices_sums_and_numbers_of_the_day(service: Service) ->
     assert run.number("fetch_stale_at_provider", "asked") == 2
     assert run.report["sum: expire, RUB"] == pytest.approx(150.5)
     assert (run.report["applied"], run.report["skipped"]) == (3, 1)
-    assert run.materialized == {JOB: {"expired": 2, "settled late": 1, "kept pending": 1}}
+    assert run.materialized == {JOB.removesuffix("_job"): {"expired": 2, "settled late": 1, "kept pending": 1}}
 
 
 def test_an_amount_that_is_no_number_stops_neither_the_run_nor_its_report(service: Service) -> None:

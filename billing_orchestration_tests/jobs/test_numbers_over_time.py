@@ -18,14 +18,14 @@ def test_a_later_run_of_a_day_adds_to_what_the_first_has_charged(service: Servic
     plan = service.plan()
     service.subscriber(plan, ended_at=NOON, user="anna", method="card-1")
     service.subscriber(plan, ended_at=NOON, user="poor", method="card-2", script="canceled:insufficient_funds")
-    first = service.run(AUTOPAYMENT).materialized[AUTOPAYMENT]
+    first = service.run(AUTOPAYMENT).materialized[AUTOPAYMENT.removesuffix("_job")]
     assert (first["charged"], first["charged, RUB"], first["declines: soft"]) == (1, 299.0, 1)
 
-    again = service.run(AUTOPAYMENT).materialized[AUTOPAYMENT]
+    again = service.run(AUTOPAYMENT).materialized[AUTOPAYMENT.removesuffix("_job")]
     assert again == first
 
     service.subscriber(plan, ended_at=NOON, user="bob", method="card-3")
-    third = service.run(AUTOPAYMENT).materialized[AUTOPAYMENT]
+    third = service.run(AUTOPAYMENT).materialized[AUTOPAYMENT.removesuffix("_job")]
     assert (third["charged"], third["charged, RUB"], third["declines: soft"]) == (2, 598.0, 1)
 
 
@@ -34,7 +34,7 @@ def test_the_next_day_begins_at_nothing(service: Service) -> None:
     service.run(AUTOPAYMENT)
     service.advance(days=1)
 
-    assert service.run(AUTOPAYMENT).materialized[AUTOPAYMENT]["charged"] == 0
+    assert service.run(AUTOPAYMENT).materialized[AUTOPAYMENT.removesuffix("_job")]["charged"] == 0
 
 
 def test_what_is_no_count_is_not_added_up(service: Service) -> None:
@@ -42,9 +42,9 @@ def test_what_is_no_count_is_not_added_up(service: Service) -> None:
     for days in (10, 11):
         service.subscription(plan_id=plan, ended_at=NOON - timedelta(days=days))
     service.subscription(plan_id=plan, ended_at=NOON + timedelta(days=10))
-    assert service.run(EXPIRY).materialized[EXPIRY] == {"expired": 2, "held back": 0, "active": 1}
+    assert service.run(EXPIRY).materialized[EXPIRY.removesuffix("_job")] == {"expired": 2, "held back": 0, "active": 1}
 
-    assert service.run(EXPIRY).materialized[EXPIRY] == {"expired": 2, "held back": 0, "active": 1}
+    assert service.run(EXPIRY).materialized[EXPIRY.removesuffix("_job")] == {"expired": 2, "held back": 0, "active": 1}
 
 
 def test_everything_that_a_run_plots_or_links_to_is_an_asset_with_a_description(service: Service) -> None:
@@ -56,6 +56,6 @@ def test_everything_that_a_run_plots_or_links_to_is_an_asset_with_a_description(
     seen = {entry.dagster_event.asset_key.path[-1] for entry in observed if entry.dagster_event.asset_key}  # type: ignore[union-attr]
     seen |= set(service.run(AUTOPAYMENT).materialized)
 
-    assert seen == {"plans", AUTOPAYMENT}
+    assert seen == {"plans", "autopayment"}
     for name in (*seen, "money", "quarantine"):
         assert described[name]

@@ -21,6 +21,7 @@ from billing_orchestration.jobs.autopayment.executors import UnsupportedExecutor
 from billing_orchestration.jobs.autopayment.shards import limits_of_a_shard
 from billing_orchestration.jobs.autopayment.steps import ChargingConfig
 from billing_orchestration.jobs.money_checks import CHECKS
+from billing_orchestration.jobs.run_report import read_result
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.settings import load_settings
 from billing_orchestration_tests.books import NOON
@@ -45,14 +46,14 @@ def test_every_due_subscription_is_charged_once_by_its_shard(service: Service, s
     assert run.number("divide_due_subscriptions", "due") == 5
     assert run.report["charged"] == 5
     assert run.report["charged, RUB"] == 5 * 299
-    assert run.materialized[JOB]["charged"] == 5
+    assert run.materialized[JOB.removesuffix("_job")]["charged"] == 5
     assert {row["shard"] for row in run.report["shards"]} == {
         f"renew_shard[shard_{number}_of_{shards}]" for number in range(1, shards + 1)
     }
     for number in range(1, shards + 1):
         mine = [id_ for id_ in subscriptions if id_ % shards == number - 1]
         told = run.metadata[f"renew_shard[shard_{number}_of_{shards}]"]
-        assert told["applied"] == len(mine)
+        assert read_result(told["result"])["applied"] == len(mine)
     service.check_books()
 
 
@@ -82,7 +83,7 @@ def test_a_divided_dry_run_shows_each_shard_and_writes_nothing(service: Service)
         for row in metadata["decisions (1)"]
     ]
     assert sorted(shown) == sorted(f"subscription {id_}" for id_ in (first, second))
-    assert run.report["result"].startswith("would change 2,")
+    assert run.report["result"].startswith("dry run: would change 2")
     assert service.snapshot() == before
     assert service.charges() == []
 
@@ -171,7 +172,7 @@ def test_what_must_be_retried_ends_the_run_red_after_all_shards_and_names_it(ser
     assert run.failure.startswith("1 must be retried, everything else was applied. Nobody is charged twice")
     assert f"subscription {lost} (unknown)" in run.failure
     assert {id_: service.charged()[id_] for id_ in others} == dict.fromkeys(others, 1)
-    assert run.materialized[JOB]["unknown"] == 1
+    assert run.materialized[JOB.removesuffix("_job")]["unknown"] == 1
     service.sandbox.behave()
     assert service.run(JOB, shards=3).ok
     assert service.charged() == dict.fromkeys([lost, *others], 1)
@@ -190,7 +191,7 @@ def test_an_open_attempt_is_concluded_by_its_own_shard(service: Service) -> None
     assert [service.attempts(id_)[0].state for id_ in subscriptions] == ["SUCCEEDED"] * 3
     for number in (1, 2):
         mine = [id_ for id_ in subscriptions if id_ % 2 == number - 1]
-        assert run.metadata[f"renew_shard[shard_{number}_of_2]"]["applied"] == len(mine)
+        assert read_result(run.metadata[f"renew_shard[shard_{number}_of_2]"]["result"])["applied"] == len(mine)
     service.check_books()
 
 

@@ -149,7 +149,7 @@ def charge_renewals(
         apply_plan(context, config, plan, report, billing_database, payment_provider, clock, threads)
         if not plan.scope.dry_run:
             day = str(billing_database.calendar.day_of(plan.scope.as_of))
-            yield plotted(context, ("billing", JOB), report.numbers, day=day)
+            yield plotted(context, JOB, report.numbers, day=day)
     conclude(context, plan.scope, report, retry_hint=RETRY_HINT, job=JOB)
     yield dg.Output(None)
 

@@ -273,7 +273,7 @@ def conclude_shards(
             )
         )
     if not scope.dry_run:
-        yield plotted(context, ("billing", JOB), report.numbers, day=str(billing_database.calendar.day_of(scope.as_of)))
+        yield plotted(context, JOB, report.numbers, day=str(billing_database.calendar.day_of(scope.as_of)))
     shards = {"shards": dg.MetadataValue.table(rows)} if rows else {}
     conclude(context, scope, report, retry_hint=RETRY_HINT, job=JOB, more=shards)
     yield dg.Output(None)

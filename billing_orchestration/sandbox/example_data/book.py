@@ -164,13 +164,14 @@ class Book:
         reason: str | None = None,
         decline_class: str | None = None,
         charged_at: datetime | None = None,
+        absent_since: datetime | None = None,
     ) -> Item:
         """The same, with an attempt of an earlier run. `charged_at`: the provider has charged it, and nobody knows."""
         subscription = _subscription(item)
         number = sum(attempt.subscription is subscription for attempt in self.attempts) + 1
         external_id = self._id(sent_at) if reason or charged_at else None
         self.attempts.append(
-            Attempt(subscription, number, state, sent_at, external_id, reason, decline_class, charged_at)
+            Attempt(subscription, number, state, sent_at, external_id, reason, decline_class, charged_at, absent_since)
         )
         return item
 

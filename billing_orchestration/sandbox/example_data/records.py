@@ -59,8 +59,11 @@ class PaymentRow:
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """A row of `renewal_attempts` that an earlier run left. `charged_at`: when the provider took the money, if it did,
-    which the row does not know."""
+    """A row of `renewal_attempts` that an earlier run left.
+
+    `charged_at`: when the provider took the money, if it did, which the row does not know. `absent_since`: when a first
+    search of the provider's list did not find it.
+    """
 
     subscription: Subscription
     number: int
@@ -70,6 +73,7 @@ class Attempt:
     reason: str | None
     decline_class: str | None
     charged_at: datetime | None
+    absent_since: datetime | None
 
 
 @dataclass(frozen=True, slots=True)

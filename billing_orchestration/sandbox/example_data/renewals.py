@@ -105,8 +105,8 @@ def tried_before(book: Book) -> None:
                       decline_class="hard"))  # fmt: skip
     case("outcome unknown for 26 h: the provider has forgotten the key", "not sent again: found by a search, granted",
          RENEWED, book.attempt(book.due(book.ago(hours=32)), "UNKNOWN", sent, charged_at=sent))  # fmt: skip
-    case("unknown for 26 h: the provider never got it", "absent from a first scan: no charge before a second one",
-         replace(NOT_CHARGED, attempt="UNKNOWN"),
-         book.attempt(book.due(book.ago(days=5)), "UNKNOWN", sent))  # fmt: skip
+    case("unknown for 26 h: the provider never got it, a first search did not find it",
+         "absent from a second search too: given up, charged once with a new key", RENEWED,
+         book.attempt(book.due(book.ago(days=5)), "UNKNOWN", sent, absent_since=book.ago(hours=2)))  # fmt: skip
     case("pending since yesterday, paid in the meantime", "asked about: granted once", RENEWED,
          book.attempt(book.due(book.ago(hours=33)), "PENDING", sent, charged_at=book.ago(hours=20)))  # fmt: skip

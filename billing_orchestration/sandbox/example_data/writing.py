@@ -164,6 +164,7 @@ def _attempt(attempt: Attempt, generator: random.Random) -> dict[str, Any]:
         "planned_at": attempt.sent_at,
         "first_sent_at": attempt.sent_at,
         "last_sent_at": attempt.sent_at,
+        "first_absent_at": attempt.absent_since,
         "sends": 1,
         "external_payment_id": None if attempt.state == "UNKNOWN" else attempt.external_id,
         "decline_party": "payment_network" if is_closed else None,
