@@ -43,6 +43,7 @@ check: $(STAMP) ## Check lint, format, types, layers, shape, definitions, tracke
 	@$(VENV)/bin/lint-imports
 	@$(VENV)/bin/hadolint Dockerfile
 	@$(PYTHON) .ci/check_image
+	@$(PYTHON) .ci/check_kubernetes
 	@$(PYTHON) .ci/check_definitions
 	@$(PYTHON) .ci/check_tracked_files
 	@$(PYTHON) .ci/check_shape
