@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _reason(error: Exception) -> str | None:
     """What an expected failure says; None for any other, which is a defect of ours."""
     from billing_orchestration.database.errors import BillingDatabaseError
+    from billing_orchestration.desk.customers import NotDone
     from billing_orchestration.desk.resolving import NotResolved
     from billing_orchestration.desk.switching import NotSwitched
     from billing_orchestration.domain.reconciled import NotReconciled
@@ -48,6 +49,7 @@ def _reason(error: Exception) -> str | None:
     if isinstance(error, ProviderError):
         return f"the provider gave no usable answer, so nothing was changed: {error}"
     expected = (
+        NotDone,
         NotResolved,
         NotSwitched,
         NotReconciled,
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_switches(commands)
     _add_webserver(commands)
     _add_casework(commands)
+    _add_customer(commands)
     sandbox = commands.add_parser("sandbox", help="start the provider's sandbox on this machine")
     sandbox.set_defaults(run=_sandbox)
     sandbox.add_argument("--port", type=_port, help="the port to listen on, 0 for any free one (default: 8071)")
@@ -177,6 +180,24 @@ def _add_casework(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     explain.set_defaults(run=_explain)
     explain.add_argument("what", choices=("payment", "subscription"))
     explain.add_argument("id", metavar="ID", help="the provider's payment id or the row's; the subscription's id")
+
+
+def _add_customer(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    customer = commands.add_parser("customer", help="copy out or erase what our schema holds about one customer")
+    customer.set_defaults(run=_customer)
+    actions = customer.add_subparsers(dest="action", required=True, metavar="ACTION")
+    exporting = actions.add_parser("export", help="write everything about a customer to a JSON file")
+    exporting.add_argument("--output", type=Path, required=True, metavar="FILE", help="a new file")
+    erasing = actions.add_parser(
+        "erase",
+        help="show what can be erased; with --yes erase it",
+        description="What the money needs stays under a pseudonym and is named with the reason.",
+    )
+    erasing.add_argument("--yes", action="store_true", help="do it; without it nothing is changed")
+    erasing.add_argument("--reason", default="", help="why, for the audit trail (a request's number, not a name)")
+    erasing.add_argument("--by", help="who does it (default: the user of this shell)")
+    for action in (exporting, erasing):
+        action.add_argument("user_id", metavar="USER_ID", help="as subscriptions.user_id holds it")
 
 
 def _add_reconcile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -354,6 +375,18 @@ def _quarantine(arguments: argparse.Namespace) -> None:
             word = "accepted" if arguments.accept else "ignored" if arguments.ignore else "attached"
             ruling = Resolution(word, arguments.reason, arguments.by or _user(), arguments.attach)
             _say_all(resolve(desk.engine, desk.connect, desk.calendar, arguments.id, ruling, desk.now))
+
+
+def _customer(arguments: argparse.Namespace) -> None:
+    from billing_orchestration.desk.customers import erase_customer, export
+    from billing_orchestration.desk.resolving import open_desk
+
+    with open_desk() as desk:
+        if arguments.action == "export":
+            _say_all(export(desk, arguments.user_id, arguments.output))
+        else:
+            by = arguments.by or _user()
+            _say_all(erase_customer(desk, arguments.user_id, by, arguments.reason, yes=arguments.yes))
 
 
 def _reconcile(arguments: argparse.Namespace) -> int:

@@ -291,6 +291,8 @@ class Settings(BaseSettings):
     subscription_grace_days: Annotated[int, BeforeValidator(_days(0))] = 3
     run_history_days: Annotated[int, BeforeValidator(_days(1))] = 30
     run_history_changed_days: Annotated[int, BeforeValidator(_days(1))] = 365
+    # Three years: as long as a customer can claim money back in most of the countries that these jobs serve.
+    evidence_days: Annotated[int, BeforeValidator(_days(30))] = 1095
     dagster_postgres_url: Annotated[str | None, BeforeValidator(_run_history_address)] = Field(default=None, repr=False)
     alert_urls: Annotated[SecretStr | None, BeforeValidator(_alert_urls)] = None
     heartbeat_url: Annotated[SecretStr | None, BeforeValidator(_heartbeat_url)] = None

@@ -42,6 +42,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "start": [["start"], ["start", "--without-doctor"]],
     "webserver": [["webserver"]],
     "quarantine": [["quarantine", "list"], ["quarantine", "show", "1"]],
+    "customer": [["customer", "export", "anna", "--output", "anna.json"], ["customer", "erase", "anna"]],
     "reconcile": [["reconcile", "--from", "2026-03-01"]],
     "explain": [["explain", "payment", "1"], ["explain", "subscription", "1"]],
     # Two that serve or run for long, on settings of their own.

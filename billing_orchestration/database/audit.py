@@ -42,7 +42,7 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One entry of the audit trail. `entity` is subscription, payment, attempt or quarantine.
+    """One entry of the audit trail. `entity` is subscription, payment, attempt, quarantine or customer.
 
     `entity_id` None: the payment row that settling creates in the same statement, found by its `external_payment_id`.
     """

@@ -1,19 +1,25 @@
 """run_history_job: deletes old runs and their events from the run history; keeps longer those that changed something.
 
+It ends what is kept of customers, too: evidence of resolved entries and the audit trail, after EVIDENCE_DAYS.
+Attempts and settlements are never touched: they hold the promise.
+
 Daily at 06:00, and harmless to repeat. The matching jobs alone make 1,440 runs a day, and Dagster keeps every run until
 somebody deletes it. The job writes to Dagster's own database only, through Dagster's API. From the billing database it
-reads the audit trail, which shows what a run changed even if the run was killed.
+reads the audit trail, which shows what a run changed even if the run was killed; from our own schema it deletes what is
+old. If it is killed in between, the next run continues.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.database.audit import runs_that_changed
+from billing_orchestration.database.retention import count_old, delete_old_audit, empty_old_evidence
 from billing_orchestration.domain.run_retention import CHANGED, GOES, MARKS_ITS_PARTITION, PastRun, retention
 from billing_orchestration.domain.run_scope import RunScope, over_limit
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE
@@ -26,6 +32,8 @@ MAX_RUNTIME_S = 2 * 3600
 # Records per query. Each holds a run's whole config and tags.
 _BATCH = 500
 _PROGRESS_EVERY = 1000
+# A transaction of this many short rows takes well below a second.
+_ROWS_AT_ONCE = 5000
 # Events are stamped by the worker, runs by the database.
 _CLOCKS_DIFFER_BY = timedelta(days=1)
 _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
@@ -164,6 +172,52 @@ def delete_old_runs(
     )
 
 
+@dg.op(description="End what is kept of customers after EVIDENCE_DAYS.", ins=AFTER)
+def remove_old_evidence(
+    context: dg.OpExecutionContext,
+    run: RunSettings,
+    billing_database: dg.ResourceParam[BillingDatabase],
+    clock: dg.ResourceParam[Clock],
+) -> None:
+    """Empty old evidence, delete old entries of the audit trail, in small transactions. Harmless to repeat."""
+    with told_plainly():
+        scope = run.scope(context, clock, whole_days=False)
+        days = billing_database.settings.evidence_days
+        # Whatever as_of says, nothing younger goes.
+        before = min(scope.as_of, clock.now()) - timedelta(days=days)
+        with billing_database.read() as connection:
+            evidence, audit, may_delete = count_old(connection, before)
+        if not scope.dry_run:
+            _in_parts(billing_database, empty_old_evidence, before)
+            if may_delete:
+                _in_parts(billing_database, delete_old_audit, before)
+    stays = audit and not may_delete
+    context.add_output_metadata(
+        {
+            **describe_scope(scope),
+            "kept": dg.MetadataValue.text(f"evidence and audit trail for {days} days; attempts and settlements always"),
+            f"{'would empty' if scope.dry_run else 'emptied'}: evidence": dg.MetadataValue.int(evidence),
+            f"{'would delete' if scope.dry_run else 'deleted'}: audit trail": dg.MetadataValue.int(
+                audit if may_delete else 0
+            ),
+            **({"stays": dg.MetadataValue.text(_MAY_NOT_DELETE.format(audit))} if stays else {}),
+        }
+    )
+
+
+_MAY_NOT_DELETE = (
+    "{} entries of the audit trail are older, and this role may not delete them: GRANT DELETE ON"
+    " billing_orchestration.audit_trail, or delete them by hand (docs/personal-data.md)"
+)
+
+
+def _in_parts(database: BillingDatabase, remove: Callable[[Any, datetime, int], int], before: datetime) -> None:
+    while True:
+        with database.begin() as connection:
+            if remove(connection, before, _ROWS_AT_ONCE) < _ROWS_AT_ONCE:
+                return
+
+
 @dg.job(
     name=JOB,
     description="Deletes old runs from the run history; those that changed something are kept longer.",
@@ -171,8 +225,8 @@ def delete_old_runs(
     tags=singleton_tags(JOB, MAX_RUNTIME_S),
 )
 def run_history_job() -> None:
-    """Find, decide, delete."""
-    delete_old_runs(find_old_runs())
+    """Find, decide, delete; then the same of old evidence."""
+    remove_old_evidence(delete_old_runs(find_old_runs()))
 
 
 run_history_daily_schedule = tick_schedule(

@@ -175,3 +175,78 @@ def test_a_tick_that_finds_nothing_writes_few_events(service: Service, instance:
     assert len(instance.all_logs(run.run_id)) <= 19
     assert run.log == []
     assert run.materialized == {}
+
+
+# --- what is kept of customers
+
+
+REMOVE = "remove_old_evidence"
+
+
+def with_evidence(service: Service, instance: dg.DagsterInstance) -> None:
+    """A renewal, an entry that a person has ignored, and one that waits."""
+    service.subscriber()
+    assert service.run("autopayment_job", instance=instance).ok
+    for name in ("ignored", "waits"):
+        service.paid_there(name, metadata={"user_id": "anna"}, created_at=service.now - timedelta(minutes=30))
+    assert service.run(MATCHING, instance=instance).ok
+    service.execute("""
+        UPDATE billing_orchestration.quarantine
+        SET resolved_at = opened_at, resolution = 'ignored', resolution_reason = 'refunded', resolved_by = 'vera'
+        WHERE external_payment_id = 'ignored'
+    """)
+    service.execute("""
+        INSERT INTO billing_orchestration.audit_trail (at, job, run_id, entity, entity_id, action, reason)
+        VALUES ('2026-03-12', 'customer', 'cli', 'customer', 'erased-1', 'erased', 'vera: asked')
+    """)
+
+
+def test_evidence_and_audit_trail_end_after_their_days_and_what_holds_the_promise_stays(
+    service: Service, instance: dg.DagsterInstance
+) -> None:
+    with_evidence(service, instance)
+    before = {table: service.rows(table) for table in ("renewal_attempts", "settlements")}
+    audit = len(service.rows("audit_trail"))
+    service.advance(days=1094)
+    assert service.run(JOB, instance=instance).number(REMOVE, "deleted: audit trail") == 0
+    service.advance(days=2)
+    dry = service.run(JOB, instance=instance, dry_run=True)
+    assert (dry.number(REMOVE, "would empty: evidence"), dry.number(REMOVE, "would delete: audit trail")) == (
+        1, audit - 1,
+    )  # fmt: skip
+    assert len(service.rows("audit_trail")) == audit
+
+    run = service.run(JOB, instance=instance)
+
+    assert (run.number(REMOVE, "emptied: evidence"), run.number(REMOVE, "deleted: audit trail")) == (1, audit - 1)
+    assert [row.entity for row in service.rows("audit_trail")] == ["customer"]
+    ignored, waits = service.rows("quarantine")
+    assert (ignored.evidence, ignored.resolution) == ({}, "ignored")
+    assert waits.evidence["item"]["metadata"] == {"user_id": "anna"}
+    assert {table: service.rows(table) for table in before} == before
+    assert service.run(JOB, instance=instance).number(REMOVE, "emptied: evidence") == 0
+
+
+def test_a_role_that_may_not_delete_the_audit_trail_keeps_it_and_says_so(
+    service: Service, instance: dg.DagsterInstance
+) -> None:
+    with_evidence(service, instance)
+    service.execute("CREATE ROLE careful_jobs; GRANT ALL ON ALL TABLES IN SCHEMA billing_orchestration TO careful_jobs")
+    service.execute("GRANT USAGE ON SCHEMA billing_orchestration TO careful_jobs")
+    service.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO careful_jobs")
+    service.execute("GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO careful_jobs")
+    service.execute("REVOKE DELETE ON billing_orchestration.audit_trail FROM careful_jobs")
+    audit = len(service.rows("audit_trail"))
+    service.advance(days=1096)
+    url = service.settings.billing_database_url
+    options = f"{url}{'&' if '?' in url else '?'}options=-c%20role%3Dcareful_jobs"
+    service.settings = service.settings.model_copy(update={"billing_database_url": options})
+    try:
+        run = service.run(JOB, instance=instance)
+    finally:
+        service.execute("DROP OWNED BY careful_jobs; DROP ROLE careful_jobs")
+
+    assert run.ok, run.failure
+    assert (run.number(REMOVE, "emptied: evidence"), run.number(REMOVE, "deleted: audit trail")) == (1, 0)
+    assert "may not delete them: GRANT DELETE" in run.number(REMOVE, "stays")
+    assert len(service.rows("audit_trail")) == audit
