@@ -18,6 +18,7 @@ from billing_orchestration.database.session import HOLDERS, is_shared, not_pinne
 
 POOLER, SETTINGS, PATH, HIDDEN = "session.shared", "session.settings", "tables.path", "tables.hidden_rows"
 MANDATORY, NO_DEFAULT, IDS, PRIVILEGES = "tables.mandatory", "tables.no_default", "tables.ids", "privileges.missing"
+RULES = "tables.rules"
 
 # Fewer ids than this are used up before anybody has read the alert.
 FEWEST_IDS = 1000
@@ -128,6 +129,14 @@ def writing_obstacles(connection: sa.Connection) -> list[Obstacle]:
                     f"ALTER TABLE {table} ALTER COLUMN id TYPE bigint, and its sequence AS bigint",
                 )
             )
+    obstacles += [
+        Obstacle(
+            RULES,
+            f"the rule {rule} on {table} replaces what is written, and PostgreSQL refuses to say what became of it",
+            f"DROP RULE {rule} ON {table}, and make it a trigger (ask the service's team)",
+        )
+        for table, rule in connection.execute(_REPLACING_RULES, {"tables": list(INSERTED)}).tuples()
+    ]
     if missing := missing_privileges(connection):
         obstacles.append(
             Obstacle(
@@ -160,6 +169,13 @@ _UNFILLED = sa.text("""
       AND NOT EXISTS (SELECT FROM pg_trigger g
                       WHERE g.tgrelid = t.oid AND NOT g.tgisinternal AND g.tgenabled <> 'D' AND g.tgtype & 7 = 7)
       AND NOT EXISTS (SELECT FROM filled f WHERE f.name = t.name AND f.filled = a.attname)
+    ORDER BY 1, 2
+""")
+# INSERT or UPDATE … RETURNING fails for every row of such a table, whatever the rule's condition.
+_REPLACING_RULES = sa.text("""
+    SELECT name, CAST(r.rulename AS text)
+    FROM unnest(CAST(:tables AS text[])) AS name JOIN pg_rewrite r ON r.ev_class = to_regclass(quote_ident(name))
+    WHERE r.is_instead AND r.ev_type IN ('2', '3') AND r.ev_enabled <> 'D' AND pg_get_ruledef(r.oid) !~* 'RETURNING'
     ORDER BY 1, 2
 """)
 # By the sequence that belongs to `id` or fills its default, and by the range of the column itself.

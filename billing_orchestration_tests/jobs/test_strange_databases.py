@@ -218,6 +218,8 @@ def test_rows_that_a_policy_hides_are_refused_by_the_policys_name(
         (("ALTER TABLE payments ALTER id TYPE bigint", "SELECT setval('payments_id_seq', 2147483000)"),
          "payments has 647 ids left"),
         (("ALTER TABLE subscriptions ALTER id DROP DEFAULT",), "subscriptions.id is NOT NULL and has no default"),
+        (("CREATE RULE nothing AS ON UPDATE TO subscriptions WHERE NEW.id = 1 DO INSTEAD NOTHING",),
+         "the rule nothing on subscriptions replaces what is written"),
         ((*ALL_RIGHTS, "REVOKE INSERT ON payments FROM somebody"), "lacks INSERT on payments"),
         ((*ALL_RIGHTS, "REVOKE UPDATE ON subscriptions FROM somebody",
           "GRANT UPDATE (status, updated_at) ON subscriptions TO somebody"), "UPDATE (ended_at) on subscriptions"),
