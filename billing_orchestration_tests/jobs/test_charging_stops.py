@@ -27,6 +27,7 @@ from billing_orchestration_tests.jobs.service import Service
 from billing_orchestration_tests.waiting import wait_for_a_blocked_session, wait_until
 
 JOB = "autopayment_job"
+ROOT = Path(__file__).parents[2]
 SENT_ONCE = {"charge_renewals": {"max_sends": 1}}
 
 
@@ -221,7 +222,8 @@ def test_a_terminated_run_concludes_what_is_under_way_and_begins_nothing_more(
     under_way, *others = [service.subscriber() for _ in range(4)]
     service.sandbox.misbehave("create", "none", delay_s=30.0, payment_method_id=f"method-{under_way}")
     command = [sys.executable, "-m", "dagster", "job", "execute", "-m", "billing_orchestration.definitions", "-j", JOB]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: service.sandbox.count("create") or process.poll() is not None, "a charge is under way")
         with dg.DagsterInstance.from_config(str(tmp_path)) as instance:

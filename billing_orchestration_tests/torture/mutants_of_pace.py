@@ -58,7 +58,13 @@ PACE = (
     Mutant(
         "charges that run ahead of the first grant",
         "the first charge goes alone until its grant is committed",
-        (Edit(_PACE, "        if not self._is_granted:\n", "        if False:\n"),),
+        (
+            Edit(
+                _PACE,
+                "        self.width = 1\n        self.stop_reason",
+                "        self.width = 8\n        self.stop_reason",
+            ),
+        ),
         (_PURE + "test_the_first_charge_goes_alone_until_its_grant_is_committed",),
     ),
     Mutant(

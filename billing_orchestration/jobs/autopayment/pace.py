@@ -55,6 +55,7 @@ class Pace:
     """The pace of one run. One thread only, but for `stop` and `is_stopped`."""
 
     def __init__(self, limits: ChargingLimits, stopped: Event) -> None:
+        # The first charge goes alone until its grant is committed: what the books refuse, one customer has paid.
         self.width = 1
         self.stop_reason: str | None = None
         self.stop_code: str | None = None
@@ -67,7 +68,7 @@ class Pace:
         # Below it each grant widens; from there on, as many grants as the width.
         self._ceiling = limits.max_concurrency
         self._grants_at_ceiling = self._slowed = self._not_granted = 0
-        self._is_accepted = self._is_granted = False
+        self._is_accepted = False
 
     @property
     def is_stopped(self) -> bool:
@@ -160,7 +161,7 @@ class Pace:
 
     def granted(self) -> None:
         """A grant was committed."""
-        self._is_granted, self._not_granted = True, 0
+        self._not_granted = 0
         if self.width >= self._ceiling:
             self._grants_at_ceiling += 1
             if self._grants_at_ceiling < self.width:
@@ -170,7 +171,7 @@ class Pace:
 
     def not_granted(self, reason: str) -> None:
         """A paid charge could not be granted: the next goes alone again."""
-        self._is_granted, self.width = False, 1
+        self.width = 1
         self._not_granted += 1
         if self._not_granted >= MOST_NOT_GRANTED:
             self.stop(
@@ -185,8 +186,6 @@ class Pace:
         """How many more to claim, given the charges under way and the answers not yet written."""
         if self.is_stopped:
             return 0
-        if not self._is_granted:
-            return max(0, 1 - under_way - unwritten)
         # At full width some more are claimed than can be sent, so that no sender waits for the database.
         full = self.width == self._limits.max_concurrency > 1
         ahead = max(2, self.width // 2) if full else 0
