@@ -325,7 +325,8 @@ def _plan(arguments: argparse.Namespace) -> int | None:
     if arguments.job not in PLANNED:
         raise argparse.ArgumentTypeError(f"no job is called {arguments.job!r}: there are {', '.join(PLANNED)}")
     try:
-        plan = make_plan(build_definitions(), arguments.job, arguments.as_of)
+        # In one piece: a plan is shown, hashed and approved as a whole.
+        plan = make_plan(build_definitions(renewal_shards=0), arguments.job, arguments.as_of)
     except NotPlanned as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     _say_all(plan.as_json().splitlines() if arguments.format == "json" else plan.as_table())

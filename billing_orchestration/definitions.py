@@ -91,9 +91,10 @@ def build_definitions(
     """The definitions for given settings, clocks, provider and threads: the environment's, the real ones, by default.
 
     `renewal_shards` divides the runs of autopayment_job, of which `renewal_shards_at_once` run side by side; left out:
-    as RENEWAL_SHARDS and RENEWAL_SHARDS_AT_ONCE say. `executor` runs them (dagster_k8s.k8s_job_executor, say); left
-    out: this machine's processes. All else runs in the run's own process. Other settings are read when a run first
-    needs them, so the code location loads without any. Raises ValueError for shards or an executor that cannot be.
+    as RENEWAL_SHARDS and RENEWAL_SHARDS_AT_ONCE say; 0: in one piece, whatever they say. `executor` runs the shards
+    (dagster_k8s.k8s_job_executor, say); left out: this machine's processes. All else runs in the run's own process.
+    Other settings are read when a run first needs them, so the code location loads without any. Raises ValueError for
+    shards or an executor that cannot be.
     """
     sharding = _sharding(renewal_shards, renewal_shards_at_once, executor)
     jobs = (autopayment.build_job(sharding, executor_for(sharding, executor)), *_OTHER_JOBS)
@@ -115,7 +116,7 @@ def _sharding(shards: int | None, at_once: int | None, executor: dg.ExecutorDefi
     """As the arguments say, else as the environment does. A shard too many at once is only a limit shared too often."""
     if shards is None:
         shards, at_once = renewal_sharding()
-    if shards is None:
+    if not shards:
         return None
     if at_once is None:
         at_once = shards if executor is not None and executor.name != dg.in_process_executor.name else 1

@@ -397,6 +397,7 @@ def test_a_deployments_job_is_whole_or_divided_and_never_both(monkeypatch: pytes
     assert build_definitions().get_job_def(JOB).executor_def.name == "in_process"
     monkeypatch.setenv("RENEWAL_SHARDS_AT_ONCE", "2")
     assert build_definitions().get_job_def(JOB).executor_def.name == "multiprocess"
+    assert ops_of(build_definitions(renewal_shards=0)) == WHOLE
 
 
 def test_a_number_of_shards_that_cannot_be_is_named_by_the_run_and_nothing_is_read(
@@ -413,7 +414,7 @@ def test_a_number_of_shards_that_cannot_be_is_named_by_the_run_and_nothing_is_re
     assert service.sandbox.count() == 0
 
 
-@pytest.mark.parametrize("shards", [0, -2, 257])
+@pytest.mark.parametrize("shards", [-2, 257])
 def test_a_number_of_shards_in_an_argument_that_makes_no_sense_is_refused(shards: int) -> None:
     with pytest.raises(ValueError, match="a renewal run has 1 to 256 shards"):
         build_definitions(renewal_shards=shards)
