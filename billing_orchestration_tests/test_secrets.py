@@ -280,3 +280,16 @@ def test_what_looks_like_a_key_is_masked_whoever_says_it(service: Service, recei
     history = list(texts(service.instance))
     assert found_in(history, [CANARY]) == []
     assert found_in(history, [f"{prefix}***"])
+
+
+def test_what_looks_like_a_key_is_masked_in_the_log_of_a_charge_and_in_the_report_of_a_shard(service: Service) -> None:
+    key = f"live_{CANARY}ABCDEFGHIJKLMN"
+    words = f"RAISE EXCEPTION 'the key is {key}'"
+    service.meddle("billing_orchestration.renewal_attempts", "NEW.state = 'DECLINED'", words)
+    service.subscriber(script="canceled:insufficient_funds")
+    run = service.run("autopayment_job", shards=1)
+
+    history = list(texts(service.instance))
+    assert not run.ok
+    assert found_in(history, [CANARY]) == []
+    assert found_in([("log", line) for line in run.log], ["could not be written"])

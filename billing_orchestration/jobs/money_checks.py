@@ -248,7 +248,7 @@ def tick(
             seen = look(connection, now, cursor, location)
     except (BillingDatabaseError, SettingsError) as error:
         # The jobs' red runs alert about it.
-        return dg.SkipReason(str(error))
+        return dg.SkipReason(printable(str(error)))
     cursor["shown"] = [seen.open, seen.last]
     if seen.fresh and alerts.send(quarantine_alert(seen.fresh, seen.open, alerts)):
         cursor["told"] = seen.fresh[-1].id

@@ -13,6 +13,7 @@ import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.desk.resolving import NotResolved, Resolution, resolve
+from billing_orchestration.domain.printable import printable
 from billing_orchestration.domain.problem_kinds import ACCEPTED, ATTACHED, IGNORED
 from billing_orchestration.jobs.next_steps import location_of
 from billing_orchestration.jobs.quarantine_page import (
@@ -97,7 +98,7 @@ def resolve_entry(
         context.instance.add_run_tags(context.run_id, {CHANGED_TAG: "1"})
         yield page
     for line in done:
-        context.log.info(line)
+        context.log.info(printable(line))
     yield dg.Output(None, metadata=_told(context, config, done, by))
 
 
@@ -105,7 +106,7 @@ def _told(
     context: dg.OpExecutionContext, config: ResolveConfig, done: list[str], by: str
 ) -> dict[str, dg.MetadataValue[Any]]:
     """Metadata: what was done, or would be; the next step; who decided."""
-    said = "; ".join(done)
+    said = printable("; ".join(done))
     if not config.dry_run:
         return {
             "result": dg.MetadataValue.text(said),

@@ -246,8 +246,10 @@ def _tls_context() -> ssl.SSLContext:
     else:
         variable, path = "certifi", certifi.where()
     try:
-        if os.path.isdir(path):
-            return ssl.create_default_context(capath=path)
-        return ssl.create_default_context(cafile=path)
+        is_folder = os.path.isdir(path)
+        context = ssl.create_default_context(cafile=None if is_folder else path, capath=path if is_folder else None)
     except OSError as fault:  # ssl.SSLError is one
         raise NoWay(f"{variable} names nothing that can be read as certificates ({type(fault).__name__})") from fault
+    # Whatever the system's own configuration of OpenSSL allows.
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context

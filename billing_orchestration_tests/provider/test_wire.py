@@ -425,6 +425,32 @@ def test_a_certificate_of_another_name_gets_nothing(monkeypatch: pytest.MonkeyPa
         assert server.requests == []
 
 
+def test_a_server_that_speaks_no_tls_of_today_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(LOCALHOST))
+    old = _server_tls()
+    old.set_ciphers("ALL:@SECLEVEL=0")
+    old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+    with wire_server(lambda _request, _index: PAID, old) as server:
+        with pytest.raises(NeverSent, match="no money moved"):
+            Shop(server.url).provider.create_payment(BODY, KEY)
+        assert server.requests == []
+    assert wire._tls_context().minimum_version is ssl.TLSVersion.TLSv1_2
+
+
+def test_a_redirect_takes_the_credentials_nowhere() -> None:
+    with wire_server(lambda _request, _index: PAID) as elsewhere:
+        for status in (301, 302, 303, 307, 308):
+            moved = answer(status, "", f"Location: {elsewhere.url}/payments")
+            with shop(moved, moved, moved, read_attempts=1) as (provider, _, _):
+                with pytest.raises(OutcomeUnknown, match="redirects are not followed"):
+                    provider.create_payment(BODY, KEY)
+                with pytest.raises(OutcomeUnknown):
+                    provider.get_payment(ID)
+                with pytest.raises(IncompleteSlice):
+                    provider.list_payments({})
+        assert elsewhere.connections == 0
+
+
 def test_a_certificate_bundle_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such/bundle.pem")
     with pytest.raises(NeverSent, match="REQUESTS_CA_BUNDLE names nothing that can be read as certificates"):

@@ -16,6 +16,7 @@ import dagster as dg
 from billing_orchestration.database.renewal_view import check_view
 from billing_orchestration.database.renewals import count_due
 from billing_orchestration.domain.decisions import Decision
+from billing_orchestration.domain.printable import printable
 from billing_orchestration.domain.renewals import NotCharged
 from billing_orchestration.domain.run_scope import RunRefused, RunScope, over_limit
 from billing_orchestration.domain.shards import Division, Sharding, divide, shard_of_key, share
@@ -199,9 +200,9 @@ def renew_shard(
                         "skipped": report.skipped,
                         "quarantined": report.quarantined,
                         "opened": report.opened,
-                        "again": report.again[:_NAMED],
+                        "again": [printable(line) for line in report.again[:_NAMED]],
                         "again_unnamed": max(0, len(report.again) - _NAMED),
-                        "stopped_by": report.stopped_by,
+                        "stopped_by": report.stopped_by and printable(report.stopped_by),
                         "stop_code": report.stop_code,
                         "numbers": report.numbers,
                     }

@@ -34,6 +34,7 @@ from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.personal import mask_body
+from billing_orchestration.domain.printable import printable
 from billing_orchestration.domain.problem_kinds import NO_CONTACT, REJECTED, TWO_ACTIVE
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
 from billing_orchestration.domain.renewals import (
@@ -386,7 +387,7 @@ def _charge(
         database,
         client,
         lambda: Stamp(JOB, plan.scope.run_id, clock.now()),
-        context.log.info,
+        lambda line: context.log.info(printable(line)),
         clocks_apart=lambda: clocks_apart(database, clock, provider),
     )
     limits = ChargingLimits(config.max_concurrency, config.max_sends, config.resend_wait_s)
