@@ -321,6 +321,7 @@ def _doctor_live(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int | None:
     from billing_orchestration.definitions import PLANNED, build_definitions
     from billing_orchestration.planning import NotPlanned, make_plan
+    from billing_orchestration.settings import load_settings
 
     if arguments.job not in PLANNED:
         raise argparse.ArgumentTypeError(f"no job is called {arguments.job!r}: there are {', '.join(PLANNED)}")
@@ -329,7 +330,8 @@ def _plan(arguments: argparse.Namespace) -> int | None:
         plan = make_plan(build_definitions(renewal_shards=0), arguments.job, arguments.as_of)
     except NotPlanned as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    _say_all(plan.as_json().splitlines() if arguments.format == "json" else plan.as_table())
+    is_json = arguments.format == "json"
+    _say_all(plan.as_json().splitlines() if is_json else plan.as_table(load_settings().billing_language))
     return FAILED if arguments.fail_on_changes and plan.changes else None
 
 

@@ -13,9 +13,13 @@ from typing import Any
 
 import dagster as dg
 
+from billing_orchestration.desk.columns import in_columns
 from billing_orchestration.jobs.approval import PLAN_TAG
 from billing_orchestration.jobs.run_failures import failure_of
 from billing_orchestration.jobs.run_report import decisions_in, read_result
+
+_COLUMNS = ("action", "subject", "amount", "code", "reason")
+_RUSSIAN = ("действие", "предмет", "сумма", "код", "причина")
 
 
 class NotPlanned(Exception):
@@ -38,11 +42,11 @@ class Plan:
         fields = {name: getattr(self, name) for name in self.__slots__}
         return json.dumps({**fields, "decisions": [dict(row) for row in self.decisions]}, indent=2, default=str)
 
-    def as_table(self) -> Iterator[str]:
-        """A line for each decision, then what it comes to."""
-        for row in self.decisions:
-            amount = f"  {row['amount']}" if row["amount"] else ""
-            yield f"{row['action']:<14} {row['subject']}{amount}: {row['reason']}"
+    def as_table(self, language: str) -> Iterator[str]:
+        """A line for each decision under a header in this language, then what it comes to."""
+        if self.decisions:
+            rows = [[str(row[name] or "") for name in _COLUMNS] for row in self.decisions]
+            yield from in_columns(_RUSSIAN if language == "ru" else _COLUMNS, rows)
         if self.total > len(self.decisions):
             yield f"... and {self.total - len(self.decisions)} more decisions"
         yield f"{self.job} as of {self.as_of}: {self.changes} changes, plan {self.plan}"

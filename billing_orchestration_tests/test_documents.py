@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from billing_orchestration_tests.translations import anchor_of
+from billing_orchestration.ui.documents import anchor_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "billing_orchestration"

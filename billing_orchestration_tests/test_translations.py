@@ -131,6 +131,16 @@ def test_what_is_new_in_english_is_missed_in_russian(there: str, instead: str) -
     assert len(behind(english=ENGLISH.replace(there, instead))) >= 1
 
 
+def test_a_heading_that_is_missing_is_told_of_its_own_document_alone() -> None:
+    texts = {"README.md": ENGLISH, "README.ru.md": RUSSIAN, **RUNBOOKS}
+    texts["docs/operations.md"] = "# Operations\n\n## Alerts\n\n### matching_job\n\n### new_job\n\n## Red runs\n"
+    texts["docs/ru/operations.md"] = "# Регламент\n\n## Оповещения\n\n### matching_job\n\n## Упавшие запуски\n"
+    assert fallen_behind("README.md", texts) == []
+    assert fallen_behind("docs/operations.md", texts) == [
+        "other headings: docs/operations.md has ### new_job (line 7); docs/ru/operations.md has none there"
+    ]
+
+
 def test_a_document_without_its_translation_is_named() -> None:
     assert fallen_behind("README.md", {"README.md": ENGLISH}) == [
         "README.ru.md is missing: README.md has no translation"

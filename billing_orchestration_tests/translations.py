@@ -12,7 +12,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import cache
 from itertools import zip_longest
+
+from billing_orchestration.ui.documents import anchor_of
 
 TRANSLATED = {
     "README.md": "README.ru.md",
@@ -20,6 +23,8 @@ TRANSLATED = {
     "docs/deployment.md": "docs/ru/deployment.md",
 }
 _HEADING = re.compile(r"(#+) (.*)")
+# A heading that is a name, such as autopayment_job or ClocksApart: alerts link to it.
+_NAME = re.compile(r"[a-z]+(?:_[a-z]+)+|(?:[A-Z][a-z]+){2,}", re.ASCII)
 _LIST_ITEM = re.compile(r"\s*(?:[-*]|\d+\.) ")
 _COMMENT = re.compile(r"(?:^|\s)(?:#|--)\s.*")
 _CODE = re.compile(r"`([^`]+)`")
@@ -41,14 +46,10 @@ class _Section:
     tables: list[list[tuple[int, list[str]]]] = field(default_factory=list)
 
     @property
-    def alike(self) -> tuple[int, frozenset[str], int]:
+    def alike(self) -> tuple[int, str | frozenset[str], int]:
         """By what a section is found again in the other language."""
-        return self.level, frozenset(_CODE.findall("\n".join(self.prose))), len(self.blocks)
-
-
-def anchor_of(title: str) -> str:
-    """The anchor of a heading, as GitHub makes it."""
-    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        name = self.title if _NAME.fullmatch(self.title) else frozenset(_CODE.findall("\n".join(self.prose)))
+        return self.level, name, len(self.blocks)
 
 
 def fallen_behind(english: str, texts: Mapping[str, str]) -> list[str]:
@@ -57,7 +58,7 @@ def fallen_behind(english: str, texts: Mapping[str, str]) -> list[str]:
     if russian not in texts:
         return [f"{russian} is missing: {english} has no translation"]
     ours, theirs = _sections(texts[english]), _sections(texts[russian])
-    if [section.level for section in ours] != [section.level for section in theirs]:
+    if _levels(texts[english]) != _levels(texts[russian]):
         return list(_other_headings(english, ours, russian, theirs))
     return [
         f"{russian}:{theirs_.line}, {theirs_.title!r} ({english}:{ours_.line}, {ours_.title!r}): {difference}"
@@ -109,7 +110,7 @@ def _other_headings(english: str, ours: list[_Section], russian: str, theirs: li
 
 
 def _differences(ours: _Section, theirs: _Section, english: str, texts: Mapping[str, str]) -> Iterator[str]:
-    if ours.title.isascii() and re.fullmatch(r"\w*_\w*", ours.title) and ours.title != theirs.title:
+    if _NAME.fullmatch(ours.title) and ours.title != theirs.title:
         yield "a heading that alerts link to is another one"
     for number, (block, block_there) in enumerate(zip_longest(ours.blocks, theirs.blocks, fillvalue=""), start=1):
         if block != block_there:
@@ -161,11 +162,12 @@ def _other_table(
 
 
 def _other_words(ours: str, theirs: str, english: str, texts: Mapping[str, str]) -> Iterator[str]:
+    expected = _links_to_expect(ours, english, texts)
     told = (
         ("code", _codes(ours), _codes(theirs)),
         ("settings", set(_SETTING.findall(ours)), set(_SETTING.findall(theirs))),
         ("numbers", _numbers(ours), _numbers(theirs)),
-        ("links", _links_to_expect(ours, english, texts), _links(theirs, TRANSLATED[english])),
+        ("links", _known(expected, texts), _known(_links(theirs, TRANSLATED[english]), texts)),
     )
     for what, here, there in told:
         if lost := sorted(here - there):
@@ -206,6 +208,21 @@ def _links_to_expect(text: str, english: str, texts: Mapping[str, str]) -> set[s
         else:
             expected.add(link)
     return expected
+
+
+def _known(links: set[str], texts: Mapping[str, str]) -> set[str]:
+    """Links, without the heading where a document has others than its translation: that is told of the document."""
+    parted = {
+        russian
+        for english, russian in TRANSLATED.items()
+        if english in texts and russian in texts and _levels(texts[english]) != _levels(texts[russian])
+    }
+    return {path if (path := link.partition("#")[0]) in parted else link for link in links}
+
+
+@cache
+def _levels(text: str) -> list[int]:
+    return [section.level for section in _sections(text)]
 
 
 def _same_heading(anchor: str, english: str, texts: Mapping[str, str]) -> str:

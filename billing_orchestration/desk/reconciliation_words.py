@@ -19,6 +19,7 @@ REGISTRY_HEADER = (
     "difference",
 )  # fmt: skip
 WHY = "why"
+NO_PAYMENTS = "there are no payments in this period, on either side"
 _RUSSIAN: Mapping[str, str] = {
     "sums": "Суммы",
     "lines": "Строки",
@@ -33,6 +34,9 @@ _RUSSIAN: Mapping[str, str] = {
     "refunded at the provider": "Возвращено у провайдера",
     "paid here": "Оплачено у нас",
     "refunded here": "Возвращено у нас",
+    "paid there": "Оплачено у провайдера",
+    "refunded there": "Возвращено у провайдера",
+    NO_PAYMENTS: "за этот период платежей нет ни у провайдера, ни у нас",
     "line": "Операция",
     "payment": "платёж",
     "refund": "возврат",

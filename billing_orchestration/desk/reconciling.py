@@ -23,6 +23,7 @@ from billing_orchestration.both_sides import read_books, read_provider
 from billing_orchestration.database.engine import read
 from billing_orchestration.desk.reconciliation_words import (
     LINES_HEADER,
+    NO_PAYMENTS,
     REGISTRY_HEADER,
     SUMS_HEADER,
     WHY,
@@ -109,7 +110,7 @@ def reconcile_period(desk: Desk, wanted: Wanted) -> tuple[list[str], bool]:
         with report as file:
             for lines, sums, day in _days(desk, provider, calendar, first, last):
                 _add(totals, sums)
-                differences.extend(f"{day.day}: {text}" for text in _differences(lines))
+                differences.extend(f"{day.day}: {text}" for text in _differences(lines, words))
                 if registered is not None:
                     _compare(registered, lines, file, words)
                 if file is not None:
@@ -120,7 +121,7 @@ def reconcile_period(desk: Desk, wanted: Wanted) -> tuple[list[str], bool]:
                 _write_sums(file, words("all days"), _rows_of(totals), words)
     finally:
         provider.close()
-    told = [*_told(totals), *differences.told(), *_registry_told(registered)]
+    told = [*_told(totals, words), *differences.told(), *_registry_told(registered)]
     told += [f"written: {name}" for name in files]
     agrees = not differences.count and (registered is None or not registered.differences.count)
     return told, agrees
@@ -189,9 +190,9 @@ def _each(lines: pd.DataFrame) -> Iterator[Any]:
     yield from lines.rename(columns={"class": "klass"}).itertuples(index=False)
 
 
-def _differences(lines: pd.DataFrame) -> Iterator[str]:
+def _differences(lines: pd.DataFrame, words: Words) -> Iterator[str]:
     for line in _each(lines[~lines["class"].isin(QUIET)]):
-        yield f"{subject_of(line)}: {CLASSES[line.klass]}: {reason_of(line)}"
+        yield f"{subject_of(line)}: {words(CLASSES[line.klass])}: {reason_of(line)}"
 
 
 # --- sums ---------------------------------------------------------------------------------------------------------
@@ -210,14 +211,16 @@ def _rows_of(totals: Mapping[tuple[str, str], Mapping[str, int]]) -> Iterator[tu
         yield klass, currency, totals[klass, currency]
 
 
-def _told(totals: Mapping[tuple[str, str], Mapping[str, int]]) -> list[str]:
+def _told(totals: Mapping[tuple[str, str], Mapping[str, int]], words: Words) -> list[str]:
     told = []
     for klass, currency, total in _rows_of(totals):
         amounts = ", ".join(
-            f"{name.replace('_', ' ')} {to_amount(total[name]):,.2f} {currency}" for name in SUMS if total[name]
+            f"{words(name.replace('_', ' ')).lower()} {to_amount(total[name]):,.2f} {currency}"
+            for name in SUMS
+            if total[name]
         )
-        told.append(f"{CLASSES[klass]}: {total['lines']}" + (f" ({amounts})" if amounts else ""))
-    return told or ["there are no payments in this period, on either side"]
+        told.append(f"{words(CLASSES[klass])}: {total['lines']}" + (f" ({amounts})" if amounts else ""))
+    return told or [words(NO_PAYMENTS)]
 
 
 # --- the file -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from billing_orchestration.database.engine import read
 from billing_orchestration.database.renewal_view import check_view
 from billing_orchestration.database.renewals import DueSlice, fetch_due
+from billing_orchestration.desk.columns import in_columns
 from billing_orchestration.domain.answers import ProviderView
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.money import Money
@@ -129,12 +130,11 @@ def in_form(lines: Sequence[Upcoming], form: str, language: str) -> list[str]:
     """As a table, CSV or JSON. The names in JSON are for programs, and English."""
     if form == "json":
         return [json.dumps([asdict(line) for line in lines], ensure_ascii=False, indent=2)]
-    rows: list[tuple[str, ...]] = [_RUSSIAN if language == "ru" else _ENGLISH]
+    header = _RUSSIAN if language == "ru" else _ENGLISH
     words = {"yes": "да", "no": "нет"} if language == "ru" else {}
-    rows += [tuple(words.get(str(value), str(value)) for value in astuple(line)) for line in lines]
+    rows = [tuple(words.get(str(value), str(value)) for value in astuple(line)) for line in lines]
     if form == "csv":
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
         return text.getvalue().splitlines()
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return in_columns(header, rows)

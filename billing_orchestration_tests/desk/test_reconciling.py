@@ -61,7 +61,8 @@ def sheets_of(path: Path) -> dict[str, list[tuple[Any, ...]]]:
 
 
 def test_a_period_is_told_with_its_sums_and_its_differences(shop: Service) -> None:
-    told, agrees = run(shop)
+    english = {"billing_language": "en"}
+    told, agrees = run(shop, settings=english)
     assert not agrees
     assert told[:3] == [
         "both sides agree: 1 (paid there 299.00 RUB, fee 8.97 RUB, paid here 299.00 RUB)",
@@ -70,10 +71,24 @@ def test_a_period_is_told_with_its_sums_and_its_differences(shop: Service) -> No
     ]
     assert [line.split(":")[0] for line in told[3:]] == ["2026-03-11", "2026-03-11"]
     assert run(shop, last=TENTH)[1]
-    assert run(shop, first=date(2026, 3, 1), last=date(2026, 3, 2)) == (
+    assert run(shop, first=date(2026, 3, 1), last=date(2026, 3, 2), settings=english) == (
         ["there are no payments in this period, on either side"],
         True,
     )
+
+
+def test_the_terminal_has_russian_headers_over_reasons_in_english(shop: Service) -> None:
+    told, _ = run(shop)
+    assert told[:3] == [
+        "сходится: 1 (оплачено у провайдера 299.00 RUB, комиссия 8.97 RUB, оплачено у нас 299.00 RUB)",
+        "оплачено у провайдера, у нас нет или не завершено: 1 (оплачено у провайдера 299.00 RUB, комиссия 8.97 RUB)",
+        "расходится сумма или валюта: 1"
+        " (оплачено у провайдера 299.00 RUB, комиссия 8.97 RUB, оплачено у нас 199.00 RUB)",
+    ]
+    assert told[3].startswith("2026-03-11: payment b: оплачено у провайдера, у нас нет или не завершено: ")
+    assert run(shop, first=date(2026, 3, 1), last=date(2026, 3, 2))[0] == [
+        "за этот период платежей нет ни у провайдера, ни у нас"
+    ]
 
 
 def test_a_workbook_has_sums_lines_and_differences_under_russian_headers(shop: Service, tmp_path: Path) -> None:
@@ -163,7 +178,7 @@ def test_from_the_terminal_it_exits_with_1_where_something_differs(
 ) -> None:
     process = command("reconcile", "--from", "2026-03-10", "--to", "2026-03-11", "--output", str(tmp_path / "m.xlsx"))
     assert (process.returncode, process.stderr) == (1, "")
-    assert "the amount or the currency differs: 1" in process.stdout
+    assert "расходится сумма или валюта: 1" in process.stdout
     assert command("reconcile", "--from", "2026-03-10").returncode == 0
     no_period = command("reconcile")
     assert no_period.returncode == 1
