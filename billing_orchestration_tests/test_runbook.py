@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 from pathlib import Path
 from typing import get_args
 
+from billing_orchestration.database import fitness, health
 from billing_orchestration.database.errors import BillingDatabaseError
+from billing_orchestration.desk import doctor
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.problem_kinds import KINDS, ProblemKind
 from billing_orchestration.domain.reconciled import CLASSES, QUIET
@@ -45,6 +49,19 @@ def test_every_code_is_described() -> None:
     assert _coded("### Decision codes") == _constants(Code) | (CLASSES.keys() - KINDS.keys() - set(QUIET))
 
 
+def test_every_finding_of_doctor_is_described() -> None:
+    texts = {
+        node.value
+        for module in (doctor, fitness)
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    told = {text for text in texts if re.fullmatch(r"[a-z_]+\.[a-z_]+", text)} - {"dagster.yaml"}
+    kinds = (health.NO_TABLE, health.NO_COLUMN, health.NO_ENUM, health.TYPE, health.LABELS)
+    assert len(told) > 30
+    assert _coded("### Findings of doctor") == told | {f"tables.{kind}" for kind in kinds}
+
+
 def _below(heading: str) -> str:
     return RUNBOOK.split(f"\n{heading}\n")[1].split(f"\n{heading.split(maxsplit=1)[0]} ")[0]
 
@@ -52,7 +69,7 @@ def _below(heading: str) -> str:
 def _coded(heading: str) -> set[str]:
     """The codes in the first column of the table below a heading."""
     first = [line.split(" | ")[0] for line in _below(heading).splitlines() if line.startswith("| `")]
-    return {code for cell in first for code in re.findall(r"`(\w+)`", cell)}
+    return {code for cell in first for code in re.findall(r"`([\w.]+)`", cell)}
 
 
 def _constants(codes: type) -> set[str]:
