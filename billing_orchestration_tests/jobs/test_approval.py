@@ -21,11 +21,12 @@ JOBS = [
     "expire_subscriptions_job",
     "matching_pending_payments_job",
     "matching_successful_payments_job",
+    "reconciliation_job",
 ]
 
 
 def a_change_for_every_job(service: Service) -> None:
-    """One thing to do for each of the five jobs."""
+    """One thing to do for each job."""
     service.subscriber()
     plan = service.plan()
     service.subscription(plan_id=plan, ended_at=NOON - timedelta(days=40))
@@ -33,6 +34,7 @@ def a_change_for_every_job(service: Service) -> None:
     service.payment("paid-pending", created_at=NOON - timedelta(minutes=30))
     service.paid_there("paid-pending", user="boris", plan_id=plan)
     service.paid_there("paid-orphan", user="anna", plan_id=plan)
+    service.paid_there("paid-yesterday", user="vera", plan_id=plan, created_at=NOON - timedelta(days=1))
 
 
 def plan_of(run: Run, service: Service) -> str:

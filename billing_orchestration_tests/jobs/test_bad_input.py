@@ -23,6 +23,7 @@ PENDING_JOB = "matching_pending_payments_job"
 SUCCESSFUL_JOB = "matching_successful_payments_job"
 ALL_JOBS = (
     "autopayment_job", "expire_payments_job", "expire_subscriptions_job", PENDING_JOB, SUCCESSFUL_JOB,
+    "reconciliation_job",
 )  # fmt: skip
 
 

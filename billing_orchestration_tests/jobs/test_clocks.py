@@ -14,6 +14,7 @@ from billing_orchestration_tests.jobs.service import Run, Service
 
 AUTOPAYMENT = "autopayment_job"
 PAYMENTS, SUBSCRIPTIONS = "expire_payments_job", "expire_subscriptions_job"
+RECONCILIATION = "reconciliation_job"
 MATCHING = ("matching_pending_payments_job", "matching_successful_payments_job")
 HOUR, MINUTE, SECOND = timedelta(hours=1), timedelta(minutes=1), timedelta(seconds=1)
 BOTH = pytest.mark.parametrize("job", MATCHING)
@@ -418,3 +419,26 @@ def test_a_watermark_never_runs_ahead_of_this_machines_clock(service: Service) -
     for job in MATCHING:
         assert service.tick(job, as_of=NOON + MINUTE).ok
         assert service.watermark(job) == datetime(2026, 3, 12, 12, tzinfo=timezone.utc)
+
+
+# --- reconciliation
+
+
+@WRONG
+def test_with_a_wrong_clock_a_day_does_not_count_as_reconciled_and_what_is_paid_is_settled(
+    service: Service, database: timedelta, provider: timedelta, named: str
+) -> None:
+    service.paid_there("paid", user="anna", plan_id=service.monthly, created_at=NOON - timedelta(days=1))
+    service.skew(database=database, provider=provider)
+
+    run = service.run(RECONCILIATION)
+
+    assert not run.ok
+    assert run.failure.startswith(named)
+    assert "does not count as reconciled" in run.failure
+    assert code(service, run) == "ClocksApart"
+    assert service.settled("paid") == ["created"]
+    assert service.rows("reconciled_days") == []
+    service.skew()
+    assert service.run(RECONCILIATION).ok
+    assert len(service.rows("reconciled_days")) == 1

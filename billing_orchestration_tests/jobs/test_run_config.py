@@ -18,7 +18,7 @@ from billing_orchestration_tests.books import NOON, stored
 from billing_orchestration_tests.jobs.service import Service
 
 UTC = timezone.utc
-DAILY_JOBS = ("autopayment_job", "expire_payments_job", "expire_subscriptions_job")
+DAILY_JOBS = ("autopayment_job", "expire_payments_job", "expire_subscriptions_job", "reconciliation_job")
 MATCHING_JOBS = ("matching_pending_payments_job", "matching_successful_payments_job")
 ALL_JOBS = (*DAILY_JOBS, *MATCHING_JOBS)
 RUN_CONFIGS = Path(__file__).parents[2] / "run_configs"
@@ -42,6 +42,8 @@ def with_work_for(service: Service, job: str) -> None:
             case "matching_pending_payments_job":
                 name = service.paid_there(user=f"user-{number}", plan_id=plan)
                 service.payment(name, created_at=service.now - timedelta(minutes=20))
+            case "reconciliation_job":
+                service.paid_there(user=f"user-{number}", plan_id=plan, created_at=service.now - timedelta(days=1))
             case _:
                 service.paid_there(user=f"user-{number}", plan_id=plan)
 
@@ -280,6 +282,7 @@ PAST = {
     "expire_subscriptions_job": "2026-03-10",
     "expire_payments_job": "2026-03-11",
     "autopayment_job": "2026-03-12",
+    "reconciliation_job": "2026-03-11",
     "matching_pending_payments_job": "2026-03-12-11:00",
     "matching_successful_payments_job": "2026-03-12-11:00",
 }

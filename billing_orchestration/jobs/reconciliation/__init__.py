@@ -18,11 +18,13 @@ from billing_orchestration.both_sides import BothSides, ProviderSide, read_books
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.reconciliation import record_day
 from billing_orchestration.domain.billing_calendar import BillingCalendar
+from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.decisions import Action, Decision, Tally
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
 from billing_orchestration.domain.reconciled import REFUNDED_THERE, REPAIRABLE, Day, reconciled_day
 from billing_orchestration.domain.run_scope import RunScope, over_limit
 from billing_orchestration.jobs.approval import bind
+from billing_orchestration.jobs.clocks import describe_clocks, look_at_clocks, note_clocks
 from billing_orchestration.jobs.matching_slice import PaidSliceConfig
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, RECONCILED, day_before_key
 from billing_orchestration.jobs.reconciliation.ends import Ends, left_after, put_before_a_person
@@ -71,6 +73,7 @@ class FetchedDay:
     scope: RunScope
     day: Day
     provider: ProviderSide
+    clocks: Clocks
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class FetchedBooks:
 
     scope: RunScope
     both: BothSides
+    clocks: Clocks
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class ReconciliationPlan:
 
     scope: RunScope
     both: BothSides
+    clocks: Clocks
     lines: "pd.DataFrame"
     sums: "pd.DataFrame"
     to_settle: tuple[ProviderPayment, ...]
@@ -109,22 +114,26 @@ def fetch_provider_day(
         calendar = BillingCalendar(zone)
         scope = run.scope(context, clock, whole_days=True)
         day = Day.of(reconciled_day(scope, calendar), calendar)
+        with billing_database.read():
+            pass  # a database that nobody can work on is told before the provider is asked for a whole day
         if not scope.dry_run:
             mark_covered(context, str(day.day))
         if config.max_requests_per_second is not None:
             payment_provider.client.rate.limit(config.max_requests_per_second)
         provider = read_provider(payment_provider.client, day, config.parallel_windows)
+        clocks = look_at_clocks(billing_database, clock, payment_provider)
     context.add_output_metadata(
         {
             "day": dg.MetadataValue.text(f"{day.day} ({zone})"),
             **describe_scope(scope),
+            **describe_clocks(context, clocks),
             "payments there": dg.MetadataValue.int(len(provider.payments)),
             "refunds there": dg.MetadataValue.int(len(provider.refunds)),
             "unusable items": dg.MetadataValue.int(len(provider.unusable)),
             "pages": dg.MetadataValue.int(provider.pages),
         }
     )
-    hand_over.leave(FetchedDay(scope, day, provider))
+    hand_over.leave(FetchedDay(scope, day, provider, clocks))
 
 
 @dg.op(
@@ -157,7 +166,7 @@ def fetch_books_of_day(
             "looked up there": dg.MetadataValue.int(len(both.provider.payments) - len(listed.payments)),
         }
     )
-    hand_over.leave(FetchedBooks(fetched.scope, both))
+    hand_over.leave(FetchedBooks(fetched.scope, both, fetched.clocks))
 
 
 @dg.op(description="Put each line into its class, check that the sums close, and decide what is done.", ins=AFTER)
@@ -188,7 +197,7 @@ def diff_day(context: dg.OpExecutionContext, hand_over: dg.ResourceParam[HandOve
         for line, payment in changes.items()
     }
     approved, refused = bind(context, scope, list(changes.items()), shown)
-    hand_over.leave(ReconciliationPlan(scope, both, lines, sums, tuple(approved), tuple(refused)))
+    hand_over.leave(ReconciliationPlan(scope, both, fetched.clocks, lines, sums, tuple(approved), tuple(refused)))
 
 
 def _to_settle(both: BothSides, lines: "pd.DataFrame") -> list[ProviderPayment]:
@@ -226,7 +235,7 @@ def apply_reconciliation(
         plan = hand_over.take(ReconciliationPlan)
         scope = plan.scope
         ends = _apply(report, plan, billing_database, payment_provider, clock)
-        if not scope.dry_run:
+        if not scope.dry_run and plan.clocks.may_be_trusted:
             yield _materialized(plan, report, ends)
     conclude(
         context,
@@ -247,7 +256,10 @@ def _apply(
     provider: ProviderConnection,
     clock: Clock,
 ) -> Ends:
-    """Settle, compare again, open entries for what is left, note what the day came to."""
+    """Settle, compare again, open entries for what is left, note what the day came to.
+
+    By a wrong clock the day may not be over: what is found counts, the day does not.
+    """
     scope, both = plan.scope, plan.both
     dry_run = scope.dry_run
 
@@ -265,7 +277,8 @@ def _apply(
     report.decisions.extend(plan.refused)
     left = left_after(both, plan.lines, results, database, dry_run=dry_run)
     ends = put_before_a_person(report, both, plan.lines, left, results, database, stamp(), dry_run=dry_run)
-    if not dry_run:
+    note_clocks(report, plan.clocks, "What was found is settled; the day does not count as reconciled. Launch it again")
+    if not dry_run and plan.clocks.may_be_trusted:
         with database.begin() as connection:
             record_day(
                 connection,
