@@ -34,6 +34,16 @@ WHY_NOT = f"""CASE
     WHEN s.ended_at IS DISTINCT FROM w.period_start THEN 'its end has moved to ' || coalesce(s.ended_at::text, 'none')
     WHEN s.plan_id IS DISTINCT FROM w.plan_id THEN 'it is on another plan'
     WHEN s.user_id IS DISTINCT FROM w.user_id THEN 'it belongs to another user'
+    WHEN NOT EXISTS (SELECT FROM plans pl WHERE pl.id = w.plan_id AND pl.is_recurring)
+        THEN 'its plan is not renewed any more'
+    WHEN NOT EXISTS (
+        SELECT FROM plans pl
+        WHERE pl.id = w.plan_id AND pl.duration = coalesce(w.period_count, pl.duration)
+          AND pl.duration_unit = coalesce(w.period_unit, pl.duration_unit))
+        THEN 'the period of its plan has changed'
+    WHEN (SELECT array_agg(pr.amount) FROM prices pr WHERE pr.plan_id = w.plan_id AND pr.currency::text = w.currency)
+        IS DISTINCT FROM ARRAY[w.amount]
+        THEN 'the price of its plan has changed'
     -- An end that was moved while a charge was under way: that charge may have paid for this very time.
     WHEN EXISTS (
         SELECT FROM billing_orchestration.renewal_attempts a

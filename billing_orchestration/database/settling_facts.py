@@ -145,6 +145,10 @@ _LOCK_PAYMENT_ROWS = f"""
                currency::text AS currency, external_payment_id, greatest(created_at, updated_at) AS touched_at
         FROM payments WHERE external_payment_id = ANY(%(ids)s) AND {of_this_shop_first("payments")}
         ORDER BY id FOR NO KEY UPDATE
+    ), entries AS (
+        -- A person who ignores one holds it: whoever comes second sees what the first has decided.
+        SELECT external_payment_id, kind, resolution, payment_id, evidence FROM billing_orchestration.quarantine
+        WHERE external_payment_id = ANY(%(ids)s) ORDER BY id FOR NO KEY UPDATE
     )
     SELECT 'row' AS what, external_payment_id, status AS word, id, subscription_id, payment_provider_id, amount,
            currency, {readable("touched_at")} AS touched_at
@@ -155,9 +159,9 @@ _LOCK_PAYMENT_ROWS = f"""
     UNION ALL
     SELECT DISTINCT 'set aside', external_payment_id, NULL, CAST(NULL AS bigint), CAST(NULL AS bigint),
            CAST(NULL AS bigint), CAST(NULL AS numeric), NULL, CAST(NULL AS timestamp)
-    FROM billing_orchestration.quarantine
+    FROM entries
     -- An entry about a row of the service's (its expiry was refused) says nothing about the provider's payment.
-    WHERE external_payment_id = ANY(%(ids)s) AND resolution = '{IGNORED}'
+    WHERE resolution = '{IGNORED}'
       AND NOT (kind = '{NOT_WRITABLE}' AND payment_id IS NOT NULL)
       -- One about differing books says nothing about a grant.
       AND NOT jsonb_exists(evidence, 'books')

@@ -9,7 +9,7 @@ take the provider's truth. docs/operations.md says what each does for each kind.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -35,7 +35,7 @@ from billing_orchestration.domain.answers import as_answer_to
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.problem_kinds import ACCEPTED, ATTACHED, GRANTED_ALREADY, IGNORED, MENDED
-from billing_orchestration.domain.provider_payment import SUCCEEDED, Claims, ProviderPayment, UnusablePayment
+from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
 from billing_orchestration.domain.settlement_decisions import (
     CloseAsGranted,
     Leave,
@@ -119,9 +119,9 @@ def resolve(
     if resolution.word == IGNORED or not entry.about_provider_payment or entry.kind in GRANTED_ALREADY:
         _refuse_attaching(entry, resolution)
         with transaction() as connection:
+            _close(connection, stamp, entry, _closing_word(entry, resolution), resolution)
             if entry.about_provider_payment and entry.kind not in GRANTED_ALREADY:
                 _refuse_granted(connection, entry)
-            _close(connection, stamp, entry, _closing_word(entry, resolution), resolution)
         return [_closed_in_words(entry, resolution)]
     payment, is_live = _ask(engine, connect, entry)
 
@@ -219,12 +219,8 @@ def _open_entry(entry: Entry | None, entry_id: int) -> Entry:
 
 
 def _refuse_granted(connection: sa.Connection, entry: Entry) -> None:
-    """What was granted meanwhile cannot be ignored. Under the user's lock: nobody is granting it at this moment."""
+    """What was granted meanwhile cannot be ignored. Its entry is locked, so nobody is granting it at this moment."""
     payment_id = entry.external_payment_id or ""
-    item = entry.evidence.get("item")
-    metadata = item.get("metadata") if isinstance(item, Mapping) else None
-    claims = Claims.of(metadata if isinstance(metadata, Mapping) else {})
-    lock_user_names(connection, [claims.user_id or f"payment {payment_id}"])
     if fetch_settled(connection, [payment_id]):
         raise NotResolved(
             f"payment {payment_id} was settled meanwhile, so it can no longer be ignored; accept closes the entry."

@@ -115,7 +115,7 @@ def test_an_attempt_of_another_shop_is_not_claimed(books: Books, sent: bool) -> 
 
 def test_what_is_written_ahead_is_all_that_the_next_run_needs(books: Books) -> None:
     ended_at = NOON - 2 * A_DAY + TICK
-    subscription_id = books.subscription("Ёлка 😀", ended_at=ended_at)
+    subscription_id = books.subscription("Ёлка 😀", plan_id=books.plan("0.10"), ended_at=ended_at)
     planned = books.planned(subscription_id, method="card", amount="0.10")
     assert begin(books, planned) == {planned.id}
     assert books.read_attempt(planned.id) == replace(planned, first_sent_at=NOON, last_sent_at=NOON, sends=1)
@@ -145,6 +145,32 @@ CHANGES = {
     "given to another user": "UPDATE subscriptions SET user_id = 'somebody else'",
     "gone": "DELETE FROM subscriptions",
 }
+
+
+OF_THE_PLAN = {
+    "recurring switched off": "UPDATE plans SET is_recurring = false",
+    "a price corrected": "UPDATE prices SET amount = 298",
+    "a second price": "INSERT INTO prices (plan_id, currency, amount) SELECT plan_id, currency, 1 FROM prices",
+    "no price any more": "DELETE FROM prices",
+    "another period": "UPDATE plans SET duration_unit = 'year'",
+    "no period": "UPDATE plans SET duration = NULL",
+}
+
+
+@pytest.mark.parametrize("change", OF_THE_PLAN.values(), ids=OF_THE_PLAN.keys())
+@pytest.mark.parametrize("again", [False, True], ids=["first send", "sent again"])
+def test_a_subscription_whose_plan_has_changed_is_not_charged(books: Books, change: str, again: bool) -> None:
+    subscription_id = books.subscription()
+    attempt = books.attempt(subscription_id) if again else books.planned(subscription_id)
+    books.execute(change)
+    assert not (send_again(books, attempt) if again else begin(books, attempt))
+    assert [found.sends for found in books.rows("renewal_attempts")] == ([1] if again else [])
+
+
+def test_a_price_in_another_currency_changes_nothing(books: Books) -> None:
+    planned = books.planned(books.subscription())
+    books.execute("INSERT INTO prices (plan_id, currency, amount) SELECT plan_id, 'EUR', 3 FROM prices")
+    assert begin(books, planned) == {planned.id}
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
+from billing_orchestration.database.quarantine import close_entry, read_entry
+from billing_orchestration.database.settling import settle_batch
 from billing_orchestration.desk.explaining import explain_payment, explain_subscription
 from billing_orchestration.desk.quarantine_report import listed, shown
 from billing_orchestration.desk.resolving import NotResolved, Resolution, resolve
 from billing_orchestration.domain.billing_calendar import BillingCalendar
-from billing_orchestration.domain.provider_payment import ATTEMPT_KEY
+from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, ProviderPayment
+from billing_orchestration.domain.settlement_decisions import Leave
 from billing_orchestration.provider.errors import ProviderError
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.jobs.service import Service
-from billing_orchestration_tests.waiting import wait_for_a_blocked_session
+from billing_orchestration_tests.waiting import start_blocked, wait_for_a_blocked_session
 
 UTC = timezone.utc
 MATCHING = "matching_successful_payments_job"
@@ -359,6 +363,45 @@ def test_what_was_settled_meanwhile_cannot_be_ignored_any_more(service: Service)
 
     assert "granted before, nothing was added" in said[0]
     assert service.settled("paid") == ["created"]
+
+
+LENGTHS = pytest.mark.parametrize("note", ["", "long " * 600], ids=["short evidence", "evidence that is cut"])
+
+
+def in_quarantine(service: Service, note: str) -> tuple[ProviderPayment, int]:
+    """A payment that names a plan which comes a little later, and its entry."""
+    payment = service.paid("early", user="anna", plan_id=77)
+    payment = replace(payment, metadata={**payment.metadata, "note": note})
+    service.settle(payment)
+    plan = service.plan()
+    return replace(payment, metadata={**payment.metadata, "plan_id": str(plan)}), the_entry(service).id
+
+
+@LENGTHS
+def test_ignoring_waits_for_the_settling_of_its_payment_and_then_refuses(service: Service, note: str) -> None:
+    payment, entry = in_quarantine(service, note)
+    with ThreadPoolExecutor() as pool, service.engine.connect() as settling:
+        calendar = BillingCalendar(service.settings.billing_timezone)
+        settle_batch(settling, [payment], stamp=service.stamp(), calendar=calendar, is_live=False)
+        ignoring = start_blocked(pool, service.engine, lambda: person(service, "ignored", entry))
+        settling.commit()
+        with pytest.raises(NotResolved, match="settled"):
+            ignoring.result()
+    assert the_entry(service).resolution == "settled"
+
+
+@LENGTHS
+def test_settling_waits_for_a_person_who_ignores_its_payment_and_then_leaves_it(service: Service, note: str) -> None:
+    payment, entry = in_quarantine(service, note)
+    with ThreadPoolExecutor() as pool, service.engine.connect() as ignoring:
+        found = read_entry(ignoring, entry, lock=True)
+        assert found is not None
+        close_entry(ignoring, service.stamp(), found, "ignored", "the customer called", "vera")
+        settling = start_blocked(pool, service.engine, lambda: service.settle(payment))
+        ignoring.commit()
+        [settled] = settling.result()
+    assert isinstance(settled.decision, Leave)
+    assert service.settled("early") == []
 
 
 def test_a_gap_is_only_closed_and_told_again_when_it_comes_back(service: Service) -> None:

@@ -6,6 +6,8 @@ from billing_orchestration_tests.torture.mutant import Edit, Mutant
 
 _ATTEMPTS = "database/attempts.py"
 _RENEWALS = "domain/renewals.py"
+_LOOK = "database/second_look.py"
+_CHANGED_PLAN = "database/test_attempts.py::test_a_subscription_whose_plan_has_changed_is_not_charged"
 _TERMS = "jobs/test_attempts_keep_their_terms.py::"
 
 TERMS = (
@@ -38,6 +40,36 @@ TERMS = (
             "domain/test_renewals.py"
             "::test_a_sent_attempt_whose_shop_nobody_wrote_down_is_searched_and_neither_sent_nor_given_up",
         ),
+    ),
+    Mutant(
+        "a plan that is not recurring any more renewed",
+        "the second look asks whether the plan is still renewed",
+        (Edit(_LOOK, "pl.id = w.plan_id AND pl.is_recurring)", "pl.id = w.plan_id)"),),
+        (_CHANGED_PLAN + "[first send-recurring switched off]",),
+    ),
+    Mutant(
+        "a price that was corrected meanwhile asked",
+        "the second look asks whether the price is still the plan's only one",
+        (Edit(_LOOK, "IS DISTINCT FROM ARRAY[w.amount]", "IS NULL"),),
+        (_CHANGED_PLAN + "[first send-a price corrected]",),
+    ),
+    Mutant(
+        "a period that was changed meanwhile paid for",
+        "the second look asks whether the plan's period is still the one that is asked for",
+        (Edit(_LOOK, "coalesce(w.period_unit, pl.duration_unit))", "pl.duration_unit)"),),
+        (_CHANGED_PLAN + "[first send-another period]",),
+    ),
+    Mutant(
+        "a person and a settling who do not wait for each other",
+        "ignoring and settling take the same lock, whatever the evidence's size",
+        (
+            Edit(
+                "database/settling_facts.py",
+                "WHERE external_payment_id = ANY(%(ids)s) ORDER BY id FOR NO KEY UPDATE\n    )\n    SELECT 'row'",
+                "WHERE external_payment_id = ANY(%(ids)s) ORDER BY id\n    )\n    SELECT 'row'",
+            ),
+        ),
+        ("desk/test_resolving.py::test_settling_waits_for_a_person_who_ignores_its_payment_and_then_leaves_it",),
     ),
     Mutant(
         "the plan's period at settling",
