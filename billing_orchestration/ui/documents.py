@@ -16,8 +16,9 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 _SERVED = frozenset({".md", ".png", ".svg"})
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>:root {{ color-scheme: light dark }} body {{ max-width: 60rem; margin: 2rem auto;
+_PAGE = """<!doctype html><html lang="{language}"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>:root {{ color-scheme: light dark }} body {{ max-width: 60rem; margin: 2rem auto;
 padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif }} table {{ border-collapse: collapse; display: block;
 overflow-x: auto }} td, th {{ border: 1px solid gray; padding: .2rem .5rem; text-align: left; vertical-align: top }}
 pre {{ overflow-x: auto; padding: .5rem; border: 1px solid gray }} img {{ max-width: 100% }}</style>{body}</html>"""
@@ -54,7 +55,8 @@ class Documents:
             return PlainTextResponse("There is no such document here. DOCS_URL says where else they are.", 404)
         if path.suffix != ".md":
             return FileResponse(path)
-        return HTMLResponse(_PAGE.format(title=html.escape(name), body=as_html(path.read_text(encoding="utf-8"))))
+        language, body = "ru" if name.startswith("ru/") else "en", as_html(path.read_text(encoding="utf-8"))
+        return HTMLResponse(_PAGE.format(language=language, title=html.escape(name), body=body))
 
 
 def as_html(markdown: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import urllib3
@@ -48,6 +50,17 @@ def test_every_heading_that_an_alert_or_a_page_links_to_is_an_anchor_of_the_page
 )
 def test_only_documents_are_served(address: str, path: str, status: int) -> None:
     assert get(address + path).status == status
+
+
+@pytest.mark.parametrize(("path", "language"), [("operations.md", "en"), ("ru/operations.md", "ru")])
+def test_a_page_says_its_language_and_its_own_links_lead_to_its_headings(
+    address: str, path: str, language: str
+) -> None:
+    page = get(f"{address}/dagster/docs/{path}").data.decode()
+    assert f'<html lang="{language}">' in page
+    own = [unquote(anchor) for anchor in re.findall(r'href="#([^"]+)"', page)]
+    assert len(own) > 5
+    assert [anchor for anchor in own if f'id="{anchor}"' not in page] == []
 
 
 def test_everything_else_goes_to_the_ui(address: str) -> None:
