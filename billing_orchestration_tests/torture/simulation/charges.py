@@ -85,7 +85,9 @@ class Charges:
     def _note_claim(self, key: str) -> None:
         world, before = self._world, self._claimed.get(key)
         claimed_at = world.oracle.claimed_at(key)
-        self._claimed[key] = world.now if claimed_at is None else min(world.now, claimed_at - world.host_error)
+        claimed_at = world.now if claimed_at is None else min(world.now, claimed_at - world.host_error)
+        # What seems to be long ago was written down before our clock was set.
+        self._claimed[key] = claimed_at if world.now - claimed_at < PROVIDER_HAS_FINISHED else world.now
         too_soon = before is not None and self._claimed[key] - before < PROVIDER_HAS_FINISHED
         if key in self._unanswered and too_soon and world.plays("charges under way"):
             world.fault(f"RE-SENT TOO SOON: key {key} was claimed at {before}, and nobody has heard of it since")

@@ -83,6 +83,8 @@ class Journal:
     plan_changed: dict[int, datetime] = field(default_factory=dict)
     # The period that was asked for: attempt -> (duration, unit), as the plan was when it was claimed.
     agreed: dict[str, tuple[int, str]] = field(default_factory=dict)
+    # How far our clock is behind at this moment: what was noted before it went wrong seems to lie so far ahead.
+    behind: timedelta = timedelta(0)
     # When the database was last set back, and our charges (provider's ids) of which it knows nothing since.
     restored_at: datetime | None = None
     lost: set[str] = field(default_factory=set)

@@ -117,8 +117,11 @@ class RunsJudge(Judge):
                 "SELECT id, created_at, external_payment_id FROM payments WHERE status = 'PENDING' AND created_at < %s",
                 naive(as_of - self._rules.ttl_days * DAY),
             )
-            if (payment := payments.get(row.external_payment_id)) is None
-            or (payment.status != "waiting_for_capture" and row.external_payment_id not in self._journal.poisoned)
+            if row.id not in self._journal.elsewhere  # its own shop's work
+            and (
+                (payment := payments.get(row.external_payment_id)) is None
+                or (payment.status != "waiting_for_capture" and row.external_payment_id not in self._journal.poisoned)
+            )
         ]
 
     def stale_subscriptions(self, as_of: datetime) -> list[str]:

@@ -49,7 +49,9 @@ class SendsJudge(Judge):
         row = rows[0]
         is_new = row.sends == 1  # an older body may have an older price
         plan_changed_at = self._journal.plan_changed.get(row.plan_id)
-        is_as_claimed = not (plan_changed_at and row.last_sent_at and plan_changed_at >= row.last_sent_at)
+        is_as_claimed = not (
+            plan_changed_at and row.last_sent_at and plan_changed_at >= row.last_sent_at - self._journal.behind
+        )
         moment = now if self._rules.holds("old backfills") else as_of
         payments = list(payments)
         return [
@@ -161,6 +163,7 @@ class SendsJudge(Judge):
             yield f"CHARGED A REFUNDED CARD: subscription {row.id} by {method_id}, whose purchase was refunded"
 
     def _changed_since(self, subscription_id: int, instant: datetime) -> bool:
+        instant -= self._journal.behind
         touched = self._journal.touched.get(subscription_id)
         settled = self.rows(
             "SELECT 1 FROM billing_orchestration.settlements WHERE subscription_id = %s AND settled_at >= %s",
@@ -179,7 +182,7 @@ class SendsJudge(Judge):
     def wrong_send(self, key: str, body: str, began: datetime) -> list[str]:
         """What is wrong with a charge that is about to be sent, by the tables as they are committed at this moment.
 
-        `began` (aware UTC, our clock): when the run did that sends it.
+        `began` (aware UTC): when the run did that sends it.
         """
         rows = self.rows(
             "SELECT a.state, a.body, a.first_sent_at, a.last_sent_at, a.period_start, a.subscription_id,"
@@ -199,7 +202,7 @@ class SendsJudge(Judge):
         if row.state not in ("PLANNED", "UNKNOWN"):
             found.append(f"key {key} is sent while its attempt is {row.state}")
         # Else a send without another look would be excused by whatever has changed since the send before it.
-        if row.last_sent_at is not None and row.last_sent_at < began:
+        if row.last_sent_at is not None and row.last_sent_at < began - self._journal.behind:
             found.append(f"SENT WITHOUT A LOOK: key {key} was claimed at {row.last_sent_at}, its run began {began}")
         # Between the last look at it, which is committed with `last_sent_at`, and this moment it may have changed.
         if (row.status != "ACTIVE" or row.ended_at != row.period_start) and not (

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from billing_orchestration_tests.torture.simulation.agenda import Agenda, Dice
 from billing_orchestration_tests.torture.simulation.judge import DAY, UTC
 from billing_orchestration_tests.torture.simulation.runs import DAILY, Runs
+from billing_orchestration_tests.torture.simulation.successes import Successes
 from billing_orchestration_tests.torture.simulation.ticks import Ticks
 from billing_orchestration_tests.torture.simulation.traits import MINUTE
 from billing_orchestration_tests.torture.simulation.world import World
@@ -17,8 +18,11 @@ OUTAGE_LENGTHS = (5 * MINUTE, timedelta(hours=26), 8 * DAY)
 class Outages:
     """They begin by chance and end by themselves."""
 
-    def __init__(self, world: World, dice: Dice, agenda: Agenda, runs: Runs, ticks: Ticks) -> None:
+    def __init__(
+        self, world: World, dice: Dice, agenda: Agenda, runs: Runs, ticks: Ticks, successes: Successes
+    ) -> None:
         self._world, self._dice, self._agenda, self._runs, self._ticks = world, dice, agenda, runs, ticks
+        self._successes = successes
 
     def begin(self, whose: str) -> None:
         """Of the provider, of the service, or ours."""
@@ -48,6 +52,8 @@ class Outages:
             world.outage = None
             self._ticks.again_from_now()
         world.tell(f"  outage over: {whose}")
+        if "service" not in world.out:
+            self._successes.die_half_way_before_a_run()
         self._agenda.tick_at(world.now)
         if whose == "ours":
             self._run_late(began)

@@ -75,8 +75,7 @@ class Process:
         self.world = world
         self.accidents = accidents
         self.as_of = as_of
-        # As the run itself reads it: our host's clock.
-        self.began = world.host_now()
+        self.began = world.now
         self._clocks_set = world.clocks_set
         self._answered_since = 0
         # One at a time goes on, in an order that is drawn.

@@ -36,7 +36,8 @@ MUST_BE_PLAYED = (
     "whole autopayment_job", "of a partition", "attempts STOPPED", "attempts DECLINED", "attempts PENDING",
     "attempts VOID", "attempts REJECTED", "attempts REVIEW", "attempts SUCCEEDED", "settled renewed", "settled created",
     "settled extended", "settled refunded", "a card is stuck: silence before", "a card is stuck: error before",
-    "webhook: dies half-way",
+    "webhook: dies half-way", "webhook: dies half-way, late", "wrong clock: ours, ahead",
+    "wrong clock: ours, behind", "wrong clock: PostgreSQL's",
 )  # fmt: skip
 
 

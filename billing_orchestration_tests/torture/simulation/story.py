@@ -54,7 +54,7 @@ class Simulation:
         self.runs = Runs(world, dice, agenda, self.successes, self.backups)
         self.ticks = Ticks(world, dice, agenda, self.runs)
         self.operator = Operator(world, dice, agenda, self.runs)
-        self.outages = Outages(world, dice, agenda, self.runs, self.ticks)
+        self.outages = Outages(world, dice, agenda, self.runs, self.ticks, self.successes)
         self.clocks = WrongClocks(world, dice, agenda, self.ticks)
         self.backups.on_restore = self.ticks.forget
         world.on_charge_under_way = self._ends_later

@@ -77,13 +77,7 @@ class Successes:
         world = self._world
         if "renewal_attempt_id" in payment.metadata or payment.id in world.journal.poisoned or payment.refunded:
             return False
-        is_late = world.provider_now() - payment.captured_at > 40 * MINUTE
-        mishap = "late half webhooks" if is_late else "half webhooks"
-        if world.plays(mishap) and self._dice.chance(0.25) and self._write_half(payment):
-            world.tell(f"  webhook {payment.id}: dies half-way")
-            world.happened["webhook: dies half-way"] += 1
-            self._agenda.tick_at(world.now)
-            self._agenda.tick_at(world.now + MINUTE + max(timedelta(0), world.traits.service_skew))
+        if self._dies_half_way(payment, is_late=world.provider_now() - payment.captured_at > 40 * MINUTE):
             return True
         # It has a minute, which the jobs leave to it, by the provider's clock.
         left_s = 57.0 - (world.provider_now() - payment.captured_at).total_seconds()
@@ -97,6 +91,27 @@ class Successes:
         delay = timedelta(seconds=self._dice.uniform(0.5, left_s))
         self._agenda.after(delay, f"webhook {payment.id} writes", lambda: self._end_handler(payment.id))
         return True
+
+    def _dies_half_way(self, payment: Any, *, is_late: bool) -> bool:
+        world = self._world
+        mishap = "late half webhooks" if is_late else "half webhooks"
+        if not world.plays(mishap) or not self._dice.chance(0.25) or not self._write_half(payment):
+            return False
+        world.tell(f"  webhook {payment.id}: dies half-way")
+        world.happened[f"webhook: dies half-way{', late' if is_late else ''}"] += 1
+        self._agenda.tick_at(world.now)
+        self._agenda.tick_at(world.now + MINUTE + max(timedelta(0), world.traits.service_skew))
+        return True
+
+    def die_half_way_before_a_run(self) -> None:
+        """Handlers of what was paid hours ago, while no run came, in the minute before one that catches up."""
+        world = self._world
+        for payment in world.provider.payments():
+            is_purchase = payment.idempotence_key is None and payment.id not in world.journal.poisoned
+            if not is_purchase or payment.status != "succeeded" or payment.refunded:
+                continue
+            if world.provider_now() - payment.captured_at > 40 * MINUTE:
+                self._dies_half_way(payment, is_late=True)
 
     def _write_half(self, payment: Any) -> bool:
         try:

@@ -157,6 +157,7 @@ class World:
     def set_clocks(self, host_error: timedelta, database_error: timedelta) -> None:
         """Somebody has, or a machine of its own."""
         self.host_error, self.database_error = host_error, database_error
+        self.journal.behind = max(timedelta(0), -host_error)
         self.clocks_set += 1
 
     @property
