@@ -307,6 +307,7 @@ class Settings(BaseSettings):
     )
     yookassa_gateway_id: Annotated[str | None, BeforeValidator(_credential)] = None
     yookassa_provider_ids: Annotated[str | None, BeforeValidator(_ids)] = None
+    matching_look_first: Annotated[str, BeforeValidator(_one_of("on", "off"))] = "on"
     foreign_payments: Annotated[str, BeforeValidator(_one_of("ignore", "quarantine"))] = "ignore"
     receipt_vat_code: Annotated[int | None, BeforeValidator(_code(12))] = None
     receipt_payment_mode: Annotated[str | None, BeforeValidator(_one_of(*_PAYMENT_MODES))] = None

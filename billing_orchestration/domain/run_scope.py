@@ -13,6 +13,9 @@ LONGEST_CATCH_UP = timedelta(days=7)
 # How much of what was covered is covered again: a run leaves the youngest payments to the service's webhook, the lag of
 # the provider's list is not documented, and the two clocks may differ.
 CATCH_UP_OVERLAP = timedelta(minutes=15)
+# A run covers its hour whole at least this often; in between, a tick that finds nothing starts none. It is a few ticks
+# less than a watermark may lag (the money check matching_keeps_up), and every hour of the grid gets its run.
+COVERED_EVERY = timedelta(minutes=50)
 # The guard on the blast radius: a run that would expire more than a fifth of all ACTIVE subscriptions, and more than a
 # hundred, is more likely a mistake (a wrong clock, a broken import, renewals that did not run) than a fact.
 GUARD_SHARE = 0.20
@@ -136,6 +139,17 @@ def covering_window(scope: RunScope, watermark: datetime | None, now: datetime) 
     if wanted < earliest:
         return Window(earliest, scope.as_of, gap=(wanted, earliest))
     return Window(wanted, scope.as_of)
+
+
+def why_cover(watermark: datetime | None, tick: datetime, now: datetime) -> str | None:
+    """Why a tick's run has to cover its hour, whatever a look would find; None: a look may answer for it."""
+    if is_in_future(tick, now):
+        return f"the tick of {tick.isoformat()} lies in the future of this machine's clock"
+    if watermark is None or is_in_future(watermark, now):
+        return "no run has covered an hour yet" if watermark is None else "the last covered instant lies in the future"
+    if tick - watermark >= COVERED_EVERY:
+        return f"no run has covered an hour since {watermark:%H:%M}"
+    return None
 
 
 def next_watermark(

@@ -1,19 +1,24 @@
 """matching_pending_payments_job: PENDING here, paid at the provider: the customer gets what was paid for.
 
-Every two minutes. It reads the provider's successes of the last hour (created or captured), then the PENDING rows with
-those ids, whatever their age, and settles them. It is safe to repeat. After an outage of up to seven days, the next
-tick catches up.
+Every two minutes a tick looks whether there is something to do (`matching_look`). A run reads the provider's successes
+of the last hour (created or captured), then the PENDING rows with those ids, whatever their age, and settles them. It
+is safe to repeat. After an outage of up to seven days, the next tick catches up.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import dagster as dg
+import sqlalchemy as sa
 
 from billing_orchestration.database.matching import fetch_pending
 from billing_orchestration.domain.matching import by_provider_id, diff_pending
+from billing_orchestration.domain.provider_payment import WEBHOOK_GRACE, ProviderPayment
+from billing_orchestration.domain.run_scope import Window
 from billing_orchestration.domain.settlement_decisions import PaymentRow
+from billing_orchestration.jobs.matching_look import Compared, matching_schedule
 from billing_orchestration.jobs.matching_slice import (
-    WEBHOOK_GRACE_S,
     MatchingDiffConfig,
     MatchingPlan,
     PaidSlice,
@@ -22,10 +27,11 @@ from billing_orchestration.jobs.matching_slice import (
     fetch_paid,
     plan_matching,
 )
-from billing_orchestration.jobs.partitions import HOURLY, hour_key
+from billing_orchestration.jobs.partitions import HOURLY
 from billing_orchestration.jobs.run_report import ROWS_SHOWN, Told, told_plainly
-from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
+from billing_orchestration.jobs.schedules import singleton_tags
 from billing_orchestration.resources import AFTER, BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
+from billing_orchestration.settings import Settings
 
 JOB = "matching_pending_payments_job"
 # A tick takes seconds, one that catches up seven days minutes. A run that takes longer than this hangs.
@@ -133,12 +139,19 @@ def matching_pending_payments_job() -> None:
     apply_pending_matches(diff_pending_payments(fetch_pending_payments(fetch_paid_for_pending())))
 
 
-matching_pending_payments_every_2_minutes_schedule = tick_schedule(
+def compare_pending(
+    connection: sa.Connection, paid: Sequence[ProviderPayment], window: Window, now: datetime, _settings: Settings
+) -> Compared:
+    """Both slices of a tick that looks first, and their diff."""
+    pending = fetch_pending(connection, window.start, window.end, [payment.id for payment in paid])
+    diff = diff_pending(paid, by_provider_id(pending.paid_there), now=now, webhook_grace=WEBHOOK_GRACE)
+    here = pending.in_window
+    return Compared(diff, f"{len(paid)} paid there, {diff.agreed} of them not PENDING here, {here} PENDING here")
+
+
+matching_pending_payments_every_2_minutes_schedule = matching_schedule(
     matching_pending_payments_job,
     name="matching_pending_payments_every_2_minutes_schedule",
-    cron="*/2 * * * *",
-    timezone="UTC",
-    partition_key=hour_key,
-    op_config={"diff_pending_payments": {"webhook_grace_s": WEBHOOK_GRACE_S}},
-    description="Every two minutes. After an outage, one tick covers all of it, up to seven days.",
+    diff_op="diff_pending_payments",
+    compare=compare_pending,
 )

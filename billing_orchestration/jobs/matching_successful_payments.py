@@ -1,18 +1,24 @@
 """matching_successful_payments_job: paid at the provider, not in the books: payment and subscription are created.
 
-Every two minutes. It reads the provider's successes of the last hour (created or captured), then the database *by
-those ids*, whatever a row's status or age: a window on the database's side would invent orphans at its edge.
+Every two minutes a tick looks whether there is something to do (`matching_look`). A run reads the provider's successes
+of the last hour (created or captured), then the database *by those ids*, whatever a row's status or age: a window on
+the database's side would invent orphans at its edge.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import dagster as dg
+import sqlalchemy as sa
 
 from billing_orchestration.database.matching import fetch_rows, fetch_settled
 from billing_orchestration.domain.matching import by_provider_id, diff_successful
+from billing_orchestration.domain.provider_payment import WEBHOOK_GRACE, ProviderPayment
+from billing_orchestration.domain.run_scope import Window
 from billing_orchestration.domain.settlement_decisions import PaymentRow
+from billing_orchestration.jobs.matching_look import Compared, matching_schedule
 from billing_orchestration.jobs.matching_slice import (
-    WEBHOOK_GRACE_S,
     MatchingDiffConfig,
     MatchingPlan,
     PaidSlice,
@@ -21,10 +27,11 @@ from billing_orchestration.jobs.matching_slice import (
     fetch_paid,
     plan_matching,
 )
-from billing_orchestration.jobs.partitions import HOURLY, hour_key
+from billing_orchestration.jobs.partitions import HOURLY
 from billing_orchestration.jobs.run_report import Told, told_plainly
-from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
+from billing_orchestration.jobs.schedules import singleton_tags
 from billing_orchestration.resources import AFTER, BillingDatabase, Clock, HandOver, ProviderConnection, RunSettings
+from billing_orchestration.settings import Settings
 
 JOB = "matching_successful_payments_job"
 # A tick takes seconds, one that catches up seven days minutes. A run that takes longer than this hangs.
@@ -136,12 +143,25 @@ def matching_successful_payments_job() -> None:
     apply_successful_matches(diff_successful_payments(fetch_known_payments(fetch_paid_for_successful())))
 
 
-matching_successful_payments_every_2_minutes_schedule = tick_schedule(
+def compare_successful(
+    connection: sa.Connection, paid: Sequence[ProviderPayment], _window: Window, now: datetime, settings: Settings
+) -> Compared:
+    """Both slices of a tick that looks first, and their diff."""
+    ids = [payment.id for payment in paid]
+    diff = diff_successful(
+        paid,
+        by_provider_id(fetch_rows(connection, ids)),
+        frozenset(fetch_settled(connection, ids)),
+        now=now,
+        webhook_grace=WEBHOOK_GRACE,
+        leaves_foreign=settings.foreign_payments == "ignore",
+    )
+    return Compared(diff, f"{len(paid)} paid there, {diff.agreed} settled here")
+
+
+matching_successful_payments_every_2_minutes_schedule = matching_schedule(
     matching_successful_payments_job,
     name="matching_successful_payments_every_2_minutes_schedule",
-    cron="*/2 * * * *",
-    timezone="UTC",
-    partition_key=hour_key,
-    op_config={"diff_successful_payments": {"webhook_grace_s": WEBHOOK_GRACE_S}},
-    description="Every two minutes. After an outage, one tick covers all of it, up to seven days.",
+    diff_op="diff_successful_payments",
+    compare=compare_successful,
 )

@@ -6,7 +6,7 @@ refuses for good goes to quarantine, what it was too busy for must be retried.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -224,6 +224,20 @@ def unusable_problems(unusable: Sequence[UnusablePayment]) -> list[Problem]:
     return problems
 
 
+def receipt_problems(payments: Iterable[ProviderPayment], settled: Set[str]) -> list[Problem]:
+    """What a person has to look at among settled payments: receipts that were not registered."""
+    return [
+        Problem(
+            f"payment {payment.id}",
+            RECEIPT,
+            f"renewed and granted for {payment.money}, and the registration of its receipt was canceled",
+            external_payment_id=payment.id,
+        )
+        for payment in payments
+        if payment.lacks_receipt and payment.id in settled
+    ]
+
+
 def report_without_receipt(
     report: RunReport, payments: Iterable[ProviderPayment], *, database: BillingDatabase, stamp: Stamp, dry_run: bool
 ) -> None:
@@ -233,16 +247,7 @@ def report_without_receipt(
         return
     with database.read() as connection:
         settled = fetch_settled(connection, [payment.id for payment in lacking])
-    problems = [
-        Problem(
-            f"payment {payment.id}",
-            RECEIPT,
-            f"renewed and granted for {payment.money}, and the registration of its receipt was canceled",
-            external_payment_id=payment.id,
-        )
-        for payment in lacking
-        if payment.id in settled
-    ]
+    problems = receipt_problems(lacking, settled)
     report.quarantined += len(problems)
     report.decisions.extend(Decision(Action.QUARANTINE, p.subject, p.reason, code=p.kind) for p in problems)
     if not dry_run:

@@ -266,14 +266,15 @@ class PaymentProvider:
     def fetch_slice(self, start: datetime, end: datetime, *, parallel_windows: int | None = 1) -> Slice:
         """The payments that succeeded and were created or captured in [start, end], each once. Whole, or an error.
 
-        Two lists, since a card may be paid in the 59th minute and cash on the eighth day. The bounds are widened to
-        whole milliseconds. A payment in another status is dropped, should the provider ignore the filter.
-
-        Pages behind a cursor are sequential; with `parallel_windows` that many parts of the window are read
-        concurrently. Their bounds overlap by an instant, so nothing falls between them. None: a list longer than a
-        few pages is read in parts, a shorter one costs no extra request.
+        Two lists: a card may be paid in the 59th minute and cash on the eighth day. Bounds are widened to whole
+        milliseconds. Another status is dropped, should the provider ignore the filter. `parallel_windows`: read in that
+        many parts at once, which overlap by an instant; None: only where a list is longer than a few pages.
         """
         return self._lists.succeeded(start, end, parallel_windows)
+
+    def glance(self, start: datetime, end: datetime) -> Slice | None:
+        """What `fetch_slice` reads, where that is one page of each list; None where it is more."""
+        return self._lists.succeeded_on_one_page(start, end)
 
     def fetch_day(self, start: datetime, end: datetime, *, parallel_windows: int | None = None) -> Slice:
         """The payments in ANY status that were created or captured in [start, end), each once. Whole, or an error."""

@@ -48,6 +48,11 @@ class Lists:
         """The payments that succeeded and were created or captured in [start, end]. See PaymentProvider.fetch_slice."""
         return self._created_or_captured(SUCCEEDED, start, end, parallel_windows)
 
+    def succeeded_on_one_page(self, start: datetime, end: datetime) -> Slice | None:
+        """The same where each of both lists has a single page; None where one goes on."""
+        slice_ = Collector(SUCCEEDED)
+        return slice_.whole() if self._read_if_short(SUCCEEDED, start, end, slice_, 1) else None
+
     def payments_of_day(self, start: datetime, end: datetime, parallel_windows: int | None) -> Slice:
         """The payments in any status that were created or captured in [start, end), each once."""
         return self._created_or_captured(None, start, end - _RESOLUTION, parallel_windows)
@@ -62,9 +67,9 @@ class Lists:
     ) -> Slice:
         slice_ = Collector(status)
         if parallel_windows is None:
-            parallel_windows = self._read_if_short(status, start, end, slice_)
-            if not parallel_windows:
+            if self._read_if_short(status, start, end, slice_, _SHORT_PAGES):
                 return slice_.whole()
+            parallel_windows = _WORTHWHILE_WINDOWS
         bounds = _split(start, end, parallel_windows)
         lists = [
             _filters(status, instant, first, last)
@@ -88,13 +93,15 @@ class Lists:
             slice_.merge(parts.pop(number))
         return slice_.whole()
 
-    def _read_if_short(self, status: str | None, start: datetime, end: datetime, slice_: Collector) -> int:
-        """Read both lists as far as they are short; 0 when that was all, else in how many parts to read them."""
+    def _read_if_short(
+        self, status: str | None, start: datetime, end: datetime, slice_: Collector, most_pages: int
+    ) -> bool:
+        """Read both lists as far as they are short. False: one of them is longer, and was left before its end."""
         for instant in ("created_at", "captured_at"):
-            self._collect("payments", _filters(status, instant, start, end), slice_, most_pages=_SHORT_PAGES)
+            self._collect("payments", _filters(status, instant, start, end), slice_, most_pages=most_pages)
             if slice_.is_cut:
-                return _WORTHWHILE_WINDOWS
-        return 0
+                return False
+        return True
 
     def _collect(
         self, what: str, filters: Mapping[str, str], pages: SomePages, *, most_pages: int | None = None

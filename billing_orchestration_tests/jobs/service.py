@@ -23,7 +23,7 @@ from billing_orchestration.jobs.matching_slice import WEBHOOK_GRACE_S
 from billing_orchestration.jobs.run_report import read_result
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.sandbox.provider.server import Sandbox
-from billing_orchestration.settings import Settings
+from billing_orchestration.settings import Settings, SettingsError
 from billing_orchestration.threads import OF_THE_SYSTEM, Threads
 from billing_orchestration_tests.books import NOON, Books
 
@@ -64,6 +64,20 @@ class Run:
     def reasons(self, subject: str) -> list[str]:
         """What the report says about one subject, as "action: reason"."""
         return [f"{row['action']}: {row['reason']}" for row in self.decisions if row["subject"] == subject]
+
+
+def no_settings() -> Settings:
+    """An environment in which nothing is set."""
+    raise SettingsError({"BILLING_DATABASE_URL": "is not set"})
+
+
+def evaluate(schedule: str, instance: dg.DagsterInstance, at: datetime) -> Any:
+    """What a schedule makes of a tick. Without settings a matching job's tick cannot look first, and starts its run."""
+    definitions = build_definitions(load=no_settings)
+    definition = definitions.resolve_schedule_def(schedule)
+    resources = {name: (definitions.resources or {})[name] for name in definition.required_resource_keys}
+    with dg.build_schedule_context(instance=instance, scheduled_execution_time=at, resources=resources) as context:
+        return definition(context)
 
 
 NOBODY_LISTENS = "http://127.0.0.1:9/v3"

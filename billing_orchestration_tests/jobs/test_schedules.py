@@ -17,7 +17,7 @@ from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
 from billing_orchestration.definitions import build_definitions
 from billing_orchestration_tests.books import NOON
-from billing_orchestration_tests.jobs.service import Service
+from billing_orchestration_tests.jobs.service import Service, evaluate
 
 UTC = timezone.utc
 DAILY = {
@@ -52,9 +52,7 @@ def instance(history: dg.DagsterInstance) -> Iterator[dg.DagsterInstance]:
 
 def tick(instance: dg.DagsterInstance, schedule: str, at: datetime) -> Any:
     """What a schedule makes of a tick."""
-    definition = build_definitions().resolve_schedule_def(schedule)
-    context = dg.build_schedule_context(instance=instance, scheduled_execution_time=at)
-    return definition(context)
+    return evaluate(schedule, instance, at)
 
 
 def requested(instance: dg.DagsterInstance, schedule: str, at: datetime) -> dg.RunRequest:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from billing_orchestration_tests.torture.mutant import Edit, Mutant
 from billing_orchestration_tests.torture.mutants_of_clocks import CLOCKS
 from billing_orchestration_tests.torture.mutants_of_databases import DATABASES
+from billing_orchestration_tests.torture.mutants_of_looks import LOOKS
 from billing_orchestration_tests.torture.mutants_of_pace import PACE
 from billing_orchestration_tests.torture.mutants_of_shops import SHOPS
 from billing_orchestration_tests.torture.mutants_of_terms import TERMS
@@ -1545,4 +1546,4 @@ RECONCILIATION = (
     ),
 )
 
-ALL = (*PROMISED, *FURTHER, *PACE, *CLOCKS, *DATABASES, *SHOPS, *TERMS, *RECONCILIATION)
+ALL = (*PROMISED, *FURTHER, *PACE, *CLOCKS, *DATABASES, *LOOKS, *SHOPS, *TERMS, *RECONCILIATION)

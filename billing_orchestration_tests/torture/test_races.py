@@ -21,10 +21,10 @@ import dagster as dg
 import psycopg
 import pytest
 
-from billing_orchestration.definitions import build_definitions
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.fixtures.postgres import Server
+from billing_orchestration_tests.jobs.service import evaluate
 from billing_orchestration_tests.torture.kill_matrix import Stage
 from billing_orchestration_tests.torture.kill_oracle import complaints
 from billing_orchestration_tests.torture.kill_points import BEFORE
@@ -138,8 +138,7 @@ def copies(case: Case) -> list[Case]:
 def scheduled(case: Case, instance: dg.DagsterInstance) -> Case:
     """The run that a scheduler with this run history launches for the last tick before noon."""
     name, ago = SCHEDULES[case.job]
-    context = dg.build_schedule_context(instance=instance, scheduled_execution_time=NOON - ago)
-    request = build_definitions().resolve_schedule_def(name)(context)
+    request = evaluate(name, instance, NOON - ago)
     assert isinstance(request, dg.RunRequest), request
     tags = {**request.tags, "dagster/schedule_name": name, "dagster/run_key": str(request.run_key)}
     return replace(case, config=request.run_config, tags=tags)

@@ -1,12 +1,18 @@
-"""The matching jobs' ticks. They are run when they could see something; those in between leave their watermark only."""
+"""The matching jobs' ticks. They come when they could see something; what is in between leaves a watermark only.
+
+Each looks first, and starts a run only where the look says so.
+"""
 
 from __future__ import annotations
 
+import random
 from datetime import datetime, timedelta
 
 import dagster as dg
 
+from billing_orchestration.jobs.matching_look import Nothing
 from billing_orchestration_tests.torture.simulation.agenda import TICK, Agenda, Dice
+from billing_orchestration_tests.torture.simulation.process import Accidents
 from billing_orchestration_tests.torture.simulation.runs import MATCHING, Runs
 from billing_orchestration_tests.torture.simulation.world import World
 
@@ -17,6 +23,8 @@ class Ticks:
     def __init__(self, world: World, dice: Dice, agenda: Agenda, runs: Runs) -> None:
         self._world, self._dice, self._agenda, self._runs = world, dice, agenda, runs
         agenda.on_tick = self.tick
+        # Of its own: what a look meets changes no other part of the story.
+        self._looks = Dice(f"looks of {world.seed}")
         # Whether the last tick of a job was green.
         self._green: dict[str, bool] = {}
         self._again_at = world.now
@@ -35,17 +43,22 @@ class Ticks:
         if "ours" in world.out:
             return
         greens = []
-        found_nothing_until = min(mark - TICK, self._agenda.behind_since or mark)
+        # The ticks in between found nothing, and the last run that covered its hour was one of them.
+        covered_ago = self._looks.choice((1, 5, 15, 24)) * TICK
+        found_nothing_until = min(mark - covered_ago, self._agenda.behind_since or mark)
         self._agenda.behind_since = None
         for job in MATCHING:
             if self._green.get(job):
-                # The ticks in between found nothing: this is all that they left behind.
+                # This is all that they left behind.
                 world.service.execute(
                     "UPDATE billing_orchestration.watermarks SET covered_until = %s WHERE job = %s"
                     " AND covered_until < %s",
                     found_nothing_until, job, found_nothing_until,
                 )  # fmt: skip
             before = world.now
+            if isinstance(world.look(job, self._bad_reads(), mark), Nothing):
+                greens.append((before, True))
+                continue
             accidents = self._runs.accidents(job)
             end = self._runs.run(job, accidents, tick=mark)
             self._green[job] = end.ok
@@ -61,6 +74,13 @@ class Ticks:
             before, _ = greens[1]
             for words in world.oracle.unsettled(world.provider.ledger(), world.payments(), mark, before):
                 world.fault(words)
+
+    def _bad_reads(self) -> Accidents:
+        """What may happen to a look: it does nothing but read."""
+        accidents = Accidents(random.Random(self._looks.getrandbits(64)))
+        if self._looks.chance(0.2 * self._runs.accident_rate):
+            accidents.read_faults = self._looks.choice((0.05, 0.3, 1.0))
+        return accidents
 
     def _backfill_gaps(self) -> None:
         """What an operator does about a gap that the quarantine names: backfill its hours."""

@@ -18,7 +18,12 @@ from zoneinfo import ZoneInfo
 import dagster as dg
 import psycopg
 
+from billing_orchestration.database.errors import BillingDatabaseError
 from billing_orchestration.definitions import build_definitions
+from billing_orchestration.jobs.matching_look import Nothing, Start, look
+from billing_orchestration.jobs.matching_pending_payments import compare_pending
+from billing_orchestration.jobs.matching_successful_payments import compare_successful
+from billing_orchestration.provider.errors import ProviderError
 from billing_orchestration.resources import Clock, HandOver, ProviderConnection, RunSettings
 from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.sandbox.provider.server import Sandbox
@@ -42,6 +47,10 @@ JOBS = {
         "matching_pending_payments_job",
         "matching_successful_payments_job",
     )
+}
+COMPARE = {
+    "matching_pending_payments_job": compare_pending,
+    "matching_successful_payments_job": compare_successful,
 }
 # What a service connection waits for a locked row: the simulation has one thread, so whoever holds it cannot go on.
 _JUDGE_OPTIONS = "-c timezone=UTC -c search_path=public"
@@ -271,6 +280,24 @@ class World:
         self.tell(f"{job}{' partition' if partition else ''}{' dry' if dry_run else ''}{' nested' if nested else ''}"
                   f" {how[:200]} {mine.happened[:3] or ''}")  # fmt: skip
         return end
+
+    def look(self, job: str, accidents: Accidents, tick: datetime) -> Nothing | Start:
+        """A matching job's tick looks whether it has to start a run."""
+        process = Process(self, accidents, tick)
+        database = self._database = self._database or SimulatedDatabase(self)
+        database.process = process
+        provider = ProviderConnection(lambda: self.settings, process.connect)
+        clock = Clock(self.host_now, lambda _: self.now)
+        try:
+            found = look(job, COMPARE[job], database, provider, clock, tick + self.host_error)
+        except (BillingDatabaseError, ProviderError) as error:
+            found = Start(f"the look failed: {error}")
+        finally:
+            provider.close()
+            database.process = None
+        self.happened["a look, and no run" if isinstance(found, Nothing) else "a look, and a run"] += 1
+        self.tell(f"{job} looks: {str(found)[:200]}")
+        return found
 
     def _op_config(self, tick: datetime | None) -> dict[str, dict[str, Any]]:
         """Of all jobs' ops; what a job does not have is left out where it matters."""

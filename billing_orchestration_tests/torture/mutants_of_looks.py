@@ -1,0 +1,41 @@
+"""Faults in the look of a matching tick: what it must not hide, and when it must not answer for a run."""
+
+from __future__ import annotations
+
+from billing_orchestration_tests.torture.mutant import Edit, Mutant
+
+_LOOK = "jobs/matching_look.py"
+_TESTS = "jobs/test_matching_look.py::"
+
+LOOKS = (
+    Mutant(
+        "the look hides a difference",
+        "a tick that finds something to settle starts its run",
+        (Edit(_LOOK, "if differing := len(compared.diff.to_settle) - len(waiting):", "if differing := 0:"),),
+        (_TESTS + "test_a_paid_payment_without_a_row_starts_a_run_of_the_job_that_creates_it",),
+    ),
+    Mutant(
+        "a look at a part of the list",
+        "a list longer than a page is read by a run, to its end",
+        (Edit("provider/lists.py", "            if slice_.is_cut:\n                return False\n", ""),),
+        (_TESTS + "test_a_list_longer_than_a_page_starts_a_run",),
+    ),
+    Mutant(
+        "looks instead of runs for ever",
+        "a run covers the hour whole within every hour",
+        (Edit("domain/run_scope.py", "    if tick - watermark >= COVERED_EVERY:\n", "    if False:\n"),),
+        (_TESTS + "test_a_run_covers_the_hour_whole_within_every_hour[matching_pending_payments_job]",),
+    ),
+    Mutant(
+        "a case about books that hides a purchase",
+        "only a case that settling has opened stands for the grant",
+        (Edit("database/audit.py", "      AND NOT jsonb_exists(evidence, 'books') AND", "      AND"),),
+        (_TESTS + "test_a_case_about_books_or_about_a_row_says_nothing_about_the_grant",),
+    ),
+    Mutant(
+        "a created run that nobody launches",
+        "a tick whose run was created asks for it again",
+        (Edit(_LOOK, "        if unfinished:\n", "        if False:\n"),),
+        (_TESTS + "test_a_run_that_was_created_and_not_launched_is_asked_for_again",),
+    ),
+)
