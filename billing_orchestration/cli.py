@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import date, datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from billing_orchestration.domain.printable import printable
 
@@ -84,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--live", action="store_true", help="tell in one line whether the deployment works now")
     doctor.add_argument("--daemon", action="store_true", help="with --live: the daemon alone, for its liveness probe")
-    doctor.add_argument("--json", action="store_true", help="with --live: the same as JSON")
+    _add_json(doctor)
     _add_plan(commands)
     _add_upcoming(commands)
     _add_switches(commands)
@@ -107,6 +109,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("job", metavar="JOB", help="autopayment_job, expire_payments_job, ...")
     plan.add_argument("--as-of", type=_instant, help="an instant such as 2026-01-31T03:00:00Z (default: now)")
     plan.add_argument("--format", choices=("table", "json"), default="table")
+    _add_json(plan)
     plan.add_argument("--fail-on-changes", action="store_true", help="exit with 1 if the job would change anything")
 
 
@@ -117,6 +120,7 @@ def _add_upcoming(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     upcoming.set_defaults(run=_upcoming)
     upcoming.add_argument("--days", type=_days, default=3, help="how many days from now (default: %(default)s)")
     upcoming.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    _add_json(upcoming)
 
 
 def _add_switches(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -129,6 +133,7 @@ def _add_switches(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     start.add_argument("-w", "--workspace", type=Path, help="where the code is (default: the deployment's own)")
     start.add_argument("--without-doctor", action="store_true", help="do not look at settings and database first")
     for switch in (stop, start):
+        _add_json(switch)
         switch.add_argument("jobs", nargs="*", metavar="JOB", help="autopayment_job, expire_payments_job, ...")
 
 
@@ -159,8 +164,10 @@ def _add_casework(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     actions = quarantine.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="list the open entries, one line each")
     listing.add_argument("--all", action="store_true", help="include resolved entries")
+    _add_json(listing)
     show = actions.add_parser("show", help="show one entry with its evidence and the ways to resolve it")
     show.add_argument("id", type=_entry_id, metavar="ID")
+    _add_json(show)
     resolving = actions.add_parser(
         "resolve",
         help="close an entry",
@@ -178,6 +185,7 @@ def _add_casework(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_reconcile(commands)
     explain = commands.add_parser("explain", help="show the whole history of one customer's case")
     explain.set_defaults(run=_explain)
+    _add_json(explain)
     explain.add_argument("what", choices=("payment", "subscription"))
     explain.add_argument("id", metavar="ID", help="the provider's payment id or the row's; the subscription's id")
 
@@ -208,6 +216,7 @@ def _add_reconcile(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         " registry are Moscow's.",
     )
     reconcile.set_defaults(run=_reconcile)
+    _add_json(reconcile)
     reconcile.add_argument("--from", dest="first", type=_date, metavar="DAY", help="the first day, as 2026-11-01")
     reconcile.add_argument("--to", dest="last", type=_date, metavar="DAY", help="the last day (default: the first)")
     reconcile.add_argument("--output", type=Path, metavar="FILE", help="FILE.xlsx, or FILE.csv with two more beside it")
@@ -221,6 +230,16 @@ def _add_reconcile(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="a column of the registry with another title: payment_id, refund_id, amount, currency, income, at",
     )
     reconcile.add_argument("--encoding", default="utf-8", help="of a registry in CSV (default: utf-8)")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    """Every command that lists something has it."""
+    parser.add_argument("--json", action="store_true", help="the same as JSON, for programs")
+
+
+def _show(arguments: argparse.Namespace, lines: Iterable[str], data: Any) -> None:
+    """Print what a command lists: as lines for a person, or all of it as JSON."""
+    _say_all(json.dumps(data, ensure_ascii=False, indent=2, default=str).splitlines() if arguments.json else lines)
 
 
 def _date(text: str) -> date:
@@ -299,15 +318,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     if arguments.live:
         return _doctor_live(arguments)
-    if arguments.json or arguments.daemon:
-        raise argparse.ArgumentTypeError("--json and --daemon belong to --live")
-    faults = 0
-    _say(HEADER)
-    for finding in diagnose():
-        _say_all(finding.lines)
-        faults += finding.level is Level.FAULT
-    _say("unfit: jobs fail until each FAULT is fixed" if faults else "fit: the jobs can work here")
-    return FAILED if faults else 0
+    if arguments.daemon:
+        raise argparse.ArgumentTypeError("--daemon belongs to --live")
+    findings = []
+    if not arguments.json:
+        _say(HEADER)
+    for finding in diagnose():  # a person sees each as it is known
+        findings.append(finding)
+        if not arguments.json:
+            _say_all(finding.lines)
+    fit = all(finding.level is not Level.FAULT for finding in findings)
+    verdict = "fit: the jobs can work here" if fit else "unfit: jobs fail until each FAULT is fixed"
+    _show(arguments, [verdict], {"fit": fit, "findings": [finding.fields for finding in findings]})
+    return 0 if fit else FAILED
 
 
 def _doctor_live(arguments: argparse.Namespace) -> int:
@@ -330,25 +353,30 @@ def _plan(arguments: argparse.Namespace) -> int | None:
         plan = make_plan(build_definitions(renewal_shards=0), arguments.job, arguments.as_of)
     except NotPlanned as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    is_json = arguments.format == "json"
-    _say_all(plan.as_json().splitlines() if is_json else plan.as_table(load_settings().billing_language))
+    arguments.json |= arguments.format == "json"
+    _show(arguments, plan.as_table(load_settings().billing_language), plan.as_data())
     return FAILED if arguments.fail_on_changes and plan.changes else None
 
 
 def _upcoming(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
     from billing_orchestration.desk.resolving import open_desk
     from billing_orchestration.desk.upcoming import find_upcoming, in_form
 
     with open_desk() as desk:
         lines = find_upcoming(desk.engine, desk.connect(), desk.settings, desk.now(), arguments.days)
-    _say_all(in_form(lines, arguments.format, desk.settings.billing_language))
+    arguments.json |= arguments.format == "json"
+    told = in_form(lines, arguments.format, desk.settings.billing_language)
+    _show(arguments, told, [asdict(line) for line in lines])
 
 
 def _stop(arguments: argparse.Namespace) -> None:
     from billing_orchestration.desk.switching import open_history, stop
 
     with open_history() as history:
-        _say_all(stop(history, arguments.jobs))
+        told = list(stop(history, arguments.jobs))
+    _show(arguments, told, {"told": told})
 
 
 def _start(arguments: argparse.Namespace) -> int | None:
@@ -361,19 +389,22 @@ def _start(arguments: argparse.Namespace) -> int | None:
         _say("No schedule was switched on: fix what doctor names, then repeat the command.")
         return FAILED
     with open_history() as history:
-        _say_all(start(history, arguments.workspace or own_workspace(), arguments.jobs))
+        told = list(start(history, arguments.workspace or own_workspace(), arguments.jobs))
+    _show(arguments, told, {"told": told})
     return None
 
 
 def _quarantine(arguments: argparse.Namespace) -> None:
-    from billing_orchestration.desk.quarantine_report import listed, shown
+    from billing_orchestration.desk.quarantine_report import entries_of, entry_of, fields_of, listed, shown
     from billing_orchestration.desk.resolving import Resolution, open_desk, resolve
 
     with open_desk() as desk:
         if arguments.action == "list":
-            _say_all(listed(desk.engine, with_resolved=arguments.all))
+            entries = entries_of(desk.engine, with_resolved=arguments.all)
+            _show(arguments, listed(entries), [fields_of(entry) for entry in entries])
         elif arguments.action == "show":
-            _say_all(shown(desk.engine, arguments.id))
+            entry = entry_of(desk.engine, arguments.id)
+            _show(arguments, shown(entry), fields_of(entry))
         else:
             word = "accepted" if arguments.accept else "ignored" if arguments.ignore else "attached"
             ruling = Resolution(word, arguments.reason, arguments.by or _user(), arguments.attach)
@@ -406,7 +437,7 @@ def _reconcile(arguments: argparse.Namespace) -> int:
     )
     with open_desk() as desk:
         told, agrees = reconcile_period(desk, wanted)
-    _say_all(told)
+    _show(arguments, told, {"agrees": agrees, "told": told})
     return 0 if agrees else FAILED
 
 
@@ -418,9 +449,10 @@ def _explain(arguments: argparse.Namespace) -> None:
         if not arguments.id.strip():
             raise argparse.ArgumentTypeError("give the id of a payment or a subscription")
         if arguments.what == "payment":
-            _say_all(explain_payment(desk.engine, desk.connect, arguments.id))
+            told = explain_payment(desk.engine, desk.connect, arguments.id)
         else:
-            _say_all(explain_subscription(desk.engine, desk.connect, _row_id(arguments.id)))
+            told = explain_subscription(desk.engine, desk.connect, _row_id(arguments.id))
+    _show(arguments, told, {"told": told})
 
 
 def _webserver(arguments: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ It reads what a run would read, and writes nothing anywhere: not to the database
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +12,7 @@ from typing import Any
 
 import dagster as dg
 
-from billing_orchestration.desk.columns import in_columns
+from billing_orchestration.desk.tables import table
 from billing_orchestration.jobs.approval import PLAN_TAG
 from billing_orchestration.jobs.run_failures import failure_of
 from billing_orchestration.jobs.run_report import decisions_in, read_result
@@ -37,16 +36,16 @@ class Plan:
     total: int
     decisions: list[Mapping[str, Any]]
 
-    def as_json(self) -> str:
+    def as_data(self) -> dict[str, Any]:
         """All of it, for programs."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        return json.dumps({**fields, "decisions": [dict(row) for row in self.decisions]}, indent=2, default=str)
+        return {**fields, "decisions": [dict(row) for row in self.decisions]}
 
     def as_table(self, language: str) -> Iterator[str]:
-        """A line for each decision under a header in this language, then what it comes to."""
+        """A row for each decision under a header in this language, then what it comes to."""
         if self.decisions:
             rows = [[str(row[name] or "") for name in _COLUMNS] for row in self.decisions]
-            yield from in_columns(_RUSSIAN if language == "ru" else _COLUMNS, rows)
+            yield from table([_RUSSIAN if language == "ru" else _COLUMNS, *rows])
         if self.total > len(self.decisions):
             yield f"... and {self.total - len(self.decisions)} more decisions"
         yield f"{self.job} as of {self.as_of}: {self.changes} changes, plan {self.plan}"

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes
-from billing_orchestration.domain.problem_kinds import MENDED, NO_CONTACT, NOT_WRITABLE
+from billing_orchestration.domain.problem_kinds import MENDED, NO_CONTACT, NOT_WRITABLE, kind_of
 
 # A provider's record that cannot be read may hold anything.
 _LONGEST_SUM = 40
@@ -56,6 +56,11 @@ class Entry:
     def about_books(self) -> bool:
         """Whether it is about books that differ, and not about a grant: reconciliation opened it."""
         return "books" in self.evidence
+
+    @property
+    def attachable(self) -> bool:
+        """Whether a person may attach it to a subscription."""
+        return bool(kind_of(self.kind).attach) and self.about_provider_payment and not self.about_books
 
     @property
     def about_provider_payment(self) -> bool:

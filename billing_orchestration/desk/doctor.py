@@ -25,6 +25,7 @@ from billing_orchestration.database.engine import create_engine, read
 from billing_orchestration.database.errors import BillingDatabaseError, SchemaProblem
 from billing_orchestration.database.indexes import SERVICE_INDEXES, describe_duplicates, index_states
 from billing_orchestration.database.renewal_view import check_view
+from billing_orchestration.desk.tables import hanging
 from billing_orchestration.loopback import is_loopback
 from billing_orchestration.provider.client import PaymentProvider
 from billing_orchestration.provider.errors import Forbidden, NeverSent, ProviderError, WrongCredentials
@@ -68,7 +69,14 @@ class Finding:
     @property
     def lines(self) -> list[str]:
         """The finding as rows of the table, with the way out below it."""
-        return [str(self), *([f"{'':<8} {'  fix:':<24} {self.way_out}"] if self.way_out else [])]
+        way_out = hanging(f"{'':<8} {'  fix:':<24} ", self.way_out) if self.way_out else []
+        return [*hanging(f"{self.level.value:<8} {self.code:<24} ", self.text), *way_out]
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The finding for programs."""
+        fix = {"fix": self.way_out} if self.way_out else {}
+        return {"check": self.code, "level": self.level.value.lower(), "text": self.text, **fix}
 
 
 HEADER = f"{'level':<8} {'check':<24} finding"

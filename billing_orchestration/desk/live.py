@@ -60,8 +60,7 @@ def as_line(findings: Sequence[Finding]) -> str:
 
 def as_json(findings: Sequence[Finding]) -> str:
     """The same for programs."""
-    told = [{"check": found.code, "level": found.level.value.lower(), "text": found.text} for found in findings]
-    return json.dumps({"live": is_live(findings), "findings": told})
+    return json.dumps({"live": is_live(findings), "findings": [found.fields for found in findings]})
 
 
 def _history(now: datetime, *, daemon_only: bool) -> Iterator[Finding]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from datetime import datetime, time, timedelta
 
 import sqlalchemy as sa
@@ -19,7 +18,7 @@ import sqlalchemy as sa
 from billing_orchestration.database.engine import read
 from billing_orchestration.database.renewal_view import check_view
 from billing_orchestration.database.renewals import DueSlice, fetch_due
-from billing_orchestration.desk.columns import in_columns
+from billing_orchestration.desk.tables import table
 from billing_orchestration.domain.answers import ProviderView
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.money import Money
@@ -127,9 +126,7 @@ def _of_one_run(
 
 
 def in_form(lines: Sequence[Upcoming], form: str, language: str) -> list[str]:
-    """As a table, CSV or JSON. The names in JSON are for programs, and English."""
-    if form == "json":
-        return [json.dumps([asdict(line) for line in lines], ensure_ascii=False, indent=2)]
+    """As a table or CSV."""
     header = _RUSSIAN if language == "ru" else _ENGLISH
     words = {"yes": "да", "no": "нет"} if language == "ru" else {}
     rows = [tuple(words.get(str(value), str(value)) for value in astuple(line)) for line in lines]
@@ -137,4 +134,4 @@ def in_form(lines: Sequence[Upcoming], form: str, language: str) -> list[str]:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
         return text.getvalue().splitlines()
-    return in_columns(header, rows)
+    return table([header, *rows])

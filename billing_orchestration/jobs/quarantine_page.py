@@ -43,7 +43,7 @@ def quarantine_page(connection: sa.Connection, now: datetime, location: str = LO
 
 def answers(entry: Entry, location: str = LOCATION) -> str:
     """A link for each answer that makes sense, in Markdown. Each opens a dry run: the first launch only shows."""
-    words = ["accept", *(["attach"] if _may_attach(entry) else []), "ignore"]
+    words = ["accept", *(["attach"] if entry.attachable else []), "ignore"]
     links = " · ".join(f"[{word}]({resolving_link(entry.id, word, location=location)})" for word in words)
     return f"{entry.kind}: {links}"
 
@@ -67,10 +67,6 @@ def age_in_words(age: timedelta) -> str:
     return f"{hours} h" if hours else f"{minutes} min"
 
 
-def _may_attach(entry: Entry) -> bool:
-    return bool(kind_of(entry.kind).attach) and entry.about_provider_payment and not entry.about_books
-
-
 def _row(entry: Entry, money: str, now: datetime) -> dict[str, str | int]:
     kind = kind_of(entry.kind)
     return {
@@ -81,6 +77,6 @@ def _row(entry: Entry, money: str, now: datetime) -> dict[str, str | int]:
         # The page cuts a long cell: what is wrong comes first.
         "why": printable(f"{entry.kind}: {entry.reason}"),
         "accept": kind.accept,
-        "attach": kind.attach if _may_attach(entry) else "",
+        "attach": kind.attach if entry.attachable else "",
         "ignore": kind.ignore,
     }

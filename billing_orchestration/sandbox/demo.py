@@ -42,7 +42,7 @@ JOBS = {
     "autopayment_job": "daily: charges what is due to the saved payment method",
     "expire_subscriptions_job": "daily: ended 3 days ago and not renewed",
 }
-_WIDTH_OF_A_FILE = 150
+_WIDTH = 100
 INTERRUPTED = 130
 _LONGEST_PLAY_S = 120
 
@@ -78,8 +78,8 @@ def make_console() -> Console:
     if isinstance(sys.stdout.encoding, str) and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     console = Console(markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, emoji=False, width=_WIDTH_OF_A_FILE)
+    if not console.is_terminal or console.width > _WIDTH:
+        console.width = _WIDTH
     return console
 
 

@@ -17,7 +17,6 @@ from billing_orchestration.sandbox.example_data.records import Case, Subscriptio
 from billing_orchestration.sandbox.run_story import RunStory, grouped, read_run, reported
 from billing_orchestration.sandbox.stage import JobRun
 
-_ROOM_FOR_EXAMPLES = 120
 _MOST_FAULTS = 10
 
 
@@ -51,16 +50,9 @@ class Report:
             self.console.print(told.failure or f"see {run.log}", style="red")
 
     def _decisions(self, told: RunStory) -> None:
-        wide = self.console.width >= _ROOM_FOR_EXAMPLES
-        table = _table("action", "count", "sum", "reason", *(["example"] if wide else []), right=(1, 2))
+        table = _table("action", "count", "sum", "reason", right=(1, 2))
         for group in grouped(told.decisions):
-            cells = [
-                group.action,
-                str(group.count),
-                _sums(group.sums),
-                group.reason,
-                *([group.example] if wide else []),
-            ]
+            cells = (group.action, str(group.count), _sums(group.sums), group.reason)
             table.add_row(*cells, style="dim" if group.action in PASSIVE else "")
         self.console.print(table)
 

@@ -37,7 +37,6 @@ class Group:
     reason: str
     count: int
     sums: Mapping[str, Decimal]
-    example: str
 
 
 def read_run(instance: dg.DagsterInstance, job: str) -> RunStory | None:
@@ -72,8 +71,7 @@ def grouped(decisions: Sequence[Mapping[str, Any]]) -> list[Group]:
     for decision in decisions:
         alike.setdefault((str(decision["action"]), str(decision["code"])), []).append(decision)
     groups = [
-        Group(action, _shortened(str(rows[0]["reason"])), len(rows), _sums(rows), str(rows[0]["subject"]))
-        for (action, _), rows in alike.items()
+        Group(action, _shortened(str(rows[0]["reason"])), len(rows), _sums(rows)) for (action, _), rows in alike.items()
     ]
     return sorted(groups, key=lambda group: (group.action in PASSIVE, group.action, -group.count))
 

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from billing_orchestration.database.quarantine import close_entry, read_entry
 from billing_orchestration.database.settling import settle_batch
 from billing_orchestration.desk.explaining import explain_payment, explain_subscription
-from billing_orchestration.desk.quarantine_report import listed, shown
+from billing_orchestration.desk.quarantine_report import entries_of, entry_of, listed, shown
 from billing_orchestration.desk.resolving import NotResolved, Resolution, resolve
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, ProviderPayment
@@ -25,6 +25,7 @@ from billing_orchestration_tests.waiting import start_blocked, wait_for_a_blocke
 
 UTC = timezone.utc
 MATCHING = "matching_successful_payments_job"
+EMPTY = "the quarantine is empty: nothing waits for a person"
 
 
 def person(service: Service, word: str, entry: int, attach_to: int | None = None) -> list[str]:
@@ -509,19 +510,26 @@ def test_a_tick_that_settles_while_a_person_accepts_grants_once(service: Service
 
 
 def test_the_list_and_an_entry_say_what_is_wrong_and_what_each_resolution_does(service: Service) -> None:
-    assert listed(service.engine, with_resolved=False) == ["the quarantine is empty: nothing waits for a person"]
+    assert listed(entries_of(service.engine, with_resolved=False)) == [
+        "the quarantine is empty: nothing waits for a person"
+    ]
     _, entry = the_row_differs(service)
 
-    lines = listed(service.engine, with_resolved=False)
-    assert "payment cheap: amount_differs: 299.00 RUB here, 199.00 RUB at the provider" in lines[0]
-    whole = "\n".join(shown(service.engine, entry))
+    lines = listed(entries_of(service.engine, with_resolved=False))
+    row = " ".join(" ".join(lines).split())
+    assert "payment cheap: amount_differs: 299.00 RUB here, 199.00 RUB at the provider" in row
+    whole = "\n".join(shown(entry_of(service.engine, entry)))
     assert '"amount": "199.00 RUB"' in whole
     assert "--accept: grants the period, if that is still to be done, and books the provider's amount" in whole
 
     person(service, "ignored", entry)
-    assert listed(service.engine, with_resolved=False) == ["the quarantine is empty: nothing waits for a person"]
-    assert "ignored" in listed(service.engine, with_resolved=True)[0]
-    assert "ignored on 2026-03-12 12:00:00 UTC by vera: the customer called" in shown(service.engine, entry)[-1]
+    assert listed(entries_of(service.engine, with_resolved=False)) == [
+        "the quarantine is empty: nothing waits for a person"
+    ]
+    assert "ignored" in listed(entries_of(service.engine, with_resolved=True))[0]
+    assert (
+        "ignored on 2026-03-12 12:00:00 UTC by vera: the customer called" in shown(entry_of(service.engine, entry))[-1]
+    )
 
 
 def explained(service: Service, what: str) -> str:
