@@ -74,7 +74,7 @@ $(VENV)/.browser: $(STAMP)
 	@touch $@
 
 # Redis is one, too.
-cluster: $(VENV)/.cluster ## Kill parts of real deployments: a Celery worker over a real Redis, a code server, in a few minutes
+cluster: $(VENV)/.cluster ## Kill parts of real deployments: a Celery worker over a real Redis, a code server; run the runbook, in ten minutes
 	@command -v redis-server >/dev/null || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo 'Installing redis-server ...'; \
