@@ -67,7 +67,7 @@ _WRITE_ALL = "    payment_rows = _write(connection, stamp, rows)\n"
 # --- the thirteen -------------------------------------------------------------------------------------------------
 
 _USER_LOCK = Edit(_FACTS, "    lock_users(connection, batch)\n    books", "    books")
-_ROW_LOCK = Edit(_FACTS, "ORDER BY id FOR NO KEY UPDATE", "ORDER BY id")
+_ROW_LOCK = Edit(_FACTS, "\n        ORDER BY id FOR NO KEY UPDATE", "\n        ORDER BY id")
 _SUBSCRIPTION_LOCK = Edit(_FACTS, "    ORDER BY s.id FOR NO KEY UPDATE OF s\n", "    ORDER BY s.id\n")
 _ATTEMPT_LOCK = Edit(
     _FACTS,
