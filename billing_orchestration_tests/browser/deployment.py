@@ -37,10 +37,12 @@ _OURS = (
     "SUBSCRIPTION_GRACE_",
     "RUN_HISTORY_",
     "RECONCILIATION_",
+    "RENEWAL_",
+    "HEARTBEAT_",
     "ALERT_",
     "UI_",
 )
-_SECRET = ("BILLING_", "YOOKASSA_", "ALERT_")
+_SECRET = ("BILLING_", "YOOKASSA_", "ALERT_", "HEARTBEAT_")
 # Only a test that would fail anyway waits this long; a tick of the matching jobs comes every two minutes.
 PATIENCE_S = 300.0
 _END_TIMEOUT_S = 20.0

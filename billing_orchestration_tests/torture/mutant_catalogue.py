@@ -1152,6 +1152,18 @@ FURTHER = (
         (_SHARDS + "test_shards_that_run_at_a_time_share_the_runs_concurrency_and_its_cap_on_requests",),
     ),
     Mutant(
+        "the limits divided by the number of shards",
+        "limits are shared by what runs at once",
+        (Edit("definitions.py", "Sharding(shards, min(at_once, shards))", "Sharding(shards, shards)"),),
+        (_SHARDS + "test_limits_are_shared_by_what_runs_at_once",),
+    ),
+    Mutant(
+        "an executor that nobody has seen work",
+        "executors are refused by name",
+        (Edit("jobs/autopayment/executors.py", "if name not in (_ONE_PROCESS, _PROCESSES, *_MACHINES):", "if False:"),),
+        (_SHARDS + "test_an_executor_that_nobody_has_seen_work_is_refused_by_name",),
+    ),
+    Mutant(
         "max_changes of each shard",
         "a limit on changes holds for the whole run",
         (Edit(_SHARDING, "    if scope.max_changes is not None:\n", "    if False:\n"),),
