@@ -497,7 +497,7 @@ def _decide_renewal_written_by_service(
             "the service holds it as REFUNDED",
             void_first,
         )
-    if ended_at <= attempt.period_start:
+    if ended_at == attempt.period_start:
         return None
     granted_until = _granted_until(case, attempt, subscription, ended_at)
     if granted_until is not None and not facts.paid_meanwhile:

@@ -417,7 +417,7 @@ def test_the_service_has_granted_a_renewal_if_the_end_moved_by_about_the_period(
     assert (decision.period_end if isinstance(decision, CloseAsGranted) else None) == granted
 
 
-@pytest.mark.parametrize("ended_at", [NOW + DAY, NEXT_END - 2 * DAY, NEXT_END + 31 * DAY])
+@pytest.mark.parametrize("ended_at", [NOW - 31 * DAY, NOW + DAY, NEXT_END - 2 * DAY, NEXT_END + 31 * DAY])
 def test_an_end_that_moved_by_something_else_than_the_period_is_no_grant(ended_at: datetime) -> None:
     decision = moved(ended_at)
     assert isinstance(decision, Quarantine)

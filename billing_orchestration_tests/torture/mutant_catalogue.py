@@ -1243,6 +1243,12 @@ FURTHER = (
         (_UNCLEAR,),
     ),
     Mutant(
+        "an end that was moved back taken for no grant",
+        "an end that is not where the period began proves no renewal ungranted",
+        (Edit(_SETTLEMENT, "    if ended_at == attempt.period_start:", "    if ended_at <= attempt.period_start:"),),
+        ("domain/test_settlement.py::test_an_end_that_moved_by_something_else_than_the_period_is_no_grant",),
+    ),
+    Mutant(
         "a bonus day taken for the grant",
         "an end that moved by something else than the period proves no renewal granted",
         (Edit(_SETTLEMENT, "if abs(ended_at - end) <= min(GRANT_TOLERANCE, (end - start) / 4):", "if True:"),),

@@ -120,7 +120,7 @@ def test_only_a_run_after_the_last_send_has_asked_about_a_pending_charge(
 
 def test_it_sees_a_grant_of_the_services_for_what_was_granted_here(books: Books) -> None:
     for payment_id in (books.renewed(), "made-up"):
-        books.journal.note_grant(payment_id, 1, books.now)
+        books.journal.note_grant(payment_id, 1, (1, "month"), books.now)
 
     found = "\n".join(books.complaints())
     assert "GRANTED TWICE" in found

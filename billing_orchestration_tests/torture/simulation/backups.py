@@ -16,7 +16,10 @@ from billing_orchestration_tests.torture.simulation.judge import Journal
 from billing_orchestration_tests.torture.simulation.world import World
 
 # Facts of the journal that are about rows: they are set back with them.
-_ABOUT_ROWS = ("before", "counted", "service_grants", "service_granted_at", "service_rows", "half_written", "elsewhere")
+_ABOUT_ROWS = (
+    "before", "counted", "service_grants", "service_granted_at", "service_periods", "service_rows", "half_written",
+    "elsewhere",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,11 @@ class Journal:
     moved: dict[int, datetime] = field(default_factory=dict)
     # When a plan or its price last changed (aware UTC, our clock).
     plan_changed: dict[int, datetime] = field(default_factory=dict)
-    # The period that was asked for: attempt -> (duration, unit), as the plan was when it was claimed.
+    # What was paid for: attempt -> (duration, unit), as the plan was when it was claimed; the last one before a change.
     agreed: dict[str, tuple[int, str]] = field(default_factory=dict)
+    period_before: dict[int, tuple[int, str]] = field(default_factory=dict)
+    # What the service has granted for a payment, by the plan as it was then.
+    service_periods: dict[str, tuple[int, str]] = field(default_factory=dict)
     # How far our clock is behind at this moment: what was noted before it went wrong seems to lie so far ahead.
     behind: timedelta = timedelta(0)
     # When the database was last set back, and our charges (provider's ids) of which it knows nothing since.
@@ -91,9 +94,10 @@ class Journal:
     # Instants (aware UTC, our clock) of undisturbed, green runs, by job.
     undisturbed: dict[str, list[datetime]] = field(default_factory=lambda: defaultdict(list))
 
-    def note_grant(self, payment_id: str, subscription_id: int, now: datetime) -> None:
+    def note_grant(self, payment_id: str, subscription_id: int, period: tuple[int, str], now: datetime) -> None:
         """The service's own webhook has granted a payment."""
         self.service_grants[payment_id] = subscription_id
+        self.service_periods[payment_id] = period
         self.half_written.pop(payment_id, None)
         self.service_granted_at[payment_id] = now
 

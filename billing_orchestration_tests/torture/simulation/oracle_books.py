@@ -159,7 +159,9 @@ class BooksJudge(Judge):
             paid = set(granted.pop(row.id, ())) - journal.counted.get(row.id, set())
             for payment_id in sorted(paid, key=self._granted_at) if len(paid) > 1 else paid:
                 entry = charged.get(payment_id)
-                period = journal.agreed.get(entry.metadata.get("renewal_attempt_id", "")) if entry else None
+                period = journal.service_periods.get(payment_id)
+                if period is None and entry is not None:
+                    period = journal.agreed.get(entry.metadata.get("renewal_attempt_id", ""))
                 duration, unit = period or (row.duration, row.duration_unit)
                 expected = end_of_next_period(self._rules.zone, started_at, expected, duration, unit)
             if row.started_at != started_at:

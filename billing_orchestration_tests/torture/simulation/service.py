@@ -105,13 +105,12 @@ class BillingService:
                 ).fetchall()
                 if not known:
                     return "strange metadata"
-                subscription_id = (
-                    int(metadata["subscription_id"])
-                    if is_renewal and settles_renewals == "row"
-                    else self._grant(cursor, metadata, is_renewal, now)
-                )
-                if subscription_id is None:
-                    return "left alone"
+                subscription_id, period = int(metadata.get("subscription_id", 0)), None
+                if not is_renewal or settles_renewals != "row":
+                    granted = self._grant(cursor, metadata, is_renewal, now)
+                    if granted is None:
+                        return "left alone"
+                    subscription_id, period = granted
                 if rows:
                     cursor.execute(
                         "UPDATE payments SET status = 'SUCCEEDED', subscription_id = %s, updated_at = %s WHERE id = %s",
@@ -129,10 +128,10 @@ class BillingService:
             raise Busy from error
         except psycopg.errors.UniqueViolation:
             return "somebody else wrote it"
-        if is_renewal and settles_renewals == "row":
+        if period is None:
             self._journal.service_rows.add(payment.id)
             return "row"
-        self._journal.note_grant(payment.id, subscription_id, now)
+        self._journal.note_grant(payment.id, subscription_id, period, now)
         return "granted"
 
     @staticmethod
@@ -157,14 +156,16 @@ class BillingService:
         """Grant a purchase and write its row, whatever has become of either since they were read."""
         try:
             with self.connection.transaction(), self.connection.cursor(row_factory=namedtuple_row) as cursor:
-                number = self._grant(cursor, payment.metadata, False, now)
+                granted = self._grant(cursor, payment.metadata, False, now)
+                assert granted is not None
+                number, period = granted
                 cursor.execute(
                     "UPDATE payments SET status = 'SUCCEEDED', subscription_id = %s, updated_at = %s WHERE id = %s",
                     (number, naive(now), row_id),
                 )
         except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
             raise Busy from error
-        self._journal.note_grant(payment.id, int(number or 0), now)
+        self._journal.note_grant(payment.id, number, period, now)
 
     def write_half(self, payment: Any, now: datetime) -> bool:
         """The payment's row in a transaction of its own; then the handler dies. False: there is no such row."""
@@ -177,7 +178,8 @@ class BillingService:
             self._journal.half_written[payment.id] = now
         return bool(rows)
 
-    def _grant(self, cursor: Any, metadata: Any, is_renewal: bool, now: datetime) -> int | None:
+    def _grant(self, cursor: Any, metadata: Any, is_renewal: bool, now: datetime) -> tuple[int, tuple[int, str]] | None:
+        """The subscription, and the period that it was given; None: there is none to renew."""
         plan_id = int(metadata["plan_id"])
         plan = cursor.execute("SELECT duration, duration_unit FROM plans WHERE id = %s", (plan_id,)).fetchone()
         if is_renewal:
@@ -197,7 +199,7 @@ class BillingService:
                 " status = CASE WHEN status = 'EXPIRED' THEN 'ACTIVE' ELSE status END WHERE id = %s",
                 (end, naive(now), row.id),
             )
-            return int(row.id)
+            return int(row.id), (plan.duration, plan.duration_unit)
         if is_renewal:
             return None
         start = naive(now)
@@ -207,4 +209,4 @@ class BillingService:
             " VALUES (%s, 'ACTIVE', %s, %s, %s, %s, %s) RETURNING id",
             (metadata["user_id"], start, end, plan_id, start, start),
         )
-        return int(cursor.fetchone().id)
+        return int(cursor.fetchone().id), (plan.duration, plan.duration_unit)

@@ -89,6 +89,8 @@ class Support:
 
         def change(plan_id: int) -> None:
             world = self._world
+            [plan] = world.oracle.rows("SELECT duration, duration_unit FROM plans WHERE id = %s", plan_id)
+            world.journal.period_before[plan_id] = (plan.duration, plan.duration_unit)
             for row in world.oracle.rows("SELECT id FROM subscriptions WHERE plan_id = %s", plan_id):
                 self._close_chapter(row.id)
             world.service.execute(
