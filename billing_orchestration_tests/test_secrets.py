@@ -170,6 +170,7 @@ def test_the_secrets_of_a_sound_installation_get_nowhere(
 
     assert [*found, *installation.heard()] == []
     assert installation.codes["doctor"] == 0, installation.told
+    assert {code for call, code in installation.codes.items() if call.startswith("customer")} == {0}
     assert receiver.titles
     assert CANARY not in str(receiver.messages)
 

@@ -11,6 +11,7 @@ from billing_orchestration_tests.torture.mutants_of_clocks import CLOCKS
 from billing_orchestration_tests.torture.mutants_of_databases import DATABASES
 from billing_orchestration_tests.torture.mutants_of_looks import LOOKS
 from billing_orchestration_tests.torture.mutants_of_pace import PACE
+from billing_orchestration_tests.torture.mutants_of_privacy import PRIVACY
 from billing_orchestration_tests.torture.mutants_of_shops import SHOPS
 from billing_orchestration_tests.torture.mutants_of_terms import TERMS
 
@@ -1564,4 +1565,4 @@ RECONCILIATION = (
     ),
 )
 
-ALL = (*PROMISED, *FURTHER, *PACE, *CLOCKS, *DATABASES, *LOOKS, *SHOPS, *TERMS, *RECONCILIATION)
+ALL = (*PROMISED, *FURTHER, *PACE, *CLOCKS, *DATABASES, *LOOKS, *SHOPS, *TERMS, *RECONCILIATION, *PRIVACY)
