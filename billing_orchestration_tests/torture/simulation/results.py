@@ -37,7 +37,8 @@ MUST_BE_PLAYED = (
     "attempts VOID", "attempts REJECTED", "attempts REVIEW", "attempts SUCCEEDED", "settled renewed", "settled created",
     "settled extended", "settled refunded", "a card is stuck: silence before", "a card is stuck: error before",
     "webhook: dies half-way", "webhook: dies half-way, late", "wrong clock: ours, ahead",
-    "wrong clock: ours, behind", "wrong clock: PostgreSQL's", "another shop sells",
+    "wrong clock: ours, behind", "wrong clock: PostgreSQL's", "another shop sells", "plan: a price",
+    "plan: is not renewed", "plan: another period", "subscription: plan switched",
 )  # fmt: skip
 
 
