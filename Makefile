@@ -48,12 +48,8 @@ check: $(STAMP) ## Check lint, format, types, layers, shape, definitions, tracke
 	@$(PYTHON) .ci/check_tracked_files
 	@$(PYTHON) .ci/check_shape
 
-bench: $(VENV)/.bench ## Measure speed against the physical limit, in a quarter of an hour (docs/performance.md)
+bench: $(STAMP) ## Measure speed against the physical limit, in a quarter of an hour (docs/performance.md)
 	@$(PYTHON) -m bench $(ARGS)
-
-$(VENV)/.bench: $(STAMP)
-	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	@touch $@
 
 torture: $(STAMP) ## Attack the promise: simulation, kills, faults, races, mutants; ROUNDS=n for a night
 	@$(PYTHON) -m $(TESTS).torture --rounds $(ROUNDS) --first $(FIRST) $(ARGS)

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import urllib3
@@ -89,6 +91,26 @@ class Alerts:
             return bool(receivers.notify(title=without_links(alert.title), body=body, body_format=NotifyFormat.TEXT))
         except Exception:  # noqa: BLE001 - whatever a notification library does, billing goes on
             return False
+
+
+def send_report(urls: str, title: str, body: str, page: str) -> bool:
+    """Send a report in Markdown with its page (HTML) attached. False: not every receiver took it. Never raises."""
+    from apprise import NotifyFormat  # noqa: PLC0415
+
+    try:
+        receivers, faults = read_urls(urls)
+        with TemporaryDirectory(prefix="billing-report-") as folder:
+            attached = Path(folder) / "billing-report.html"
+            attached.write_text(page, encoding="utf-8")
+            sent = receivers.notify(
+                title=title,
+                body=body if len(body) <= _LONGEST else f"{body[:_LONGEST]}…",
+                body_format=NotifyFormat.MARKDOWN,
+                attach=[str(attached)],
+            )
+        return bool(sent) and not faults
+    except Exception:  # noqa: BLE001 - whatever a notification library does, the report is on its asset
+        return False
 
 
 def beat(url: str) -> bool:

@@ -22,6 +22,7 @@ from billing_orchestration.jobs import (
     money_checks,
     prune_run_history,
     reconciliation,
+    report,
     resolve_quarantine,
 )
 from billing_orchestration.jobs.approval import PLANS
@@ -52,6 +53,7 @@ _OTHER_JOBS = (
     matching_successful_payments.matching_successful_payments_job,
     prune_run_history.run_history_job,
     reconciliation.reconciliation_job,
+    report.report_job,
 )
 # Launched by a person, who looks at the run: no schedule, and no alert about a red one.
 BY_HAND = (resolve_quarantine.resolve_quarantine_job,)
@@ -63,10 +65,13 @@ SCHEDULES = (
     matching_successful_payments.matching_successful_payments_every_2_minutes_schedule,
     prune_run_history.run_history_daily_schedule,
     reconciliation.reconciliation_daily_schedule,
+    report.report_daily_schedule,
 )
 _DAILY_SCHEDULES = tuple(schedule for schedule in SCHEDULES if "daily" in schedule.name)
+# They decide about no money.
+_NO_PLAN = (prune_run_history.JOB, report.JOB)
 # The jobs that `plan` can preview.
-PLANNED = tuple(schedule.job_name for schedule in SCHEDULES if schedule.job_name != prune_run_history.JOB)
+PLANNED = tuple(schedule.job_name for schedule in SCHEDULES if schedule.job_name not in _NO_PLAN)
 _PLOTTED_BY_DAY = (autopayment.autopayment_job.name, expire_payments.JOB, expire_subscriptions.JOB)
 _PLOTTED_BY_TICK = (matching_pending_payments.JOB, matching_successful_payments.JOB)
 
@@ -141,6 +146,13 @@ def _plotted_assets() -> Iterator[dg.AssetSpec]:
         dg.AssetKey(["billing", reconciliation.ASSET]),
         description="Both sides' books, by day: paid, fees, refunds, differences. See Metadata, Plots.",
         partitions_def=RECONCILED,
+        group_name=GROUP,
+    )
+    yield dg.AssetSpec(
+        asset_of(report.JOB),
+        description="How are we doing? Renewals due, charges, declines and what came back, revenue, what waits: daily,"
+        " with plots. See Metadata.",
+        partitions_def=DAILY,
         group_name=GROUP,
     )
     for job in _PLOTTED_BY_TICK:

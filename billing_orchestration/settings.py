@@ -295,6 +295,7 @@ class Settings(BaseSettings):
     evidence_days: Annotated[int, BeforeValidator(_days(30))] = 1095
     dagster_postgres_url: Annotated[str | None, BeforeValidator(_run_history_address)] = Field(default=None, repr=False)
     alert_urls: Annotated[SecretStr | None, BeforeValidator(_alert_urls)] = None
+    report_urls: Annotated[SecretStr | None, BeforeValidator(_alert_urls)] = None
     heartbeat_url: Annotated[SecretStr | None, BeforeValidator(_heartbeat_url)] = None
     dagster_ui_url: Annotated[str, BeforeValidator(_ui_url)] = DEFAULT_UI_URL
     docs_url: Annotated[str | None, BeforeValidator(_docs_url)] = None

@@ -43,6 +43,7 @@ VARIABLES = (
     "DAGSTER_POSTGRES_URL",
     "ALERT_URLS",
     "HEARTBEAT_URL",
+    "REPORT_URLS",
     "DAGSTER_UI_URL",
     "DOCS_URL",
     "UI_AUTH",

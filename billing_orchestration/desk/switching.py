@@ -35,6 +35,7 @@ ORDER = (
     "expire_subscriptions_job",
     "reconciliation_job",
     "run_history_job",
+    "report_job",
     "autopayment_job",
 )
 _BEFORE_ITS_START = (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED)

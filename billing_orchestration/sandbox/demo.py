@@ -173,6 +173,7 @@ class _Play:
             ]
         )
         self.report.verdict(good)
+        self._write_report()
         return good
 
     def _start(self, job: str) -> StartedJob:
@@ -208,6 +209,18 @@ class _Play:
         faults = [f"{name}: {what}" for name, verdict in verdicts.items() for what in verdict.broken]
         self.report.check(f"the money checks of the UI are green ({', '.join(verdicts)})", faults)
         return not faults
+
+    def _write_report(self) -> None:
+        """The daily report of the same books, as a file."""
+        from billing_orchestration.database.engine import read
+        from billing_orchestration.jobs.report.composing import as_html, count
+        from billing_orchestration.jobs.report.plots import plots
+
+        with read(self.engine) as connection:
+            counted = count(connection, datetime.now(timezone.utc), "UTC")
+        path = self.stage.folder / "report.html"
+        path.write_text(as_html(counted, plots(counted)), encoding="utf-8")
+        self.console.print(f"The daily report, as report_job shows it: {self.stage.folder.name}/{path.name}")
 
     def _second_round(self) -> bool:
         """All five again, two at once: nothing may change on either side."""
