@@ -141,8 +141,9 @@ def test_a_secret_in_the_wrong_setting_gets_nowhere(
     assert installation.everything() == []
 
     assert all(installation.codes.values()), installation.codes
-    whole = command("doctor")
-    assert CANARY not in whole.stdout + whole.stderr
+    for name in ("doctor", "migrate", "stop"):
+        whole = command(name)
+        assert CANARY not in whole.stdout + whole.stderr
     assert len(installation.told) > 3 * len(JOBS)
 
 

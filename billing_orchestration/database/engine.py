@@ -118,6 +118,7 @@ def translate(error: BaseException) -> BillingDatabaseError:
         return DatabaseBusy("no connection of the pool became free in time: fewer threads, or a larger pool_size")
     translated = _by_state(state, original) if state else _without_state(error, original)
     translated.sqlstate = state
+    translated.by_function = getattr(getattr(original, "diag", None), "source_function", None) == "exec_stmt_raise"
     return translated
 
 

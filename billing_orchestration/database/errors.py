@@ -25,11 +25,13 @@ class BillingDatabaseError(Exception):
 
     `sqlstate`: PostgreSQL's code, if it gave one. `is_doubtful`: the code is one of the database's (a missing
     privilege, a missing table, no memory), but a statement raised it and the session goes on. So a trigger may have
-    raised it for one row, and only what becomes of the others tells.
+    raised it for one row, and only what becomes of the others tells. `by_function`: the words are those of a trigger or
+    another function of the service's, which may name a customer.
     """
 
     sqlstate: str = ""
     is_doubtful: bool = False
+    by_function: bool = False
 
 
 class DatabaseUnavailable(BillingDatabaseError):

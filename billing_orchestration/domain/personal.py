@@ -62,6 +62,15 @@ def without_names(text: str, names: Collection[str]) -> str:
     return text
 
 
+# Words with a digit, a sign or a capital inside; and whatever follows the word for a person.
+_IDENTITY = re.compile(r"(?i:(?<=\buser )|(?<=\bcustomer )|(?<=\bclient )|(?<=\buser_id ))\S+|\S*[\d@_-]\S*")
+
+
+def without_identities(text: str) -> str:
+    """Words of somebody who may name people, where it is not known whom: without what may be an id or a contact."""
+    return _IDENTITY.sub("…", text)
+
+
 def names_in_body(body: str) -> frozenset[str]:
     """Whom a charge's body names: the service's user, and where the receipt goes."""
     try:

@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from billing_orchestration.database.engine import translate
 from billing_orchestration.database.errors import BillingDatabaseError
 from billing_orchestration.domain.decisions import Decision, Tally
+from billing_orchestration.domain.personal import without_identities
 from billing_orchestration.domain.printable import printable
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.domain.run_scope import RunRefused, RunScope
@@ -332,6 +333,8 @@ def _expected(error: Exception) -> dg.Failure | None:
     if not isinstance(known, (SettingsError, RunRefused, BillingDatabaseError, ProviderError)):
         return None
     words = str(known)
+    if isinstance(known, BillingDatabaseError) and known.by_function:
+        words = without_identities(words)
     if isinstance(known, SettingsError):
         words = f"{known}. Nothing was read or written"
     elif isinstance(known, (IncompleteSlice, OutcomeUnknown)) and not isinstance(known.__cause__, RequestRejected):

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from billing_orchestration.domain.attempts import identify
-from billing_orchestration.domain.personal import mask_fields, mask_personal, names_in_body, without_names
+from billing_orchestration.domain.personal import (
+    mask_fields,
+    mask_personal,
+    names_in_body,
+    without_identities,
+    without_names,
+)
 from billing_orchestration_tests.domain.given import NOW
 
 
@@ -70,3 +76,8 @@ def test_a_name_is_left_out_where_it_is_a_word_of_its_own() -> None:
 @pytest.mark.parametrize("body", ["", "[]", "null", '{"receipt": []}', "{"])
 def test_a_body_that_is_none_names_nobody(body: str) -> None:
     assert names_in_body(body) == frozenset()
+
+
+def test_where_it_is_not_known_whom_words_are_about_ids_and_contacts_are_left_out() -> None:
+    said = "the database refused a statement: user anna (ada@example.ru) of 7f3a-11 is blocked, say C_17"
+    assert without_identities(said) == "the database refused a statement: user … … of … is blocked, say …"

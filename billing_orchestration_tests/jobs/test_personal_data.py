@@ -122,3 +122,18 @@ def test_no_customer_is_named_in_the_run_history_or_an_alert(
     assert "…1111" in evidence["talkative"]
     assert "'last4': '1111'" in evidence["odd card"]
     assert named("foreign") in evidence["foreign"]
+
+
+@pytest.mark.parametrize("code", ["P0001", "42501"], ids=["refused", "as if without rights"])
+def test_a_trigger_that_refuses_every_row_names_nobody_in_the_runs_failure(service: Service, code: str) -> None:
+    for number in range(120):
+        service.subscription(named(f"{number}"), ended_at=LONG_AGO)
+    service.execute("DROP TRIGGER meddle ON subscriptions; DROP FUNCTION meddle()")
+    words = f"RAISE EXCEPTION 'user % ({EMAIL}) is blocked', NEW.user_id USING ERRCODE = '{code}'"
+    service.meddle("subscriptions", "true", words)
+
+    run = service.run("expire_subscriptions_job", max_changes=200)
+
+    assert not run.ok
+    assert "is blocked" in run.failure
+    assert found_in(list(texts(service.instance)), MARKS) == []
