@@ -33,7 +33,7 @@ NOON = datetime(2026, 3, 12, 12, 0, tzinfo=UTC)
 UNIQUE_INDEX = "bo_payments_external_payment_id_unique"
 # Our tables that a run which has nothing to do must leave alone: all but the watermarks.
 OURS = ("renewal_attempts", "settlements", "saved_methods", "quarantine", "audit_trail")
-_OUR_SCHEMA = frozenset((*OURS, "watermarks", "reconciled_days"))
+_OUR_SCHEMA = frozenset((*OURS, "watermarks", "reconciled_days", "asked_methods"))
 _NOT_GIVEN: Any = object()
 
 

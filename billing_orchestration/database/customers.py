@@ -57,6 +57,7 @@ class Customer:
     renewal_attempts: Sequence[Row]
     settlements: Sequence[Row]
     saved_methods: Sequence[Row]
+    asked_methods: Sequence[Row]
     quarantine: Sequence[Row]
     audit_trail: Sequence[Row]
 
@@ -67,6 +68,7 @@ class Customer:
             "renewal_attempts": self.renewal_attempts,
             "settlements": self.settlements,
             "saved_methods": self.saved_methods,
+            "asked_methods": self.asked_methods,
             "quarantine": self.quarantine,
             "audit_trail": self.audit_trail,
         }
@@ -96,6 +98,7 @@ _PAYMENTS = sa.text("SELECT id, external_payment_id FROM payments WHERE subscrip
 _ATTEMPTS = "FROM billing_orchestration.renewal_attempts t WHERE user_id = :user ORDER BY planned_at, id"
 _SETTLEMENTS = "FROM billing_orchestration.settlements t WHERE user_id = :user ORDER BY settled_at"
 _SAVED = "FROM billing_orchestration.saved_methods t WHERE subscription_id = ANY(:subscriptions) ORDER BY 1"
+_ASKED = "FROM billing_orchestration.asked_methods t WHERE name = ANY(:externals) ORDER BY 1"
 _QUARANTINE = """
     FROM billing_orchestration.quarantine t
     WHERE subscription_id = ANY(:subscriptions) OR external_payment_id = ANY(:externals)
@@ -146,6 +149,7 @@ def find_customer(connection: sa.Connection, user_id: str) -> Customer:
         renewal_attempts=attempts,
         settlements=settlements,
         saved_methods=_rows(connection, _SAVED, bound),
+        asked_methods=_rows(connection, _ASKED, bound),
         quarantine=quarantine,
         audit_trail=_rows(connection, _AUDIT, bound),
     )
@@ -184,6 +188,7 @@ def plan_erasure(customer: Customer, pseudonym: str) -> Erasure:
         (attempts, "renewal attempts: the user's id, and the receipt's contact in the body"),
         (settlements, "settlements: the user's id"),
         (len(going), "saved methods of subscriptions that are over"),
+        (len(customer.asked_methods), "answers of the provider about how a method was saved"),
         (len(closed), "resolved quarantine entries: their evidence"),
         (len(customer.audit_trail), "entries of the audit trail: the user's id and contacts"),
     ):
@@ -216,6 +221,8 @@ _ERASE_SETTLEMENTS = """
     UPDATE billing_orchestration.settlements SET user_id = %(pseudonym)s WHERE user_id = %(user)s
 """
 _ERASE_METHODS = "DELETE FROM billing_orchestration.saved_methods WHERE subscription_id = ANY(%(going)s)"
+# They are asked for again where the customer is charged after all.
+_ERASE_ASKED = "DELETE FROM billing_orchestration.asked_methods WHERE name = ANY(%(asked)s)"
 _ERASE_QUARANTINE = """
     UPDATE billing_orchestration.quarantine q
     SET evidence = x.evidence, reason = x.reason, resolution_reason = x.resolution_reason
@@ -263,11 +270,13 @@ def erase(connection: sa.Connection, stamp: Stamp, customer: Customer, pseudonym
         for row in customer.audit_trail
     ]
     bound = {"pseudonym": pseudonym, "user": customer.user_id, "going": _methods_going(customer)}
+    bound["asked"] = [row["name"] for row in customer.asked_methods]
     as_read = True
     for statement, rows in (
         (_ERASE_ATTEMPTS, attempts),
         (_ERASE_SETTLEMENTS, customer.settlements),
         (_ERASE_METHODS, bound["going"]),
+        (_ERASE_ASKED, customer.asked_methods),
         (_ERASE_QUARANTINE, entries),
         (_ERASE_AUDIT, audit),
     ):

@@ -11,7 +11,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes
-from billing_orchestration.domain.problem_kinds import MENDED, NO_CONTACT, NOT_WRITABLE, kind_of
+from billing_orchestration.database.conventions import sql_list
+from billing_orchestration.domain.problem_kinds import MENDED, METHOD_UNUSABLE, NO_CONTACT, NOT_WRITABLE, kind_of
 
 # A provider's record that cannot be read may hold anything.
 _LONGEST_SUM = 40
@@ -159,13 +160,23 @@ def close_entry(connection: sa.Connection, stamp: Stamp, entry: Entry, resolutio
     return bool(closed)
 
 
-_REACHABLE = """
-    WHERE subscription_id = ANY(:ids) AND kind = :kind AND resolved_at IS NULL ORDER BY id FOR UPDATE
+_REACHABLE = f"""
+    WHERE subscription_id = ANY(:ids) AND kind IN {sql_list(NO_CONTACT, METHOD_UNUSABLE)} AND resolved_at IS NULL
+    ORDER BY id FOR UPDATE
+"""
+_OVER = f"""
+    WHERE kind = '{METHOD_UNUSABLE}' AND resolved_at IS NULL AND NOT EXISTS (
+        SELECT FROM subscriptions s WHERE s.id = subscription_id AND s.status = 'ACTIVE')
+    ORDER BY id FOR UPDATE
 """
 
 
 def close_reachable(connection: sa.Connection, stamp: Stamp, subscription_ids: Sequence[int]) -> int:
-    """Close what said that these subscriptions' receipts would reach nobody; return how many."""
-    entries = _entries(connection, _REACHABLE, ids=list(subscription_ids), kind=NO_CONTACT)
-    reason = f"nothing stands in the way of its charge any more: run {stamp.run_id}"
-    return sum(close_entry(connection, stamp, entry, MENDED, reason, stamp.job) for entry in entries)
+    """Close what stood in the way of charging these subscriptions, and what asked for a method of one that is over.
+
+    Returns how many.
+    """
+    charged = f"nothing stands in the way of its charge any more: run {stamp.run_id}"
+    closing = [(entry, charged) for entry in _entries(connection, _REACHABLE, ids=list(subscription_ids))]
+    closing += [(entry, "the subscription is no longer ACTIVE") for entry in _entries(connection, _OVER)]
+    return sum(close_entry(connection, stamp, entry, MENDED, reason, stamp.job) for entry, reason in closing)

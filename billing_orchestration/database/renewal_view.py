@@ -6,14 +6,16 @@ The jobs only read it. Its name was checked with the settings, so it may stand i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 
 import sqlalchemy as sa
 
-from billing_orchestration.database.conventions import of_this_shop
+from billing_orchestration.database.conventions import naive_utc, of_this_shop
 from billing_orchestration.database.errors import SchemaProblem
 from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.declines import HARD
+from billing_orchestration.domain.methods import METHOD
 from billing_orchestration.domain.renewals import SaidByService
 
 # Name by kind of type, as PostgreSQL has them.
@@ -49,6 +51,23 @@ def check_view(connection: sa.Connection, view: str) -> None:
         )
 
 
+def methods_due(
+    connection: sa.Connection, view: str, since: datetime, until: datetime, limit: int
+) -> Mapping[int, str]:
+    """The methods that the view names for subscriptions which end between these instants: the first few."""
+    rows = connection.execute(
+        sa.text(f"""
+            SELECT s.id, min(v.payment_method_id::text) AS method_id
+            FROM subscriptions s JOIN {view} v ON v.subscription_id = s.id
+            WHERE s.status = 'ACTIVE' AND s.ended_at >= :since AND s.ended_at < :until
+              AND v.may_charge AND v.payment_method_id IS NOT NULL
+            GROUP BY s.id, s.ended_at ORDER BY s.ended_at, s.id LIMIT :size
+        """),
+        {"since": naive_utc(since), "until": naive_utc(until), "size": limit},
+    )
+    return {row.id: row.method_id for row in rows}
+
+
 def stopped_at(method: str) -> str:
     """SQL: when a hard decline stopped a payment method of this shop, whosever charge it was; NULL if none did."""
     return f"""(
@@ -60,7 +79,11 @@ def stopped_at(method: str) -> str:
 @lru_cache
 def _said(view: str) -> sa.TextClause:
     return sa.text(f"""
-        SELECT said.*, {stopped_at("said.method_id")} AS stopped_at FROM (
+        SELECT said.*, {stopped_at("said.method_id")} AS stopped_at, (
+            SELECT min(m.answer) FROM billing_orchestration.asked_methods m
+            WHERE m.about = '{METHOD}' AND m.name = said.method_id AND {of_this_shop("m.payment_provider_id")}
+            ) AS answer
+        FROM (
         SELECT v.subscription_id, count(*) AS rows, min(v.payment_method_id::text) AS method_id,
                bool_and(coalesce(v.may_charge, false)) AS may_charge, min(v.email::text) AS email,
                min(v.phone::text) AS phone
@@ -72,7 +95,7 @@ def read_view(connection: sa.Connection, view: str, subscription_ids: Sequence[i
     """What the service says about these subscriptions. One that it does not name is not among them."""
     return {
         row.subscription_id: SaidByService(
-            row.rows, row.method_id, row.may_charge, row.email, row.phone, row.stopped_at
+            row.rows, row.method_id, row.may_charge, row.email, row.phone, row.stopped_at, row.answer
         )
         for row in connection.execute(_said(view), {"ids": list(subscription_ids)})
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -23,6 +23,7 @@ from billing_orchestration.database.second_look import OUTLASTS
 from billing_orchestration.database.tables import UtcNaive, renewal_attempts, subscriptions
 from billing_orchestration.domain.answers import SHOP_REFUSALS
 from billing_orchestration.domain.attempts import Attempt, State
+from billing_orchestration.domain.methods import METHOD, PAYMENT, Question
 from billing_orchestration.domain.problem_kinds import UNKNOWN_ATTEMPT
 from billing_orchestration.domain.renewals import DueSubscription, Holds, SaidByService
 from billing_orchestration.domain.shards import Shard
@@ -54,7 +55,8 @@ _DUE = f"""
            method.id AS method_id, method.currency AS method_currency, method.provider_id AS method_provider_id,
            {of_this_shop("method.provider_id")} AS method_is_ours,
            {stopped_at("method.id")} AS stopped_at,
-           settled.until AS settled_until, longest.id AS outlasted_by
+           settled.until AS settled_until, longest.id AS outlasted_by,
+           last_payment.external_payment_id AS method_payment, asked.answer AS method_word
     FROM subscriptions s
     LEFT JOIN plans pl ON pl.id = s.plan_id
     LEFT JOIN billing_orchestration.saved_methods sm ON sm.subscription_id = s.id
@@ -69,12 +71,15 @@ _DUE = f"""
         ORDER BY {of_this_shop("p.payment_provider_id")} DESC, p.created_at DESC, p.id DESC
         LIMIT 1
     ) last_payment ON true
+    LEFT JOIN billing_orchestration.asked_methods asked
+      ON asked.payment_provider_id = last_payment.payment_provider_id AND asked.about = '{PAYMENT}'
+      AND asked.name = last_payment.external_payment_id
     -- A method that was bound without a payment: it is known from the service's view only.
     LEFT JOIN (
         SELECT min(id) AS provider_id FROM payment_providers WHERE {of_this_shop("id")} HAVING count(*) = 1
     ) sole ON CAST(:currency AS text) IS NOT NULL
     CROSS JOIN LATERAL (
-        SELECT coalesce(sm.payment_method_id, last_payment.external_payment_id) AS id,
+        SELECT coalesce(sm.payment_method_id, asked.payment_method_id, last_payment.external_payment_id) AS id,
                coalesce(sm.currency, last_payment.currency, CAST(:currency AS text)) AS currency,
                coalesce(sm.payment_provider_id, last_payment.payment_provider_id, sole.provider_id) AS provider_id
     ) method
@@ -109,6 +114,8 @@ _DUE_COLUMNS: Mapping[str, Any] = {
     "stopped_at": sa.DateTime(timezone=True),
     "settled_until": UtcNaive,
     "outlasted_by": sa.BigInteger,
+    "method_payment": sa.String,
+    "method_word": sa.String,
 }
 
 _COUNTS = """
@@ -213,30 +220,12 @@ def fetch_due(
     rows = _rows_of_due(connection, shard, bounds, view)
     said = _what_the_service_says(connection, view, [row.id for row in rows])
     due = tuple(
-        DueSubscription(
-            id=row.id,
-            user_id=row.user_id,
-            plan_id=row.plan_id,
-            started_at=row.started_at,
-            ended_at=row.ended_at,
-            plan_duration=row.duration,
-            plan_duration_unit=row.duration_unit,
-            method_id=method_id,
-            method_currency=row.method_currency,
-            method_provider_id=row.method_provider_id,
-            method_is_elsewhere=row.method_is_ours is False,
-            prices=tuple(row.amounts or ()),
+        replace(
+            _due_of(row, said.get(row.id), declined),
             attempts=tuple(attempts.get((row.id, row.ended_at), ())),
             last_tried_at=tried.get(row.id),
-            method_declined_at=declined.get(method_id) if method_id else None,
-            method_stopped_at=said[row.id].method_stopped_at if row.id in said else row.stopped_at,
-            said=said.get(row.id),
-            settled_until=row.settled_until,
-            outlasted_by=row.outlasted_by,
-            plan_name=row.plan_name,
         )
         for row in rows
-        for method_id in [said[row.id].method_id if row.id in said else row.method_id]
     )
     counts = connection.execute(_statement(_COUNTS, shard), bounds).one()
     examples = connection.execute(_statement(_TOO_OLD_EXAMPLES, shard), {**bounds, "size": _EXAMPLES}).all()
@@ -249,6 +238,38 @@ def fetch_due(
         too_old_examples=tuple((row.id, row.ended_at) for row in examples),
         not_recurring=counts.not_recurring,
         without_end=connection.execute(_statement(_WITHOUT_END, shard), part).scalar_one(),
+    )
+
+
+def _due_of(row: Any, said: SaidByService | None, declined: Mapping[Any, datetime]) -> DueSubscription:
+    """A row of the due, with what the service says about it, and without its attempts."""
+    method_id, name, about = row.method_id, row.method_payment, PAYMENT
+    stopped, word = row.stopped_at, row.method_word
+    if said is not None:
+        method_id, name, about = said.method_id, said.method_id, METHOD
+        stopped, word = said.method_stopped_at, said.method_word
+    is_asked_about = word is None and name and row.method_provider_id is not None
+    return DueSubscription(
+        id=row.id,
+        user_id=row.user_id,
+        plan_id=row.plan_id,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        plan_duration=row.duration,
+        plan_duration_unit=row.duration_unit,
+        method_id=method_id,
+        method_currency=row.method_currency,
+        method_provider_id=row.method_provider_id,
+        method_is_elsewhere=row.method_is_ours is False,
+        prices=tuple(row.amounts or ()),
+        method_declined_at=declined.get(method_id) if method_id else None,
+        method_stopped_at=stopped,
+        said=said,
+        settled_until=row.settled_until,
+        outlasted_by=row.outlasted_by,
+        plan_name=row.plan_name,
+        question=Question(about, name, row.method_provider_id) if is_asked_about else None,
+        method_word=word,
     )
 
 

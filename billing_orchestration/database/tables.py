@@ -201,6 +201,18 @@ saved_methods = sa.Table(
     sa.Column("saved_at", Instant, nullable=False),
 )
 
+asked_methods = sa.Table(
+    "asked_methods",
+    ours,
+    sa.Column("payment_provider_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("about", sa.Text, primary_key=True, comment="payment | method"),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("answer", sa.Text, nullable=False),
+    sa.Column("payment_method_id", sa.Text, comment="what is charged"),
+    sa.Column("asked_at", Instant, nullable=False),
+    sa.Column("run_id", sa.Text, nullable=False),
+)
+
 quarantine = sa.Table(
     "quarantine",
     ours,

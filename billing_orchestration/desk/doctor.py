@@ -24,7 +24,7 @@ from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES, s
 from billing_orchestration.database.engine import create_engine, read
 from billing_orchestration.database.errors import BillingDatabaseError, SchemaProblem
 from billing_orchestration.database.indexes import SERVICE_INDEXES, describe_duplicates, index_states
-from billing_orchestration.database.renewal_view import check_view
+from billing_orchestration.database.renewal_view import check_view, methods_due
 from billing_orchestration.desk.tables import hanging
 from billing_orchestration.loopback import is_loopback
 from billing_orchestration.provider.client import PaymentProvider
@@ -35,6 +35,9 @@ from billing_orchestration.ui_login import LoginProxy
 # `created_at` is compared with the provider's clock: half a minute decides which payments a matching run sees.
 TOLERABLE_SKEW = timedelta(seconds=2)
 HARMFUL_SKEW = timedelta(seconds=30)
+# Whose methods are asked about, and how many of them at most: each is a request.
+METHODS_DUE_WITHIN = timedelta(days=3)
+METHODS_ASKED_ABOUT = 50
 # Below this many ids left, the service's team is told in time.
 FEW_IDS = 1_000_000
 # PostgreSQL no longer maintains older ones.
@@ -313,13 +316,7 @@ BARRIERS = (_server, _session, _service_tables)
 def _provider(here: Installation) -> Iterator[Finding]:
     settings = here.settings
     try:
-        with closing(
-            PaymentProvider(
-                shop_id=settings.yookassa_shop_id,
-                secret_key=settings.yookassa_secret_key.get_secret_value(),
-                api_url=settings.yookassa_api_url,
-            )
-        ) as provider:
+        with closing(_provider_of(settings)) as provider:
             provider.check()
             receipts = list(_receipts(here, provider))
     except WrongCredentials:
@@ -347,6 +344,43 @@ def _provider(here: Installation) -> Iterator[Finding]:
     else:
         yield ok("provider", f"reached, and it accepts the credentials: {settings.yookassa_api_url}")
         yield from receipts
+
+
+def _methods(here: Installation) -> Iterator[Finding]:
+    """The methods that the service's view names for the next days, as the provider knows them: some, not all."""
+    settings, view = here.settings, here.settings.billing_renewal_view
+    if view is None:
+        return
+    engine = create_engine(settings.billing_database_url, application_name=_APPLICATION)
+    try:
+        with read(engine) as connection:
+            check_view(connection, view)
+            now = here.now()
+            due = methods_due(connection, view, now, now + METHODS_DUE_WITHIN, METHODS_ASKED_ABOUT)
+        with closing(_provider_of(settings)) as provider:
+            told = provider.cards(due.values())
+    except (BillingDatabaseError, ProviderError):
+        return  # told by the checks of the database and of the provider
+    finally:
+        engine.dispose()
+    odd = [f"{id_} ({told[method]})" for id_, method in due.items() if told.get(method, "").isalpha()]
+    if odd:
+        yield warning(
+            "methods.inactive",
+            f"{len(odd)} of {len(due)} payment methods that are charged next are not active: subscriptions"
+            f" {', '.join(odd[:5])}{' …' if len(odd) > 5 else ''}",
+            "their customers must give another method; the run does not charge them",
+        )
+    else:
+        yield ok("methods", f"{len(due)} payment methods that are charged next were asked about: none is inactive")
+
+
+def _provider_of(settings: Settings) -> PaymentProvider:
+    return PaymentProvider(
+        shop_id=settings.yookassa_shop_id,
+        secret_key=settings.yookassa_secret_key.get_secret_value(),
+        api_url=settings.yookassa_api_url,
+    )
 
 
 def _receipts(here: Installation, provider: PaymentProvider) -> Iterator[Finding]:
@@ -454,6 +488,17 @@ CHECKS: tuple[tuple[Callable[[Installation], Iterator[Finding]], tuple[str, ...]
     (_ui, (".env", "UI_AUTH", "DAGSTER_UI_URL")),
     (_billing_database, (".env", "BILLING_DATABASE_URL")),
     (_provider, (".env", "YOOKASSA_SHOP_ID", "YOOKASSA_SECRET_KEY", "YOOKASSA_API_URL")),
+    (
+        _methods,
+        (
+            ".env",
+            "BILLING_DATABASE_URL",
+            "BILLING_RENEWAL_VIEW",
+            "YOOKASSA_SHOP_ID",
+            "YOOKASSA_SECRET_KEY",
+            "YOOKASSA_API_URL",
+        ),
+    ),
     (_shop, (".env", "YOOKASSA_SECRET_KEY", "YOOKASSA_API_URL")),
     (_dagster_home, ()),
     (_run_history, (".env", "DAGSTER_POSTGRES_URL")),

@@ -1,7 +1,7 @@
 """`upcoming`: who will be charged in the next days, when, how much and with which card; and who will not, and why.
 
 By the same function that decides a renewal run. It changes nothing: the database is read, and the provider is asked for
-the last digits of each card.
+the last digits of each card, and whether what would be charged for the first time was saved.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from datetime import datetime, time, timedelta
 
 import sqlalchemy as sa
@@ -30,6 +30,7 @@ from billing_orchestration.domain.renewals import (
     Resend,
     decide_renewals,
 )
+from billing_orchestration.first_use import ask_about_methods
 from billing_orchestration.provider.client import PaymentProvider
 from billing_orchestration.resources import rules_of
 from billing_orchestration.settings import Settings
@@ -76,14 +77,14 @@ def find_upcoming(
     by_run: dict[datetime, list[DueSubscription]] = {}
     for due in found.due:
         by_run.setdefault(_run_of(due, now, calendar), []).append(due)
+    runs = [at for at in sorted(by_run) if calendar.day_of(at) <= today + timedelta(days=days)]
     with closing(provider):
-        cards = provider.cards([due.method_id for due in found.due if due.method_id])
-    return [
-        line
-        for at in sorted(by_run)
-        if calendar.day_of(at) <= today + timedelta(days=days)
-        for line in _of_one_run(by_run[at], found, at, rules, cards)
-    ]
+        for at in runs:
+            of_run = replace(found, due=tuple(by_run[at]))
+            asked, _ = ask_about_methods(of_run, provider, lambda: read(engine), now=at, rules=rules)
+            by_run[at] = list(asked.due)
+        cards = provider.cards([due.method_id for at in runs for due in by_run[at] if due.method_id])
+    return [line for at in runs for line in _of_one_run(by_run[at], found, at, rules, cards)]
 
 
 def _run_of(due: DueSubscription, now: datetime, calendar: BillingCalendar) -> datetime:

@@ -49,6 +49,7 @@ ProblemKind = Literal[
     "gap",
     "no_contact",
     "receipt",
+    "method_unusable",
 ]
 NOT_WRITABLE: ProblemKind = "not_writable"
 UNKNOWN_ATTEMPT: ProblemKind = "unknown_attempt"
@@ -58,6 +59,7 @@ REJECTED: ProblemKind = "rejected"
 SECOND_SUCCESS: ProblemKind = "second_success"
 NO_CONTACT: ProblemKind = "no_contact"
 RECEIPT: ProblemKind = "receipt"
+METHOD_UNUSABLE: ProblemKind = "method_unusable"
 # Opened for a payment that is granted: no resolution grants it once more.
 GRANTED_ALREADY: tuple[ProblemKind, ...] = ("unwanted_renewal", "spent_period", "receipt")
 # Opened by reconciliation alone: the books differ, and the row may take the provider's truth. Nothing is granted by it.
@@ -71,6 +73,7 @@ FOR_A_PERSON: tuple[ProblemKind, ...] = (
     REJECTED,
     "gap",
     "no_contact",
+    "method_unusable",
 )
 
 # What a person makes of a problem. After MENDED it may open a new entry; the others are the last word.
@@ -203,6 +206,13 @@ KINDS: Mapping[ProblemKind, Kind] = {
         "the receipt was made at the provider or in the register; the grant stands",
         "",
         "it is left without a receipt; the grant stands",
+    ),
+    "method_unusable": Kind(
+        "a renewal is due and its payment method was never saved, or is not active at the provider: not charged. It"
+        " closes by itself when a run charges another method, or when the subscription ends",
+        "the customer was asked for another method; alerts again if it is still the same",
+        "",
+        "it never alerts again; the subscription expires like any other that is not paid",
     ),
 }
 

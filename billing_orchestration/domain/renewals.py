@@ -25,6 +25,7 @@ from billing_orchestration.domain.attempts import (
 from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
 from billing_orchestration.domain.clocks import is_in_future
 from billing_orchestration.domain.decisions import Code
+from billing_orchestration.domain.methods import SILENT, Question, why_not_charged
 from billing_orchestration.domain.money import CURRENCIES, Money
 from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, ProviderPayment
 from billing_orchestration.domain.receipts import ReceiptRules, contact_of, fill, receipt_of
@@ -40,6 +41,7 @@ class SaidByService:
     email: str | None = field(default=None, repr=False)
     phone: str | None = field(default=None, repr=False)
     method_stopped_at: datetime | None = None
+    method_word: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class DueSubscription:
     `settled_until` is the end of the last period that was settled for it, `outlasted_by` another ACTIVE subscription of
     the same user and plan that ends later. `method_stopped_at`: a charge of the method, of whatever subscription, ended
     in a hard decline. `method_is_elsewhere`: it was saved at a payment provider that is not this shop. With `said`, the
-    service itself says by which method and whether it may be charged, and where its receipts go.
+    service itself says by which method and whether it may be charged, and where its receipts go. `question`: what the
+    provider must be asked before the method is charged for the first time; `method_word` is what it answered.
     """
 
     id: int
@@ -74,6 +77,9 @@ class DueSubscription:
     method_stopped_at: datetime | None = None
     method_is_elsewhere: bool = False
     said: SaidByService | None = None
+    question: Question | None = None
+    method_word: str | None = None
+    method_detail: str = ""
 
     @property
     def subject(self) -> str:
@@ -144,7 +150,8 @@ class NotCharged:
     """A due subscription or an open attempt that is left as it is. `needs_retry` makes the run red at its end.
 
     `two_active`: the subscription that a person has to look at, because another one of its user outlasts it.
-    `no_contact`: the one whose receipt would reach nobody.
+    `no_contact`: the one whose receipt would reach nobody. `method_unusable`: the one whose customer must give another
+    method.
     """
 
     subject: str
@@ -154,6 +161,7 @@ class NotCharged:
     needs_retry: bool = False
     two_active: int | None = None
     no_contact: int | None = None
+    method_unusable: int | None = None
 
 
 RenewalDecision = Charge | Resend | Conclude | Void | NoteAbsence | NotCharged
@@ -418,6 +426,9 @@ def _new_attempt(due: DueSubscription, number: int, today: date, rules: RenewalR
     if due.method_is_elsewhere:
         reason = f"the payment method is payment provider {due.method_provider_id}'s, not this shop's"
         return no(Code.METHOD_ELSEWHERE, reason)
+    if (told := why_not_charged(due.method_word, due.method_detail)) is not None:
+        silent = due.method_word == SILENT
+        return NotCharged(due.subject, *told, needs_retry=silent, method_unusable=None if silent else due.id)
     if due.method_declined_at is not None and rules.calendar.day_of(due.method_declined_at) == today:
         return no(Code.METHOD_DECLINED_TODAY, "this payment method was already declined today")
     if due.method_stopped_at is not None:

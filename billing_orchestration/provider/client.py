@@ -319,7 +319,7 @@ class PaymentProvider:
         self._items(self._ask(call, lambda: self._payments.page("payments", {"limit": "1"})), call)
 
     def cards(self, method_ids: Iterable[str], max_concurrency: int = 8) -> dict[str, str]:
-        """The last four digits of saved cards, and `inactive` where the provider says so. It may not tell of each.
+        """The last four digits of saved cards, "" for what has none; or the state of what is not active (`inactive`).
 
         Raises WrongCredentials.
         """
@@ -328,15 +328,15 @@ class PaymentProvider:
             call = Call("a saved payment method", by_id=True)
             quoted = quote(method_id, safe="")
             method = self._object(self._ask(call, lambda: self._payments.method(quoted)), call)
-            if method.get("status") == "inactive":
-                return "inactive"
+            if (state := method.get("status")) in ("inactive", "pending"):
+                return str(state)
             card = method.get("card")
             last4 = card.get("last4") if isinstance(card, dict) else None
             return last4 if isinstance(last4, str) and last4.isdigit() and len(last4) == 4 else ""
 
         ids = list(dict.fromkeys(method_ids))
         answers = map_concurrently(ask, ids, max_concurrency, threads=self._threads)
-        return {method_id: told for method_id, told in answers if isinstance(told, str) and told}
+        return {method_id: told for method_id, told in answers if isinstance(told, str)}
 
     def has_fiscalization(self) -> bool | None:
         """Whether the provider registers the shop's receipts. None: it does not say. Raises ProviderError."""

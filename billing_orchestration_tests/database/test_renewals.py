@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.renewals import DueSlice, fetch_due
 from billing_orchestration.domain.attempts import State
+from billing_orchestration.domain.methods import PAYMENT, Question
 from billing_orchestration.domain.renewals import DueSubscription, Holds
 from billing_orchestration.domain.shards import Shard, divide
 from billing_orchestration_tests.books import NOON, UTC, Books, naive
@@ -107,6 +108,7 @@ def test_all_that_decides_is_in_one_record(books: Books) -> None:
         method_provider_id=books.provider_id,
         prices=(Decimal("299.00"),),
         plan_name=books.row("plans", books.monthly).name,
+        question=Question(PAYMENT, "card", books.provider_id),
     )
 
 

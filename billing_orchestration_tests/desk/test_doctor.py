@@ -18,6 +18,7 @@ from billing_orchestration.database.migrating import migrate
 from billing_orchestration.desk.doctor import Finding, Level, diagnose
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration.ui_login import new_login
+from billing_orchestration_tests.books import Books
 from billing_orchestration_tests.fixtures.installation import ROOT
 from billing_orchestration_tests.fixtures.pgbouncer import pooled
 from billing_orchestration_tests.fixtures.postgres import Server, create_service_database
@@ -390,6 +391,30 @@ def test_a_shop_that_needs_receipts_and_sends_them_is_well(healthy: pytest.Monke
     healthy.setenv("RECEIPT_VAT_CODE", "11")
     healthy.setenv("RECEIPT_PAYMENT_MODE", "full_payment")
     assert found(Level.FAULT, Level.WARNING) == {}
+
+
+def test_methods_that_are_charged_next_and_are_not_active_are_a_warning(
+    healthy: pytest.MonkeyPatch, sandbox: Sandbox, engine: sa.Engine
+) -> None:
+    books = Books(engine)
+    now = datetime.now(timezone.utc)
+    active, inactive = (books.subscription(ended_at=now + timedelta(days=1)) for _ in range(2))
+    books.execute(
+        "CREATE VIEW billing_renewals AS SELECT id AS subscription_id, 'card-' || id AS payment_method_id,"
+        " true AS may_charge, NULL::text AS email, NULL::text AS phone FROM subscriptions"
+    )
+    sandbox.provider.add_method(f"card-{active}")
+    sandbox.provider.add_method(f"card-{inactive}")
+    healthy.setenv("BILLING_RENEWAL_VIEW", "billing_renewals")
+    assert found(Level.FAULT, Level.WARNING) == {}
+
+    sandbox.provider.deactivate_method(f"card-{inactive}")
+
+    [finding] = found(Level.WARNING).values()
+    assert finding.code == "methods.inactive"
+    assert f"1 of 2 payment methods that are charged next are not active: subscriptions {inactive} (inactive)" in str(
+        finding
+    )
 
 
 # The run history

@@ -66,11 +66,11 @@ def test_no_consent_and_an_inactive_card_are_told_as_such(service_with: Callable
             s.id % 2 = 1 AS may_charge, NULL::text AS email, NULL::text AS phone FROM subscriptions s
     """)
     service.provider.add_method("card", "succeeded", status="inactive")
-    yes, no = service.subscription(ended_at=NOON), service.subscription(ended_at=NOON)
+    inactive, no = service.subscription(ended_at=NOON), service.subscription(ended_at=NOON)
 
     told = upcoming(service)
 
-    assert (told[yes].charged, told[yes].card) == ("yes", "inactive")
+    assert (told[inactive].charged, told[inactive].code, told[inactive].card) == ("no", "method_inactive", "inactive")
     assert (told[no].charged, told[no].code) == ("no", "no_consent")
 
 

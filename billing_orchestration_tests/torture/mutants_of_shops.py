@@ -10,7 +10,49 @@ _SAME_ID = _TESTS + "test_a_payment_is_settled_beside_another_shops_row_with_the
 _OPEN = _TESTS + "test_an_open_attempt_of_another_shop_is_left_to_it_and_its_subscription_is_not_charged"
 _NUMBERS = _TESTS + "test_the_money_checks_and_the_plotted_numbers_are_of_this_shop"
 
+_FIRST = "jobs/test_first_use.py::"
+
 SHOPS = (
+    Mutant(
+        "a method charged that was never saved",
+        "payment_method.saved must be true before the first charge",
+        (Edit("domain/methods.py", "    if word == NOT_SAVED:\n", "    if False:\n"),),
+        (_FIRST + "test_a_method_that_was_not_saved_is_not_charged_and_one_person_is_told_once",),
+    ),
+    Mutant(
+        "a payment's id charged instead of its method's",
+        "what is charged is payment_method.id",
+        (
+            Edit(
+                "domain/methods.py", "MethodAnswer(question, SAVED, payment.method_id)", "MethodAnswer(question, SAVED)"
+            ),
+        ),
+        (_FIRST + "test_what_the_payment_says_is_charged_by_the_methods_own_id_and_asked_once",),
+    ),
+    Mutant(
+        "a method charged although the provider is silent about it",
+        "without an answer about its first use nobody is charged",
+        (Edit("domain/methods.py", "    if word == SILENT:\n", "    if False:\n"),),
+        (_FIRST + "test_without_an_answer_nobody_is_charged_and_the_next_run_asks_again",),
+    ),
+    Mutant(
+        "a method asked about again",
+        "a payment is asked about once",
+        (Edit("jobs/autopayment/steps.py", "            remember(connection, stamp, part)\n", "            pass\n"),),
+        (_FIRST + "test_what_the_payment_says_is_charged_by_the_methods_own_id_and_asked_once",),
+    ),
+    Mutant(
+        "a hard decline forgotten under the method's own id",
+        "a hard decline stops a method, however it is found",
+        (Edit("first_use.py", "    if others:\n", "    if False:\n"),),
+        (_FIRST + "test_a_hard_decline_of_the_methods_own_id_counts",),
+    ),
+    Mutant(
+        "an inactive method charged",
+        "a method that is not active at the provider is told as such",
+        (Edit("domain/methods.py", "    if word == INACTIVE:\n", "    if False:\n"),),
+        (_FIRST + "test_a_method_of_the_view_that_is_not_active_is_told_as_such[inactive]",),
+    ),
     Mutant(
         "a receipt that is canceled late not looked for",
         "a day's reconciliation reads the registration of its receipts",

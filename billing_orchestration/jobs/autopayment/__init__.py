@@ -98,6 +98,7 @@ def fetch_open_renewals(
         {
             "asked about": dg.MetadataValue.int(asked.asked_about),
             "searched for": dg.MetadataValue.int(asked.searched_for),
+            "methods asked about": dg.MetadataValue.int(len(asked.answers)),
             "answered": dg.MetadataValue.int(len(asked.view.answers)),
             "no answer": dg.MetadataValue.int(len(asked.view.silent)),
             **describe_clocks(context, asked.clocks),
@@ -124,7 +125,9 @@ def diff_renewals(
     )
     left = [decision for decision in decisions if isinstance(decision, NotCharged)]
     hand_over.leave(
-        RenewalPlan(scope, (*approved, *left), asked.view.extra, asked.unusable, asked.clocks, tuple(refused))
+        RenewalPlan(
+            scope, (*approved, *left), asked.view.extra, asked.unusable, asked.clocks, tuple(refused), asked.answers
+        )
     )
 
 

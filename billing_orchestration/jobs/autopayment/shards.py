@@ -174,7 +174,14 @@ def renew_shard(
         scope, division = _agreed(context, run, clock)
         renewals = read_renewals(billing_database, clock, scope, division.max_overdue_days, shard)
         asked = ask_about_open(renewals, billing_database, payment_provider, clock, threads)
-        plan = RenewalPlan(scope, tuple(decide(asked, clock)), asked.view.extra, asked.unusable, asked.clocks)
+        plan = RenewalPlan(
+            scope,
+            tuple(decide(asked, clock)),
+            asked.view.extra,
+            asked.unusable,
+            asked.clocks,
+            answers=asked.answers,
+        )
         del renewals, asked
         apply_plan(
             context,

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 import dagster as dg
 from pydantic import Field
 
+from billing_orchestration.database.asked_methods import remember
 from billing_orchestration.database.attempts import close
 from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.database.one_by_one import NotWritten, one_by_one
@@ -33,9 +34,10 @@ from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.decisions import Action, Code, Decision
+from billing_orchestration.domain.methods import REMEMBERED, MethodAnswer
 from billing_orchestration.domain.personal import mask_body
 from billing_orchestration.domain.printable import printable
-from billing_orchestration.domain.problem_kinds import NO_CONTACT, REJECTED, TWO_ACTIVE
+from billing_orchestration.domain.problem_kinds import METHOD_UNUSABLE, NO_CONTACT, REJECTED, TWO_ACTIVE
 from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment, UnusablePayment
 from billing_orchestration.domain.renewals import (
     Charge,
@@ -50,6 +52,7 @@ from billing_orchestration.domain.renewals import (
 )
 from billing_orchestration.domain.run_scope import RunScope
 from billing_orchestration.domain.shards import Shard
+from billing_orchestration.first_use import ask_about_methods
 from billing_orchestration.jobs.autopayment.charging import Charging
 from billing_orchestration.jobs.autopayment.pace import ChargingLimits
 from billing_orchestration.jobs.autopayment.pipeline import Pipeline
@@ -125,6 +128,7 @@ class AskedRenewals:
     asked_about: int
     searched_for: int
     clocks: Clocks
+    answers: tuple[MethodAnswer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ class RenewalPlan:
     unusable: tuple[UnusablePayment, ...]
     clocks: Clocks
     refused: tuple[Decision, ...] = ()
+    answers: tuple[MethodAnswer, ...] = ()
 
 
 def read_renewals(
@@ -190,7 +195,11 @@ def ask_about_open(
     if attempts or renewals.slice.due:
         provider.client.make_sure_of_clock()
     clocks = look_at_clocks(database, clock, provider)
-    return AskedRenewals(renewals, merge_views(views), tuple(unusable), len(pending), len(lost), clocks)
+    found, answers = ask_about_methods(
+        renewals.slice, provider.client, database.read, now=clock.now(), rules=renewals.rules, threads=threads
+    )
+    renewals = replace(renewals, slice=found)
+    return AskedRenewals(renewals, merge_views(views), tuple(unusable), len(pending), len(lost), clocks, answers)
 
 
 def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection, threads: Threads) -> ProviderView:
@@ -305,9 +314,7 @@ def apply_plan(
         report.applied = sum(not isinstance(decision, NotCharged) for decision in plan.decisions)
     else:
         _conclude_open(plan, report, database, provider, stamp())
-        if to_charge := [d.attempt.subscription_id for d in plan.decisions if isinstance(d, Charge)]:
-            with database.begin() as connection:
-                close_reachable(connection, stamp(), to_charge)
+        _remember(plan, database, stamp())
         _charge(context, config, plan, report, database, provider, clock, threads)
     for decision in plan.decisions:
         if isinstance(decision, NotCharged):
@@ -324,6 +331,22 @@ def apply_plan(
     report.skipped += len(plan.refused)
     report.decisions.extend(plan.refused)
     report_unusable(report, plan.unusable, database=database, stamp=stamp(), dry_run=scope.dry_run)
+
+
+def _remember(plan: RenewalPlan, database: BillingDatabase, stamp: Stamp) -> None:
+    """What the provider said about methods, and that these subscriptions are charged at last. One odd id of the
+    provider's stops nobody: it is asked about again."""
+
+    def write(part: Sequence[MethodAnswer]) -> None:
+        with database.begin() as connection:
+            remember(connection, stamp, part)
+
+    for _ in one_by_one([answer for answer in plan.answers if answer.word in REMEMBERED], write):
+        pass
+    to_charge = [d.attempt.subscription_id for d in plan.decisions if isinstance(d, Charge)]
+    if to_charge or plan.answers:
+        with database.begin() as connection:
+            close_reachable(connection, stamp, to_charge)
 
 
 def _conclude_open(
@@ -434,6 +457,8 @@ def _problem_of(decision: NotCharged) -> Problem | None:
         return Problem(decision.subject, TWO_ACTIVE, decision.reason, subscription_id=decision.two_active)
     if decision.no_contact is not None:
         return Problem(decision.subject, NO_CONTACT, decision.reason, subscription_id=decision.no_contact)
+    if decision.method_unusable is not None:
+        return Problem(decision.subject, METHOD_UNUSABLE, decision.reason, subscription_id=decision.method_unusable)
     return None
 
 
