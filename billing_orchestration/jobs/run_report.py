@@ -86,7 +86,7 @@ def describe_decisions(decisions: Sequence[Decision] | Tally) -> dict[str, dg.Me
                         "subject": printable(decision.subject),
                         "amount": str(decision.money) if decision.money else "",
                         "reason": printable(decision.reason),
-                        "code": decision.code,
+                        "code": printable(decision.code),
                     }
                 )
                 for decision in tally.first
