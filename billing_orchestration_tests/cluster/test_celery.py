@@ -26,7 +26,8 @@ from billing_orchestration_tests.jobs.service import Service
 from billing_orchestration_tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-HERE = ROOT / "deploy" / "celery"
+# As docs/deployment.md has it, from the project's folder.
+HERE = "deploy/celery"
 PATIENCE_S = 300.0
 SHARDS = 4
 # A dead worker's shard is taken over after so long.
@@ -48,7 +49,7 @@ class Cluster:
         process = subprocess.Popen(
             command,
             env=dict(self.env),
-            cwd=self.folder,
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -59,13 +60,13 @@ class Cluster:
 
     def add_worker(self, name: str) -> None:
         """Start a worker as deploy/celery says, and wait until it takes tasks."""
-        command = ["-m", "celery", "--workdir", str(HERE), "-A", "dagster_celery.app", "worker", "-Q", "dagster"]
+        command = ["-m", "celery", "-A", "dagster_celery.app", "worker", "-Q", "dagster"]
         self.workers[name] = self.start(name, [sys.executable, *command, "-c", "1", "-n", name, "-l", "info"])
         wait_until(lambda: f"{name} ready" in self.log_of(name), f"{name} is ready", PATIENCE_S, 0.25)
 
     def launch(self, job: str, name: str) -> subprocess.Popen[bytes]:
         """Start a run of the deployment's own code location."""
-        command = ["-m", "dagster", "job", "execute", "-f", str(HERE / "definitions.py"), "-d", str(HERE), "-j", job]
+        command = ["-m", "dagster", "job", "execute", "-f", f"{HERE}/definitions.py", "-d", HERE, "-j", job]
         return self.start(name, [sys.executable, *command])
 
     def log_of(self, name: str) -> str:
@@ -121,7 +122,7 @@ def running(service: Service, folder: Path, history_url: str) -> Iterator[Cluste
         "CELERY_VISIBILITY_TIMEOUT_S": str(TAKEN_OVER_S),
         "DAGSTER_HOME": str(folder),
         "DAGSTER_POSTGRES_URL": history_url,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": HERE,
     }
     with ExitStack() as stack:
         cluster = Cluster(folder, env, stack)

@@ -1,6 +1,6 @@
-"""What the deployment and its Celery workers agree on. Workers read it by its name: their folder is this one.
+"""What the deployment and its Celery workers agree on. Workers read it by its name, from the code server's own folder:
 
-    celery --workdir deploy/celery -A dagster_celery.app worker -Q dagster -c 1
+    PYTHONPATH=deploy/celery celery -A dagster_celery.app worker -Q dagster -c 1
 
 A shard that dies with its worker is started again by another one. That is safe: what was sent keeps its key.
 """
