@@ -30,12 +30,14 @@ PAGE = 100
 class History:
     """The list that the provider tells: `count` succeeded payments, one each `step_s` seconds, from `start` on.
 
-    Each was created when it was captured; `user-N`, plan 1 and provider 1 stand in its metadata.
+    Each was created when it was captured; `user-N`, plan 1 and provider 1 stand in its metadata. With `unpaid_every`
+    they are canceled, and named `paid-N` by every such number.
     """
 
     count: int = 0
     start: str = "2026-03-01T00:00:00+00:00"
     step_s: float = 0.03
+    unpaid_every: int = 0
 
 
 def payment_id(number: int) -> str:
@@ -75,13 +77,20 @@ _CANCELED = {
 }
 
 
+def _unpaid(id_: str, at: str) -> dict[str, Any]:
+    return {**_payment(id_, at, _PRICE, {}, id_), **_CANCELED}
+
+
 class _Books:
     def __init__(self, history: History) -> None:
         start = datetime.fromisoformat(history.start)
         step = timedelta(seconds=history.step_s)
+        self.status = "canceled" if history.unpaid_every else "succeeded"
         self.stamps = [_stamp(start + step * number) for number in range(history.count)]
         self.items = [
-            json.dumps(
+            json.dumps(_unpaid(f"paid-{(number + 1) * history.unpaid_every}", stamp)).encode()
+            if history.unpaid_every
+            else json.dumps(
                 _payment(
                     payment_id(number),
                     stamp,
@@ -95,6 +104,8 @@ class _Books:
 
     def page(self, query: Mapping[str, str]) -> bytes:
         """One page of the list, the latest first. Both instants of a payment are the same, so both filters are."""
+        if query.get("status", self.status) != self.status:
+            return b'{"type":"list","items":[]}'
         bounds = {name.partition(".")[2]: value for name, value in query.items() if "_at." in name}
         first = bisect.bisect_left(self.stamps, bounds.get("gte", ""))
         last = bisect.bisect_right(self.stamps, bounds["lte"]) if "lte" in bounds else len(self.stamps)
@@ -140,8 +151,7 @@ class _Connection(asyncio.Protocol):
                 return b'{"type":"list","items":[]}'
             asked_about = address.path.partition("/payments/")[2]
             if asked_about:
-                unpaid = {**_payment(asked_about, _stamp(datetime.now(UTC)), _PRICE, {}, asked_about), **_CANCELED}
-                return json.dumps(unpaid).encode()
+                return json.dumps(_unpaid(asked_about, _stamp(datetime.now(UTC)))).encode()
             return self._books.page(dict(parse_qsl(address.query)))
         asked = json.loads(body)
         at = _stamp(datetime.now(UTC))
@@ -153,7 +163,16 @@ class _Connection(asyncio.Protocol):
 def provider(latency_s: float, history: History = History()) -> Iterator[str]:
     """Yield the address (with /v3) of a provider that answers each request after so many seconds."""
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, repr(latency_s), str(history.count), history.start, repr(history.step_s)],
+        [
+            sys.executable,
+            "-m",
+            __name__,
+            repr(latency_s),
+            str(history.count),
+            history.start,
+            repr(history.step_s),
+            str(history.unpaid_every),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ.copy(),
@@ -178,4 +197,6 @@ async def _serve(latency_s: float, history: History) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(float(sys.argv[1]), History(int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))))
+    asyncio.run(
+        _serve(float(sys.argv[1]), History(int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), int(sys.argv[5])))
+    )

@@ -299,7 +299,8 @@ def expire_locked(
 
 
 _STALE_PAYMENTS = sa.text(f"""
-    SELECT id, external_payment_id, amount::text AS amount, currency::text AS currency, subscription_id
+    SELECT id, external_payment_id, amount::text AS amount, currency::text AS currency, subscription_id,
+           CASE WHEN created_at > '2000-01-01' THEN created_at AT TIME ZONE 'UTC' END AS at
     FROM payments WHERE status = 'PENDING' AND created_at < :created_before AND {of_this_shop("payment_provider_id")}
     ORDER BY created_at, id
 """)
@@ -319,8 +320,8 @@ def stream_stale_payments(
     )
     for page in rows.tuples().partitions(size):
         yield [
-            StalePayment(id_, external_id, None if currency is None else _money(amount, currency), subscription_id)
-            for id_, external_id, amount, currency, subscription_id in page
+            StalePayment(id_, external_id, None if currency is None else _money(amount, currency), subscription_id, at)
+            for id_, external_id, amount, currency, subscription_id, at in page
         ]
 
 

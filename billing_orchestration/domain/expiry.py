@@ -41,6 +41,7 @@ class StalePayment(NamedTuple):
     external_payment_id: str | None
     money: Money | None
     subscription_id: int | None = None
+    created_at: datetime | None = None
 
     @property
     def subject(self) -> str:
@@ -90,7 +91,12 @@ class NoAnswer:
     reason: str
 
 
-ProviderAnswer = ProviderPayment | UnusablePayment | NotFoundThere | NoAnswer
+@dataclass(frozen=True, slots=True)
+class CanceledThere:
+    """The provider lists it as canceled, for good."""
+
+
+ProviderAnswer = ProviderPayment | UnusablePayment | CanceledThere | NotFoundThere | NoAnswer
 
 
 class AskedPayment(NamedTuple):
@@ -114,6 +120,8 @@ def decide_payment_expiry(
         return ExpirePayment(row, _unpaid(ttl_days, "it never got a payment at the provider"), Code.NEVER_AT_PROVIDER)
     if isinstance(answer, NotFoundThere):
         return ExpirePayment(row, _unpaid(ttl_days, "the provider does not know it"), Code.UNKNOWN_AT_PROVIDER)
+    if isinstance(answer, CanceledThere):
+        return ExpirePayment(row, _unpaid(ttl_days, f"{CANCELED} at the provider"), Code.CANCELED_AT_PROVIDER)
     if isinstance(answer, NoAnswer):
         return KeepPending(
             row,

@@ -1,16 +1,29 @@
-"""What the provider says about many payments, each asked about by its id. It reads only."""
+"""What the provider says about many payments: by its list of canceled ones, else each by its id. It reads only."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 
-from billing_orchestration.domain.expiry import NoAnswer, NotFoundThere, ProviderAnswer
+from billing_orchestration.domain.expiry import CanceledThere, NoAnswer, NotFoundThere, ProviderAnswer, StalePayment
 from billing_orchestration.domain.provider_payment import UnusablePayment
-from billing_orchestration.provider.errors import Forbidden, PaymentNotFound, ProviderError, RequestRejected
+from billing_orchestration.provider.errors import (
+    Forbidden,
+    IncompleteSlice,
+    PaymentNotFound,
+    ProviderError,
+    RequestRejected,
+)
 from billing_orchestration.provider.pacing import Breaker, map_concurrently
 from billing_orchestration.resources import ProviderConnection
 from billing_orchestration.threads import Threads
 
 # After this many payments in a row without an answer the provider fails for everyone, and the rest waits.
 BREAKER_SILENCES = 10
+# A page of the list is worth reading where it stands for this many questions: two and a half rounds of them, and where
+# the list turns out to be too long a twentieth more requests.
+PAGE_IS_WORTH = 20
+# How far the service's instant and the provider's may differ for one payment. What lies further apart is asked about.
+_APART = timedelta(minutes=5)
 
 
 class Inquiry:
@@ -24,14 +37,20 @@ class Inquiry:
         self._threads = threads
         self._warn = warn
         self._breaker = Breaker(BREAKER_SILENCES)
-        self.asked = self.not_found = self.unanswered = 0
+        self._list_is_of_use = True
+        # What the last two readings of the list have shown, and until when.
+        self._canceled: deque[frozenset[str]] = deque(maxlen=2)
+        self._read_until: datetime | None = None
+        self.asked = self.listed = self.not_found = self.unanswered = 0
 
-    def ask(self, payment_ids: Iterable[str]) -> dict[str, ProviderAnswer]:
-        """One answer per id."""
-        ids = list(dict.fromkeys(payment_ids))
-        answers: dict[str, ProviderAnswer] = {}
-        if ids and not self._breaker.is_open:
-            self._ask(ids, answers)
+    def ask_about(self, rows: Sequence[StalePayment]) -> dict[str, ProviderAnswer]:
+        """One answer for each provider id of these rows, which are in the order of their time."""
+        ids = list(dict.fromkeys(row.external_payment_id for row in rows if row.external_payment_id))
+        answers = self._listed(ids, [row.created_at for row in rows if row.created_at is not None])
+        self.listed += len(answers)
+        rest = [payment_id for payment_id in ids if payment_id not in answers]
+        if rest and not self._breaker.is_open:
+            self._ask(rest, answers)
         for payment_id in ids:
             answers.setdefault(payment_id, NoAnswer("not asked: the provider does not answer for anyone"))
         self.asked += len(ids)
@@ -39,13 +58,39 @@ class Inquiry:
         self.unanswered += sum(isinstance(answer, NoAnswer) for answer in answers.values())
         return answers
 
+    def _listed(self, ids: Sequence[str], created: Sequence[datetime]) -> dict[str, ProviderAnswer]:
+        """The canceled ones, where the list of their time is whole within fewer requests than there are ids.
+
+        Any other status may have changed since the list was made, so it is asked for.
+        """
+        most_pages = len(ids) // PAGE_IS_WORTH
+        if most_pages and created and self._list_is_of_use and not self._breaker.is_open:
+            self._read_list(created[0] - _APART, created[-1] + _APART, most_pages)
+        canceled = frozenset().union(*self._canceled)
+        return {payment_id: CanceledThere() for payment_id in ids if payment_id in canceled}
+
+    def _read_list(self, start: datetime, end: datetime, most_pages: int) -> None:
+        """Read what the rows before these have not read already: many may be of one instant."""
+        begin = max(start, self._read_until) if self._read_until is not None else start
+        if begin >= end:
+            return
+        try:
+            found = self._provider.client.lists.canceled(begin, end, most_pages)
+        except IncompleteSlice as fault:
+            self._list_is_of_use = False
+            self._warn(f"{fault} Each payment is asked about instead")
+            return
+        if found is not None:
+            self._canceled.append(found)
+            self._read_until = end
+
     def _ask(self, ids: Sequence[str], answers: dict[str, ProviderAnswer]) -> None:
         results = map_concurrently(
             self._provider.client.get_payment,
             ids,
             self._max_concurrency,
             threads=self._threads,
-            first_alone=not self.asked,
+            first_alone=not self.asked and not self.listed,
         )
         for payment_id, result in results:
             if isinstance(result, PaymentNotFound):

@@ -89,7 +89,7 @@ def look(
     end = min(tick, now)
     scope = RunScope(end, "tick", heals=True, dry_run=True, max_changes=None, run_id="")
     window = covering_window(scope, watermark, now)
-    paid = provider.client.glance(window.start, window.end)
+    paid = provider.client.lists.succeeded_on_one_page(window.start, window.end)
     if paid is None:
         return Start("the provider's list of the hour is longer than a page")
     clocks = look_at_clocks(database, clock, provider)

@@ -163,7 +163,7 @@ class PaymentProvider:
         token = b64encode(f"{shop_id}:{secret_key}".encode()).decode("ascii")
         self._errors = Translator((secret_key, token))
         self._payments = _Payments(self.api_url, self._wire, timeouts, f"Basic {token}")
-        self._lists = Lists(self._read_page, self._errors.foreign, threads)
+        self.lists = Lists(self._read_page, self._errors.foreign, threads)
 
     def __repr__(self) -> str:
         return f"PaymentProvider(api_url={self.api_url!r}, shop_id={self.shop_id!r})"
@@ -261,7 +261,7 @@ class PaymentProvider:
 
         Raises IncompleteSlice when the end was not reached, with the reason as `__cause__`; WrongCredentials as it is.
         """
-        return self._lists.payments(filters)
+        return self.lists.payments(filters)
 
     def fetch_slice(self, start: datetime, end: datetime, *, parallel_windows: int | None = 1) -> Slice:
         """The payments that succeeded and were created or captured in [start, end], each once. Whole, or an error.
@@ -270,19 +270,15 @@ class PaymentProvider:
         milliseconds. Another status is dropped, should the provider ignore the filter. `parallel_windows`: read in that
         many parts at once, which overlap by an instant; None: only where a list is longer than a few pages.
         """
-        return self._lists.succeeded(start, end, parallel_windows)
-
-    def glance(self, start: datetime, end: datetime) -> Slice | None:
-        """What `fetch_slice` reads, where that is one page of each list; None where it is more."""
-        return self._lists.succeeded_on_one_page(start, end)
+        return self.lists.succeeded(start, end, parallel_windows)
 
     def fetch_day(self, start: datetime, end: datetime, *, parallel_windows: int | None = None) -> Slice:
         """The payments in ANY status that were created or captured in [start, end), each once. Whole, or an error."""
-        return self._lists.payments_of_day(start, end, parallel_windows)
+        return self.lists.payments_of_day(start, end, parallel_windows)
 
     def fetch_refunds(self, start: datetime, end: datetime) -> RefundSlice:
         """The refunds in any status that were created in [start, end), each once. Whole, or an error."""
-        return self._lists.refunds_of_day(start, end)
+        return self.lists.refunds_of_day(start, end)
 
     def look_up(
         self, payment_ids: Iterable[str], max_concurrency: int

@@ -7,7 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from billing_orchestration.domain.provider_payment import PENDING, ProviderPayment, ProviderRefund, UnusablePayment
+from billing_orchestration.domain.provider_payment import (
+    CANCELED,
+    PENDING,
+    ProviderPayment,
+    ProviderRefund,
+    UnusablePayment,
+)
 from billing_orchestration.provider.records import evidence, parse_payment, parse_refund, raw_status
 
 
@@ -97,6 +103,19 @@ class Collector(Pages):
             self._set_aside(UnusablePayment(payment.id, reason, evidence(versions)))
         elif _progress(payment) > _progress(known):
             self._payments[payment.id] = payment
+
+
+class CanceledNames(Pages):
+    """Gathers the ids of canceled payments, and of no others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+
+    def _take(self, item: Any) -> None:
+        record = parse_payment(item)
+        if isinstance(record, ProviderPayment) and record.status == CANCELED:
+            self.ids.add(record.id)
 
 
 class RefundCollector(Pages):

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+from billing_orchestration.domain.expiry import CanceledThere, StalePayment
 from billing_orchestration.jobs.expire_payments import PAGE
+from billing_orchestration.jobs.inquiry import Inquiry
+from billing_orchestration.resources import ProviderConnection
+from billing_orchestration.threads import OF_THE_SYSTEM
 from billing_orchestration_tests.books import NOON, stored
 from billing_orchestration_tests.jobs.service import Service
 
@@ -174,13 +178,13 @@ def test_about_which_the_provider_does_not_answer_stays_pending_and_the_run_is_r
     plan = service.plan()
     silent = {}
     for name, effect in NO_ANSWERS.items():
-        payment_id = there(service, name.replace(" ", "-"), "canceled")
+        payment_id = there(service, name.replace(" ", "-"), "pending")
         service.sandbox.misbehave("get", times=None, payment_id=payment_id, **effect)
         silent[name] = stale(service, payment_id)
         # So that no ten of them come in a row: that would be a provider which fails for everyone.
-        stale(service, there(service, f"answered-after-{payment_id}", "canceled"))
+        stale(service, there(service, f"answered-after-{payment_id}", "pending"))
     paid = stale(service, there(service, "paid", plan_id=plan))
-    unpaid = stale(service, there(service, "unpaid", "canceled"))
+    unpaid = stale(service, there(service, "unpaid", "pending"))
 
     run = service.run(JOB)
 
@@ -260,7 +264,7 @@ def test_a_wrong_shop_key_fails_the_run_after_one_request_and_changes_nothing(se
 
 
 def test_a_provider_that_fails_for_everyone_is_not_asked_about_everyone(service: Service) -> None:
-    payments = [stale(service, there(service, f"unpaid-{number}", "canceled")) for number in range(60)]
+    payments = [stale(service, there(service, f"unpaid-{number}", "pending")) for number in range(60)]
     nameless = stale(service, None)
     service.sandbox.misbehave("get", "error_before", times=None)
 
@@ -276,7 +280,7 @@ def test_a_provider_that_fails_for_everyone_is_not_asked_about_everyone(service:
 
 def test_the_provider_is_asked_about_several_at_a_time_and_never_about_more_than_configured(service: Service) -> None:
     for number in range(24):
-        stale(service, there(service, f"unpaid-{number}", "canceled"))
+        stale(service, there(service, f"unpaid-{number}", "pending"))
     service.sandbox.misbehave("get", "none", delay_s=0.02, times=None)
 
     run = service.run(JOB, ops={"fetch_stale_at_provider": {"max_concurrency": 3}})
@@ -284,6 +288,108 @@ def test_the_provider_is_asked_about_several_at_a_time_and_never_about_more_than
     assert run.ok, run.failure
     assert 1 < service.sandbox.peak_in_flight <= 3
     assert service.sandbox.count("get") == 24
+
+
+# --- By the list of canceled payments
+
+
+def test_many_that_are_canceled_there_take_a_page_of_the_list_instead_of_a_request_each(service: Service) -> None:
+    payments = [stale(service, there(service, f"canceled-{number}", "canceled")) for number in range(120)]
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert {service.status("payments", payment) for payment in payments} == {"EXPIRED"}
+    assert {row["code"] for row in run.decisions} == {"canceled_at_provider"}
+    assert (service.sandbox.count("list"), service.sandbox.count("get")) == (2, 0)
+    assert run.number("fetch_stale_at_provider", "of them, canceled by the provider's list") == 120
+
+
+def test_pages_of_rows_that_are_of_one_time_read_its_list_once(service: Service) -> None:
+    inquiry = Inquiry(ProviderConnection(lambda: service.settings, service.connect_provider), 8, OF_THE_SYSTEM, print)
+    at = service.now - timedelta(days=8)
+    names = [there(service, f"canceled-{number}", "canceled") for number in range(60)]
+    rows = [StalePayment(number, name, None, created_at=at) for number, name in enumerate(names)]
+
+    answers = [inquiry.ask_about(page) for page in (rows[:20], rows[20:40], rows[40:])]
+
+    assert [answer for found in answers for answer in found.values()] == [CanceledThere()] * 60
+    assert (service.sandbox.count("list"), service.sandbox.count("get")) == (1, 0)
+
+
+def test_whatever_the_list_does_not_show_as_canceled_is_asked_about(service: Service) -> None:
+    for number in range(40):
+        stale(service, there(service, f"canceled-{number}", "canceled"))
+    others = {
+        "paid": stale(service, there(service, "paid", plan_id=service.monthly)),
+        "open": stale(service, there(service, "open", "pending")),
+        "held": stale(service, there(service, "held", "waiting_for_capture")),
+        "created at another time there": stale(
+            service, there(service, "elsewhen", "canceled", created_at=service.now - timedelta(days=2))
+        ),
+        "unknown there": stale(service, "unknown"),
+    }
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.sandbox.count("get") == len(others)
+    assert {name: service.status("payments", payment) for name, payment in others.items()} == {
+        "paid": "SUCCEEDED",
+        "open": "EXPIRED",
+        "held": "PENDING",
+        "created at another time there": "EXPIRED",
+        "unknown there": "EXPIRED",
+    }
+
+
+def test_a_list_that_lags_behind_expires_nothing_that_is_paid_meanwhile(service: Service) -> None:
+    # It still shows everything as it was before; only by its id does the provider say that one is paid.
+    payments = [stale(service, there(service, f"late-{number}", plan_id=service.monthly)) for number in range(40)]
+    service.sandbox.misbehave("list", "body_before", times=None, body='{"type": "list", "items": []}', status=200)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert {service.status("payments", payment) for payment in payments} == {"SUCCEEDED"}
+
+
+@pytest.mark.parametrize("why", ["it breaks off", "it is too long"])
+def test_a_list_that_is_not_whole_is_not_used(service: Service, why: str) -> None:
+    payments = [stale(service, there(service, f"canceled-{number}", "canceled")) for number in range(40)]
+    if why == "it breaks off":
+        service.sandbox.misbehave("list", "error_before", times=None)
+    else:
+        for number in range(200):
+            before = service.now - timedelta(days=8, minutes=1)
+            there(service, f"of-somebody-else-{number}", "canceled", created_at=before)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert {service.status("payments", payment) for payment in payments} == {"EXPIRED"}
+    assert service.sandbox.count("get") == 40
+    assert service.sandbox.count("list") <= 3
+
+
+def test_a_few_are_asked_about_without_a_list(service: Service) -> None:
+    for number in range(19):
+        stale(service, there(service, f"canceled-{number}", "canceled"))
+
+    assert service.run(JOB).ok
+    assert (service.sandbox.count("list"), service.sandbox.count("get")) == (0, 19)
+
+
+def test_a_row_from_before_all_time_is_asked_about_like_any_other(service: Service) -> None:
+    old = stale(service, there(service, "old", "canceled"))
+    service.execute("UPDATE payments SET created_at = '-infinity' WHERE id = :id", id=old)
+    for number in range(40):
+        stale(service, there(service, f"canceled-{number}", "canceled"))
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.status("payments", old) == "EXPIRED"
 
 
 # --- Duplicates

@@ -1,4 +1,4 @@
-"""Faults in the look of a matching tick: what it must not hide, and when it must not answer for a run."""
+"""Faults in reading less: what a tick's look must not hide, and what a list must not decide."""
 
 from __future__ import annotations
 
@@ -37,5 +37,30 @@ LOOKS = (
         "a tick whose run was created asks for it again",
         (Edit(_LOOK, "        if unfinished:\n", "        if False:\n"),),
         (_TESTS + "test_a_run_that_was_created_and_not_launched_is_asked_for_again",),
+    ),
+    Mutant(
+        "a list that decides what may still change",
+        "only canceled is final: every other payment is asked about by its id",
+        (
+            Edit("provider/slices.py", " and record.status == CANCELED:", ":"),
+            Edit(
+                "provider/lists.py",
+                'filters = _filters(CANCELED, "created_at"',
+                'filters = _filters(None, "created_at"',
+            ),
+        ),
+        ("jobs/test_expire_payments.py::test_whatever_the_list_does_not_show_as_canceled_is_asked_about",),
+    ),
+    Mutant(
+        "a list that broke off decides",
+        "a list is used whole or not at all",
+        (
+            Edit(
+                "provider/lists.py",
+                "return None if names.is_cut else frozenset(names.ids)",
+                "return frozenset(names.ids)",
+            ),
+        ),
+        ("jobs/test_expire_payments.py::test_a_list_that_is_not_whole_is_not_used[it is too long]",),
     ),
 )
