@@ -24,6 +24,7 @@ from billing_orchestration.jobs import (
     reconciliation,
     report,
     resolve_quarantine,
+    upcoming,
 )
 from billing_orchestration.jobs.approval import PLANS
 from billing_orchestration.jobs.autopayment.executors import executor_for
@@ -54,6 +55,7 @@ _OTHER_JOBS = (
     prune_run_history.run_history_job,
     reconciliation.reconciliation_job,
     report.report_job,
+    upcoming.upcoming_job,
 )
 # Launched by a person, who looks at the run: no schedule, and no alert about a red one.
 BY_HAND = (resolve_quarantine.resolve_quarantine_job,)
@@ -66,10 +68,11 @@ SCHEDULES = (
     prune_run_history.run_history_daily_schedule,
     reconciliation.reconciliation_daily_schedule,
     report.report_daily_schedule,
+    upcoming.upcoming_daily_schedule,
 )
 _DAILY_SCHEDULES = tuple(schedule for schedule in SCHEDULES if "daily" in schedule.name)
 # They decide about no money.
-_NO_PLAN = (prune_run_history.JOB, report.JOB)
+_NO_PLAN = (prune_run_history.JOB, report.JOB, upcoming.JOB)
 # The jobs that `plan` can preview.
 PLANNED = tuple(schedule.job_name for schedule in SCHEDULES if schedule.job_name not in _NO_PLAN)
 _PLOTTED_BY_DAY = (autopayment.autopayment_job.name, expire_payments.JOB, expire_subscriptions.JOB)
@@ -146,6 +149,13 @@ def _plotted_assets() -> Iterator[dg.AssetSpec]:
         dg.AssetKey(["billing", reconciliation.ASSET]),
         description="Both sides' books, by day: paid, fees, refunds, differences. See Metadata, Plots.",
         partitions_def=RECONCILED,
+        group_name=GROUP,
+    )
+    yield dg.AssetSpec(
+        asset_of(upcoming.JOB),
+        description="Who will be charged in the next three days, how much and with which card, and who will not and"
+        " why. Daily, to warn them. See Metadata.",
+        partitions_def=DAILY,
         group_name=GROUP,
     )
     yield dg.AssetSpec(

@@ -36,6 +36,7 @@ ORDER = (
     "reconciliation_job",
     "run_history_job",
     "report_job",
+    "upcoming_job",
     "autopayment_job",
 )
 _BEFORE_ITS_START = (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED)

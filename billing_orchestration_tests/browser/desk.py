@@ -33,7 +33,7 @@ GRID_DAYS = 4
 SLOW_PAYMENTS = 1200
 SLOW_PAGE_S = 10.0
 MATCHING = ("matching_pending_payments_job", "matching_successful_payments_job")
-SCHEDULES = 8
+SCHEDULES = 9
 
 
 @dataclass
