@@ -105,6 +105,31 @@ def test_it_sees_spoiled_tables(books: Books, spoiled: str) -> None:
     assert any(complaint in words for words in books.complaints()), books.complaints()
 
 
+_OF_THE_GRANT = "SELECT subscription_id FROM billing_orchestration.settlements WHERE settled_at = %s"
+
+
+@pytest.mark.parametrize(("minutes_ago", "is_seen"), [(4, False), (6, True)])
+def test_a_grant_may_be_of_the_period_that_its_plan_had_minutes_before(
+    books: Books, minutes_ago: int, is_seen: bool
+) -> None:
+    [created] = books.connection.execute(
+        "SELECT s.plan_id, t.settled_at, p.duration, p.duration_unit FROM billing_orchestration.settlements t"
+        " JOIN subscriptions s ON s.id = t.subscription_id JOIN plans p ON p.id = s.plan_id"
+        " WHERE t.kind = 'created' AND p.duration_unit = 'days' ORDER BY t.settled_at LIMIT 1"
+    ).fetchall()
+    plan_id, settled_at, *period = created
+    books.execute(f"DELETE FROM subscriptions WHERE plan_id <> {plan_id}")
+    books.execute(f"UPDATE plans SET duration = 100 WHERE id = {plan_id}")
+    complaint = "paid periods of 100 days"
+    assert any(complaint in words for words in books.complaints())
+
+    books.journal.period_before[plan_id] = tuple(period)
+    books.journal.period_changed[plan_id] = settled_at + timedelta(minutes=minutes_ago)
+
+    number = f"subscription {books.connection.execute(_OF_THE_GRANT, [settled_at]).fetchone()[0]} "
+    assert any(words.startswith(number) and complaint in words for words in books.complaints()) == is_seen
+
+
 @pytest.mark.parametrize(("began", "has_asked"), [(-1, False), (1, True)])
 def test_only_a_run_after_the_last_send_has_asked_about_a_pending_charge(
     books: Books, began: int, has_asked: bool

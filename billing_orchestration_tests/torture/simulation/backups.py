@@ -42,7 +42,7 @@ class Backups:
     def backup(self) -> None:
         """A backup, to which somebody goes back within the days that matching covers by itself."""
         taken = self.take()
-        later = self._dice.choice((self._dice.minutes(5, 180), self._dice.minutes(180, 4 * 1440)))
+        later = self._dice.choice((self._dice.minutes(5, 180), self._dice.minutes(1440, 4 * 1440)))
         self._agenda.after(later, "a backup is restored", lambda: self.restore(taken, "a backup was restored"))
 
     def fail_over_after(self, run: Callable[[], None]) -> None:

@@ -152,6 +152,7 @@ class Process:
         if method == "POST" and key is not None and not self.accidents.dead:
             self.world.charges.note_answer(key, answer)
         self._answered_since += bool(self.world.host_error) and not self.clocks_as_at_its_beginning
+        self.world.on_time_passed()
         self._point(f"after {method}")
         self.threads.give_way()
 

@@ -56,8 +56,16 @@ class Simulation:
         self.operator = Operator(world, dice, agenda, self.runs)
         self.outages = Outages(world, dice, agenda, self.runs, self.ticks, self.successes)
         self.clocks = WrongClocks(world, dice, agenda, self.ticks)
-        self.backups.on_restore = self.ticks.forget
+        self.backups.on_restore = self._set_back
         world.on_charge_under_way = self._ends_later
+        world.on_time_passed = self.successes.end_overdue_handlers
+
+    def _set_back(self) -> None:
+        """No tick has come since; now and then charging is the first to see the database as it was."""
+        self.ticks.forget()
+        if "ours" not in self.world.out and self.dice.chance(0.5):
+            self.world.happened["autopayment_job first after a restore"] += 1
+            self.runs.run("autopayment_job", self.runs.calm())
 
     def _ends_later(self, delay: timedelta) -> None:
         """A charge that nobody waits for is executed, and may succeed."""

@@ -20,15 +20,29 @@ class Successes:
         self._world, self._dice, self._agenda = world, dice, agenda
         self._charges_seen_until = world.now
         self._watched: set[tuple[str, datetime]] = set()
-        # The service's handlers that have read and not yet written.
-        self._handlers: dict[str, Callable[[], None]] = {}
+        # The service's handlers that have read and not yet written, and when they will.
+        self._handlers: dict[str, tuple[datetime, Callable[[], None]]] = {}
 
     def succeeded(self, payment_id: str, poison: str | None) -> None:
         """A success that is not ours: webhooks, and ticks when it can be seen."""
-        if poison is not None:
+        if poison is not None and not self._was_forgotten(payment_id, poison):
             self._world.journal.poisoned[payment_id] = poison
         self.ticks()
         self.webhooks(payment_id)
+
+    def _was_forgotten(self, payment_id: str, poison: str) -> bool:
+        """Whether its row, with which nothing agreed, was lost since: the database was set back."""
+        world = self._world
+        if world.journal.restored_at is None or poison == "metadata":
+            return False
+        payment = world.provider.payment(payment_id)
+        return not world.oracle.rows("SELECT 1 FROM payments WHERE external_payment_id = %s", payment_id) and bool(
+            poison == "canceled_here"
+            or world.oracle.rows(
+                "SELECT 1 FROM prices WHERE plan_id::text = %s AND amount = %s",
+                payment.metadata.get("plan_id"), payment.amount,
+            )
+        )  # fmt: skip
 
     def ticks(self) -> None:
         """The next tick, which may be too early, and the first one that sees it: in its window, in the lagging list,
@@ -87,8 +101,8 @@ class Successes:
         if row_id is None:
             return False
         world.tell(f"  webhook {payment.id}: has read its row")
-        self._handlers[payment.id] = partial(self._write_by_id, payment, row_id)
         delay = timedelta(seconds=self._dice.uniform(0.5, left_s))
+        self._handlers[payment.id] = world.now + delay, partial(self._write_by_id, payment, row_id)
         self._agenda.after(delay, f"webhook {payment.id} writes", lambda: self._end_handler(payment.id))
         return True
 
@@ -131,13 +145,20 @@ class Successes:
         world.happened["webhook: granted by its row's id"] += 1
 
     def _end_handler(self, payment_id: str) -> None:
-        if (write := self._handlers.pop(payment_id, None)) is not None:
+        if payment_id in self._handlers:
+            _, write = self._handlers.pop(payment_id)
             write()
 
     def end_handlers(self) -> None:
         """Let those write that have read, before a run comes that leaves them no minute."""
         for payment_id in list(self._handlers):
             self._end_handler(payment_id)
+
+    def end_overdue_handlers(self) -> None:
+        """Let those write whose time has come, while a run takes longer than the agenda can see."""
+        for payment_id, (due, _) in list(self._handlers.items()):
+            if due <= self._world.now:
+                self._end_handler(payment_id)
 
     def webhook_now(self) -> None:
         """One of some recent payment, delivered again or for the first time."""

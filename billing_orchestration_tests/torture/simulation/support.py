@@ -89,10 +89,11 @@ class Support:
 
         def change(plan_id: int) -> None:
             world = self._world
-            [plan] = world.oracle.rows("SELECT duration, duration_unit FROM plans WHERE id = %s", plan_id)
-            world.journal.period_before[plan_id] = (plan.duration, plan.duration_unit)
             for row in world.oracle.rows("SELECT id FROM subscriptions WHERE plan_id = %s", plan_id):
                 self._close_chapter(row.id)
+            [plan] = world.oracle.rows("SELECT duration, duration_unit FROM plans WHERE id = %s", plan_id)
+            world.journal.period_before[plan_id] = (plan.duration, plan.duration_unit)
+            world.journal.period_changed[plan_id] = world.host_now()
             world.service.execute(
                 "UPDATE plans SET duration = CASE duration WHEN 1 THEN 2 ELSE duration + 1 END WHERE id = %s"
                 " RETURNING id",

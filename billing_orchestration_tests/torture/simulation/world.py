@@ -139,6 +139,8 @@ class World:
         self.charges = Charges(self)
         self.in_flight = InFlight(self)
         self.on_charge_under_way: Callable[[timedelta], None] = lambda _seconds: None
+        # Called when a request has taken its time.
+        self.on_time_passed: Callable[[], None] = lambda: None
         # What every charge of a card meets, by the card.
         self.stuck_cards: dict[str, str] = {}
         self._instance: dg.DagsterInstance | None = None
