@@ -81,6 +81,7 @@ def test_the_job_shows_it_on_its_asset_with_plots_and_changes_nothing(two_days: 
     before = two_days.snapshot()
     run = two_days.run(JOB)
     assert run.ok
+    assert run.materialized["report"]["result"].startswith("1 charged and 1 declined on 2026-03-13; ")
     shown = run.materialized["report"]["report"]
     assert "1 charged and 1 declined on 2026-03-13" in shown
     assert shown.count("](data:image/png;base64,") == 3

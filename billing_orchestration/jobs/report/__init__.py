@@ -48,7 +48,7 @@ def write_report(
     if scope.dry_run:
         metadata["report"] = shown
     else:  # once: the plots are some 100 KB of the run history
-        yield dg.AssetMaterialization(asset_of(JOB), partition=str(day), metadata={"report": shown})
+        yield dg.AssetMaterialization(asset_of(JOB), partition=str(day), metadata={**metadata, "report": shown})
         metadata["next: read it"] = dg.MetadataValue.asset(asset_of(JOB))
     if settings.report_urls is not None and not scope.dry_run:
         title, words, page = f"billing report, {day}", as_markdown(counted, {}), as_html(counted, images)
