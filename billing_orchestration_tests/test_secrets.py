@@ -159,6 +159,7 @@ def test_the_secrets_of_a_sound_installation_get_nowhere(
         "YOOKASSA_SECRET_KEY": f"test_{CANARY}",
         "YOOKASSA_API_URL": sandbox.url,
         "ALERT_URLS": receiver.url.replace("token-of-the-receiver", CANARY),
+        "REPORT_URLS": receiver.url.replace("token-of-the-receiver", CANARY),
         "HEARTBEAT_URL": receiver.heartbeat_url + CANARY,
         "UI_AUTH": f"header:X-{CANARY}",
         "RECEIPT_FALLBACK_EMAIL": f"{CANARY}@example.ru",

@@ -200,7 +200,7 @@ def quarantine_alert(fresh: Sequence[Entry], waiting: int, alerts: Alerts) -> Al
         title="a new entry in the quarantine" if one else f"{len(fresh)} new entries in the quarantine",
         happened="\n".join([*lines, *more]),
         money=f"nothing more happens with it until a person decides ({waiting} open in all).",
-        do="billing-orchestration quarantine show "
+        do="decide by the links of the page, or look with billing-orchestration quarantine show "
         f"{fresh[0].id if one else 'ID'}, then resolve. See {alerts.runbook('quarantine')}",
         link=alerts.link("assets/billing/quarantine"),
     )
