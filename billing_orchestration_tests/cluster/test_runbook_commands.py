@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from billing_orchestration.database.engine import create_engine
+from billing_orchestration.desk.switching import ORDER
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.browser.deployment import ROOT, Deployment, deployed, wait_for
 from billing_orchestration_tests.fixtures.postgres import Server
@@ -123,7 +124,7 @@ def test_stop_and_start_reached_the_deployments_own_schedules(deployment: Deploy
 
     deployment.command("start", "--without-doctor")
 
-    assert len([state for state in deployment.instance.all_instigator_state() if _is_on(state)]) == 7
+    assert len([state for state in deployment.instance.all_instigator_state() if _is_on(state)]) == len(ORDER)
 
 
 def _is_on(state: object) -> bool:
