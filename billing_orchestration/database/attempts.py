@@ -19,7 +19,7 @@ from billing_orchestration.database.conventions import naive_utc, of_this_shop, 
 from billing_orchestration.database.second_look import WHY_NOT, in_review, why_not
 from billing_orchestration.database.tables import renewal_attempts
 from billing_orchestration.domain.answers import SHOP, Closing
-from billing_orchestration.domain.attempts import OPEN, Attempt, State
+from billing_orchestration.domain.attempts import OPEN, TAKEN, Attempt, State
 from billing_orchestration.domain.clocks import TOLERATED
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.shards import Shard
@@ -209,19 +209,16 @@ def open_and_claim(
 
 _INSERT_LOST = sa.text(f"""
     INSERT INTO billing_orchestration.renewal_attempts
-        ({_NAMES}, state, planned_at, first_sent_at, sends, last_error, run_id)
-    SELECT {_NAMES}, '{State.VOID}', x.sent_at, x.sent_at, 1, 'its record was lost: rebuilt from its payment', :run_id
+        ({_NAMES}, state, planned_at, first_sent_at, last_sent_at, sends, last_error, run_id)
+    SELECT {_NAMES}, '{State.VOID}', x.sent_at, x.sent_at, x.sent_at, 1,
+           'its record was lost: rebuilt from its payment', :run_id
     FROM jsonb_to_recordset(CAST(:rows AS jsonb)) AS x ({_FIELDS}, sent_at timestamptz)
     ON CONFLICT DO NOTHING
 """)
 
 
 def insert_lost(connection: sa.Connection, stamp: Stamp, attempts: Sequence[Attempt]) -> int:
-    """Write attempts that were rebuilt from their payments, VOID until those are settled; return how many.
-
-    Nobody knows when such an attempt was sent last: `last_sent_at` stays empty, and says nothing about how young our
-    records are.
-    """
+    """Write attempts that were rebuilt from their payments, VOID until those are settled; return how many."""
     rows = [{**_row_of(attempt), "sent_at": attempt.first_sent_at} for attempt in attempts]
     return int(connection.execute(_INSERT_LOST, {"rows": to_json(rows), "run_id": stamp.run_id}).rowcount)
 
@@ -447,3 +444,14 @@ def by_ids(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> dict[
     """The attempts with these ids as they are now."""
     rows = connection.execute(select_attempts(renewal_attempts.c.id.in_(list(attempt_ids))))
     return {row.id: attempt_of(row) for row in rows}
+
+
+_IN_HAND = sa.text(f"""
+    SELECT id, state IN {sql_list(*TAKEN)} OR (state IN {sql_list(*OPEN)} AND first_sent_at IS NOT NULL) AS is_in_hand
+    FROM billing_orchestration.renewal_attempts WHERE id = ANY(:ids)
+""")
+
+
+def in_hand(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, bool]:
+    """Those of these attempts that the database has, each with whether it knows that the attempt may have charged."""
+    return {row.id: row.is_in_hand for row in connection.execute(_IN_HAND, {"ids": list(attempt_ids)})}

@@ -109,7 +109,7 @@ _NOT_RECONCILED = sa.text("""
 
 _NOT_COVERED = sa.text("""
     SELECT job || ' has covered nothing since ' || to_char(covered_until, 'YYYY-MM-DD HH24:MI') || ' UTC' AS what
-    FROM billing_orchestration.watermarks WHERE covered_until < :since ORDER BY job
+    FROM billing_orchestration.watermarks WHERE covered_until < :since AND job LIKE 'matching%' ORDER BY job
 """)
 
 

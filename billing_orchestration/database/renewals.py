@@ -24,7 +24,7 @@ from billing_orchestration.database.tables import UtcNaive, renewal_attempts, su
 from billing_orchestration.domain.answers import SHOP_REFUSALS
 from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.methods import METHOD, PAYMENT, Question
-from billing_orchestration.domain.problem_kinds import UNKNOWN_ATTEMPT
+from billing_orchestration.domain.problem_kinds import HOLDING
 from billing_orchestration.domain.renewals import DueSubscription, Holds, SaidByService
 from billing_orchestration.domain.shards import Shard
 
@@ -159,8 +159,8 @@ _DECLINED_TODAY = sa.text(f"""
 
 # Few: what waits for a person.
 _HOLDS = sa.text(f"""
-    SELECT attempt_id, CASE WHEN kind = '{UNKNOWN_ATTEMPT}' THEN subscription_id END AS subscription_id,
-           'quarantine entry ' || id || ' (' || kind || ')' AS entry
+    SELECT attempt_id, CASE WHEN kind IN {sql_list(*HOLDING)} THEN subscription_id END AS subscription_id,
+           'quarantine entry ' || id || ' (' || kind || ') is open and is about this charge' AS why
     FROM billing_orchestration.quarantine WHERE resolved_at IS NULL AND attempt_id IS NOT NULL
 """)
 
@@ -313,8 +313,8 @@ def _attempts_of_due(
 def _read_holds(connection: sa.Connection) -> Holds:
     entries = connection.execute(_HOLDS).all()
     return Holds(
-        {row.attempt_id: row.entry for row in entries},
-        {row.subscription_id: row.entry for row in entries if row.subscription_id is not None},
+        {row.attempt_id: row.why for row in entries},
+        {row.subscription_id: row.why for row in entries if row.subscription_id is not None},
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from billing_orchestration.database.conventions import of_this_shop, sql_list
 from billing_orchestration.domain.attempts import OPEN, State
-from billing_orchestration.domain.problem_kinds import IGNORED, UNKNOWN_ATTEMPT
+from billing_orchestration.domain.problem_kinds import HOLDING, IGNORED
 
 
 def in_review(attempt: str) -> str:
@@ -57,7 +57,7 @@ WHY_NOT = f"""CASE
     WHEN EXISTS (
         SELECT FROM billing_orchestration.quarantine q
         WHERE q.resolved_at IS NULL AND q.attempt_id IS NOT NULL
-          AND (q.attempt_id = w.id OR (q.kind = '{UNKNOWN_ATTEMPT}' AND q.subscription_id = w.subscription_id)))
+          AND (q.attempt_id = w.id OR (q.kind IN {sql_list(*HOLDING)} AND q.subscription_id = w.subscription_id)))
         THEN 'an open quarantine entry is about this charge'
     WHEN EXISTS (SELECT FROM subscriptions t WHERE {OUTLASTS})
         THEN 'another ACTIVE subscription of the same user and plan ends later'

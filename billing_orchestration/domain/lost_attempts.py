@@ -7,16 +7,21 @@ that names an attempt which the database does not have therefore proves by itsel
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
-from datetime import datetime
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from billing_orchestration.domain.attempts import Attempt, State, identify
-from billing_orchestration.domain.provider_payment import ProviderPayment
+from billing_orchestration.domain.attempts import SCAN_MARGIN, Attempt, State, identify
+from billing_orchestration.domain.provider_payment import CANCELED, SUCCEEDED, ProviderPayment
+from billing_orchestration.domain.run_scope import CATCH_UP_OVERLAP, LONGEST_CATCH_UP
 from billing_orchestration.domain.settlement_decisions import PlanRow, SubscriptionRow
 
 # More than a period is ever tried: once a day within its grace.
 _MOST_TRIES = 99
+# At once: a part of the provider's list that fits into memory, whatever its shop sells.
+_PART = timedelta(days=1)
 
 
 class Identity(NamedTuple):
@@ -82,6 +87,88 @@ def recreate(
         payment_provider_id=provider_id,
         payment_method_id=method_id or "",
         first_sent_at=payment.created_at,
+        last_sent_at=payment.created_at,
         sends=1,
         is_recreated=True,
     )
+
+
+# --- before the first charge of a run: does the provider know charges that our records do not?
+
+
+def stretch_to_search(
+    now: datetime, *, whole_until: datetime | None, matched_until: datetime | None, earliest: datetime
+) -> tuple[datetime, datetime] | None:
+    """The stretch of the provider's list that may hold charges which our records have lost; None: there is none.
+
+    Our records were whole at `whole_until`, when a run that charges looked last. Since then a matching run has settled
+    everything up to `matched_until`, unless so much time had passed that it left a gap. A restored database has old
+    watermarks and a new one none at all; one that is in use has some of minutes ago. No charge from before `earliest`
+    is about a period that can still be due. An instant in the future proves nothing.
+    """
+    proved = whole_until if whole_until is not None and whole_until <= now else None
+    if proved is None:
+        return earliest - SCAN_MARGIN, now + SCAN_MARGIN
+    if matched_until is not None and proved >= now - LONGEST_CATCH_UP and matched_until <= now:
+        proved = max(proved, matched_until)
+    if now - proved <= CATCH_UP_OVERLAP:
+        return None
+    return max(earliest, proved - CATCH_UP_OVERLAP) - SCAN_MARGIN, now + SCAN_MARGIN
+
+
+def parts_of(stretch: tuple[datetime, datetime]) -> Iterator[tuple[datetime, datetime]]:
+    """The stretch in parts, the oldest first."""
+    start, end = stretch
+    while start < end:
+        yield start, min(start + _PART, end)
+        start += _PART
+
+
+@dataclass(frozen=True, slots=True)
+class LostCharges:
+    """Charges of ours at the provider that our records do not show: paid, not settled; not finished, not known."""
+
+    successes: tuple[ProviderPayment, ...] = ()
+    unfinished: tuple[ProviderPayment, ...] = ()
+
+    @property
+    def attempts(self) -> dict[uuid.UUID, str]:
+        """The attempts that they name, each with why it is not made (again)."""
+        return {
+            payment.claims.renewal_attempt_id: _why_held(payment)
+            for payment in (*self.successes, *self.unfinished)
+            if payment.claims.renewal_attempt_id is not None
+        }
+
+    @property
+    def subscriptions(self) -> dict[int, str]:
+        """The subscriptions that they are for, each with why it is not charged."""
+        return {
+            payment.claimed_period[0]: _why_held(payment)
+            for payment in (*self.successes, *self.unfinished)
+            if payment.claimed_period is not None
+        }
+
+
+def _why_held(payment: ProviderPayment) -> str:
+    return f"payment {payment.id} ({payment.status} at the provider) is a charge for it that our records do not show"
+
+
+def find_lost(
+    found: Iterable[ProviderPayment], known: Mapping[uuid.UUID, bool], settled: Collection[str]
+) -> LostCharges:
+    """What is lost of the charges that were found. `settled`: payments.
+
+    `known`: the attempts in our records, each with whether these know that it may have charged. Such a one is not
+    lost: its own answer, its key or its search settles it, and a run may be hearing that answer at this moment.
+    """
+    successes, unfinished = [], []
+    for payment in found:
+        attempt_id = payment.claims.renewal_attempt_id
+        if attempt_id is None or known.get(attempt_id, False) or payment.id in settled:
+            continue
+        if payment.status == SUCCEEDED:
+            successes.append(payment)
+        elif payment.status != CANCELED:
+            unfinished.append(payment)
+    return LostCharges(tuple(successes), tuple(unfinished))

@@ -317,14 +317,16 @@ def _left_to(whom: str, attempt: Attempt, reason: str) -> NotCharged:
 
 @dataclass(frozen=True, slots=True)
 class Holds:
-    """Open quarantine entries that hold a charge, each in words: by the attempt that it names, and by the subscription
-    of a paid attempt that our records do not know."""
+    """What else holds a charge, by the attempt that it is about and by the subscription, each with the reason.
+
+    It is an open quarantine entry that names the attempt, or a charge at the provider that our records do not know.
+    """
 
     attempts: Mapping[uuid.UUID, str] = field(default_factory=dict)
     subscriptions: Mapping[int, str] = field(default_factory=dict)
 
     def find(self, attempt: Attempt) -> str | None:
-        """The entry that holds this attempt."""
+        """Why this attempt is not made, if it is held."""
         return self.attempts.get(attempt.id) or self.subscriptions.get(attempt.subscription_id)
 
 
@@ -352,8 +354,8 @@ def decide_renewal(
     attempt = _new_attempt(due, number, today, rules)
     if isinstance(attempt, NotCharged):
         return attempt
-    if (entry := holds.find(attempt)) is not None:
-        return NotCharged(due.subject, Code.HELD_BY_ENTRY, f"{entry} is open and is about this charge", attempt.money)
+    if (why := holds.find(attempt)) is not None:
+        return NotCharged(due.subject, Code.HELD_BY_ENTRY, why, attempt.money)
     try:
         period = parse_period(due.plan_duration, due.plan_duration_unit)
         paid_until = rules.calendar.day_of(rules.calendar.next_end(due.started_at, due.ended_at, period))

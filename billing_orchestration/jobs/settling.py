@@ -17,6 +17,7 @@ from billing_orchestration.database.matching import fetch_settled
 from billing_orchestration.database.one_by_one import NotWritten, Witnesses, one_by_one
 from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
 from billing_orchestration.domain.decisions import Action, Code, Decision
+from billing_orchestration.domain.lost_attempts import identity_of
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.personal import without_names
 from billing_orchestration.domain.problem_kinds import NOT_WRITABLE, RECEIPT
@@ -102,7 +103,16 @@ def report_settled(
         if isinstance(result, Failed):
             reason = f"settling it failed: {result.refusal.reason}"
             evidence = evidence_of({"id": payment.id, "metadata": payment.metadata})
-            problem = Problem(subject, NOT_WRITABLE, reason, external_payment_id=payment.id, evidence=evidence)
+            identity = identity_of(payment)
+            problem = Problem(
+                subject,
+                NOT_WRITABLE,
+                reason,
+                external_payment_id=payment.id,
+                subscription_id=None if identity is None else identity.subscription_id,
+                attempt_id=payment.claims.renewal_attempt_id,
+                evidence=evidence,
+            )
             refused.append(Refused(problem, result.refusal, payment.money))
             continue
         decision = result.decision

@@ -20,6 +20,7 @@ from billing_orchestration.database.attempts import (
     by_ids,
     claim,
     close,
+    in_hand,
     open_and_claim,
     open_attempts,
     try_lock,
@@ -619,3 +620,14 @@ def test_a_lock_is_not_held_by_a_transaction(books: Books) -> None:
         )
         assert try_lock(two, [id_]) == set()
         unlock(one, [id_])
+
+
+@pytest.mark.parametrize("state", ALL_STATES)
+@pytest.mark.parametrize("sent", [True, False], ids=["sent", "never sent"])
+def test_an_attempt_is_in_hand_when_our_records_know_that_it_may_have_charged(
+    books: Books, state: str, sent: bool
+) -> None:
+    attempt = books.attempt(books.subscription(), state=state, first_sent_at=NOON if sent else None)
+    with books.engine.connect() as connection:
+        found = in_hand(connection, [attempt.id, an_attempt().id])
+    assert found == {attempt.id: state in set(LIVE) - set(OPEN) or (sent and state in OPEN)}

@@ -333,7 +333,7 @@ def test_open_entries_that_name_an_attempt_come_along(books: Books) -> None:
     books.settle(books.renewal(held, "lost", amount="1.00"))
     [entry] = books.rows("quarantine")
     holds = fetch(books).holds
-    assert holds.find(held) == f"quarantine entry {entry.id} (unknown_attempt)"
+    assert holds.find(held) == f"quarantine entry {entry.id} (unknown_attempt) is open and is about this charge"
     # Whichever try of it was paid.
     assert holds.find(books.planned(held.subscription_id, number=2)) == holds.find(held)
     books.execute("UPDATE billing_orchestration.quarantine SET resolved_at = now()")

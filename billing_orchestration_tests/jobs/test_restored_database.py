@@ -5,6 +5,10 @@ The service's tables and ours are set back together. The provider's ledger is th
 
 from __future__ import annotations
 
+from datetime import timedelta
+
+import pytest
+
 from billing_orchestration_tests.books import NOON, OURS
 from billing_orchestration_tests.jobs.service import Service
 
@@ -16,6 +20,13 @@ _TABLES = (
     "payments",
     *(f"billing_orchestration.{name}" for name in (*OURS, "watermarks")),
 )
+
+
+@pytest.fixture(autouse=True)
+def has_just_begun(service: Service) -> None:
+    """Nobody has looked yet whether our records are whole."""
+    service.records_are_whole = False
+    service.execute("DELETE FROM billing_orchestration.watermarks")
 
 
 def back_up(service: Service) -> None:
@@ -94,3 +105,145 @@ def test_a_hundred_charges_of_a_night_that_was_lost_are_each_granted_once(servic
     service.run(JOB)
     assert len(service.charges()) == 100
     service.check_books()
+
+
+# --- before the first charge of a run, where no matching run has come before it
+
+
+def charged_and_restored(service: Service, **later: float) -> int:
+    """A subscription that was charged and whose charge the database has lost, some time ago by now."""
+    subscription = service.subscriber()
+    service.tick(MATCHING)
+    back_up(service)
+    assert service.run(JOB).ok
+    restore(service)
+    service.advance(**(later or {"days": 1, "hours": 1}))
+    return subscription
+
+
+@pytest.mark.parametrize("shards", [None, 3], ids=["whole", "in shards"])
+def test_a_run_settles_what_the_database_has_lost_before_it_charges_anybody(
+    service: Service, shards: int | None
+) -> None:
+    subscription = charged_and_restored(service)
+    other = service.subscriber()
+
+    run = service.run(JOB, shards=shards)
+
+    assert run.ok, run.failure
+    assert service.charged() == {subscription: 1, other: 1}
+    assert service.ended_at(subscription) == A_MONTH_LATER
+    [attempt] = service.attempts(subscription)
+    assert attempt.state == "SUCCEEDED"
+    service.check_books()
+
+
+def test_a_try_before_the_lost_one_does_not_hide_it(service: Service) -> None:
+    subscription = service.subscriber(script=["canceled:insufficient_funds", "succeeded"])
+    service.run(JOB)
+    service.advance(days=1)
+    service.tick(MATCHING)
+    back_up(service)
+    service.run(JOB)
+    assert service.charged() == {subscription: 1}
+    restore(service)
+    # Nor does the loss of all records: the first try would be planned with its old number.
+    service.execute("TRUNCATE billing_orchestration.renewal_attempts, billing_orchestration.watermarks")
+    service.advance(days=1, hours=1)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.charged() == {subscription: 1}
+    assert [(row.number, row.state) for row in service.attempts(subscription)] == [(2, "SUCCEEDED")]
+
+
+def test_a_dry_run_shows_what_is_lost_and_writes_nothing(service: Service) -> None:
+    subscription = charged_and_restored(service)
+    before = service.snapshot()
+
+    run = service.run(JOB, dry_run=True)
+
+    assert service.snapshot() == before
+    [reason] = run.reasons(f"subscription {subscription}")
+    assert "(succeeded at the provider) is a charge for it that our records do not show" in reason
+
+
+def test_a_lost_charge_that_is_still_pending_holds_its_period_and_is_settled_once_paid(service: Service) -> None:
+    subscription = service.subscriber(script="pending")
+    service.tick(MATCHING)
+    back_up(service)
+    service.run(JOB)
+    [payment] = service.provider.payments()
+    restore(service)
+    service.advance(days=1, hours=1)
+
+    runs = [service.run(JOB), service.run(JOB)]
+
+    assert service.sandbox.count("create") == 1
+    assert [run.ok for run in runs] == [True, True]
+    [entry] = service.rows("quarantine")
+    assert (entry.kind, entry.subscription_id) == ("unknown_attempt", subscription)
+    assert "pending at the provider" in entry.reason
+    service.provider.pay(payment.id)
+    service.advance(minutes=2)
+    service.tick(MATCHING)
+    assert service.ended_at(subscription) == A_MONTH_LATER
+    assert [row.resolution for row in service.rows("quarantine")] == ["settled"]
+
+
+def test_a_list_that_breaks_off_lets_nobody_be_charged(service: Service) -> None:
+    subscription = charged_and_restored(service)
+    service.sandbox.misbehave("list", effect="error_before", times=None)
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert "the list of payments broke off" in run.failure
+    assert service.charged() == {subscription: 1}
+    assert service.attempts(subscription) == []
+
+
+def test_a_watermark_that_has_left_a_gap_does_not_prove_that_nothing_is_lost(service: Service) -> None:
+    subscription = charged_and_restored(service, days=9)
+    # It catches up seven days, and the charge is older than that.
+    service.tick(MATCHING)
+    assert service.ended_at(subscription) == NOON
+
+    assert service.run(JOB).ok
+
+    assert service.charged() == {subscription: 1}
+    assert service.ended_at(subscription) == A_MONTH_LATER
+
+
+def test_the_first_run_of_an_installation_searches_a_month_and_those_that_follow_nothing(service: Service) -> None:
+    for day in range(3):
+        service.subscriber()
+        service.tick(MATCHING)
+        asked = service.sandbox.count("list")
+
+        run = service.run(JOB)
+
+        since = run.metadata["fetch_open_renewals"].get("searched for lost charges since")
+        assert since == ("2026-02-09T23:30:00+00:00" if day == 0 else None)
+        # One request asks what time it is there.
+        assert (service.sandbox.count("list") > asked + 1) == (day == 0)
+        service.advance(days=1)
+    assert len(service.charges()) == 3
+
+
+def test_a_run_without_anybody_to_charge_asks_nothing(service: Service) -> None:
+    assert service.run(JOB).ok
+    assert service.sandbox.requests == []
+
+
+@pytest.mark.parametrize("hours", [-6, 6], ids=["behind", "ahead"])
+@pytest.mark.parametrize("shards", [None, 2], ids=["whole", "in shards"])
+def test_with_a_wrong_clock_our_records_do_not_count_as_whole(service: Service, shards: int | None, hours: int) -> None:
+    subscription = charged_and_restored(service)
+    service.wrong_by(timedelta(hours=hours))
+
+    assert not service.run(JOB, shards=shards).ok
+
+    assert service.watermark(JOB) is None
+    assert service.charged() == {subscription: 1}

@@ -41,6 +41,7 @@ _PENDING = "jobs/test_matching_pending_payments.py::"
 _SUCCESSFUL = "jobs/test_matching_successful_payments.py::"
 _STALE = "jobs/test_expire_payments.py::"
 _OVER = "jobs/test_expire_subscriptions.py::"
+_RESTORED = "jobs/test_restored_database.py::"
 _LOST = "database/test_lost_attempts.py::"
 _SETTLING_RACES = "database/test_settling_races.py::"
 _ATTEMPT_ROWS = "database/test_attempts.py::"
@@ -415,7 +416,7 @@ FURTHER = (
     Mutant(
         "an entry that names the planned attempt not decided by",
         "an open quarantine entry that names the attempt holds it",
-        (Edit(_RENEWALS, "if (entry := holds.find(attempt)) is not None:", "if False:"),),
+        (Edit(_RENEWALS, "if (why := holds.find(attempt)) is not None:", "if False:"),),
         ("domain/test_renewals.py::test_an_open_quarantine_entry_that_names_the_planned_attempt_holds_the_charge",),
     ),
     *(
@@ -455,6 +456,37 @@ FURTHER = (
         (
             "jobs/test_restored_database.py::test_a_charge_that_the_database_has_lost_is_settled_by_a_matching_tick_and_not_made_again",
         ),
+    ),
+    Mutant(
+        "no search for lost charges",
+        "what the provider charged and our records have lost is settled before anybody is charged",
+        (
+            Edit(
+                "jobs/autopayment/steps.py", "may_charge = bool(found.due or found.open_attempts)", "may_charge = False"
+            ),
+        ),
+        (_RESTORED + "test_a_run_settles_what_the_database_has_lost_before_it_charges_anybody[whole]",),
+    ),
+    Mutant(
+        "no search for lost charges before shards",
+        "what the provider charged and our records have lost is settled before anybody is charged",
+        (Edit(_SHARDING, "may_charge = bool(counts.due or counts.open_attempts)", "may_charge = False"),),
+        (_RESTORED + "test_a_run_settles_what_the_database_has_lost_before_it_charges_anybody[in shards]",),
+    ),
+    Mutant(
+        "a watermark trusted beyond its gap",
+        "our records are whole only as far as a matching run can have caught up",
+        (Edit("domain/lost_attempts.py", " and proved >= now - LONGEST_CATCH_UP", ""),),
+        (
+            _RESTORED + "test_a_watermark_that_has_left_a_gap_does_not_prove_that_nothing_is_lost",
+            "domain/test_lost_attempts.py::test_the_list_is_searched_from_where_our_records_are_whole",
+        ),
+    ),
+    Mutant(
+        "a lost charge that is still pending forgotten",
+        "a lost charge that may still be paid holds its period",
+        (Edit("jobs/autopayment/lost_charges.py", "for payment in lost.unfinished]", "for payment in ()]"),),
+        (_RESTORED + "test_a_lost_charge_that_is_still_pending_holds_its_period_and_is_settled_once_paid",),
     ),
     Mutant(
         "a lost renewal that does not fit holds nothing",

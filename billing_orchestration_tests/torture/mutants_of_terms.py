@@ -42,6 +42,24 @@ TERMS = (
         ),
     ),
     Mutant(
+        "a charge under way searched for as lost",
+        "what another run is hearing the answer of is not lost",
+        (Edit("domain/lost_attempts.py", "known.get(attempt_id, False) or ", ""),),
+        ("domain/test_lost_attempts.py::test_lost_is_what_is_paid_and_not_settled_or_unfinished_and_not_known",),
+    ),
+    Mutant(
+        "records whole by a wrong clock",
+        "with a wrong clock no time counts as searched",
+        (
+            Edit(
+                "jobs/autopayment/lost_charges.py",
+                " and look_at_clocks(database, clock, provider).may_be_trusted",
+                "",
+            ),
+        ),
+        ("jobs/test_restored_database.py::test_with_a_wrong_clock_our_records_do_not_count_as_whole",),
+    ),
+    Mutant(
         "a plan that is not recurring any more renewed",
         "the second look asks whether the plan is still renewed",
         (Edit(_LOOK, "pl.id = w.plan_id AND pl.is_recurring)", "pl.id = w.plan_id)"),),

@@ -11,6 +11,7 @@ from billing_orchestration.domain.renewals import NotCharged
 from billing_orchestration.domain.run_scope import over_limit
 from billing_orchestration.domain.shards import Sharding
 from billing_orchestration.jobs.approval import bind
+from billing_orchestration.jobs.autopayment.lost_charges import describe_search
 from billing_orchestration.jobs.autopayment.shards import conclude_shards, divide_into, renew_shard
 from billing_orchestration.jobs.autopayment.steps import (
     JOB,
@@ -22,8 +23,10 @@ from billing_orchestration.jobs.autopayment.steps import (
     Renewals,
     apply_plan,
     ask_about_open,
+    ask_for_lost,
     decide,
     line_of,
+    plan_of,
     read_renewals,
     shown,
 )
@@ -80,7 +83,8 @@ def fetch_due_subscriptions(
 
 
 @dg.op(
-    description="Ask the provider about attempts that are pending; search its list for those too old to send again.",
+    description="Ask the provider about attempts that are pending; search its list for those too old to send again, and"
+    " for charges that our records have lost.",
     ins=AFTER,
 )
 def fetch_open_renewals(
@@ -94,6 +98,7 @@ def fetch_open_renewals(
     """The provider's slice. Only reads; a wrong shop key fails the run after one request."""
     with told_plainly():
         asked = ask_about_open(hand_over.take(Renewals), billing_database, payment_provider, clock, threads)
+        asked = ask_for_lost(asked, billing_database, payment_provider, clock)
     context.add_output_metadata(
         {
             "asked about": dg.MetadataValue.int(asked.asked_about),
@@ -102,6 +107,7 @@ def fetch_open_renewals(
             "answered": dg.MetadataValue.int(len(asked.view.answers)),
             "no answer": dg.MetadataValue.int(len(asked.view.silent)),
             **describe_clocks(context, asked.clocks),
+            **describe_search(asked.search),
         }
     )
     hand_over.leave(asked)
@@ -124,11 +130,7 @@ def diff_renewals(
         context, scope, list(changes.items()), {line: shown(decision) for line, decision in changes.items()}
     )
     left = [decision for decision in decisions if isinstance(decision, NotCharged)]
-    hand_over.leave(
-        RenewalPlan(
-            scope, (*approved, *left), asked.view.extra, asked.unusable, asked.clocks, tuple(refused), asked.answers
-        )
-    )
+    hand_over.leave(plan_of(asked, (*approved, *left), refused))
 
 
 @dg.op(

@@ -7,29 +7,32 @@ not cross processes); the last op adds up. What keeps two processes from chargin
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import dagster as dg
 
+from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.renewal_view import check_view
-from billing_orchestration.database.renewals import count_due
+from billing_orchestration.database.renewals import DueCounts, count_due
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.printable import printable
 from billing_orchestration.domain.renewals import NotCharged
 from billing_orchestration.domain.run_scope import RunRefused, RunScope, over_limit
 from billing_orchestration.domain.shards import Division, Sharding, divide, shard_of_key, share
+from billing_orchestration.jobs.autopayment.lost_charges import describe_search, search, settle_lost_or_stop
 from billing_orchestration.jobs.autopayment.steps import (
     JOB,
     RETRY_HINT,
     ChargingConfig,
     DueConfig,
-    RenewalPlan,
     apply_plan,
     ask_about_open,
+    ask_for_lost,
     bounds_of_due,
     decide,
+    plan_of,
     read_renewals,
     shown,
 )
@@ -112,6 +115,7 @@ def _divide(
     provider.client.check()
     if scope.max_changes is not None:
         _stop_if_over(scope, scope.max_changes, max_overdue_days, shards, database, provider, clock, threads)
+    settled = _settle_lost(context, scope, counts, max_overdue_days, database, provider, clock)
     division = Division(scope.as_of, scope.source, at_once, max_overdue_days)
     context.instance.add_run_tags(context.run_id, {DIVISION_TAG: division.to_text()})
     context.log.info(f"{counts.due} due subscriptions in {shards} shards, {at_once} at once")
@@ -124,11 +128,32 @@ def _divide(
         "ACTIVE without an end": dg.MetadataValue.int(counts.without_end),
         "shards": dg.MetadataValue.int(shards),
         "shards at once": dg.MetadataValue.int(at_once),
+        **settled,
     }
     for shard in divide(shards):
         yield dg.DynamicOutput(
             None, mapping_key=shard.key, output_name="shards", metadata=metadata if shard.number == 1 else None
         )
+
+
+def _settle_lost(
+    context: dg.OpExecutionContext,
+    scope: RunScope,
+    counts: DueCounts,
+    max_overdue_days: int,
+    database: BillingDatabase,
+    provider: ProviderConnection,
+    clock: Clock,
+) -> Mapping[str, dg.MetadataValue]:
+    """What our records have lost is settled before the shards read; a dry run leaves it to be shown by them."""
+    if scope.dry_run:
+        return {}
+    may_charge = bool(counts.due or counts.open_attempts)
+    found = search(database, provider, clock, max_overdue_days, may_charge=may_charge)
+    told = settle_lost_or_stop(found, database, provider, clock, lambda: Stamp(JOB, scope.run_id, clock.now()))
+    for decision in told:
+        context.log.info(f"{decision.action}, {decision.subject}: {decision.reason}")
+    return describe_search(found)
 
 
 def _stop_if_over(
@@ -174,14 +199,10 @@ def renew_shard(
         scope, division = _agreed(context, run, clock)
         renewals = read_renewals(billing_database, clock, scope, division.max_overdue_days, shard)
         asked = ask_about_open(renewals, billing_database, payment_provider, clock, threads)
-        plan = RenewalPlan(
-            scope,
-            tuple(decide(asked, clock)),
-            asked.view.extra,
-            asked.unusable,
-            asked.clocks,
-            answers=asked.answers,
-        )
+        if scope.dry_run:
+            # What is lost was settled before any shard began, if it may be.
+            asked = ask_for_lost(asked, billing_database, payment_provider, clock)
+        plan = plan_of(asked, decide(asked, clock))
         del renewals, asked
         apply_plan(
             context,

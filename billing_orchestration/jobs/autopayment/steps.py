@@ -5,7 +5,7 @@ They take what a run works on and return what it found; what a run's page shows 
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 import dagster as dg
@@ -42,6 +42,7 @@ from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPay
 from billing_orchestration.domain.renewals import (
     Charge,
     Conclude,
+    Holds,
     NotCharged,
     NoteAbsence,
     RenewalDecision,
@@ -54,6 +55,7 @@ from billing_orchestration.domain.run_scope import RunScope
 from billing_orchestration.domain.shards import Shard
 from billing_orchestration.first_use import ask_about_methods
 from billing_orchestration.jobs.autopayment.charging import Charging
+from billing_orchestration.jobs.autopayment.lost_charges import Search, search, settle_lost
 from billing_orchestration.jobs.autopayment.pace import ChargingLimits
 from billing_orchestration.jobs.autopayment.pipeline import Pipeline
 from billing_orchestration.jobs.autopayment.results import ChargeResult
@@ -129,6 +131,13 @@ class AskedRenewals:
     searched_for: int
     clocks: Clocks
     answers: tuple[MethodAnswer, ...] = ()
+    search: Search = field(default_factory=Search)
+
+    @property
+    def holds(self) -> Holds:
+        """What holds a charge: entries in quarantine, and charges that our records have lost."""
+        known, lost = self.renewals.slice.holds, self.search.lost
+        return Holds({**lost.attempts, **known.attempts}, {**lost.subscriptions, **known.subscriptions})
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,7 @@ class RenewalPlan:
     extra: tuple[ProviderPayment, ...]
     unusable: tuple[UnusablePayment, ...]
     clocks: Clocks
+    search: Search
     refused: tuple[Decision, ...] = ()
     answers: tuple[MethodAnswer, ...] = ()
 
@@ -202,6 +212,15 @@ def ask_about_open(
     return AskedRenewals(renewals, merge_views(views), tuple(unusable), len(pending), len(lost), clocks, answers)
 
 
+def ask_for_lost(
+    asked: AskedRenewals, database: BillingDatabase, provider: ProviderConnection, clock: Clock
+) -> AskedRenewals:
+    """The same with charges that our records have lost, where anybody could be charged."""
+    found, days = asked.renewals.slice, asked.renewals.rules.max_overdue_days
+    may_charge = bool(found.due or found.open_attempts)
+    return replace(asked, search=search(database, provider, clock, days, may_charge=may_charge))
+
+
 def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection, threads: Threads) -> ProviderView:
     answers, silent = {}, {}
     by_payment = {attempt.external_payment_id: attempt for attempt in pending if attempt.external_payment_id}
@@ -248,7 +267,7 @@ def decide(asked: AskedRenewals, clock: Clock) -> list[RenewalDecision]:
         now=clock.now(),
         rules=renewals.rules,
         in_review=renewals.slice.in_review,
-        holds=renewals.slice.holds,
+        holds=asked.holds,
     )
     decisions.extend(
         NotCharged(
@@ -268,6 +287,22 @@ def _held(decision: RenewalDecision) -> RenewalDecision:
     held = shown(decision)
     reason = f"{held.action}, if the clocks were not apart"
     return NotCharged(held.subject, Code.CLOCKS_APART, reason, held.money, needs_retry=True)
+
+
+def plan_of(
+    asked: AskedRenewals, decisions: Sequence[RenewalDecision], refused: Sequence[Decision] = ()
+) -> RenewalPlan:
+    """What follows from both slices. `refused`: what an approval does not cover."""
+    return RenewalPlan(
+        asked.renewals.scope,
+        tuple(decisions),
+        asked.view.extra,
+        asked.unusable,
+        asked.clocks,
+        asked.search,
+        tuple(refused),
+        asked.answers,
+    )
 
 
 def line_of(decision: Charge | Resend | Conclude | Void | NoteAbsence) -> str:
@@ -314,6 +349,7 @@ def apply_plan(
         report.applied = sum(not isinstance(decision, NotCharged) for decision in plan.decisions)
     else:
         _conclude_open(plan, report, database, provider, stamp())
+        settle_lost(plan.search, report, database, provider, clock, stamp)
         _remember(plan, database, stamp())
         _charge(context, config, plan, report, database, provider, clock, threads)
     for decision in plan.decisions:
