@@ -41,6 +41,9 @@ _FOREIGN = (
     "SUBSCRIPTION_GRACE_",
     "RUN_HISTORY_",
     "RECONCILIATION_",
+    "RECEIPT",
+    "FOREIGN_",
+    "CHARGE_",
     "ALERT_",
     "UI_",
 )
@@ -167,6 +170,11 @@ def open_stage(root: Path, *, fresh: bool) -> Iterator[Stage]:
             "BILLING_FIRST_DAY": (datetime.now(timezone.utc).date() - _ATTACHED_AGO).isoformat(),
             "PENDING_PAYMENT_TTL_DAYS": "7",
             "SUBSCRIPTION_GRACE_DAYS": "3",
+            # A shop under 54-FZ, whose service says by a view whom it may charge and where receipts go.
+            "BILLING_RENEWAL_VIEW": "billing_renewals",
+            "RECEIPTS": "with_payment",
+            "RECEIPT_VAT_CODE": "11",
+            "RECEIPT_PAYMENT_MODE": "full_payment",
             "DAGSTER_POSTGRES_URL": history_url,
             "DAGSTER_HOME": str(home),
             "PYTHONUNBUFFERED": "1",

@@ -15,7 +15,8 @@ NEXT = datetime(2026, 5, 1)  # noqa: DTZ001
 
 
 def entry(payment_id: str, kind: str = "charge", amount: str = "299.00", **metadata: str) -> dict[str, Any]:
-    return {"payment_id": payment_id, "kind": kind, "amount": amount, "currency": "RUB", "metadata": metadata}
+    told = {"user_id": "user", **metadata}
+    return {"payment_id": payment_id, "kind": kind, "amount": amount, "currency": "RUB", "metadata": told}
 
 
 def row(payment_id: str, status: str = "SUCCEEDED", amount: str = "299.00") -> SimpleNamespace:
@@ -57,6 +58,12 @@ def faults(
 
 def test_a_success_with_one_grant_is_in_order() -> None:
     assert not faults(ledger=[entry("a")], payments=[row("a")], settlements=[grant("a")], ended_at=END)
+
+
+def test_a_success_without_a_row_and_without_metadata_is_another_sellers() -> None:
+    foreign = {**entry("a"), "metadata": {}}
+    assert not faults(ledger=[foreign], payments=[])
+    assert faults(ledger=[foreign], payments=[row("a", "PENDING")]) == ["paid and not granted: payment a"]
 
 
 def test_a_success_without_a_row_is_found() -> None:

@@ -72,11 +72,15 @@ class Book:
         script: str = "succeeded",
         saved: bool = True,
         bought: bool = True,
+        may_charge: bool = True,
+        email: str | None = "customer@example.com",
     ) -> Item:
         """A subscription (monthly) with the purchase that began it. `script`: what the card saved by it will do."""
         plan = plan or self.monthly
         started_at = started_at or periods(ended_at, plan, -1)
-        subscription = Subscription(self._user(), plan, status, started_at, ended_at, currency=currency)
+        subscription = Subscription(
+            self._user(), plan, status, started_at, ended_at, currency=currency, may_charge=may_charge, email=email
+        )
         self.subscriptions.append(subscription)
         if bought:
             amount, external_id = plan.price(currency), self._id(started_at)

@@ -77,6 +77,8 @@ def unknown_here(book: Book) -> None:
          paid(None, 22, refunded="299.00"))  # fmt: skip
     case("EXPIRED here, paid ten days later", "revived: SUCCEEDED, subscription created", CREATED,
          book.purchase("EXPIRED", ago=timedelta(days=10), captured_minutes=14))  # fmt: skip
+    case("something else bought at the same shop: no row, none of our metadata", "foreign: left alone",
+         Expectation(grant="", quarantine=""), paid(None, 26, metadata={}))  # fmt: skip
     case("CREATED here, paid there", "SUCCEEDED, subscription created", CREATED, paid("CREATED", 28))
     case("REFUNDED here, refunded there", "left alone", LEFT_REFUNDED, paid("REFUNDED", 45, refunded="299.00"))
     case("SUCCEEDED on both sides", "left alone", LEFT_SUCCEEDED,

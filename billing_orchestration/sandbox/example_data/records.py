@@ -31,7 +31,10 @@ class Plan:
 
 @dataclass(slots=True, eq=False)
 class Subscription:
-    """A row of `subscriptions`; `id` is known once it is written. `method_id`: the saved method, if there is one."""
+    """A row of `subscriptions`; `id` is known once it is written. `method_id`: the saved method, if there is one.
+
+    `may_charge` and `email` are what the service's view says of it.
+    """
 
     user_id: str
     plan: Plan
@@ -41,6 +44,8 @@ class Subscription:
     method_id: str | None = None
     currency: str = "RUB"
     id: int = 0
+    may_charge: bool = True
+    email: str | None = "customer@example.com"
 
 
 @dataclass(slots=True, eq=False)

@@ -72,8 +72,6 @@ def badly_answered(book: Book) -> None:
         ends = [book.ago(hours=hours + 2.3 * number) for number in range(1, count + 1)]
         hours += 2.3 * count
         case(label, expected, RENEWED, [book.fails(book.due(end), effect, times) for end in ends])
-    case("the customer has withdrawn the saved card", "refused by the provider (400): reported, no money moved",
-         replace(NOT_CHARGED, attempt="REJECTED"), book.due(book.ago(hours=6), saved=False))  # fmt: skip
 
 
 def not_charged(book: Book) -> None:
@@ -81,6 +79,12 @@ def not_charged(book: Book) -> None:
     case, yesterday = partial(book.case, AUTOPAYMENT_JOB), book.ago(hours=20)
     case("given for free: no saved method", "not charged, reported", NOT_CHARGED,
          [book.due(yesterday, bought=False) for _ in range(2)])  # fmt: skip
+    case("the saved card is no longer active", "the provider is asked first: not charged, one person is told",
+         NOT_CHARGED, book.due(yesterday, saved=False))  # fmt: skip
+    case("the customer has withdrawn the consent (376-FZ)", "not charged, reported", NOT_CHARGED,
+         book.due(yesterday, may_charge=False))  # fmt: skip
+    case("no email and no phone for the receipt (54-FZ)", "not charged, one person is told, held back from expiry",
+         NOT_CHARGED, book.due(book.ago(days=4), email=None))  # fmt: skip
     case("a plan without a price", "not charged, reported", NOT_CHARGED, book.due(yesterday, book.priceless))
     case("a plan with two prices in the same currency", "not charged, reported", NOT_CHARGED,
          book.due(yesterday, book.ambiguous))  # fmt: skip

@@ -38,6 +38,7 @@ def write(book: Book, engine: sa.Engine, provider: SandboxControl) -> Story:
         _write_catalogue(connection, book)
         _write(connection, subscriptions, book.subscriptions, map(_subscription, book.subscriptions))
         _write(connection, payments, book.rows, map(_payment, book.rows))
+        _write_view(connection, book.subscriptions)
     migrated: list[str] = []
     migrate(engine, echo=migrated.append)
     charged = []
@@ -49,6 +50,7 @@ def write(book: Book, engine: sa.Engine, provider: SandboxControl) -> Story:
                 charged.append(_charged(attempt, row))
     provider.add_payments([*book.there, *charged])
     provider.add_methods(book.methods)
+    provider.set_switches(receipts="demanded")
     provider.misbehave(book.misbehaviours)
     return Story(
         tuple(book.cases),
@@ -56,6 +58,34 @@ def write(book: Book, engine: sa.Engine, provider: SandboxControl) -> Story:
         len(book.rows),
         len(book.there) + len(charged),
         tuple(migrated),
+    )
+
+
+def _write_view(connection: sa.Connection, written: Iterable[Subscription]) -> None:
+    """The service's own tables behind the view that BILLING_RENEWAL_VIEW names (docs/operations.md)."""
+    connection.execute(
+        sa.text(
+            "CREATE TABLE consents (subscription_id int PRIMARY KEY, payment_method_id text, may_charge boolean,"
+            " email text)"
+        )
+    )
+    connection.execute(
+        sa.text("INSERT INTO consents VALUES (:subscription_id, :payment_method_id, :may_charge, :email)"),
+        [
+            {
+                "subscription_id": subscription.id,
+                "payment_method_id": subscription.method_id,
+                "may_charge": subscription.may_charge,
+                "email": subscription.email,
+            }
+            for subscription in written
+        ],
+    )
+    connection.execute(
+        sa.text(
+            "CREATE VIEW billing_renewals AS SELECT subscription_id, payment_method_id, may_charge, email,"
+            " NULL::text AS phone FROM consents"
+        )
     )
 
 

@@ -25,6 +25,10 @@ class SandboxControl:
         """Put payments into the provider's history."""
         self._call("POST", "/payments", list(payments))
 
+    def set_switches(self, **switches: Any) -> None:
+        """Choose how the shop behaves (see `switches`)."""
+        self._call("POST", "/switches", switches)
+
     def misbehave(self, rules: Sequence[Mapping[str, Any]]) -> None:
         """Make it misbehave (see `misbehaviour`)."""
         self._call("POST", "/misbehaviours", list(rules))
