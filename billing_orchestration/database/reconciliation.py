@@ -17,11 +17,15 @@ from billing_orchestration.domain.problem_kinds import LAST_WORDS
 from billing_orchestration.domain.reconciled import Day
 from billing_orchestration.domain.settlement_decisions import PaymentRow
 
-# A row in the order of `domain.reconciliation.HERE`. PostgreSQL's numeric can be NaN, and its timestamps infinite.
+# A row in the order of `domain.reconciliation.HERE`, whatever the service's table holds. A blank id is none, or all rows
+# that have it would be one payment. What is no amount (NaN, infinite, none) is no money. A row was created no later than
+# it was changed, so one from the far future belongs to a day that is compared.
 _COLUMNS = """
-    SELECT id, external_payment_id, status::text, CASE WHEN amount = 'NaN' THEN 0 ELSE (amount * 100)::bigint END,
+    SELECT id, CASE WHEN btrim(external_payment_id) <> '' THEN external_payment_id END, status::text,
+           CASE WHEN amount BETWEEN -1e12 AND 1e12 THEN (amount * 100)::bigint ELSE 0 END,
            currency::text, subscription_id IS NOT NULL,
-           CASE WHEN created_at BETWEEN '2000-01-01' AND '2099-12-31' THEN created_at ELSE '2000-01-01' END
+           CASE WHEN LEAST(created_at, updated_at) BETWEEN '2000-01-01' AND '2099-12-31'
+                THEN LEAST(created_at, updated_at) ELSE '2000-01-01' END
     FROM payments
 """
 _OF_DAY = f"""

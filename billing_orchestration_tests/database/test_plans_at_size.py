@@ -31,10 +31,12 @@ from billing_orchestration.database.expiry import (
 )
 from billing_orchestration.database.matching import fetch_pending, fetch_rows, fetch_settled
 from billing_orchestration.database.money_checks import no_old_unknown, no_second_success, numbers, paid_is_granted
+from billing_orchestration.database.reconciliation import fetch_rows_of, fetch_rows_of_day, lock_rows, settled_row
 from billing_orchestration.database.renewals import fetch_due
 from billing_orchestration.database.settling import settle_batch
 from billing_orchestration.domain.answers import Closing
 from billing_orchestration.domain.attempts import State
+from billing_orchestration.domain.reconciled import Day
 from billing_orchestration_tests.books import NOON, Books, naive
 from billing_orchestration_tests.domain.given import SHOP
 
@@ -277,6 +279,28 @@ def matching(books: Books) -> None:
     check(books, work, OWN)
 
 
+def reconciling(books: Books) -> None:
+    """A day's rows by the provider's ids, and rows that take the provider's truth."""
+    ids = [f"payment {n} {k}" for n in range(1, 20_000) for k in (0, 1)]
+
+    def work(connection: sa.Connection) -> None:
+        rows = fetch_rows_of(connection, ids)
+        assert len(rows) == len(ids)
+        assert len(fetch_rows_of(connection, [], [row[0] for row in rows])) == len(ids)
+        assert [row.id for row in lock_rows(connection, None, rows[0][0])] == [rows[0][0]]
+        assert len(lock_rows(connection, ids[0], None)) == 1
+        assert settled_row(connection, "payment 4711 1")
+
+    check(books, work, OWN)
+
+
+def a_day_is_one_scan(books: Books) -> None:
+    """By the time of a change no index finds a row: one would cost the service at each write, for one read a day."""
+    with planned(books, [OWN]) as (connection, plans):
+        assert fetch_rows_of_day(connection, Day.of(NOON.date(), books.calendar))
+    assert len(plans.scans()) == 1
+
+
 def looking_back(books: Books) -> None:
     """A customer's case, and what the run history asks."""
 
@@ -319,6 +343,8 @@ def test_every_statement_finds_its_rows_by_an_index(large: Books, subtests: pyte
         "what is over": what_is_over,
         "stale payments": stale_payments,
         "matching": matching,
+        "reconciling": reconciling,
+        "a day is one scan": a_day_is_one_scan,
         "looking back": looking_back,
         "the money checks": money_checks_by_the_hour,
         "a scan is noticed": a_scan_is_noticed,
