@@ -17,9 +17,9 @@ from billing_orchestration.domain.problem_kinds import LAST_WORDS
 from billing_orchestration.domain.reconciled import Day
 from billing_orchestration.domain.settlement_decisions import PaymentRow
 
-# A row in the order of `domain.reconciliation.HERE`, whatever the service's table holds. A blank id is none, or all rows
-# that have it would be one payment. What is no amount (NaN, infinite, none) is no money. A row was created no later than
-# it was changed, so one from the far future belongs to a day that is compared.
+# A row in the order of `domain.reconciliation.HERE`, whatever the service's table holds. A blank id is none: as one
+# payment, all rows with it would be one line. What is no amount (NaN, infinite, NULL) is no money. A row was created no
+# later than it was changed, so that one from the far future belongs to a day that is compared.
 _COLUMNS = """
     SELECT id, CASE WHEN btrim(external_payment_id) <> '' THEN external_payment_id END, status::text,
            CASE WHEN amount BETWEEN -1e12 AND 1e12 THEN (amount * 100)::bigint ELSE 0 END,

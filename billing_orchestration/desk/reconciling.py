@@ -5,7 +5,7 @@ A day is in memory at a time, never a month. The sums of every day must close to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import date, timedelta
@@ -97,10 +97,7 @@ def reconcile_period(desk: Desk, wanted: Wanted) -> tuple[list[str], bool]:
     calendar = BillingCalendar(REGISTRY_ZONE if registry else desk.settings.reconciliation_zone)
     first, last = _period(wanted, registry, calendar.day_of(desk.now()))
     sheets = _sheets(words, registry)
-    try:
-        files = sorted({str(path) for path in files_of(wanted.output, sheets).values()}) if wanted.output else []
-    except ValueError as error:
-        raise NotReconciled(str(error)) from None
+    files = _files(wanted, sheets)
     registered = _Registered(registry.kind, dict(registry.lines)) if registry else None
     totals: dict[tuple[str, str], dict[str, int]] = {}
     differences = _Named()
@@ -119,12 +116,33 @@ def reconcile_period(desk: Desk, wanted: Wanted) -> tuple[list[str], bool]:
                 _missing_there(registered, file, words)
             if file is not None:
                 _write_sums(file, words("all days"), _rows_of(totals), words)
+    except OSError as error:
+        raise NotReconciled(f"the report could not be written, and nothing of it is left: {error}") from error
     finally:
         provider.close()
     told = [*_told(totals, words), *differences.told(), *_registry_told(registered)]
-    told += [f"written: {name}" for name in files]
+    told += [f"written: {path}" for path in files]
     agrees = not differences.count and (registered is None or not registered.differences.count)
     return told, agrees
+
+
+def _files(wanted: Wanted, sheets: Sequence[Sheet]) -> list[Path]:
+    """The files of the report. Refused now what could not be written after an hour of reading."""
+    if wanted.output is None:
+        return []
+    try:
+        files = sorted(set(files_of(wanted.output, sheets).values()))
+    except ValueError as error:
+        raise NotReconciled(str(error)) from None
+    folder = wanted.output.parent
+    if not folder.is_dir():
+        raise NotReconciled(f"{folder} {'is no folder' if folder.exists() else 'does not exist: create the folder'}")
+    for path in files:
+        if path.is_dir():
+            raise NotReconciled(f"{path} is a folder: name a file")
+        if wanted.registry is not None and path.exists() and path.samefile(wanted.registry):
+            raise NotReconciled(f"{path} is the registry itself: name another file for the report")
+    return files
 
 
 def _load(wanted: Wanted) -> Registry:

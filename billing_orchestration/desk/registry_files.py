@@ -7,19 +7,22 @@ import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 from openpyxl import load_workbook
 
 from billing_orchestration.domain.registry import Registry, RegistryFault, find_columns, read_registry
 
 _SEPARATORS = (";", ",", "\t")
+# How such a file begins.
+_OLD_WORKBOOK = bytes.fromhex("d0cf11e0")
 
 
 def load_registry(path: Path, named: Mapping[str, str], encoding: str) -> Registry:
     """Read a registry. Raises RegistryFault, one line that names the file and its line."""
     try:
         data = path.read_bytes()
+        if data.startswith(_OLD_WORKBOOK):
+            raise RegistryFault("line 1: a workbook of an old kind (.xls): save it as .xlsx or .csv")
         table = _workbook(data) if data[:2] == b"PK" else _text(data, named, encoding)
         return read_registry(table, named)
     except OSError as error:
@@ -29,12 +32,18 @@ def load_registry(path: Path, named: Mapping[str, str], encoding: str) -> Regist
 
 
 def _workbook(data: bytes) -> Iterator[tuple[int, list[Any]]]:
+    """Rows as wide as the widest so far: many programs end a row with its last filled cell."""
+    width = 0
     try:
         book = load_workbook(io.BytesIO(data), read_only=True, data_only=True)
-    except (BadZipFile, KeyError, ValueError) as error:
+        for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
+            filled = list(cells)
+            while filled and filled[-1] is None:
+                filled.pop()
+            width = max(width, len(filled))
+            yield number, filled + [None] * (width - len(filled))
+    except Exception as error:  # whatever the parsers of archives and XML raise
         raise RegistryFault(f"line 1: not a workbook ({type(error).__name__})") from error
-    for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
-        yield number, list(cells)
 
 
 def _text(data: bytes, named: Mapping[str, str], encoding: str) -> Iterator[tuple[int, list[str]]]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from openpyxl import Workbook
+from openpyxl.utils.exceptions import WorkbookAlreadySaved
 
 LINES = "lines"
 # A sheet of a workbook ends there; a longer one goes on in the next.
@@ -44,10 +45,10 @@ def open_report(path: Path, sheets: Sequence[Sheet], *, russian: bool) -> Iterat
     report = _Book(path, sheets) if is_book else _Files(path, sheets, russian=russian)
     try:
         yield report
+        report.finish()
     except BaseException:
         report.discard()
         raise
-    report.finish()
 
 
 def files_of(path: Path, sheets: Sequence[Sheet]) -> dict[str, Path]:
@@ -73,7 +74,7 @@ def _cell(value: Any) -> Any:
 
 class _Book:
     def __init__(self, path: Path, sheets: Sequence[Sheet]) -> None:
-        self._path = path
+        self._path, self._part = path, path.with_suffix(".part")
         self._book = Workbook(write_only=True)
         self._sheets = {sheet.key: sheet for sheet in sheets}
         self._open = {sheet.key: self._book.create_sheet(sheet.title) for sheet in sheets}
@@ -92,13 +93,14 @@ class _Book:
         self._rows[sheet] += 1
 
     def finish(self) -> None:
-        part = self._path.with_suffix(".part")
-        self._book.save(part)
-        part.replace(self._path)
+        self._book.save(self._part)
+        self._part.replace(self._path)
 
     def discard(self) -> None:
-        for sheet in self._book.worksheets:
-            sheet.close()  # its temporary file
+        self._part.unlink(missing_ok=True)
+        with suppress(WorkbookAlreadySaved):
+            for sheet in self._book.worksheets:
+                sheet.close()  # its temporary file
 
 
 class _Files:

@@ -15,14 +15,15 @@ from typing import Any
 
 from billing_orchestration.domain.money import CURRENCIES, parse_amount
 
-# What a column is, and the names under which it is known, in lower case. The documentation's comes first.
+# What a column is, and the names under which it is known, in lower case. Where several are there, the first is meant: a
+# refund's own come before those of its payment, which stand beside them.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "payment_id": ("идентификатор платежа", "payment id", "payment identifier", "payment_id"),
     "refund_id": ("идентификатор возврата", "refund id", "refund identifier", "refund_id"),
-    "amount": ("сумма платежа", "сумма возврата", "payment amount", "refund amount", "amount"),
-    "currency": ("валюта платежа", "валюта возврата", "валюта", "payment currency", "refund currency", "currency"),
+    "amount": ("сумма возврата", "сумма платежа", "refund amount", "payment amount", "amount"),
+    "currency": ("валюта возврата", "валюта платежа", "валюта", "refund currency", "payment currency", "currency"),
     "income": ("сумма платежа за вычетом комиссии нко", "payment amount less commission", "income_amount"),
-    "at": ("время платежа", "дата платежа", "время возврата", "дата возврата", "payment time", "refund time", "time"),
+    "at": ("время возврата", "дата возврата", "время платежа", "дата платежа", "refund time", "payment time", "time"),
 }
 _TOTALS = ("итого", "всего", "total")
 _TIME = "%d.%m.%Y %H:%M:%S"
@@ -83,7 +84,7 @@ def read_registry(table: Iterable[tuple[int, Cells]], named: Mapping[str, str]) 
     for number, cells in rows:
         if not any(_text(cell) for cell in cells):
             continue
-        if any(_text(cell).casefold().rstrip(":").startswith(_TOTALS) for cell in cells):
+        if _is_total(cells, columns[f"{kind}_id"]):
             _check_total(number, cells, columns, lines.values())
             continue
         if len(cells) != len(titles):
@@ -135,6 +136,12 @@ def _line(number: int, cells: Cells, columns: Mapping[str, int], titles: Sequenc
     )
 
 
+def _is_total(cells: Cells, id_column: int) -> bool:
+    """Whether a line holds totals: one with an id is a payment, whatever its description begins with."""
+    id_ = _text(cells[id_column]) if id_column < len(cells) else ""
+    return any(_text(cell).casefold().startswith(_TOTALS) for cell in ([id_] if id_ else cells))
+
+
 def _check_total(number: int, cells: Cells, columns: Mapping[str, int], lines: Iterable[RegistryLine]) -> None:
     """A line with totals must be what the lines above it come to."""
     told = list(lines)
@@ -155,8 +162,8 @@ def _text(cell: Any) -> str:
 
 
 def _decimal(cell: Any) -> Decimal:
-    # A workbook holds numbers in binary.
-    return Decimal(repr(cell)) if isinstance(cell, float) else Decimal(_text(cell))
+    # A workbook holds numbers in binary, and a sum of them is off by a little.
+    return Decimal(repr(round(cell, 6))) if isinstance(cell, float) else Decimal(_text(cell))
 
 
 def _amount(number: int, cell: Any) -> Decimal:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import openpyxl
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from billing_orchestration.cli import main
 from billing_orchestration.desk import report_files
 from billing_orchestration.desk.reconciling import Wanted, reconcile_period
+from billing_orchestration.desk.report_files import LINES, Sheet, open_report
 from billing_orchestration.desk.resolving import Desk
 from billing_orchestration.domain.reconciled import NotReconciled
 from billing_orchestration.provider.errors import IncompleteSlice
@@ -158,6 +160,50 @@ def test_a_difference_that_two_days_of_a_period_see_is_one(shop: Service) -> Non
     assert len([line for line in run(shop, first=ELEVENTH)[0] if "payment d:" in line]) == 1
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_read(shop: Service, tmp_path: Path) -> None:
+    registered = registry(tmp_path, A)
+    requests = shop.sandbox.count()
+    for output, words in (
+        (tmp_path / "none" / "march.xlsx", "none does not exist"),
+        (registered / "march.csv", "r.csv is no folder"),
+        (tmp_path, "must end with"),
+        (registered, "r.csv is the registry itself"),
+    ):
+        with pytest.raises(NotReconciled, match=words):
+            run(shop, output=output, registry=registered)
+    for name in ("a.xlsx", "b.sums.csv"):
+        (tmp_path / name).mkdir()
+    for name, words in (("a.xlsx", "a.xlsx is a folder"), ("b.csv", "b.sums.csv is a folder")):
+        with pytest.raises(NotReconciled, match=words):
+            run(shop, output=tmp_path / name)
+    assert shop.sandbox.count() == requests
+    assert registered.read_text(encoding="utf-8").endswith(A)
+
+
+@pytest.mark.parametrize("name", ["march.csv", "march.xlsx"])
+def test_a_report_replaces_an_older_one_whole(shop: Service, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("older")
+    shop.sandbox.misbehave("list_refunds", "error_before", times=1, skip=1)
+    run(shop, output=path)
+    assert not path.read_bytes().startswith(b"older")
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("name", ["march.csv", "march.xlsx"])
+def test_a_report_that_fails_in_its_last_moment_leaves_nothing_half(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+
+    def write() -> None:
+        with open_report(path, [Sheet(LINES, LINES, ["id"])], russian=False) as file:
+            file.write(LINES, ["a"])
+            path.mkdir()
+
+    with pytest.raises(IsADirectoryError):
+        write()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(("wanted", "words"), [
     ({"first": None, "last": None}, "give the period: --from"),
     ({"first": ELEVENTH, "last": TENTH}, "before it begins"),
@@ -237,6 +283,13 @@ def test_columns_are_found_by_name_in_any_order_and_others_are_kept(shop: Servic
     assert sheet[1] == (2, "a", 299, "RUB", 299, "сходится", "сходится", "first", "7")
 
 
+def test_a_description_that_begins_like_a_total_is_a_payment_all_the_same(shop: Service, tmp_path: Path) -> None:
+    path = registry(tmp_path, A.replace("Первый", "Total access"), B.replace("Второй", "Итого за март"), C)
+    assert compared(shop, path) == ["registry of payments: 3 agree, 0 differ"]
+    for total in ("Итого:;299.00;;;", ";299.00;;;Всего", "Всего платежей: 1;299.00;;;", "Total"):
+        assert compared(shop, registry(tmp_path, A, total)) == ["registry of payments: 1 agree, 0 differ"]
+
+
 def test_a_column_of_another_name_can_be_named(shop: Service, tmp_path: Path) -> None:
     path = registry(tmp_path, A, header=HEADER.replace("Идентификатор платежа", "Номер"))
     with pytest.raises(NotReconciled, match="line 1: no column «идентификатор платежа»"):
@@ -258,6 +311,30 @@ def test_a_registry_of_refunds(shop: Service, tmp_path: Path) -> None:
     assert compared(shop, path) == ["registry of refunds: 1 agree, 0 differ"]
 
 
+def test_a_registry_of_refunds_may_tell_their_payments_too(shop: Service, tmp_path: Path) -> None:
+    shop.provider.refund("a", "99.00", at=NOON_OF_11TH)
+    [entry] = [entry for entry in shop.provider.ledger() if entry.kind == "refund"]
+    header = (
+        "Идентификатор платежа;Время платежа;Сумма платежа;Валюта платежа;"
+        "Идентификатор возврата;Время возврата;Сумма возврата;Валюта возврата"
+    )
+    line = f"a;10.03.2026 15:00:00;299.00;RUB;{entry.refund_id};11.03.2026 15:00:00;99.00;RUB"
+    assert compared(shop, registry(tmp_path, line, header=header)) == ["registry of refunds: 1 agree, 0 differ"]
+
+
+def test_a_registry_with_a_byte_order_mark_and_tabs_is_read(shop: Service, tmp_path: Path) -> None:
+    path = registry(tmp_path, A.replace(";", "\t"), header=HEADER.replace(";", "\t"), encoding="utf-8-sig")
+    assert compared(shop, path) == ["registry of payments: 1 agree, 0 differ"]
+
+
+def test_a_registry_without_lines_is_of_a_day_on_which_nothing_was_paid(shop: Service, tmp_path: Path) -> None:
+    quiet = date(2026, 3, 9)
+    assert compared(shop, registry(tmp_path), first=quiet) == ["registry of payments: 0 agree, 0 differ"]
+    assert compared(shop, registry(tmp_path), first=TENTH)[1] == (
+        "registry, no line: payment a: not in the registry: nothing in the registry, 299.00 at the provider"
+    )
+
+
 def test_a_registry_is_of_days_of_moscow(shop: Service, tmp_path: Path) -> None:
     # Half past eleven of the 11th in UTC is the 12th in Moscow.
     shop.paid_there("late", plan_id=shop.monthly, created_at=datetime(2026, 3, 11, 21, 30, tzinfo=UTC))
@@ -274,6 +351,42 @@ def test_a_workbook_is_a_registry_too(shop: Service, tmp_path: Path) -> None:
     sheet.append(["Итого", 299, None, None])
     book.save(tmp_path / "r.xlsx")
     assert compared(shop, tmp_path / "r.xlsx") == ["registry of payments: 1 agree, 0 differ"]
+
+
+def test_a_workbook_whose_rows_end_with_their_last_filled_cell_is_read(shop: Service, tmp_path: Path) -> None:
+    """As many programs write them: nothing says how wide the sheet is, and sums are binary."""
+    book = openpyxl.Workbook(write_only=True)
+    sheet = book.create_sheet()
+    sheet.append(["Реестр платежей"])
+    sheet.append(HEADER.split(";"))
+    sheet.append(["a", 299.0, "RUB", datetime(2026, 3, 10, 15, 0)])  # noqa: DTZ001 - as a workbook holds it
+    for name in ("b", "c"):
+        sheet.append([name, 299.0, "RUB", datetime(2026, 3, 11, 15, 0), "told", None])  # noqa: DTZ001
+    sheet.append(["Итого", 0.1 + 0.2 + 896.7])
+    book.save(tmp_path / "r.xlsx")
+    assert compared(shop, tmp_path / "r.xlsx") == ["registry of payments: 3 agree, 0 differ"]
+
+
+def broken_workbook(folder: Path) -> Path:
+    """Whole as an archive, and no workbook in it."""
+    book = openpyxl.Workbook()
+    book.save(folder / "whole.xlsx")
+    with ZipFile(folder / "whole.xlsx") as whole, ZipFile(folder / "r.xlsx", "w") as broken:
+        for name in whole.namelist():
+            broken.writestr(name, "<sheet" if "sheet1" in name else whole.read(name))
+    return folder / "r.xlsx"
+
+
+def an_archive(folder: Path) -> Path:
+    with ZipFile(folder / "r.xlsx", "w") as archive:
+        archive.writestr("registry.csv", A)
+    return folder / "r.xlsx"
+
+
+def an_old_workbook(folder: Path) -> Path:
+    path = folder / "r.xls"
+    path.write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\x00" * 600)
+    return path
 
 
 def cp1251(folder: Path) -> Path:
@@ -295,6 +408,9 @@ BROKEN: list[tuple[Callable[[Path], Path], str]] = [
         "no column for currency",
     ),
     (lambda folder: folder / "missing.csv", "cannot be read"),
+    (broken_workbook, "line 1: not a workbook"),
+    (an_archive, "line 1: not a workbook"),
+    (an_old_workbook, "line 1: a workbook of an old kind"),
 ]
 
 
