@@ -72,6 +72,7 @@ def ours(url: str, api_url: str, which: str = "pending") -> int:
     import dagster as dg
 
     from billing_orchestration.definitions import build_definitions
+    from billing_orchestration.jobs.run_report import read_result
     from billing_orchestration.settings import Settings
 
     settings = Settings(
@@ -90,7 +91,7 @@ def ours(url: str, api_url: str, which: str = "pending") -> int:
         )
         for event in result.all_events:
             if event.event_type_value == "STEP_OUTPUT" and event.step_key == last_op:
-                return int(str(event.step_output_data.metadata["applied"].value))
+                return read_result(str(event.step_output_data.metadata["result"].value))["applied"]
     return 0
 
 
