@@ -197,6 +197,8 @@ class RunsJudge(Judge):
             if len(methods) != 1 or money != {(row.currencies[0], "SUCCEEDED")}:
                 continue
             (method,) = methods
+            if method in self._journal.refunded:
+                continue  # the service may not have written it down; the provider says so
             tried = self.rows(
                 "SELECT last_sent_at FROM billing_orchestration.renewal_attempts"
                 " WHERE payment_method_id = %s AND last_sent_at IS NOT NULL",
