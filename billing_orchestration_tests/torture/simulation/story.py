@@ -85,6 +85,9 @@ class Simulation:
         """Everything, day after day; the judge looks after every day and at the end."""
         world = self.world
         self.found_the_service()
+        # Whoever installs the jobs sees them green once: from here on they know what they have covered.
+        for job in MATCHING:
+            self.runs.launch(job, self.runs.calm(), tick=world.now)
         end = world.now + days * DAY
         self.agenda.tick_at(world.now)
         today = world.day()
