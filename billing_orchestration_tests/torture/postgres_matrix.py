@@ -254,7 +254,7 @@ def migrated_server(disk: Path | None = None) -> Iterator[tuple[Server, str]]:
 
 
 _BY_NAME: Mapping[str, Scenario] = {scenario.name: scenario for scenario in SCENARIOS}
-# A restart takes seconds, and of a disk of 192 MB there is only one: charging, expiry and matching have one job each.
+# A restart takes seconds, and of a disk of 192 MB there is only one: charging (first), expiry, matching have one job.
 SLOW = (RESTARTED, CRASHED)
 FEW = tuple(
     _BY_NAME[name] for name in ("autopayment, side by side", "expiry of subscriptions", "matching successful payments")

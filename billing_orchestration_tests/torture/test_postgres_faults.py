@@ -83,8 +83,8 @@ def test_whatever_happens_to_postgresql_at_any_step_the_next_runs_complete_it(
     scenario: Scenario,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # A restart takes seconds: of a night, at each step; else where charging, expiry and matching have one each.
-    slow = SLOW if NIGHT or scenario in FEW else ()
+    # A restart takes seconds: of a night, in each job; else where charging alone has one.
+    slow = SLOW if NIGHT or scenario is FEW[0] else ()
     faults = [CUT, LOCKED, FULL_FOR_STATEMENTS, *slow]
     judge(play(*own_server, sandbox, runner, scenario, faults, thorough=NIGHT), capsys)
 

@@ -28,9 +28,18 @@ class Charges:
         self._unanswered: set[str] = set()
 
     def forget_tries(self) -> None:
-        """What was tried before the database was set back: nobody here can know of it."""
+        """What was tried before the database was set back: nobody here can know of it. What took no money may be anew.
+
+        What took money, or may yet, is known to the provider's list, and a key of it must never be sent as a new one.
+        """
         self._tries.clear()
         self._declines.clear()
+        journal = self._world.journal
+        harmless = {
+            payment.idempotence_key for payment in self._world.provider.payments()
+            if payment.id in journal.lost and payment.status == "canceled"
+        }  # fmt: skip
+        self._first_posts = {key: first for key, first in self._first_posts.items() if key not in harmless}
 
     def seconds_since_claim(self, key: str) -> float:
         """How long ago the run that sends it has claimed it: other threads may have had their turn since."""

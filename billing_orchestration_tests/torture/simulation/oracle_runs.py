@@ -88,7 +88,9 @@ class RunsJudge(Judge):
             "SELECT 1 FROM prices WHERE plan_id::text = %s AND amount = %s AND currency::text = %s",
             plan_id, entry.amount, entry.currency,
         )  # fmt: skip
-        return not rows and not prices
+        changed_at = [journal.plan_changed.get(int(plan_id)) if plan_id.isdigit() else None, journal.restored_at]
+        has_changed = any(at is not None and at >= entry.at - timedelta(minutes=15) for at in changed_at)
+        return not rows and (has_changed or not prices)
 
     def _granted_beside(self, entry: Any) -> bool:
         """Whether anything else was granted to the subscription that a renewal is for, since it was charged."""

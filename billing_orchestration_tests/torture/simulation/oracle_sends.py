@@ -90,7 +90,11 @@ class SendsJudge(Judge):
             if payment.metadata.get("renewal_attempt_id") and payment.idempotence_key != key
             and all(payment.metadata[name] == metadata[name] for name in ("subscription_id", "period_start", "user_id"))
         ]  # fmt: skip
-        declined = [(payment.cancellation or {}).get("reason") for payment in earlier if payment.status == "canceled"]
+        # A database that was set back knows of no decline since.
+        declined = [
+            (payment.cancellation or {}).get("reason") for payment in earlier
+            if payment.status == "canceled" and payment.id not in self._journal.lost
+        ]  # fmt: skip
         if any(payment.status != "canceled" for payment in earlier):
             yield f"CHARGED AGAIN: subscription {row.id} has an uncanceled payment for {began} already"
         if any(reason in FINAL_DECLINES for reason in declined):
