@@ -82,6 +82,24 @@ def test_the_tests_that_the_safety_page_names_exist() -> None:
     assert [name for name in named if not list(Path(__file__).parent.glob(name))] == []
 
 
+def test_no_message_sends_a_reader_to_a_path_that_only_a_checkout_has() -> None:
+    """The UI links to the documents (`DOCS_URL`), and in an image there is no docs/ to open."""
+    named = [
+        f"{path.name}:{text.lineno}"
+        for path in PACKAGE.rglob("*.py")
+        for text in _messages(ast.parse(path.read_text()))
+        if re.search(r"\bdocs/[\w-]+\.md", str(text.value))
+    ]
+    assert named == []
+
+
+def _messages(tree: ast.Module) -> list[ast.Constant]:
+    """The texts of a module, without its docstrings."""
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [text for text in texts if id(text) not in alone]
+
+
 def _anchors(path: Path) -> set[str]:
     return {anchor_of(title) for title in re.findall(r"^#+ (.*)$", path.read_text(), re.M)}
 

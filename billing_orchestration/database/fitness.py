@@ -142,7 +142,7 @@ def writing_obstacles(connection: sa.Connection) -> list[Obstacle]:
             Obstacle(
                 PRIVILEGES,
                 f"the role of BILLING_DATABASE_URL lacks {', '.join(missing)}",
-                'grant them (docs/operations.md, "The role\'s least rights")',
+                'grant them (the runbook, "The role\'s least rights")',
             )
         )
     return obstacles

@@ -35,14 +35,14 @@ def check_view(connection: sa.Connection, view: str) -> None:
     found = {row.name: row.kind for row in connection.execute(_FOUND, {"view": view})}
     if not found:
         raise SchemaProblem(
-            f"BILLING_RENEWAL_VIEW: there is no view {view}. Nobody was charged. Create it (docs/operations.md,"
-            " Where card, contact and consent come from), or leave the setting empty."
+            f"BILLING_RENEWAL_VIEW: there is no view {view}. Nobody was charged. Create it (the runbook,"
+            ' "Where card, contact and consent come from"), or leave the setting empty.'
         )
     wrong = [f"{name} ({_WORDS[kind]})" for name, kind in _COLUMNS.items() if found.get(name) != kind]
     if wrong:
         raise SchemaProblem(
             f"BILLING_RENEWAL_VIEW: the view {view} lacks {', '.join(wrong)}. Nobody was charged. Ask the service's"
-            " team to add what is missing (docs/operations.md)."
+            ' team to add what is missing (the runbook, "Where card, contact and consent come from").'
         )
     if not connection.execute(_READABLE, {"view": view}).scalar_one():
         raise SchemaProblem(

@@ -311,7 +311,7 @@ def _decide_past_key_lifetime(attempt: Attempt, view: ProviderView, now: datetim
 
 def _left_to(whom: str, attempt: Attempt, reason: str) -> NotCharged:
     """Its money may have moved, and this shop's list cannot tell."""
-    words = f"outcome not known, left to {whom}: {reason} (docs/operations.md, attempts of another shop)"
+    words = f"outcome not known, left to {whom}: {reason} (the runbook: attempts of another shop)"
     return NotCharged(attempt.subject, Code.OTHER_SHOP, words, attempt.money, needs_retry=True)
 
 

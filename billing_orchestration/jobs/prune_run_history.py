@@ -23,7 +23,13 @@ from billing_orchestration.database.retention import count_old, delete_old_audit
 from billing_orchestration.domain.run_retention import CHANGED, GOES, MARKS_ITS_PARTITION, PastRun, retention
 from billing_orchestration.domain.run_scope import RunScope, over_limit
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE
-from billing_orchestration.jobs.run_report import CHANGED_TAG, describe_scope, stop_before_applying, told_plainly
+from billing_orchestration.jobs.run_report import (
+    CHANGED_TAG,
+    describe_scope,
+    in_one_sentence,
+    stop_before_applying,
+    told_plainly,
+)
 from billing_orchestration.jobs.schedules import SINGLETON_TAG, singleton_tags, tick_schedule
 from billing_orchestration.resources import AFTER, PARTITION_TAG, BillingDatabase, Clock, HandOver, RunSettings
 
@@ -83,6 +89,13 @@ def find_old_runs(
     going = tuple(past for past, verdict in verdicts if verdict == GOES)
     stop_before_applying(over_limit(len(going), scope.max_changes), [])
     reasons = Counter(verdict for _, verdict in verdicts)
+    counts = {
+        "older runs": len(verdicts),
+        "to delete": len(going),
+        "kept: changed something": reasons[CHANGED],
+        "kept: last of its day or hour": reasons[MARKS_ITS_PARTITION],
+        **{f"to delete: {job}": count for job, count in sorted(Counter(past.job for past in going).items())},
+    }
     context.add_output_metadata(
         {
             **describe_scope(scope),
@@ -90,14 +103,7 @@ def find_old_runs(
                 f"everything for {keep_days} days; what changed something, and the last run of each day and hour, for"
                 f" {keep_changed_days} days"
             ),
-            "older runs": dg.MetadataValue.int(len(verdicts)),
-            "to delete": dg.MetadataValue.int(len(going)),
-            "kept: changed something": dg.MetadataValue.int(reasons[CHANGED]),
-            "kept: last of its day or hour": dg.MetadataValue.int(reasons[MARKS_ITS_PARTITION]),
-            **{
-                f"to delete: {job}": dg.MetadataValue.int(count)
-                for job, count in sorted(Counter(past.job for past in going).items())
-            },
+            **{name: dg.MetadataValue.int(count) for name, count in counts.items() if count},
         }
     )
     hand_over.leave(OldRuns(scope, going))
@@ -163,13 +169,10 @@ def delete_old_runs(
             deleted += 1
             if deleted % _PROGRESS_EVERY == 0:
                 context.log.info(f"deleted {deleted} of {len(going)}")
-    context.add_output_metadata(
-        {
-            **describe_scope(old.scope),
-            "would delete" if old.scope.dry_run else "deleted": dg.MetadataValue.int(len(going)),
-            "left for the next run": dg.MetadataValue.int(len(old.going) - len(going)),
-        }
-    )
+    dry_run, left = old.scope.dry_run, len(old.going) - len(going)
+    told = [f"runs {'to delete' if dry_run else 'deleted'} {len(going)}"] if going else []
+    told += [f"left for the next run {left}"] if left else []
+    context.add_output_metadata({"result": dg.MetadataValue.text(in_one_sentence(told, dry_run=dry_run))})
 
 
 @dg.op(description="End what is kept of customers after EVIDENCE_DAYS.", ins=AFTER)
@@ -191,23 +194,23 @@ def remove_old_evidence(
             _in_parts(billing_database, empty_old_evidence, before)
             if may_delete:
                 _in_parts(billing_database, delete_old_audit, before)
+    emptied, deleted = ("to empty", "to delete") if scope.dry_run else ("emptied", "deleted")
+    told = [f"evidence {emptied} {evidence}"] if evidence else []
+    told += [f"audit trail {deleted} {audit}"] if audit and may_delete else []
     stays = audit and not may_delete
     context.add_output_metadata(
         {
-            **describe_scope(scope),
-            "kept": dg.MetadataValue.text(f"evidence and audit trail for {days} days; attempts and settlements always"),
-            f"{'would empty' if scope.dry_run else 'emptied'}: evidence": dg.MetadataValue.int(evidence),
-            f"{'would delete' if scope.dry_run else 'deleted'}: audit trail": dg.MetadataValue.int(
-                audit if may_delete else 0
-            ),
+            "result": dg.MetadataValue.text(in_one_sentence(told, dry_run=scope.dry_run)),
             **({"stays": dg.MetadataValue.text(_MAY_NOT_DELETE.format(audit))} if stays else {}),
+            "kept": dg.MetadataValue.text(f"evidence and audit trail for {days} days; attempts and settlements always"),
+            "as_of": describe_scope(scope)["as_of"],
         }
     )
 
 
 _MAY_NOT_DELETE = (
     "{} entries of the audit trail are older, and this role may not delete them: GRANT DELETE ON"
-    " billing_orchestration.audit_trail, or delete them by hand (docs/personal-data.md)"
+    " billing_orchestration.audit_trail, or delete them by hand (the documents say how: Personal data)"
 )
 
 

@@ -144,8 +144,13 @@ def _result(scope: RunScope, report: RunReport) -> str:
         ("quarantined", report.quarantined, new),
         ("to retry", report.to_retry, ""),
     )
-    told = ", ".join(f"{word} {count}{detail}" for word, count, detail in counts if count or detail)
-    return f"{'dry run: ' if scope.dry_run else ''}{told or 'nothing to do'}"
+    told = [f"{word} {count}{detail}" for word, count, detail in counts if count or detail]
+    return in_one_sentence(told, dry_run=scope.dry_run)
+
+
+def in_one_sentence(told: Sequence[str], *, dry_run: bool) -> str:
+    """What a run has done, or would do."""
+    return f"{'dry run: ' if dry_run else ''}{', '.join(told) or 'nothing to do'}"
 
 
 def read_result(sentence: str) -> dict[str, int]:

@@ -4,8 +4,7 @@ By the function behind `billing-orchestration upcoming`, so by the rules of the 
 shows subscriptions, not their users: the run history is kept for a year.
 """
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from decimal import Decimal
 from typing import Any
@@ -13,10 +12,10 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from billing_orchestration.desk.upcoming import find_upcoming
+from billing_orchestration.desk.upcoming import Upcoming, find_upcoming
 from billing_orchestration.domain.printable import printable
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE, DAILY, day_key
-from billing_orchestration.jobs.run_report import ROWS_SHOWN, asset_of, told_plainly
+from billing_orchestration.jobs.run_report import ROWS_SHOWN, asset_of, in_one_sentence, told_plainly
 from billing_orchestration.jobs.schedules import singleton_tags, tick_schedule
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection, RunSettings
 
@@ -45,25 +44,40 @@ def show_upcoming(
         settings = billing_database.settings
         scope = run.scope(context, clock, whole_days=True)
         lines = find_upcoming(billing_database.engine, payment_provider.client, settings, clock.now(), config.days)
-    sums: Counter[str] = Counter()
+    sums: dict[str, Decimal] = {}
     for line in lines:
         if line.charged == "yes":
-            sums[f"to be charged, {line.currency}"] += Decimal(line.amount)  # type: ignore[assignment]
+            sums[line.currency] = sums.get(line.currency, Decimal(0)) + Decimal(line.amount)
     charged = sum(line.charged == "yes" for line in lines)
-    told = [{name: printable(str(asdict(line)[name])) for name in _COLUMNS} for line in lines[:ROWS_SHOWN]]
-    metadata: dict[str, dg.MetadataValue[Any]] = {
-        "to be charged": dg.MetadataValue.int(charged),
-        "not to be charged": dg.MetadataValue.int(len(lines) - charged),
-        **{name: dg.MetadataValue.float(float(amount)) for name, amount in sorted(sums.items())},
-        f"renewals (first {ROWS_SHOWN})": dg.MetadataValue.table(
-            [dg.TableRecord(row) for row in told], dg.TableSchema([dg.TableColumn(name) for name in _COLUMNS])
-        ),
-        "all of them": dg.MetadataValue.text(f"billing-orchestration upcoming --days {config.days} --format csv"),
-    }
+    listed = _listed(lines, config.days)
     if not scope.dry_run:
         day = str(billing_database.calendar.day_of(scope.as_of))
-        yield dg.AssetMaterialization(asset_of(JOB), partition=day, metadata=metadata)
-    yield dg.Output(None, metadata=metadata)
+        plotted = {"to be charged": charged, "not to be charged": len(lines) - charged}
+        plotted_sums = {f"to be charged, {currency}": float(amount) for currency, amount in sorted(sums.items())}
+        yield dg.AssetMaterialization(asset_of(JOB), partition=day, metadata={**plotted, **plotted_sums, **listed})
+    money = ", ".join(f"{amount} {currency}" for currency, amount in sorted(sums.items()))
+    told = [f"to be charged {charged} ({money})"] if charged else []
+    told += [f"not to be charged {len(lines) - charged}"] if len(lines) > charged else []
+    metadata: dict[str, dg.MetadataValue[Any]] = {
+        "result": dg.MetadataValue.text(in_one_sentence(told, dry_run=scope.dry_run))
+    }
+    if not scope.dry_run:
+        metadata["next: numbers over time"] = dg.MetadataValue.asset(asset_of(JOB))
+    yield dg.Output(None, metadata={**metadata, **listed})
+
+
+def _listed(lines: Sequence[Upcoming], days: int) -> dict[str, dg.MetadataValue[Any]]:
+    """Metadata: the first renewals, and the command that lists all of them. Nothing where nobody is due."""
+    if not lines:
+        return {}
+    cut = f"first {ROWS_SHOWN} of " if len(lines) > ROWS_SHOWN else ""
+    rows = [{name: printable(str(asdict(line)[name])) for name in _COLUMNS} for line in lines[:ROWS_SHOWN]]
+    return {
+        f"renewals ({cut}{len(lines)})": dg.MetadataValue.table(
+            [dg.TableRecord(row) for row in rows], dg.TableSchema([dg.TableColumn(name) for name in _COLUMNS])
+        ),
+        "all of them": dg.MetadataValue.text(f"billing-orchestration upcoming --days {days} --format csv"),
+    }
 
 
 @dg.job(

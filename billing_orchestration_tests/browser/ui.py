@@ -163,10 +163,11 @@ class Ui:
         expect(self.page.locator(".CodeMirror-line", has_text="dry_run: true")).to_be_visible()
         self.sees("No errors")
 
-    def launch(self) -> str:
-        """Launch without a partition, and hand back the run's id."""
+    def launch(self, *, is_asked: bool = True) -> str:
+        """Launch, and hand back the run's id. The UI asks first where a job has partitions and none is chosen."""
         self.page.get_by_role("button", name="Launch Run").click()
-        self.page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
+        if is_asked:
+            self.page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
         self.page.wait_for_url("**/runs/*")
         return self.page.url.rsplit("/", 1)[-1].partition("?")[0]
 

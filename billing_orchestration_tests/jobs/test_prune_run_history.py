@@ -51,11 +51,11 @@ def test_a_run_that_changed_nothing_goes_with_its_events_after_its_days(
 ) -> None:
     first, second = empty_tick(service, instance), empty_tick(service, instance)
     later(service, 29.9)
-    assert service.run(JOB, instance=instance).number(DELETE, "deleted") == 0
+    assert service.run(JOB, instance=instance).number(DELETE, "result") == "nothing to do"
     later(service, 30.1)
     run = service.run(JOB, instance=instance)
     assert run.ok, run.failure
-    assert run.number(DELETE, "deleted") == 2  # the first tick, and the run of this job before
+    assert run.number(DELETE, "result") == "runs deleted 2"  # the first tick, and the run of this job before
     assert ids(instance) == {second.run_id, run.run_id}, "the last run of its hour keeps the hour green in the grid"
     assert instance.all_logs(first.run_id) == []
     assert instance.all_logs(second.run_id) != []
@@ -118,7 +118,7 @@ def test_a_dry_run_shows_what_would_go_and_deletes_nothing(service: Service, ins
     before = ids(instance)
     later(service, 31)
     run = service.run(JOB, instance=instance, dry_run=True)
-    assert run.number(DELETE, "would delete") == 1
+    assert run.number(DELETE, "result") == "dry run: runs to delete 1"
     assert ids(instance) == before | {run.run_id}
 
 
@@ -128,7 +128,7 @@ def test_what_is_more_than_max_runs_is_left_for_the_next_day_the_youngest_first(
     runs = [empty_tick(service, instance, partition=None) for _ in range(3)]
     later(service, 31)
     run = service.run(JOB, instance=instance, ops={"delete_old_runs": {"max_runs": 2}})
-    assert (run.number(DELETE, "deleted"), run.number(DELETE, "left for the next run")) == (2, 1)
+    assert run.number(DELETE, "result") == "runs deleted 2, left for the next run 1"
     assert ids(instance) == {runs[-1].run_id, run.run_id}
 
 
@@ -208,23 +208,23 @@ def test_evidence_and_audit_trail_end_after_their_days_and_what_holds_the_promis
     before = {table: service.rows(table) for table in ("renewal_attempts", "settlements")}
     audit = len(service.rows("audit_trail"))
     service.advance(days=1094)
-    assert service.run(JOB, instance=instance).number(REMOVE, "deleted: audit trail") == 0
+    assert service.run(JOB, instance=instance).number(REMOVE, "result") == "nothing to do"
     service.advance(days=2)
     dry = service.run(JOB, instance=instance, dry_run=True)
-    assert (dry.number(REMOVE, "would empty: evidence"), dry.number(REMOVE, "would delete: audit trail")) == (
-        1, audit - 1,
-    )  # fmt: skip
+    would = f"dry run: evidence to empty 1, audit trail to delete {audit - 1}"
+    assert dry.number(REMOVE, "result") == would
     assert len(service.rows("audit_trail")) == audit
 
     run = service.run(JOB, instance=instance)
 
-    assert (run.number(REMOVE, "emptied: evidence"), run.number(REMOVE, "deleted: audit trail")) == (1, audit - 1)
+    did = f"evidence emptied 1, audit trail deleted {audit - 1}"
+    assert run.number(REMOVE, "result") == did
     assert [row.entity for row in service.rows("audit_trail")] == ["customer"]
     ignored, waits = service.rows("quarantine")
     assert (ignored.evidence, ignored.resolution) == ({}, "ignored")
     assert waits.evidence.get("item", {}).get("metadata") == {"user_id": "anna"}
     assert {table: service.rows(table) for table in before} == before
-    assert service.run(JOB, instance=instance).number(REMOVE, "emptied: evidence") == 0
+    assert service.run(JOB, instance=instance).number(REMOVE, "result") == "nothing to do"
 
 
 def test_a_role_that_may_not_delete_the_audit_trail_keeps_it_and_says_so(
@@ -247,6 +247,6 @@ def test_a_role_that_may_not_delete_the_audit_trail_keeps_it_and_says_so(
         service.execute("DROP OWNED BY careful_jobs; DROP ROLE careful_jobs")
 
     assert run.ok, run.failure
-    assert (run.number(REMOVE, "emptied: evidence"), run.number(REMOVE, "deleted: audit trail")) == (1, 0)
+    assert run.number(REMOVE, "result") == "evidence emptied 1"
     assert "may not delete them: GRANT DELETE" in run.number(REMOVE, "stays")
     assert len(service.rows("audit_trail")) == audit

@@ -22,7 +22,7 @@ def test_the_asset_shows_what_the_command_shows_without_the_customers(service: S
     assert run.ok, run.failure
     shown = run.materialized["upcoming"]
     assert (shown["to be charged"], shown["not to be charged"], shown["to be charged, RUB"]) == (1, 1, 299.0)
-    rows = shown["renewals (first 100)"]
+    rows = shown["renewals (2)"]
     assert [(row["subscription"], row["charged"], row["code"]) for row in rows] == [
         (str(soon), "yes", ""),
         (str(no_method), "no", "no_method"),
@@ -43,4 +43,18 @@ def test_it_looks_as_far_as_it_is_told_and_a_dry_run_marks_nothing(service: Serv
 
     assert run.ok, run.failure
     assert run.materialized == {}
-    assert run.metadata["show_upcoming"]["to be charged"] == 1
+    told = run.metadata["show_upcoming"]
+    assert told["result"] == "dry run: to be charged 1 (299.00 RUB)"
+
+
+def test_its_last_event_tells_the_result_in_one_sentence_and_counts_nothing_that_is_zero(service: Service) -> None:
+    empty = service.run(JOB).metadata["show_upcoming"]
+    assert empty["result"] == "nothing to do"
+    assert set(empty) == {"result", "next: numbers over time"}
+    service.subscriber(ended_at=service.now + A_DAY)
+    service.subscription(ended_at=service.now + A_DAY)
+
+    told = service.run(JOB).metadata["show_upcoming"]
+
+    assert told["result"] == "to be charged 1 (299.00 RUB), not to be charged 1"
+    assert set(told) == {"result", "next: numbers over time", "renewals (2)", "all of them"}

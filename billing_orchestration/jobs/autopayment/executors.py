@@ -45,7 +45,8 @@ def executor_for(sharding: Sharding | None, given: dg.ExecutorDefinition | None)
     if name not in (_ONE_PROCESS, _PROCESSES, *_MACHINES):
         raise UnsupportedExecutor(
             f"the executor {name!r} is not supported: autopayment_job runs on {_ONE_PROCESS}, {_PROCESSES},"
-            f" {' and '.join(_MACHINES)} (configured without a name of their own). See docs/deployment.md, Executors"
+            f" {' and '.join(_MACHINES)} (configured without a name of their own). The deployment guide has a table:"
+            " Executors"
         )
     if name != _ONE_PROCESS and sharding is None:
         raise UnsupportedExecutor(
