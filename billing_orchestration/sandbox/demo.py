@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime, timezone
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -161,13 +161,15 @@ class _Play:
         self.stage.control.behave()
         if red:
             self._repeat(red)
-        from billing_orchestration.sandbox.books import read_books
+        from billing_orchestration.sandbox.books import both_sides, read_books
 
         books = read_books(self.engine, self.stage.control.ledger())
+        with closing(self.stage.connect_provider()) as provider:
+            both = both_sides(self.engine, provider, datetime.now(timezone.utc))
         good = all(
             [
                 self.report.cases(list(JOBS), self.story.cases, books),
-                self.report.books(books, self.story.subscriptions),
+                self.report.books(both, books, self.story.subscriptions),
                 self._money_checks(),
                 self._second_round(),
             ]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from typing import Any
 
 import dagster as dg
+import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from billing_orchestration.both_sides import BothSides
 from billing_orchestration.domain.decisions import PASSIVE
-from billing_orchestration.sandbox.books import BAD, GOOD, Books, CaseReader, compare, verdict
+from billing_orchestration.domain.reconciled import CLASSES
+from billing_orchestration.domain.reconciliation import sum_up, to_amount
+from billing_orchestration.sandbox.books import Books, CaseReader, reconciled, verdict
 from billing_orchestration.sandbox.example_data.records import Case, Subscription
 from billing_orchestration.sandbox.run_story import RunStory, grouped, read_run, reported
 from billing_orchestration.sandbox.stage import JobRun
@@ -74,24 +77,20 @@ class Report:
             self.console.print(table)
         return good
 
-    def books(self, books: Books, before: Sequence[Subscription]) -> bool:
-        """Both books side by side. True when every promise holds."""
-        both = compare(books)
-        self._rule("The books of both sides, payment by payment")
-        table = _table("verdict", "payments", "charged there", "refunded there", "paid here", right=(1, 2, 3, 4))
-        for name in (*GOOD, *BAD):
-            lines = both[both["verdict"] == name]
-            if name in BAD and lines.empty:
-                table.add_row(name.lower(), "0", "", "", "", style="dim")
-                continue
-            sums = (
-                _by_currency(lines, "charged"),
-                _by_currency(lines, "refunded"),
-                _by_currency(lines[lines["succeeded"] > 0], "amount"),
-            )
-            table.add_row(name, str(len(lines)), *sums, style="bold red" if name in BAD else "")
+    def books(self, both: BothSides, books: Books, before: Sequence[Subscription]) -> bool:
+        """Both books, line by line. True when every promise holds."""
+        lines = both.compare()
+        sums = sum_up(lines)
+        self._rule("The books of both sides, reconciled line by line, as reconciliation_job does every day")
+        columns = ("paid_there", "refunded_there", "paid_here")
+        table = _table("class", "lines", *(name.replace("_", " ") for name in columns), right=(1, 2, 3, 4))
+        found = {name: sums[sums["class"] == name] for name in CLASSES}
+        for name, of_class in sorted(found.items(), key=lambda item: item[1].empty):
+            amounts = [_by_currency(of_class, column) for column in columns]
+            style = "dim" if of_class.empty else ""
+            table.add_row(CLASSES[name], str(of_class["lines"].sum()), *amounts, style=style)
         self.console.print(table)
-        checks = verdict(books, before)
+        checks = [*reconciled(lines, sums, books), *verdict(books, before)]
         for check in checks:
             self.check(f"{check.promise} ({check.looked_at})", check.faults)
         return not any(check.faults for check in checks)
@@ -131,10 +130,6 @@ def _sums(sums: Mapping[str, Decimal]) -> str:
     return ", ".join(f"{total:,.2f} {currency}" for currency, total in sorted(sums.items()))
 
 
-def _by_currency(lines: Any, column: str) -> str:
-    sums: dict[str, Decimal] = {}
-    for line in lines.itertuples():
-        amount = getattr(line, column)
-        if isinstance(amount, Decimal) and amount:
-            sums[line.currency] = sums.get(line.currency, Decimal(0)) + amount
-    return _sums(sums)
+def _by_currency(sums: pd.DataFrame, column: str) -> str:
+    amounts = zip(sums["currency"], sums[column], strict=True)
+    return "\n".join(f"{to_amount(kopecks):,.2f} {currency}" for currency, kopecks in amounts if kopecks)

@@ -26,6 +26,7 @@ from typing import Any
 
 import psycopg
 
+from billing_orchestration.provider.client import PaymentProvider
 from billing_orchestration.sandbox.provider.process import provider_process
 from billing_orchestration.sandbox.provider.remote_control import SandboxControl
 
@@ -80,6 +81,10 @@ class Stage:
     env: dict[str, str]
     control: SandboxControl
     billing_url: str
+
+    def connect_provider(self) -> PaymentProvider:
+        """The jobs' own client, for the sandbox."""
+        return PaymentProvider(shop_id=SHOP_ID, secret_key=SECRET_KEY, api_url=self.env["YOOKASSA_API_URL"])
 
     def start_job(self, job: str, number: int) -> StartedJob:
         """Start `dagster job execute` for a job, as an operator would on a command line."""
