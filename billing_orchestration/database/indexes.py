@@ -82,6 +82,25 @@ SERVICE_INDEXES = (
     UNIQUE_PAYMENT_ID,
     ServiceIndex("bo_payments_external_payment_id", "payments", (_PAYMENT_ID, _PAYMENT_ID_NOT_NULL)),
 )
+# Where the data forbids the unique one: unique from a row on. The name ends with the last id that it leaves out.
+_UNIQUE_AFTER = f"{PREFIX}payments_unique_after_"
+
+
+def unique_after(row_id: int) -> ServiceIndex:
+    """The unique index for payments whose row id is above `row_id`.
+
+    Two providers may use the same ids, and a service may write '' where there is none yet.
+    """
+    condition = f"WHERE ((id > {row_id}) AND ((external_payment_id)::text <> ''::text))"
+    definition = f"btree (external_payment_id, payment_provider_id) {condition}"
+    return ServiceIndex(f"{_UNIQUE_AFTER}{row_id}", "payments", (definition,), unique=True)
+
+
+def partly_unique(states: Mapping[str, IndexState]) -> dict[str, int]:
+    """The indexes of `unique_after` that exist, invalid ones too, each with the last id that it leaves out."""
+    numbers = {name: name.removeprefix(_UNIQUE_AFTER) for name in states if name.startswith(_UNIQUE_AFTER)}
+    return {name: int(number) for name, number in numbers.items() if number.isdecimal()}
+
 
 _STATES = sa.text(
     """
@@ -91,12 +110,28 @@ _STATES = sa.text(
     WHERE i.indrelid IN (SELECT to_regclass(quote_ident(n)) FROM unnest(CAST(:tables AS text[])) AS n)
     """
 )
+# The window leaves the newest row of each id out: from there on no id of one provider comes twice.
 _DUPLICATES = sa.text(
     """
-    SELECT external_payment_id, count(*), count(*) OVER () FROM payments WHERE external_payment_id IS NOT NULL
+    SELECT external_payment_id, count(*), count(*) OVER (), (
+        SELECT coalesce(max(d.id), 0) FROM (
+            SELECT id, row_number() OVER (
+                PARTITION BY external_payment_id, payment_provider_id ORDER BY id DESC) AS nth
+            FROM payments WHERE external_payment_id <> '') d
+        WHERE d.nth = 2)
+    FROM payments WHERE external_payment_id IS NOT NULL
     GROUP BY external_payment_id HAVING count(*) > 1 ORDER BY count(*) DESC, external_payment_id LIMIT :examples
     """
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicates:
+    """Provider's payment ids that several payments share. `unique_after`: of payments with a greater row id, no two of
+    one provider share one; 0 if only rows of different providers do, or ''."""
+
+    text: str
+    unique_after: int
 
 
 def index_states(connection: sa.Connection) -> dict[str, IndexState]:
@@ -105,10 +140,11 @@ def index_states(connection: sa.Connection) -> dict[str, IndexState]:
     return {row[0]: IndexState(*row) for row in connection.execute(_STATES, {"tables": tables})}
 
 
-def describe_duplicates(connection: sa.Connection, examples: int = 3) -> str | None:
+def find_duplicates(connection: sa.Connection, examples: int = 3) -> Duplicates | None:
     """Say how many of the provider's payment ids several payments share, with examples; None where none."""
     rows = connection.execute(_DUPLICATES, {"examples": examples}).all()
     if not rows:
         return None
     shown = ", ".join(f"{row[0][:60]!r} ({row[1]} payments)" for row in rows)
-    return f"{rows[0][2]} external_payment_id {'is' if rows[0][2] == 1 else 'are'} not unique, for example {shown}"
+    text = f"{rows[0][2]} external_payment_id {'is' if rows[0][2] == 1 else 'are'} not unique, for example {shown}"
+    return Duplicates(text, unique_after=rows[0][3])

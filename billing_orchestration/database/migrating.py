@@ -13,7 +13,7 @@ What it promises to an operator:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,16 @@ from billing_orchestration.database.health import (
     differences,
     tables_elsewhere,
 )
-from billing_orchestration.database.indexes import SERVICE_INDEXES, ServiceIndex, describe_duplicates, index_states
+from billing_orchestration.database.indexes import (
+    SERVICE_INDEXES,
+    Duplicates,
+    IndexState,
+    ServiceIndex,
+    find_duplicates,
+    index_states,
+    partly_unique,
+    unique_after,
+)
 from billing_orchestration.database.tables import service
 from billing_orchestration.domain.attempts import OPEN, State
 
@@ -260,36 +269,68 @@ def _add_indexes(session: sa.Connection, log: _Log, lock_timeout_s: float, tries
                     raise
                 with suppress(exc.DBAPIError):
                     _drop_invalid(session, index)
-                if not isinstance(problem, DatabaseBusy) or attempt == tries:
+                # An id that came twice during the build is found as such by the next try.
+                is_worth_another = isinstance(problem, DatabaseBusy) or isinstance(error, exc.IntegrityError)
+                if not is_worth_another or attempt == tries:
                     log.could_not(f"index {index.name} on {index.table}: {problem}")
                     break
 
 
 def _ensure_index(session: sa.Connection, index: ServiceIndex, log: _Log) -> None:
     # First of all: an invalid unique index goes on refusing the service's rows, any invalid one slows its writes.
-    if _drop_invalid(session, index):
-        log.did(f"dropped index {index.name}, which an earlier run had left unfinished")
+    for name in _drop_invalid(session, index):
+        log.did(f"dropped index {name}, which an earlier run had left unfinished")
     states = index_states(session)
     serving = index.served_by(states)
     if serving is None:
-        duplicates = describe_duplicates(session) if index.unique else None
+        duplicates = find_duplicates(session) if index.unique else None
         if duplicates:
-            log.could_not(
-                f"unique index {index.name}: {duplicates}; the jobs work without it, but a webhook that writes its"
-                " own row beside a run can then grant one payment twice (the money check paid_is_granted reports it)."
-                " Fix these rows together with the service's team, then run migrate again"
-            )
+            _ensure_unique_for_new_rows(session, duplicates, states, log)
             return
-        session.exec_driver_sql(index.statement)
-        log.did(f"added {'unique ' if index.unique else ''}index {index.name} on {index.table}")
+        _build(session, index, log)
     elif serving.name != index.name and index.name in states:
-        session.exec_driver_sql(f"DROP INDEX CONCURRENTLY {index.name}")
-        log.did(f"dropped index {index.name}: {serving.name} does its work")
+        _drop_superfluous(session, index.name, serving.name, log)
+    if index.unique:
+        for name in partly_unique(states):
+            _drop_superfluous(session, name, serving.name if serving else index.name, log)
 
 
-def _drop_invalid(session: sa.Connection, index: ServiceIndex) -> bool:
-    state = index_states(session).get(index.name)
-    if state is None or state.valid:
-        return False
-    session.exec_driver_sql(f"DROP INDEX CONCURRENTLY {index.name}")
-    return True
+def _ensure_unique_for_new_rows(
+    session: sa.Connection, duplicates: Duplicates, states: Mapping[str, IndexState], log: _Log
+) -> None:
+    """Where old payments share ids: keep the rows after them unique for each provider, from as early on as possible."""
+    wanted = unique_after(duplicates.unique_after)
+    existing = partly_unique(states)
+    serving = next((name for name, after in existing.items() if after <= duplicates.unique_after), None)
+    if serving is None:
+        _build(session, wanted, log)
+        serving = wanted.name
+    for name in existing:
+        if name != serving:
+            _drop_superfluous(session, name, serving, log)
+    if duplicates.unique_after:
+        log.could_not(
+            f"a unique index on all payments: {duplicates.text}. Index {serving} keeps newer rows (id above"
+            f" {duplicates.unique_after}) unique; for older ones a webhook that writes its own row beside a run can"
+            " grant one payment twice (the money check paid_is_granted reports it). Fix these rows together with the"
+            " service's team, then run migrate again"
+        )
+
+
+def _build(session: sa.Connection, index: ServiceIndex, log: _Log) -> None:
+    session.exec_driver_sql(index.statement)
+    log.did(f"added {'unique ' if index.unique else ''}index {index.name} on {index.table}")
+
+
+def _drop_superfluous(session: sa.Connection, name: str, serving: str, log: _Log) -> None:
+    session.exec_driver_sql(f"DROP INDEX CONCURRENTLY {name}")
+    log.did(f"dropped index {name}: {serving} does its work")
+
+
+def _drop_invalid(session: sa.Connection, index: ServiceIndex) -> list[str]:
+    states = index_states(session)
+    names = [index.name, *(partly_unique(states) if index.unique else ())]
+    invalid = [name for name in names if name in states and not states[name].valid]
+    for name in invalid:
+        session.exec_driver_sql(f"DROP INDEX CONCURRENTLY {name}")
+    return invalid

@@ -23,7 +23,7 @@ from billing_orchestration.database import fitness, health
 from billing_orchestration.database.conventions import SCHEMA, SERVICE_TABLES, session_of_shop
 from billing_orchestration.database.engine import create_engine, read
 from billing_orchestration.database.errors import BillingDatabaseError, SchemaProblem
-from billing_orchestration.database.indexes import SERVICE_INDEXES, describe_duplicates, index_states
+from billing_orchestration.database.indexes import SERVICE_INDEXES, find_duplicates, index_states, partly_unique
 from billing_orchestration.database.renewal_view import check_view, methods_due
 from billing_orchestration.desk.tables import hanging
 from billing_orchestration.loopback import is_loopback
@@ -278,16 +278,27 @@ def _writing(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator
 
 def _indexes(connection: sa.Connection, now: Callable[[], datetime]) -> Iterator[Finding]:  # noqa: ARG001
     states = index_states(connection)
-    duplicates = describe_duplicates(connection)
-    if duplicates:
+    duplicates = find_duplicates(connection)
+    partly = partly_unique(states)
+    valid = {name: after for name, after in partly.items() if states[name].valid}
+    if duplicates and valid and duplicates.unique_after:
+        name, after = next(iter(valid.items()))
         yield warning(
             "indexes.duplicates",
-            f"{duplicates}; the jobs quarantine such payments where they matter",
-            "fix the rows with the service's team, then migrate adds the unique index",
+            f"{duplicates.text}; {name} keeps only rows with an id above {after} unique; the jobs quarantine payments"
+            " of older ones where they matter",
+            "fix the rows with the service's team, then migrate adds the unique index on all rows",
+        )
+    elif duplicates and not valid:
+        yield warning(
+            "indexes.duplicates",
+            f"{duplicates.text}; no index keeps new rows unique; the jobs quarantine such payments where they matter",
+            f"{_MIGRATE}; it adds a unique index for new rows",
         )
     missing = [
         index.name for index in SERVICE_INDEXES if index.served_by(states) is None and not (index.unique and duplicates)
     ]
+    missing += [name for name in partly if name not in valid]
     if invalid := [name for name in missing if name in states]:
         yield warning("indexes.unfinished", f"{', '.join(invalid)}: unfinished, or being built", _MIGRATE)
     if absent := [name for name in missing if name not in states]:

@@ -35,6 +35,8 @@ from billing_orchestration_tests.waiting import wait_until
 
 UNIQUE = "bo_payments_external_payment_id_unique"
 PLAIN = "bo_payments_external_payment_id"
+# The flawed service's payments 1 and 2 share an id: from 2 on none comes twice.
+FOR_NEW_ROWS = "bo_payments_unique_after_1"
 OTHERS = {index.name for index in SERVICE_INDEXES} - {UNIQUE, PLAIN}
 # What `migrate` says on an empty database: service's tables, schema, revision, and an index each.
 LINES_ON_AN_EMPTY_DATABASE = 3 + len(OTHERS) + 1
@@ -200,12 +202,12 @@ def test_an_existing_database_with_flaws_keeps_every_row_and_its_own_revision(
         check_schema(connection)
 
 
-def test_repeated_payment_ids_are_reported_and_a_plain_index_takes_the_place(service_engine: sa.Engine) -> None:
+def test_repeated_payment_ids_are_reported_and_newer_rows_are_kept_unique(service_engine: sa.Engine) -> None:
     report = quietly(service_engine)
     assert len(report.not_done) == 1
-    assert UNIQUE in report.not_done[0]
     assert "1 external_payment_id is not unique, for example 'twice' (2 payments)" in report.not_done[0]
-    assert valid_indexes(service_engine) == OTHERS | {PLAIN}
+    assert f"Index {FOR_NEW_ROWS} keeps newer rows (id above 1) unique" in report.not_done[0]
+    assert valid_indexes(service_engine) == OTHERS | {PLAIN, FOR_NEW_ROWS}
     assert invalid_indexes(service_engine) == set()
 
 
@@ -240,10 +242,98 @@ def test_the_unique_index_is_added_once_the_data_is_mended(service_engine: sa.En
     assert report.not_done == ()
     assert report.done == (
         f"added unique index {UNIQUE} on payments",
+        f"dropped index {FOR_NEW_ROWS}: {UNIQUE} does its work",
         f"dropped index {PLAIN}: {UNIQUE} does its work",
     )
+    assert valid_indexes(service_engine) == OTHERS | {UNIQUE}
     with pytest.raises(sa.exc.IntegrityError), service_engine.begin() as connection:
         connection.execute(sa.text("UPDATE payments SET external_payment_id = 'other' WHERE id = 1"))
+
+
+def add_payment(engine: sa.Engine, external_payment_id: str | None, provider: int = 1) -> int:
+    with engine.begin() as connection:
+        return connection.execute(
+            sa.text(
+                "INSERT INTO payments (payment_provider_id, amount, external_payment_id, created_at, updated_at)"
+                " VALUES (:provider, 1, :id, now(), now()) RETURNING id"
+            ),
+            {"provider": provider, "id": external_payment_id},
+        ).scalar_one()
+
+
+def add_provider(engine: sa.Engine) -> int:
+    with engine.begin() as connection:
+        return connection.execute(
+            sa.text(
+                "INSERT INTO payment_providers (name, created_at, updated_at) VALUES ('other', now(), now())"
+                " RETURNING id"
+            )
+        ).scalar_one()
+
+
+def test_beside_old_repeated_ids_no_webhook_can_double_a_new_payment(service_engine: sa.Engine) -> None:
+    quietly(service_engine)
+    add_payment(service_engine, "new")
+    for doubled in ("new", "twice"):  # of the old ones the newest row counts, too
+        with pytest.raises(sa.exc.IntegrityError, match=FOR_NEW_ROWS):
+            add_payment(service_engine, doubled)
+    with service_engine.begin() as connection:
+        # A webhook that does not mind who was first goes on as it does beside the whole index.
+        doubled = connection.execute(
+            sa.text(
+                "INSERT INTO payments (payment_provider_id, amount, external_payment_id, created_at, updated_at)"
+                " VALUES (1, 1, 'new', now(), now()) ON CONFLICT DO NOTHING RETURNING id"
+            )
+        ).all()
+        # The old rows can still be changed.
+        connection.execute(sa.text("UPDATE payments SET updated_at = now() WHERE external_payment_id = 'twice'"))
+    assert doubled == []
+    for none_yet in (None, ""):
+        for _ in range(2):
+            add_payment(service_engine, none_yet)
+    add_payment(service_engine, "new", add_provider(service_engine))
+
+
+def test_ids_that_only_two_providers_share_are_no_flaw(service_engine: sa.Engine) -> None:
+    with service_engine.begin() as connection:
+        connection.execute(sa.text("UPDATE payments SET external_payment_id = 'other' WHERE id = 2"))
+    another = add_provider(service_engine)
+    add_payment(service_engine, "shared")
+    add_payment(service_engine, "shared", another)
+    report = quietly(service_engine)
+    assert report.not_done == ()
+    assert valid_indexes(service_engine) == OTHERS | {PLAIN, "bo_payments_unique_after_0"}
+    with pytest.raises(sa.exc.IntegrityError, match="bo_payments_unique_after_0"):
+        add_payment(service_engine, "other")
+    assert quietly(service_engine).done == ()
+
+
+def test_the_index_on_newer_rows_reaches_further_back_once_some_of_the_data_is_mended(
+    service_engine: sa.Engine,
+) -> None:
+    latest = [add_payment(service_engine, "thrice") for _ in range(3)][1]
+    quietly(service_engine)
+    assert f"bo_payments_unique_after_{latest}" in valid_indexes(service_engine)
+    with service_engine.begin() as connection:
+        connection.execute(
+            sa.text("UPDATE payments SET external_payment_id = NULL WHERE external_payment_id = 'thrice'")
+        )
+    assert quietly(service_engine).done == (
+        f"added unique index {FOR_NEW_ROWS} on payments",
+        f"dropped index bo_payments_unique_after_{latest}: {FOR_NEW_ROWS} does its work",
+    )
+
+
+def test_an_index_on_newer_rows_that_was_left_unfinished_is_built_anew(service_engine: sa.Engine) -> None:
+    quietly(service_engine)
+    with service_engine.begin() as connection:
+        connection.execute(
+            sa.text(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{FOR_NEW_ROWS}'::regclass")
+        )
+    assert quietly(service_engine).done == (
+        f"dropped index {FOR_NEW_ROWS}, which an earlier run had left unfinished",
+        f"added unique index {FOR_NEW_ROWS} on payments",
+    )
 
 
 def test_any_number_of_payments_may_have_no_payment_id(engine: sa.Engine, database_url: str) -> None:
@@ -481,7 +571,9 @@ def test_behind_an_endless_transaction_an_index_is_reported_and_added_by_the_nex
     assert invalid_indexes(new_engine) == set()
 
 
-def test_ids_that_repeat_while_the_unique_index_is_built_are_reported(engine: sa.Engine, database_url: str) -> None:
+def test_ids_that_repeat_during_the_build_are_left_to_the_index_on_newer_rows(
+    engine: sa.Engine, database_url: str
+) -> None:
     insert = (
         "INSERT INTO payments (payment_provider_id, amount, external_payment_id, created_at, updated_at)"
         " VALUES (1, 1, 'twice', now(), now())"
@@ -499,8 +591,11 @@ def test_ids_that_repeat_while_the_unique_index_is_built_are_reported(engine: sa
         service.commit()
         report = migration.result()
     assert len(report.not_done) == 1
-    assert "could not create unique index" in report.not_done[0]
-    assert report.done == (f"added index {PLAIN} on payments",)
+    assert "1 external_payment_id is not unique, for example 'twice' (2 payments)" in report.not_done[0]
+    assert report.done == (
+        f"added unique index {FOR_NEW_ROWS} on payments",
+        f"added index {PLAIN} on payments",
+    )
     assert invalid_indexes(engine) == set()
 
 
@@ -517,7 +612,7 @@ def test_two_at_once_are_safe_and_the_second_waits(empty_database_url: str) -> N
         reports = list(pool.map(run, engines))
     done = [report.done for report in reports if report.done]
     assert len(done) == 1
-    assert valid_indexes(engines[0]) == OTHERS | {PLAIN}
+    assert valid_indexes(engines[0]) == OTHERS | {PLAIN, FOR_NEW_ROWS}
     for engine in engines:
         engine.dispose()
 

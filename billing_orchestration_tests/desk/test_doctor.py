@@ -164,9 +164,13 @@ def test_repeated_payment_ids_and_missing_indexes_are_warnings(another_database:
         )
     warned = found(Level.WARNING)
     assert "'twice' (2 payments)" in warned["indexes.duplicates"].text
+    assert "bo_payments_unique_after_1 keeps only rows with an id above 1 unique" in warned["indexes.duplicates"].text
     assert warned["indexes.unfinished"].text.startswith("bo_prices_plan_currency:")
     assert warned["indexes.missing"].text.startswith("bo_payments_subscription_id ")
     assert faults() == []
+    with psycopg.connect(another_database, autocommit=True) as connection:
+        connection.execute("DROP INDEX bo_payments_unique_after_1")
+    assert "no index keeps new rows unique" in found(Level.WARNING)["indexes.duplicates"].text
 
 
 @pytest.mark.parametrize(

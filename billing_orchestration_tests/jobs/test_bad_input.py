@@ -395,7 +395,6 @@ def test_a_database_with_every_flaw_of_real_data_stops_no_job(
 ) -> None:
     create_service_database(empty_database_url)
     engine = create_engine(empty_database_url)
-    migrate(engine, echo=lambda _: None)
     with psycopg.connect(empty_database_url, autocommit=True) as connection:
         connection.execute("""
             INSERT INTO subscriptions (user_id, status, started_at, ended_at, plan_id, created_at, updated_at) VALUES
@@ -408,6 +407,7 @@ def test_a_database_with_every_flaw_of_real_data_stops_no_job(
                 (6, 1, 'PENDING', 'RUB', 'NaN', 'once', 'infinity', 'epoch'),
                 (NULL, 1, 'PENDING', NULL, 0.01, repeat('x', 3000), '-infinity', 'epoch');
         """)
+    migrate(engine, echo=lambda _: None)
     flawed = Service(engine, empty_database_url, service.sandbox)
     plan = flawed.plan("299.00")
     for name in ("once", "twice", "paid"):
