@@ -89,12 +89,14 @@ class Backups:
             payment.id for payment in world.provider.payments()
             if payment.created_at >= taken_at + world.traits.provider_skew and payment.idempotence_key is not None
         }  # fmt: skip
-        settled = {
+        granted = {
             row.id
-            for row in world.oracle.rows("SELECT external_payment_id AS id FROM billing_orchestration.settlements")
+            for row in world.oracle.rows(
+                "SELECT external_payment_id AS id FROM billing_orchestration.settlements WHERE kind <> 'refunded'"
+            )
         }
         for payment_id in journal.refunded:
-            journal.refunded[payment_id] = payment_id in settled or payment_id in journal.service_grants
+            journal.refunded[payment_id] = payment_id in granted or payment_id in journal.service_grants
         rows = {
             row.id: row
             for row in world.oracle.rows(
