@@ -137,6 +137,30 @@ def test_a_clock_that_is_set_in_mid_run_stops_charging_with_the_next_answer(serv
     service.check_books()
 
 
+def test_a_clock_that_is_set_before_the_first_charge_is_seen_before_it(service: Service) -> None:
+    subscriptions = [service.subscriber() for _ in range(3)]
+
+    def jump(answer: Any) -> Any:
+        service.now += 3 * HOUR
+        service.database_ahead = -3 * HOUR
+        return answer
+
+    # Each card's purchase is asked about, after the clocks were compared.
+    service.sandbox.misbehave("get", "change", transform=jump)
+
+    run = service.run(AUTOPAYMENT)
+
+    assert not run.ok
+    assert service.sandbox.count("create") == 0
+    assert "this machine's clock is 2 h 59 min ahead of" in run.failure
+    assert "Nothing was charged" in run.failure
+    assert code(service, run) == "ClocksApart"
+    service.now -= 3 * HOUR
+    service.database_ahead = timedelta(0)
+    assert service.run(AUTOPAYMENT).ok
+    assert service.charged() == Counter(subscriptions)
+
+
 def test_one_odd_answer_among_good_ones_stops_nobody(service: Service) -> None:
     subscriptions = [service.subscriber() for _ in range(4)]
 

@@ -94,4 +94,16 @@ CLOCKS = (
         ),
         ("database/test_attempts.py::test_a_key_that_a_wrong_clock_has_sent_is_never_sent_again",),
     ),
+    Mutant(
+        "a clock that was set since it was compared not seen",
+        "a clock is looked at again right before the first charge",
+        (
+            Edit(
+                "jobs/autopayment/steps.py",
+                "    if (apart := clocks_apart(database, clock, provider)) is not None:",
+                "    if (apart := charging.clocks_apart() if not to_send else None) is not None:",
+            ),
+        ),
+        ("jobs/test_clocks.py::test_a_clock_that_is_set_before_the_first_charge_is_seen_before_it",),
+    ),
 )

@@ -60,6 +60,7 @@ from billing_orchestration.jobs.autopayment.pace import ChargingLimits
 from billing_orchestration.jobs.autopayment.pipeline import Pipeline
 from billing_orchestration.jobs.autopayment.results import ChargeResult
 from billing_orchestration.jobs.clocks import clocks_apart, look_at_clocks, note_clocks
+from billing_orchestration.jobs.run_failures import FailureCode
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
 from billing_orchestration.jobs.termination import interrupts_held_back
@@ -451,6 +452,9 @@ def _charge(
     )
     limits = ChargingLimits(config.max_concurrency, config.max_sends, config.resend_wait_s)
     pipeline = Pipeline(charging, limits, threads)
+    if (apart := clocks_apart(database, clock, provider)) is not None:
+        # Set since they were compared: the answers since then have shown it.
+        pipeline.pace.stop(f"{apart}. Nothing was charged", FailureCode.CLOCKS_APART)
     with interrupts_held_back(pipeline.terminate) as held:
         results = pipeline.run(to_send)
         report.stopped_by, report.stop_code = pipeline.pace.stop_reason, pipeline.pace.stop_code
