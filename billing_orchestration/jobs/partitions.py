@@ -22,9 +22,16 @@ HOURLY = dg.HourlyPartitionsDefinition(start_date=f"{_FIRST_DAY}-00:00", timezon
 
 # The provider keeps its lists for three years.
 KEPT = timedelta(days=3 * 365)
-RECONCILED = dg.DailyPartitionsDefinition(
-    start_date=(datetime.now(timezone.utc) - KEPT).strftime("%Y-%m-%d"), timezone=reconciliation_partition_timezone()
-)
+
+
+def reconciled_days(now: datetime) -> dg.DailyPartitionsDefinition:
+    """The grid of days that a code location loaded at this instant can reconcile."""
+    return dg.DailyPartitionsDefinition(
+        start_date=(now - KEPT).strftime("%Y-%m-%d"), timezone=reconciliation_partition_timezone()
+    )
+
+
+RECONCILED = reconciled_days(datetime.now(timezone.utc))
 
 
 def day_before_key(tick: datetime) -> str:

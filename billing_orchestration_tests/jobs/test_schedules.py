@@ -16,6 +16,7 @@ from dagster._core.remote_origin import InProcessCodeLocationOrigin, RemoteRepos
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
 from billing_orchestration.definitions import build_definitions
+from billing_orchestration.jobs.partitions import RECONCILED, reconciled_days
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.jobs.service import Service, evaluate
 
@@ -134,13 +135,12 @@ def test_a_reconciling_tick_marks_the_day_before(instance: dg.DagsterInstance) -
     assert requested(instance, RECONCILIATION, datetime(2026, 3, 1, 6, 30, tzinfo=UTC)).partition_key == "2026-02-28"
 
 
-def test_three_years_can_be_reconciled_and_no_day_that_is_not_over() -> None:
-    partitions = build_definitions().get_job_def("reconciliation_job").partitions_def
-    assert partitions is not None
-    today = datetime.now(UTC).date()
-    keys = partitions.get_partition_keys()
-    assert str(today - timedelta(days=1)) == keys[-1]
-    assert str(today - timedelta(days=3 * 365)) == keys[0]
+@pytest.mark.parametrize("now", [NOON, NOON.replace(hour=0, minute=0), NOON.replace(hour=23, minute=59)], ids=str)
+def test_three_years_can_be_reconciled_and_no_day_that_is_not_over(now: datetime) -> None:
+    keys = reconciled_days(now).get_partition_keys(current_time=now)
+
+    assert (keys[0], keys[-1]) == ("2023-03-13", "2026-03-11")
+    assert build_definitions().get_job_def("reconciliation_job").partitions_def is RECONCILED
 
 
 @pytest.mark.parametrize("name", [*DAILY, *MATCHING])
