@@ -345,7 +345,9 @@ class Settings(BaseSettings):
             seconds = -1.0
         if not 0 <= seconds <= LONGEST_CHARGE_S:
             raise ValueError(f"is not a number of seconds from {CHARGE_DONE_S:g} to {LONGEST_CHARGE_S:g}")
-        if seconds < CHARGE_DONE_S and not is_loopback(urlsplit(info.data.get("yookassa_api_url", "")).hostname or ""):
+        # An address that is wrong is not among the data, and is a fault of its own.
+        api_url = info.data.get("yookassa_api_url")
+        if seconds < CHARGE_DONE_S and api_url and not is_loopback(urlsplit(api_url).hostname or ""):
             raise ValueError(
                 f"is below {CHARGE_DONE_S:g}, which is only for the sandbox: the provider may still be at work on a"
                 " charge, and a second one with its key could charge twice"
@@ -436,18 +438,25 @@ def load_what_is_right() -> tuple[Settings, dict[str, str]]:
 
 
 def _read(env_file: str | None) -> tuple[Settings, dict[str, str]]:
-    try:
-        return Settings(_env_file=env_file), {}  # type: ignore[call-arg]  # of BaseSettings; the values come from the environment
-    except ValidationError as error:
-        faults = {_variable(fault): _in_words(fault) for fault in error.errors()}
     fields = {str(field.validation_alias or name): field for name, field in Settings.model_fields.items()}
+    faults: dict[str, str] = {}
     # Arguments win over the environment.
-    stand_ins: dict[str, Any] = {
-        name: _STAND_INS[name] if field.is_required() else field.default
-        for name, field in fields.items()
-        if name.upper() in faults
-    }
-    return Settings(_env_file=env_file, **stand_ins), faults  # type: ignore[call-arg]  # of BaseSettings
+    stand_ins: dict[str, Any] = {}
+    while True:
+        try:
+            return Settings(_env_file=env_file, **stand_ins), faults  # type: ignore[call-arg]  # of BaseSettings
+        except ValidationError as error:
+            found = {_variable(fault): _in_words(fault) for fault in error.errors()}
+        # What only misses a setting that has a stand-in by now gets one too, and is no fault of its own.
+        faults = faults or found
+        new = {
+            name: _STAND_INS[name] if field.is_required() else field.default
+            for name, field in fields.items()
+            if name.upper() in found and name not in stand_ins
+        }
+        if not new:
+            raise SettingsError(faults)
+        stand_ins |= new
 
 
 def _variable(fault: Any) -> str:

@@ -202,6 +202,25 @@ def test_a_wrong_setting_is_named_in_one_line_without_a_secret(
     assert words in text
 
 
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ({"RECEIPTS": "with_payment", "RECEIPT_PAYMENT_MODE": "full_payment", "RECEIPT_VAT_CODE": "13"},
+         "RECEIPT_VAT_CODE"),
+        ({"RENEWAL_SHARDS_AT_ONCE": "2", "RENEWAL_SHARDS": "many"}, "RENEWAL_SHARDS"),
+        ({"YOOKASSA_CHARGE_DONE_S": "3", "YOOKASSA_API_URL": "http://127.0.0.1:port/v3"}, "YOOKASSA_API_URL"),
+    ],
+    ids=["receipts", "shards", "sandbox"],
+)  # fmt: skip
+def test_a_wrong_setting_that_another_needs_is_the_only_fault(
+    environment: pytest.MonkeyPatch, given: dict[str, str], wrong: str
+) -> None:
+    for name, value in given.items():
+        environment.setenv(name, value)
+    assert set(load_what_is_right()[1]) == {wrong}
+    assert fault().startswith(f"{wrong} ")
+
+
 def test_all_faults_are_told_at_once(environment: pytest.MonkeyPatch) -> None:
     environment.delenv("YOOKASSA_SHOP_ID")
     environment.setenv("BILLING_TIMEZONE", "Moscow")

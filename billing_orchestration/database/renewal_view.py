@@ -12,7 +12,8 @@ from functools import lru_cache
 import sqlalchemy as sa
 
 from billing_orchestration.database.conventions import naive_utc, of_this_shop
-from billing_orchestration.database.errors import SchemaProblem
+from billing_orchestration.database.engine import translated
+from billing_orchestration.database.errors import RowRefused, SchemaProblem
 from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.declines import HARD
 from billing_orchestration.domain.methods import METHOD
@@ -92,10 +93,22 @@ def _said(view: str) -> sa.TextClause:
 
 
 def read_view(connection: sa.Connection, view: str, subscription_ids: Sequence[int]) -> Mapping[int, SaidByService]:
-    """What the service says about these subscriptions. One that it does not name is not among them."""
+    """What the service says about these subscriptions. One that it does not name is not among them.
+
+    The view is the service's: a row that it fails for (a division, a cast) says so, and the others are read.
+    """
+    try:
+        with translated(), connection.begin_nested():
+            rows = connection.execute(_said(view), {"ids": list(subscription_ids)}).all()
+    except RowRefused as refused:
+        if len(subscription_ids) == 1:
+            return {subscription_ids[0]: SaidByService(unreadable=str(refused))}
+        half = len(subscription_ids) // 2
+        parts = subscription_ids[:half], subscription_ids[half:]
+        return {id_: said for part in parts for id_, said in read_view(connection, view, part).items()}
     return {
         row.subscription_id: SaidByService(
             row.rows, row.method_id, row.may_charge, row.email, row.phone, row.stopped_at, row.answer
         )
-        for row in connection.execute(_said(view), {"ids": list(subscription_ids)})
+        for row in rows
     }

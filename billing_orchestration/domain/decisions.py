@@ -64,6 +64,7 @@ class Code:
     NO_CONTACT = "no_contact"
     NO_CONSENT = "no_consent"
     SEVERAL_VIEW_ROWS = "several_view_rows"
+    VIEW_UNREADABLE = "view_unreadable"
     METHOD_STOPPED = "method_stopped"
     METHOD_NOT_SAVED = "method_not_saved"
     METHOD_INACTIVE = "method_inactive"

@@ -27,13 +27,17 @@ from billing_orchestration.domain.clocks import is_in_future
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.methods import SILENT, Question, why_not_charged
 from billing_orchestration.domain.money import CURRENCIES, Money
+from billing_orchestration.domain.personal import without_names
 from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, ProviderPayment
 from billing_orchestration.domain.receipts import ReceiptRules, contact_of, fill, receipt_of
 
 
 @dataclass(frozen=True, slots=True)
 class SaidByService:
-    """What the service's own view says about a subscription: in how many rows, and the one row's contents."""
+    """What the service's own view says about a subscription: in how many rows, and the one row's contents.
+
+    `unreadable`: why the database could not tell.
+    """
 
     rows: int = 0
     method_id: str | None = None
@@ -42,6 +46,7 @@ class SaidByService:
     phone: str | None = field(default=None, repr=False)
     method_stopped_at: datetime | None = None
     method_word: str | None = None
+    unreadable: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,6 +473,10 @@ def _why_the_service_forbids(due: DueSubscription) -> NotCharged | None:
     said = due.said
     if said is None or (said.rows == 1 and said.may_charge and said.method_id):
         return None
+    if said.unreadable:
+        why = without_names(said.unreadable, {due.user_id} if due.user_id else ())
+        reason = f"the service's view cannot be read for it, so nobody knows whether it may be charged: {why}"
+        return NotCharged(due.subject, Code.VIEW_UNREADABLE, reason, needs_retry=True)
     if said.rows and not said.may_charge:
         return NotCharged(due.subject, Code.NO_CONSENT, "the service says that it may not be charged (may_charge)")
     if said.rows > 1:

@@ -121,6 +121,33 @@ def test_a_consent_that_is_withdrawn_after_the_reading_stops_the_charge(view: Wi
     assert "the service says that it may not be charged" in told
 
 
+def test_a_row_that_the_view_fails_for_stops_no_other_and_shows_no_contact(receipts: WithView) -> None:
+    service = receipts.service
+    subscriptions = [service.subscriber() for _ in range(5)]
+    for subscription in subscriptions:
+        receipts.say(subscription, f"method-{subscription}", email="anna@example.ru")
+    poisoned = subscriptions[2]
+    service.execute("DROP VIEW billing_renewals")
+    service.execute(f"""
+        CREATE VIEW billing_renewals AS SELECT subscription_id, payment_method_id, email, phone,
+            CASE WHEN subscription_id = {poisoned} THEN email::integer > 0 ELSE may_charge END AS may_charge
+        FROM consents
+    """)
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert set(service.charged()) == {*subscriptions} - {poisoned}
+    [told] = run.reasons(f"subscription {poisoned}")
+    assert told.startswith("leave: the service's view cannot be read for it")
+    assert "anna@" not in str(run.decisions) + run.failure
+
+    service.execute("DROP VIEW billing_renewals")
+    service.execute(f"CREATE VIEW billing_renewals AS SELECT {ALL} FROM consents")
+    assert service.run(JOB).ok
+    assert set(service.charged()) == {*subscriptions}
+
+
 def test_an_unanswered_charge_is_not_sent_again_once_consent_is_withdrawn(view: WithView) -> None:
     service = view.service
     subscription = service.subscriber(method="card")
