@@ -25,7 +25,7 @@ from billing_orchestration.database.errors import (
 from billing_orchestration.database.tables import service
 
 # Every revision of database/migrations/versions, oldest first: a run knows the newest without loading Alembic.
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010", "0011")
 HEAD_REVISION = REVISIONS[-1]
 # Not Alembic's default name: the service has an alembic_version of its own (in public, with its own revision).
 VERSION_TABLE = "schema_version"

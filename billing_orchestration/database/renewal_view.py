@@ -58,11 +58,13 @@ def methods_due(
     """The methods that the view names for subscriptions which end between these instants: the first few."""
     rows = connection.execute(
         sa.text(f"""
-            SELECT s.id, min(v.payment_method_id::text) AS method_id
-            FROM subscriptions s JOIN {view} v ON v.subscription_id = s.id
-            WHERE s.status = 'ACTIVE' AND s.ended_at >= :since AND s.ended_at < :until
-              AND v.may_charge AND v.payment_method_id IS NOT NULL
-            GROUP BY s.id, s.ended_at ORDER BY s.ended_at, s.id LIMIT :size
+            -- One by one until there are enough: a join would read the view for all that end in these days.
+            SELECT s.id, said.method_id
+            FROM subscriptions s CROSS JOIN LATERAL (
+                SELECT min(v.payment_method_id::text) AS method_id FROM {view} v
+                WHERE v.subscription_id = s.id AND v.may_charge) said
+            WHERE s.status = 'ACTIVE' AND s.ended_at >= :since AND s.ended_at < :until AND said.method_id IS NOT NULL
+            ORDER BY s.ended_at, s.id LIMIT :size
         """),
         {"since": naive_utc(since), "until": naive_utc(until), "size": limit},
     )

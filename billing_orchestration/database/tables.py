@@ -237,6 +237,7 @@ quarantine = sa.Table(
         unique=True, postgresql_where=sa.text("resolved_at IS NULL"),
     ),
     sa.Index("quarantine_external_payment_id", "external_payment_id"),
+    sa.Index("quarantine_problem_key", "problem_key"),
 )  # fmt: skip
 
 reconciled_days = sa.Table(
