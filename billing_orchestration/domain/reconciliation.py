@@ -262,8 +262,8 @@ def reason_of(line: Any) -> str:
     if line.there == UNREAD or (line.line == REFUND and not line.known):
         return f"{CLASSES[UNREADABLE] if line.there == UNREAD else 'its payment cannot be read'}; here: {here}"
     if line.line == REFUND:
-        part = "in full" if line.in_full else f"in part ({Money(to_amount(line.kopecks), line.currency)})"
-        return f"payment {line.payment_id} was given back {part}; here: {here}"
+        part, money = "in full" if line.in_full else "in part", Money(to_amount(line.kopecks), line.currency)
+        return f"payment {line.payment_id} was given back {part}, {money} of it by this refund; here: {here}"
     there = "unknown to the provider" if line.there == ABSENT else f"{line.there} at the provider"
     if line.currency:
         there += f", {Money(to_amount(line.kopecks), line.currency)}"

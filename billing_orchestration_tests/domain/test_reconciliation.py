@@ -20,6 +20,7 @@ from billing_orchestration.domain.reconciliation import (
     SUMS,
     here_frame,
     provider_totals,
+    reason_of,
     reconcile,
     sum_up,
     there_frame,
@@ -164,6 +165,19 @@ def test_the_parts_of_a_refund_agree_once_the_row_says_refunded() -> None:
     parts = [refund(amount="100.00", id="one"), refund(amount="199.00", id="two")]
     assert classes([payment], [row("REFUNDED")], parts) == ["agrees"] * 3
     assert classes([payment], [row("SUCCEEDED")], parts) == ["agrees", "refunded_there", "refunded_there"]
+
+
+def test_each_part_of_a_refund_tells_its_own_amount() -> None:
+    """The first of two, found when the second has completed it: neither is all of the payment."""
+    row_here = row("SUCCEEDED")
+    for refunded, word in ((PRICE.amount, "in full"), (Decimal("100.00"), "in part")):
+        parts = [refund(amount="100.00", id="one"), refund(amount="199.00", id="two")]
+        lines = diff([paid(refunded_amount=refunded)], [row_here], parts[: 2 if word == "in full" else 1])
+        told = [reason_of(line) for line in lines.itertuples() if line.line == "refund"]
+        assert told[0] == (
+            f"payment pay-1 was given back {word}, 100.00 RUB of it by this refund; here: payment 7 is SUCCEEDED,"
+            " 299.00 RUB"
+        )
 
 
 def test_a_refund_of_an_older_payment_is_a_line_of_the_day_and_the_payment_is_not() -> None:

@@ -1504,7 +1504,33 @@ _RECONCILED = "jobs/test_reconciliation.py::"
 _DAY_LISTS = "provider/test_day_lists.py::"
 _CLASSED = "domain/test_reconciliation.py::"
 
+_ROWS_OF_DAY = "database/test_reconciliation.py::"
+
 RECONCILIATION = (
+    Mutant(
+        "rows with a blank id in one line",
+        "each row without the provider's id is a line of its own",
+        (
+            Edit(
+                "database/reconciliation.py",
+                "CASE WHEN btrim(external_payment_id) <> '' THEN external_payment_id END",
+                "external_payment_id",
+            ),
+        ),
+        (_ROWS_OF_DAY + "test_rows_with_a_blank_id_are_rows_without_one",),
+    ),
+    Mutant(
+        "a row from the far future on no day",
+        "each row is of a day that is compared",
+        (
+            Edit(
+                "database/reconciliation.py",
+                "THEN LEAST(created_at, updated_at) ELSE '2000-01-01' END",
+                "THEN created_at ELSE '2000-01-01' END",
+            ),
+        ),
+        (_ROWS_OF_DAY + "test_a_date_that_is_none_leaves_the_row_in_its_day",),
+    ),
     Mutant(
         "a class that swallows",
         "each line is in the class of its difference",
