@@ -113,6 +113,7 @@ def _of_one_run(
         else:  # about an old attempt alone; its subscription has a line of its own
             continue
         subscription = by_id[subscription_id]
+        card = cards.get(subscription.method_id or "", "")
         yield Upcoming(
             subscription_id,
             subscription.user_id or "",
@@ -120,7 +121,7 @@ def _of_one_run(
             charged,
             "" if money is None else f"{money.amount:.2f}",
             "" if money is None else money.currency,
-            cards.get(subscription.method_id or "", ""),
+            card if card.isdigit() else "",
             code,
             decision.reason,
         )

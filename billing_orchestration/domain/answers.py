@@ -35,6 +35,8 @@ from billing_orchestration.domain.provider_payment import (
 # Somebody fixes that and the charge is tried again the same day. A refusal of the charge itself (400) is for a person.
 SHOP = "shop"
 SHOP_REFUSALS = ("401", "403", SHOP)
+# The fields of a receipt that are the same in every charge.
+_OF_SETTINGS = ("vat_code", "payment_mode", "payment_subject", "measure", "tax_system_code")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +112,13 @@ def _state_of(payment: ProviderPayment) -> tuple[str, str, str | None]:
 
 
 def is_about_the_shop(attempt: Attempt, status_code: int, parameter: str) -> bool:
-    """Whether one refusal tells that the shop is refused: its key is wrong, or no charge is taken without a receipt."""
-    demands_receipt = re.match(r"receipt\b", parameter) is not None and "receipt" not in json.loads(attempt.body)
-    return status_code == 401 or (status_code == 400 and demands_receipt)
+    """Whether one refusal tells that the shop is refused: its key is wrong, no charge is taken without a receipt, or
+    what the settings put into every receipt is wrong. A contact, a name or an amount is one customer's or plan's.
+    """
+    is_about_receipt = re.match(r"receipt\b", parameter) is not None
+    is_missing = is_about_receipt and "receipt" not in json.loads(attempt.body)
+    is_of_settings = is_about_receipt and parameter.endswith(_OF_SETTINGS)
+    return status_code == 401 or (status_code == 400 and (is_missing or is_of_settings))
 
 
 def judge_refusal(

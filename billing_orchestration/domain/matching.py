@@ -103,7 +103,7 @@ def diff_successful(
         names_open_attempt = payment.id not in settled and payment.claims.renewal_attempt_id is not None
         if payment.id in settled or (final is not None and not names_open_attempt):
             agreed += 1
-        elif leaves_foreign and not found and not payment.claims.are_ours:
+        elif leaves_foreign and not found and not payment.is_ours:
             foreign += 1
             reported.append(_foreign(payment))
         elif payment.succeeded_within(webhook_grace, now):

@@ -87,11 +87,6 @@ class Claims(NamedTuple):
         """Whether it names a renewal attempt at all, readably or not."""
         return self.renewal_attempt_id is not None or ATTEMPT_KEY in self.malformed
 
-    @property
-    def are_ours(self) -> bool:
-        """Whether the metadata has any of our keys, readable or not. Without one it is another seller's payment."""
-        return any(self)
-
     def describe_gaps(self, *keys: str) -> list[str]:
         """Which of these keys have no usable value, and why."""
         return [
@@ -138,6 +133,7 @@ _READERS: tuple[tuple[str, Callable[[object], object]], ...] = (
     ("payment_provider_id", _read_id),
     (ATTEMPT_KEY, _read_uuid),
 )
+_OUR_KEYS = frozenset({*(key for key, _ in _READERS), "subscription_id", "period_start"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +164,11 @@ class ProviderPayment:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "claims", Claims.of(self.metadata))
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its metadata has any of our keys, readable or not. Without one it is another seller's payment."""
+        return not _OUR_KEYS.isdisjoint(self.metadata)
 
     @property
     def claimed_period(self) -> tuple[int, datetime] | None:

@@ -12,7 +12,10 @@ from billing_orchestration.domain.money import Money
 LONGEST_DESCRIPTION = 128
 _LONGEST_EMAIL = 254
 
-_EMAIL = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s.]+")
+# One address: no name around it, no list, nothing that does not print.
+_EMAIL = re.compile(r"""[^@\s"'<>(),;:\\\[\]{}\x00-\x1f\x7f]+@[\w-]+(?:\.[\w-]+)+""")
+# One number: what follows its digits is no extension and no second one, whose digits would make it a stranger's.
+_NUMBER = re.compile(r"[^0-9]*([0-9][0-9\s().\u2010-\u2015-]*)[^0-9]*")
 _PHONE = re.compile(r"[0-9]{4,15}")
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
@@ -35,7 +38,8 @@ def contact_of(email: str | None, phone: str | None, fallback: str | None) -> di
     email = (email or "").strip()
     if len(email) <= _LONGEST_EMAIL and _EMAIL.fullmatch(email):
         return {"email": email}
-    digits = re.sub(r"[^0-9]", "", phone or "")
+    number = _NUMBER.fullmatch(phone or "")
+    digits = re.sub(r"[^0-9]", "", number[1] if number else "")
     if _PHONE.fullmatch(digits):
         return {"phone": digits}
     return {"email": fallback} if fallback else None

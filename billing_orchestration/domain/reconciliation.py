@@ -102,7 +102,7 @@ def _payment_line(payment: ProviderPayment) -> tuple[Any, ...]:
         payment.money.currency,
         0 if income is None else to_kopecks(amount - income),
         payment.refunded_in_full,
-        payment.claims.are_ours,
+        payment.is_ours,
         payment.claims.names_an_attempt,
         True,
     )
@@ -111,7 +111,7 @@ def _payment_line(payment: ProviderPayment) -> tuple[Any, ...]:
 def _refund_line(refund: ProviderRefund, payment: ProviderPayment | None) -> tuple[Any, ...]:
     money = refund.money
     about = (
-        (payment.refunded_in_full, payment.claims.are_ours, payment.claims.names_an_attempt, True)
+        (payment.refunded_in_full, payment.is_ours, payment.claims.names_an_attempt, True)
         if payment is not None
         else (False, True, False, False)
     )

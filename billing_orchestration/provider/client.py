@@ -51,6 +51,8 @@ _KEY = re.compile(r"[\x21-\x7e]{1,64}")
 _utc_now = partial(datetime.now, timezone.utc)
 # Half a minute is long enough for a hiccup; a run every two minutes tries again anyway.
 _LONGEST_BACKOFF_S = 30.0
+# Of a payment method's state, as a word of a report.
+_LONGEST_STATE = 20
 
 
 @dataclass(frozen=True)
@@ -315,7 +317,7 @@ class PaymentProvider:
         self._items(self._ask(call, lambda: self._payments.page("payments", {"limit": "1"})), call)
 
     def cards(self, method_ids: Iterable[str], max_concurrency: int = 8) -> dict[str, str]:
-        """The last four digits of saved cards, "" for what has none; or the state of what is not active (`inactive`).
+        """The last four digits of saved cards, "" for what has none; or why one may not be charged (`inactive`).
 
         Raises WrongCredentials.
         """
@@ -324,11 +326,9 @@ class PaymentProvider:
             call = Call("a saved payment method", by_id=True)
             quoted = quote(method_id, safe="")
             method = self._object(self._ask(call, lambda: self._payments.method(quoted)), call)
-            if (state := method.get("status")) in ("inactive", "pending"):
-                return str(state)
-            card = method.get("card")
-            last4 = card.get("last4") if isinstance(card, dict) else None
-            return last4 if isinstance(last4, str) and last4.isdigit() and len(last4) == 4 else ""
+            if method.get("id") not in (None, method_id):
+                raise OutcomeUnknown(f"{call.what}: the answer is about another one", answered=True)
+            return _told_of(method)
 
         ids = list(dict.fromkeys(method_ids))
         answers = map_concurrently(ask, ids, max_concurrency, threads=self._threads)
@@ -414,3 +414,15 @@ class PaymentProvider:
             hint = "which holds no list of items; is YOOKASSA_API_URL right?"
             raise self._errors.of_unusable(answer, call, hint)
         return items, page.get("next_cursor")
+
+
+def _told_of(method: Mapping[str, Any]) -> str:
+    """Digits or nothing of a method that may be charged, else a word: its state, or `unsaved`."""
+    state = method.get("status")
+    if isinstance(state, str) and state != "active":
+        return state if state.isascii() and state.isalpha() and len(state) <= _LONGEST_STATE else "inactive"
+    if method.get("saved") is False:
+        return "unsaved"
+    card = method.get("card")
+    last4 = card.get("last4") if isinstance(card, dict) else None
+    return last4 if isinstance(last4, str) and last4.isdigit() and len(last4) == 4 else ""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.matching import MatchingDiff, by_provider_id, diff_pending, diff_successful
-from billing_orchestration.domain.provider_payment import ProviderPayment
+from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, ProviderPayment
 from billing_orchestration.domain.settlement_decisions import PaymentRow
 from billing_orchestration_tests.domain.given import NOW, a_payment, a_row, an_attempt, the_payment_of
 
@@ -200,6 +200,15 @@ def test_a_payment_without_a_row_and_without_any_of_our_keys_is_foreign() -> Non
     diff = successful([others], grace=timedelta(minutes=30))
     assert (diff.to_settle, diff.agreed, diff.foreign) == ((), 0, 1)
     assert [(decision.subject, decision.code) for decision in diff.reported] == [(f"payment {others.id}", Code.FOREIGN)]
+
+
+@pytest.mark.parametrize(
+    "key", ["user_id", "plan_id", "payment_provider_id", ATTEMPT_KEY, "subscription_id", "period_start"]
+)
+def test_metadata_with_one_of_our_keys_is_a_persons(key: str) -> None:
+    for value in ("7", "", None):
+        partly = a_payment(metadata={key: value, "order": "7"})
+        assert successful([partly]).to_settle == (partly,)
 
 
 def test_what_may_be_ours_is_not_foreign() -> None:

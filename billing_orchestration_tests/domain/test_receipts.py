@@ -83,6 +83,12 @@ def test_a_long_name_is_cut_at_128_and_an_empty_one_has_a_stand_in() -> None:
         (None, "12", "shop@example.ru", {"email": "shop@example.ru"}),
         ("", "", "shop@example.ru", {"email": "shop@example.ru"}),
         ("a b@c.ru", "1" * 16, None, None),
+        ("ada@example.ru;", "тел.: 8 (900) 000\u201300\u201367 (дом)", None, {"phone": "89000000067"}),
+        ("ada@example.ru\x01", "79000000067 доб. 12", "shop@example.ru", {"email": "shop@example.ru"}),
+        ("mailto:ada@example.ru", "79000000067;123", None, None),
+        ("'ada'@example.ru", "79000000067, 79", None, None),
+        ("ada@example.ru.", None, None, None),
+        ("ада@пример.рф", None, None, {"email": "ада@пример.рф"}),
         (None, None, None, None),
     ],
 )

@@ -109,6 +109,23 @@ def test_a_shop_that_must_send_receipts_is_told_by_one_request(service: Service)
     assert service.charged() == Counter(subscriptions)
 
 
+def test_a_wrong_code_in_every_receipt_is_told_by_one_request(service_with: Callable[..., Service]) -> None:
+    service = service_with(receipts="with_payment", receipt_vat_code=11, receipt_payment_mode="full_payment",
+                           receipt_measure="slices", receipt_fallback_email="shop@example.ru")  # fmt: skip
+    subscriptions = [service.subscriber() for _ in range(3)]
+    service.provider.switches.receipts = "demanded"
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert "measure" in run.failure
+    assert service.sandbox.count("create") == 1
+    assert service.rows("quarantine") == []
+    service.settings = service.settings.model_copy(update={"receipt_measure": "piece"})
+    assert service.run(JOB).ok
+    assert service.charged() == Counter(subscriptions)
+
+
 def test_a_refused_charge_of_one_customer_is_closed_by_the_next_success_of_that_subscription(service: Service) -> None:
     refused = service.subscriber(script=["bad_request", "succeeded"])
     other = service.subscriber()

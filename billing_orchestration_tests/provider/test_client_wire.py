@@ -57,6 +57,24 @@ START = datetime(2026, 3, 1, 9, 0, tzinfo=timezone.utc)
 END = datetime(2026, 3, 1, 10, 0, tzinfo=timezone.utc)
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"saved": True, "status": "active", "card": {"last4": "4242"}}, "4242"),
+        ({"saved": True, "card": {"last4": None}}, ""),
+        ({"saved": False, "status": "active", "card": {"last4": "4242"}}, "unsaved"),
+        ({"saved": False, "status": "pending"}, "pending"),
+        ({"saved": True, "status": "suspended"}, "suspended"),
+        ({"saved": True, "status": "<b>4242</b>"}, "inactive"),
+        ({"saved": True, "status": "active", "id": "another"}, None),
+    ],
+    ids=["active", "no card", "unsaved", "pending", "a new state", "an odd state", "another method"],
+)
+def test_what_is_said_of_a_saved_method(said: dict[str, object], told: str | None) -> None:
+    with shop(answer(200, {"id": "card", "type": "bank_card", **said})) as (provider, _, _):
+        assert provider.cards(["card"]).get("card") == told
+
+
 # --- Charges: what an answer, or none, says about the money ----------------------------------------------------------
 
 UNKNOWN: list[tuple[str, Reaction]] = [

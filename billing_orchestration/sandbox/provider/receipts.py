@@ -44,7 +44,7 @@ MODES = frozenset((
 ))  # fmt: skip
 # Receipts of the provider's own go to an email address only.
 OWN_REGISTERS = frozenset({"avanpost", "yoo_receipt"})
-EMAIL = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s.]+")
+EMAIL = re.compile(r"[^@\s]+@[^@\s.]+(?:\.[^@\s.]+)+")
 PHONE = re.compile(r"[0-9]{4,15}")
 TAXPAYER = re.compile(r"[0-9]{10}|[0-9]{12}")
 DESCRIPTION_LENGTH = 128
