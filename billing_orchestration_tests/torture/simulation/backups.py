@@ -12,6 +12,7 @@ import psycopg
 import sqlalchemy as sa
 
 from billing_orchestration_tests.torture.simulation.agenda import Agenda, Dice
+from billing_orchestration_tests.torture.simulation.charges import PROVIDER_HAS_FINISHED
 from billing_orchestration_tests.torture.simulation.judge import Journal
 from billing_orchestration_tests.torture.simulation.world import World
 
@@ -76,6 +77,8 @@ class Backups:
                 setattr(world.journal, name, value)
             self._set_back(world.journal, backup.taken_at)
             world.charges.forget_tries()
+            # What was under way is executed by then. A claim that is lost sooner protects nobody (docs/safety.md).
+            world.pass_time(PROVIDER_HAS_FINISHED.total_seconds())
             self.on_restore()
             self._agenda.tick_at(world.now)
         else:

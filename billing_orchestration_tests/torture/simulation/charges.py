@@ -73,8 +73,8 @@ class Charges:
         self._note_claim(key)
         if first is None:
             self._first_posts[key] = (self._world.now, body)
-            if (period := self._world.oracle.period_asked_for(key)) is not None:
-                self._world.journal.agreed.setdefault(document["metadata"]["renewal_attempt_id"], period)
+            if periods := self._world.oracle.periods_asked_for(key):
+                self._world.journal.agreed.setdefault(document["metadata"]["renewal_attempt_id"], periods)
             declined_at, by_another_run = self._declines.get(method_id, (None, False))
             # What another run hears while this one is under way is not known to it.
             if by_another_run and declined_at is not None and declined_at >= began:

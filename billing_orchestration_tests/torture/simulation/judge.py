@@ -82,7 +82,7 @@ class Journal:
     # When a plan or its price last changed (aware UTC, our clock).
     plan_changed: dict[int, datetime] = field(default_factory=dict)
     # What was paid for: attempt -> (duration, unit), as the plan was when it was claimed; the last one before a change.
-    agreed: dict[str, tuple[int, str]] = field(default_factory=dict)
+    agreed: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     period_before: dict[int, tuple[int, str]] = field(default_factory=dict)
     period_changed: dict[int, datetime] = field(default_factory=dict)
     # What the service has granted for a payment, by the plan as it was then.

@@ -183,7 +183,7 @@ class BooksJudge(Judge):
             return [journal.service_periods[payment_id]]
         agreed = journal.agreed.get(entry.metadata.get("renewal_attempt_id", "")) if entry is not None else None
         if agreed is not None:
-            return [agreed]
+            return agreed
         found = [(row.duration, row.duration_unit)]
         changed_at = journal.period_changed.get(row.plan_id)
         if changed_at is not None and abs(self._granted_at(payment_id) - changed_at) < A_RUN:

@@ -175,20 +175,21 @@ class SendsJudge(Judge):
         )  # fmt: skip
         return bool(settled) or (touched is not None and touched >= instant)
 
-    def period_asked_for(self, key: str) -> tuple[int, str] | None:
-        """What a charge pays for: its plan's period as it was when the run looked at it for the last time."""
+    def periods_asked_for(self, key: str) -> list[tuple[int, str]]:
+        """What a charge pays for: its plan's period as the run saw it last; two if it was changed just then."""
         rows = self.rows(
             "SELECT p.id, p.duration, p.duration_unit, a.last_sent_at FROM billing_orchestration.renewal_attempts a"
             " JOIN plans p ON p.id = a.plan_id WHERE a.idempotence_key::text = %s",
             key,
         )
         if not rows:
-            return None
+            return []
         plan, journal = rows[0], self._journal
-        changed_at = journal.plan_changed.get(plan.id)
+        found = [(plan.duration, plan.duration_unit)]
+        changed_at = journal.period_changed.get(plan.id)
         if changed_at and plan.last_sent_at and changed_at >= plan.last_sent_at - journal.behind:
-            return journal.period_before.get(plan.id, (plan.duration, plan.duration_unit))
-        return plan.duration, plan.duration_unit
+            found.append(journal.period_before[plan.id])
+        return found
 
     def claimed_at(self, key: str) -> datetime | None:
         """When the run that is about to send a key has claimed it, by our host's clock."""

@@ -114,7 +114,8 @@ class Successes:
         world.tell(f"  webhook {payment.id}: dies half-way")
         world.happened[f"webhook: dies half-way{', late' if is_late else ''}"] += 1
         self._agenda.tick_at(world.now)
-        self._agenda.tick_at(world.now + MINUTE + max(timedelta(0), world.traits.service_skew))
+        skew = world.traits.service_skew - world.traits.provider_skew
+        self._agenda.tick_at(world.now + MINUTE + max(timedelta(0), skew))
         return True
 
     def die_half_way_before_a_run(self) -> None:

@@ -25,7 +25,7 @@ class Ticks:
         agenda.on_tick = self.tick
         # Of its own: what a look meets changes no other part of the story.
         self._looks = Dice(f"looks of {world.seed}")
-        # Whether the last tick of a job was green.
+        # Whether the last tick of a job was green and has left nothing.
         self._green: dict[str, bool] = {}
         self._again_at = world.now
 
@@ -61,7 +61,7 @@ class Ticks:
                 continue
             accidents = self._runs.accidents(job)
             end = self._runs.run(job, accidents, tick=mark)
-            self._green[job] = end.ok
+            self._green[job] = end.ok and self._has_covered(job, mark)
             greens.append(end.ok and (before, accidents.undisturbed and not accidents.meanwhile))
         if not all(greens) and self._again_at <= world.now:
             # One more at a time: each red tick asking for two would fill an outage of eight days with nothing else.
@@ -81,6 +81,11 @@ class Ticks:
         if self._looks.chance(0.2 * self._runs.accident_rate):
             accidents.read_faults = self._looks.choice((0.05, 0.3, 1.0))
         return accidents
+
+    def _has_covered(self, job: str, mark: datetime) -> bool:
+        """Whether the watermark stands at a tick's end: what a tick leaves to the webhook keeps it behind."""
+        rows = self._world.oracle.rows("SELECT covered_until FROM billing_orchestration.watermarks WHERE job = %s", job)
+        return bool(rows) and rows[0].covered_until >= mark - TICK
 
     def _backfill_gaps(self) -> None:
         """What an operator does about a gap that the quarantine names: backfill its hours."""
