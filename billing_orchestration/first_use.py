@@ -18,7 +18,9 @@ from billing_orchestration.domain.methods import (
     INACTIVE,
     METHOD,
     NOT_KNOWN,
+    NOT_SAVED,
     PAYMENT,
+    REFUNDED,
     SAVED,
     SILENT,
     MethodAnswer,
@@ -55,6 +57,20 @@ def ask_about_methods(
 
     Raises WrongCredentials. A provider that gives no answer about one is silent about that one.
     """
+    found, answers = _ask(found, client, read, now, rules, threads)
+    # Who had a newer payment that saved no method, and an older method.
+    found, of_older = _ask(found, client, read, now, rules, threads) if answers else (found, ())
+    return found, (*answers, *of_older)
+
+
+def _ask(
+    found: DueSlice,
+    client: PaymentProvider,
+    read: Read,
+    now: datetime,
+    rules: RenewalRules,
+    threads: Threads,
+) -> tuple[DueSlice, tuple[MethodAnswer, ...]]:
     waiting = {attempt.subscription_id for attempt in found.in_review}
     waiting |= {attempt.subscription_id for attempt in found.open_attempts if attempt.may_have_been_sent}
     asked = {
@@ -74,6 +90,7 @@ def ask_about_methods(
     }
     # A method may have another id than the payment that saved it, and declines are known by the method's.
     others = [a.method_id for a in answers.values() if a.method_id is not None and a.method_id != a.question.name]
+    others += [due.kept.id for due in found.due if due.id in asked and due.kept is not None]
     today = rules.calendar.start_of(rules.calendar.day_of(now))
     declines: Mapping[str, tuple[datetime | None, datetime | None]] = {}
     if others:
@@ -124,8 +141,12 @@ def _with_answer(
 ) -> DueSubscription:
     if answer is None:
         return due
-    due = replace(due, question=None, method_word=answer.word, method_detail=answer.detail)
-    if answer.method_id is None or answer.method_id == due.method_id:
+    kept, method_id = due.kept, answer.method_id
+    if kept is not None and answer.word in (NOT_SAVED, REFUNDED, NOT_KNOWN):
+        due, method_id = replace(due, question=kept.question, method_word=kept.word, kept=None), kept.id
+    else:
+        due = replace(due, question=None, method_word=answer.word, method_detail=answer.detail, kept=None)
+    if method_id is None or method_id == due.method_id:
         return due
-    stopped_at, declined_at = declines.get(answer.method_id, (None, None))
-    return replace(due, method_id=answer.method_id, method_stopped_at=stopped_at, method_declined_at=declined_at)
+    stopped_at, declined_at = declines.get(method_id, (None, None))
+    return replace(due, method_id=method_id, method_stopped_at=stopped_at, method_declined_at=declined_at)

@@ -23,7 +23,7 @@ from billing_orchestration.database.second_look import OUTLASTS
 from billing_orchestration.database.tables import UtcNaive, renewal_attempts, subscriptions
 from billing_orchestration.domain.answers import SHOP_REFUSALS
 from billing_orchestration.domain.attempts import Attempt, State
-from billing_orchestration.domain.methods import METHOD, PAYMENT, Question
+from billing_orchestration.domain.methods import METHOD, NOT_KNOWN, NOT_SAVED, PAYMENT, REFUNDED, KeptMethod, Question
 from billing_orchestration.domain.problem_kinds import HOLDING
 from billing_orchestration.domain.renewals import DueSubscription, Holds, SaidByService
 from billing_orchestration.domain.shards import Shard
@@ -47,8 +47,10 @@ class DueSlice:
     without_end: int
 
 
-# One pass: each due subscription with its plan, the method our own records hold for it or else its latest SUCCEEDED
-# payment that is not one of our renewals (a renewal's id is not chargeable), and the plan's prices in that currency.
+# One pass: each due subscription with its plan, the payment that says which method is charged, and the plan's prices in
+# that currency. It is the newest SUCCEEDED one of which the provider has not said that it saved no method, or was
+# refunded. A renewal's own payment is none (its id is not chargeable). What our own records hold is one among them,
+# unless the service says REFUNDED.
 _DUE = f"""
     SELECT s.id, s.user_id, s.plan_id, {readable("s.started_at")} AS started_at, s.ended_at,
            pl.name AS plan_name, pl.duration, pl.duration_unit, price.amounts,
@@ -56,32 +58,57 @@ _DUE = f"""
            {of_this_shop("method.provider_id")} AS method_is_ours,
            {stopped_at("method.id")} AS stopped_at,
            settled.until AS settled_until, longest.id AS outlasted_by,
-           last_payment.external_payment_id AS method_payment, asked.answer AS method_word
+           paid.external_payment_id AS method_payment, paid.answer AS method_word,
+           CASE WHEN NOT paid.is_kept AND paid.kept_counts AND sm.currency = paid.currency
+                     AND sm.payment_provider_id = paid.payment_provider_id
+                THEN sm.payment_method_id END AS kept_id,
+           sm.saved_by_external_payment_id AS kept_payment, paid.kept_answer
     FROM subscriptions s
     LEFT JOIN plans pl ON pl.id = s.plan_id
     LEFT JOIN billing_orchestration.saved_methods sm ON sm.subscription_id = s.id
     LEFT JOIN LATERAL (
-        SELECT p.external_payment_id, p.currency::text AS currency, p.payment_provider_id
-        FROM payments p
-        WHERE sm.subscription_id IS NULL AND p.subscription_id = s.id AND p.status = 'SUCCEEDED'
-          AND NOT EXISTS (
-              SELECT FROM billing_orchestration.renewal_attempts a
-              WHERE a.external_payment_id = p.external_payment_id)
+        SELECT c.*, asked.answer, asked.payment_method_id, no.is_no,
+               bool_or(c.is_kept AND NOT no.is_no) OVER () AS kept_counts,
+               min(asked.answer) FILTER (WHERE c.is_kept) OVER () AS kept_answer
+        FROM (
+            SELECT p.external_payment_id, p.currency::text AS currency, p.payment_provider_id, p.created_at, p.id,
+                   p.external_payment_id IS NOT DISTINCT FROM sm.saved_by_external_payment_id
+                   AND sm.subscription_id IS NOT NULL AS is_kept
+            FROM payments p
+            WHERE p.subscription_id = s.id AND p.status = 'SUCCEEDED'
+              AND NOT EXISTS (
+                  SELECT FROM billing_orchestration.renewal_attempts a
+                  WHERE a.external_payment_id = p.external_payment_id)
+            UNION ALL
+            SELECT sm.saved_by_external_payment_id, sm.currency, sm.payment_provider_id,
+                   timezone('UTC', sm.saved_at), 0, true
+            WHERE sm.subscription_id IS NOT NULL AND NOT EXISTS (
+                SELECT FROM payments p
+                WHERE p.external_payment_id = sm.saved_by_external_payment_id
+                  AND (p.status = 'REFUNDED' OR (p.status = 'SUCCEEDED' AND p.subscription_id = s.id)))
+        ) c
+        LEFT JOIN billing_orchestration.asked_methods asked
+          ON asked.payment_provider_id = c.payment_provider_id AND asked.about = '{PAYMENT}'
+          AND asked.name = c.external_payment_id
+        CROSS JOIN LATERAL (
+            -- An id that the provider does not know may be a method's own, but does not displace a method that we know.
+            SELECT coalesce(asked.answer IN {sql_list(NOT_SAVED, REFUNDED)}, false)
+                   OR (coalesce(asked.answer = '{NOT_KNOWN}', false) AND sm.subscription_id IS NOT NULL
+                       AND NOT c.is_kept) AS is_no
+        ) no
         -- Another shop's only says why nothing is charged.
-        ORDER BY {of_this_shop("p.payment_provider_id")} DESC, p.created_at DESC, p.id DESC
+        ORDER BY {of_this_shop("c.payment_provider_id")} DESC, no.is_no, c.created_at DESC, c.id DESC
         LIMIT 1
-    ) last_payment ON true
-    LEFT JOIN billing_orchestration.asked_methods asked
-      ON asked.payment_provider_id = last_payment.payment_provider_id AND asked.about = '{PAYMENT}'
-      AND asked.name = last_payment.external_payment_id
+    ) paid ON true
     -- A method that was bound without a payment: it is known from the service's view only.
     LEFT JOIN (
         SELECT min(id) AS provider_id FROM payment_providers WHERE {of_this_shop("id")} HAVING count(*) = 1
     ) sole ON CAST(:currency AS text) IS NOT NULL
     CROSS JOIN LATERAL (
-        SELECT coalesce(sm.payment_method_id, asked.payment_method_id, last_payment.external_payment_id) AS id,
-               coalesce(sm.currency, last_payment.currency, CAST(:currency AS text)) AS currency,
-               coalesce(sm.payment_provider_id, last_payment.payment_provider_id, sole.provider_id) AS provider_id
+        SELECT CASE WHEN paid.is_kept THEN sm.payment_method_id
+                    ELSE coalesce(paid.payment_method_id, paid.external_payment_id) END AS id,
+               coalesce(paid.currency, sm.currency, CAST(:currency AS text)) AS currency,
+               coalesce(paid.payment_provider_id, sm.payment_provider_id, sole.provider_id) AS provider_id
     ) method
     LEFT JOIN LATERAL (
         SELECT array_agg(pr.amount ORDER BY pr.id) AS amounts
@@ -116,6 +143,9 @@ _DUE_COLUMNS: Mapping[str, Any] = {
     "outlasted_by": sa.BigInteger,
     "method_payment": sa.String,
     "method_word": sa.String,
+    "kept_id": sa.String,
+    "kept_payment": sa.String,
+    "kept_answer": sa.String,
 }
 
 _COUNTS = """
@@ -245,7 +275,12 @@ def _due_of(row: Any, said: SaidByService | None, declined: Mapping[Any, datetim
     """A row of the due, with what the service says about it, and without its attempts."""
     method_id, name, about = row.method_id, row.method_payment, PAYMENT
     stopped, word = row.stopped_at, row.method_word
+    kept = None
+    if row.kept_id is not None and row.method_provider_id is not None:
+        asked = Question(PAYMENT, row.kept_payment, row.method_provider_id)
+        kept = KeptMethod(row.kept_id, None if row.kept_answer else asked, row.kept_answer)
     if said is not None:
+        kept = None
         method_id, name, about = said.method_id, said.method_id, METHOD
         stopped, word = said.method_stopped_at, said.method_word
     is_asked_about = word is None and name and row.method_provider_id is not None
@@ -270,6 +305,7 @@ def _due_of(row: Any, said: SaidByService | None, declined: Mapping[Any, datetim
         plan_name=row.plan_name,
         question=Question(about, name, row.method_provider_id) if is_asked_about else None,
         method_word=word,
+        kept=kept,
     )
 
 

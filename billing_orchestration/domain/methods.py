@@ -32,6 +32,15 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptMethod:
+    """A method that our own records hold, where a newer payment may have saved another. `question`: not asked yet."""
+
+    id: str
+    question: Question | None
+    word: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class MethodAnswer:
     """What the provider said. `method_id`: what is charged, where it was saved."""
 

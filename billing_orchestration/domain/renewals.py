@@ -25,7 +25,7 @@ from billing_orchestration.domain.attempts import (
 from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
 from billing_orchestration.domain.clocks import is_in_future
 from billing_orchestration.domain.decisions import Code
-from billing_orchestration.domain.methods import SILENT, Question, why_not_charged
+from billing_orchestration.domain.methods import SILENT, KeptMethod, Question, why_not_charged
 from billing_orchestration.domain.money import CURRENCIES, Money
 from billing_orchestration.domain.personal import without_names
 from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, ProviderPayment
@@ -59,7 +59,8 @@ class DueSubscription:
     the same user and plan that ends later. `method_stopped_at`: a charge of the method, of whatever subscription, ended
     in a hard decline. `method_is_elsewhere`: it was saved at a payment provider that is not this shop. With `said`, the
     service itself says by which method and whether it may be charged, and where its receipts go. `question`: what the
-    provider must be asked before the method is charged for the first time; `method_word` is what it answered.
+    provider must be asked before the method is charged for the first time; `method_word` is what it answered. `kept`
+    is charged instead if it answers no.
     """
 
     id: int
@@ -85,6 +86,7 @@ class DueSubscription:
     question: Question | None = None
     method_word: str | None = None
     method_detail: str = ""
+    kept: KeptMethod | None = None
 
     @property
     def subject(self) -> str:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.renewals import DueSlice, fetch_due
 from billing_orchestration.domain.attempts import State
-from billing_orchestration.domain.methods import PAYMENT, Question
+from billing_orchestration.domain.methods import PAYMENT, KeptMethod, Question
 from billing_orchestration.domain.renewals import DueSubscription, Holds
 from billing_orchestration.domain.shards import Shard, divide
 from billing_orchestration_tests.books import NOON, UTC, Books, naive
@@ -176,18 +176,49 @@ def test_a_renewals_payment_is_never_taken_for_a_saved_method(books: Books) -> N
     assert due(books, subscription_id).method_id == "card"
 
 
-def test_what_our_own_records_hold_comes_first(books: Books) -> None:
+def kept(books: Books) -> int:
+    """A subscription whose method, saved just now, our own records hold."""
     books.price(books.monthly, "5.00", "USD")
     settled = books.settle(
         books.paid("p", user="anna", method_id="ours", method_saved=True, currency="USD", amount="5.00")
     )
-    subscription_id = settled[0].subscription_id
-    assert subscription_id is not None
+    assert settled[0].subscription_id is not None
     books.execute("UPDATE subscriptions SET ended_at = :end", end=naive(NOON))
-    paid(books, subscription_id, "the service's", 0, currency="RUB")
+    return settled[0].subscription_id
+
+
+def test_what_our_own_records_hold_comes_before_an_older_payment(books: Books) -> None:
+    subscription_id = kept(books)
+    paid(books, subscription_id, "the service's", 30, currency="RUB")
     subscription = due(books, subscription_id)
     assert (subscription.method_id, subscription.method_currency) == ("ours", "USD")
     assert subscription.method_provider_id == books.provider_id
+    assert subscription.question == Question(PAYMENT, "p", books.provider_id)
+
+
+def test_a_newer_payment_is_asked_about_before_what_our_own_records_hold(books: Books) -> None:
+    subscription_id = kept(books)
+    paid(books, subscription_id, "newer", 0, currency="USD")
+    subscription = due(books, subscription_id)
+    assert subscription.question == Question(PAYMENT, "newer", books.provider_id)
+    assert subscription.kept == KeptMethod("ours", Question(PAYMENT, "p", books.provider_id), None)
+    books.execute(
+        "INSERT INTO billing_orchestration.asked_methods (payment_provider_id, about, name, answer, asked_at, run_id)"
+        " VALUES (:provider, 'payment', 'newer', 'not_saved', now(), 'r')",
+        provider=books.provider_id,
+    )
+    subscription = due(books, subscription_id)
+    assert (subscription.method_id, subscription.kept) == ("ours", None)
+
+
+def test_what_our_own_records_hold_outlives_its_payment_row_but_no_refund(books: Books) -> None:
+    subscription_id = kept(books)
+    books.execute("UPDATE payments SET subscription_id = NULL")
+    assert due(books, subscription_id).method_id == "ours"
+    books.execute("UPDATE payments SET status = 'REFUNDED'")
+    assert due(books, subscription_id).method_id is None
+    books.execute("DELETE FROM payments")
+    assert due(books, subscription_id).method_id == "ours"
 
 
 def test_without_any_success_there_is_no_method(books: Books) -> None:

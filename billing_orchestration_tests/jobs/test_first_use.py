@@ -101,6 +101,112 @@ def test_a_payment_that_was_given_back_says_no(service: Service) -> None:
     assert "was refunded in full" in told
 
 
+def settled(service: Service, payment: str, **there: Any) -> int:
+    """A customer whose first payment these jobs have settled, and whose subscription ends today."""
+    plan = service.plan("299.00")
+    service.paid_there(payment, user="anna", plan_id=plan, saved=True, script="succeeded", **there)
+    assert service.run("matching_successful_payments_job").ok
+    [row] = service.rows("subscriptions", "user_id = 'anna'")
+    service.advance(days=31)
+    [kept] = service.rows("saved_methods")
+    assert (kept.subscription_id, kept.saved_by_external_payment_id) == (row.id, payment)
+    return int(row.id)
+
+
+def newer(service: Service, payment: str, subscription: int, **there: Any) -> None:
+    """A later payment for the same subscription that the service's webhook settled."""
+    later = service.now - A_DAY
+    service.paid_row(payment, subscription, created_at=later)
+    service.provider.add_payment(id=payment, amount="299.00", created_at=later, **there)
+
+
+def charged_by(service: Service) -> list[str | None]:
+    return [charge.payment_method_id for charge in service.charges()]
+
+
+def test_a_newer_card_that_a_webhook_settled_takes_the_place_of_the_kept_one(service: Service) -> None:
+    subscription = settled(service, "first", method_id="old-card")
+    newer(service, "second", subscription, saved=True, script="succeeded", method_id="new-card")
+
+    assert service.run(JOB).ok
+    service.advance(days=31)
+    assert service.run(JOB).ok
+
+    assert charged_by(service) == ["new-card"] * 2
+    assert asked(service) == ["second"]
+    service.check_books()
+
+
+def test_a_newer_card_of_another_customers_subscription_is_nobody_elses(service: Service) -> None:
+    subscription = settled(service, "first", method_id="old-card")
+    newer(service, "second", service.subscription("berta"), saved=True, script="succeeded", method_id="new-card")
+
+    assert service.run(JOB).ok
+
+    assert service.charged()[subscription] == 1
+    assert "old-card" in charged_by(service)
+
+
+@pytest.mark.parametrize("there", [{"saved": False}, {"saved": True, "refunded_amount": "299.00"}], ids=["no", "back"])
+def test_a_newer_payment_that_saved_nothing_or_was_given_back_leaves_the_kept_card(
+    service: Service, there: dict[str, Any]
+) -> None:
+    subscription = settled(service, "first", method_id="old-card")
+    newer(service, "second", subscription, **there)
+
+    assert service.run(JOB).ok
+    service.advance(days=31)
+    assert service.run(JOB).ok
+
+    assert charged_by(service) == ["old-card"] * 2
+    assert asked(service) == ["second", "first"]
+    assert service.rows("quarantine") == []
+    service.check_books()
+
+
+def test_a_newer_row_that_the_provider_does_not_know_leaves_the_kept_card(service: Service) -> None:
+    subscription = settled(service, "first", method_id="old-card")
+    service.paid_row("gift-2026", subscription, created_at=service.now - A_DAY)
+
+    assert service.run(JOB).ok
+    service.advance(days=31)
+    assert service.run(JOB).ok
+
+    assert charged_by(service) == ["old-card"] * 2
+
+
+def test_a_kept_card_whose_payment_the_service_holds_as_refunded_is_not_charged(service: Service) -> None:
+    subscription = settled(service, "first", method_id="old-card")
+    service.execute("UPDATE payments SET status = 'REFUNDED' WHERE external_payment_id = 'first'")
+
+    run = service.run(JOB)
+
+    assert run.ok
+    assert service.charges() == []
+    assert code(run, subscription) == "no_method"
+
+
+def test_a_kept_card_whose_payment_was_given_back_at_the_provider_alone_is_not_charged(service: Service) -> None:
+    subscription = settled(service, "first", method_id="old-card")
+    service.provider.refund("first")
+
+    run = service.run(JOB)
+
+    assert run.ok
+    assert service.charges() == []
+    assert code(run, subscription) == "method_not_saved"
+
+
+def test_after_a_refund_the_older_saved_card_counts_again(service: Service) -> None:
+    subscription = customer(service, "first", method_id="old-card")
+    newer(service, "second", subscription, saved=True, script="succeeded", method_id="new-card")
+    service.execute("UPDATE payments SET status = 'REFUNDED' WHERE external_payment_id = 'second'")
+
+    assert service.run(JOB).ok
+
+    assert charged_by(service) == ["old-card"]
+
+
 def test_without_an_answer_nobody_is_charged_and_the_next_run_asks_again(service: Service) -> None:
     silent, other = customer(service, "silent"), customer(service, "other")
     service.sandbox.misbehave("get", "error_before", payment_id="silent", times=None)
@@ -182,6 +288,22 @@ def test_upcoming_asks_like_the_run_and_remembers_nothing(service: Service) -> N
     assert (told[yes].charged, told[yes].card) == ("yes", "4444")
     assert (told[no].charged, told[no].code) == ("no", "method_not_saved")
     assert service.rows("asked_methods") == []
+
+
+def test_what_the_view_names_is_charged_whatever_became_of_the_kept_card(service_with: Callable[..., Service]) -> None:
+    service = service_with(billing_renewal_view="billing_renewals")
+    service.execute(
+        "CREATE VIEW billing_renewals AS SELECT id AS subscription_id, 'new-card'::text AS payment_method_id,"
+        " true AS may_charge, NULL::text AS email, NULL::text AS phone FROM subscriptions"
+    )
+    service.provider.add_method("new-card", "succeeded")
+    subscription = settled(service, "first", method_id="old-card")
+    service.execute("UPDATE payments SET status = 'REFUNDED' WHERE external_payment_id = 'first'")
+
+    assert service.run(JOB).ok
+
+    assert charged_by(service) == ["new-card"]
+    assert service.charged() == {subscription: 1}
 
 
 @pytest.mark.parametrize("state", ["inactive", "pending"])

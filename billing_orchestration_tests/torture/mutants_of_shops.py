@@ -180,11 +180,29 @@ SHOPS = (
         (
             Edit(
                 "database/renewals.py",
-                """ORDER BY {of_this_shop("p.payment_provider_id")} DESC, p.created_at DESC""",
-                "ORDER BY p.created_at DESC",
+                """ORDER BY {of_this_shop("c.payment_provider_id")} DESC, no.is_no""",
+                "ORDER BY no.is_no",
             ),
         ),
         (_TESTS + "test_only_payments_of_this_shop_say_which_method_is_charged",),
+    ),
+    Mutant(
+        "a kept card that outlives a newer one",
+        "the newest card that was saved is charged, whoever settled its payment",
+        (
+            Edit(
+                "database/renewals.py",
+                "no.is_no, c.created_at DESC, c.id DESC",
+                "no.is_no, c.is_kept DESC, c.created_at DESC, c.id DESC",
+            ),
+        ),
+        ("jobs/test_first_use.py::test_a_newer_card_that_a_webhook_settled_takes_the_place_of_the_kept_one",),
+    ),
+    Mutant(
+        "a kept card that outlives a refund of its payment",
+        "a card whose payment was refunded in full is not charged",
+        (Edit("database/renewals.py", "AND (p.status = 'REFUNDED' OR (", "AND (("),),
+        ("jobs/test_first_use.py::test_a_kept_card_whose_payment_the_service_holds_as_refunded_is_not_charged",),
     ),
     Mutant(
         "another shop's stale payment plotted as ours",
