@@ -336,6 +336,21 @@ def test_the_second_part_of_a_refund_is_a_difference_of_its_own(shop: Service) -
     assert shop.tick(JOB).ok
 
 
+def test_a_refund_on_its_way_is_counted_and_differs_once_it_has_arrived(shop: Service) -> None:
+    both_paid(shop, "back")
+    shop.provider.refund("back", at=YESTERDAY + timedelta(hours=1), result="pending")
+
+    before = shop.tick(JOB)
+
+    assert before.ok, before.failure
+    assert before.metadata["fetch_provider_day"]["refunds on their way"] == 1
+    [refund] = shop.provider.document()["refunds"]
+    shop.provider.succeed_refund(refund["id"])
+    after = shop.tick(JOB)
+    assert after.metadata["fetch_provider_day"]["refunds on their way"] == 0
+    assert entries(shop) == [(f"refund {refund['id']}", "refunded_there")]
+
+
 def test_an_entry_is_closed_when_both_sides_agree_again(shop: Service) -> None:
     amount_differs(shop)
     not_paid_there(shop)

@@ -20,7 +20,7 @@ from billing_orchestration.database.reconciliation import record_day
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.decisions import Action, Decision, Tally
-from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
+from billing_orchestration.domain.provider_payment import PENDING, SUCCEEDED, ProviderPayment
 from billing_orchestration.domain.reconciled import REFUNDED_THERE, REPAIRABLE, Day, reconciled_day
 from billing_orchestration.domain.run_scope import RunScope, over_limit
 from billing_orchestration.jobs.approval import bind
@@ -129,6 +129,7 @@ def fetch_provider_day(
             **describe_clocks(context, clocks),
             "payments there": dg.MetadataValue.int(len(provider.payments)),
             "refunds there": dg.MetadataValue.int(len(provider.refunds)),
+            "refunds on their way": dg.MetadataValue.int(sum(refund.status == PENDING for refund in provider.refunds)),
             "unusable items": dg.MetadataValue.int(len(provider.unusable)),
             "pages": dg.MetadataValue.int(provider.pages),
         }
