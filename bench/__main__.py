@@ -9,11 +9,23 @@ import sys
 from datetime import datetime, timezone
 from typing import Any
 
-from bench import charging, day, expiry, growth, history, matching, peers, reconciliation, shards, tick
+from bench import charging, day, expiry, growth, history, matching, peers, reconciliation, shards, ten_renewals, tick
 from bench.measuring import LATEST, PUBLISHED, Row, machine, markdown
 from bench.stage import database
 
-PARTS = ("charging", "shards", "tick", "day", "expiry", "matching", "growth", "history", "reconciliation", "peers")
+PARTS = (
+    "charging",
+    "shards",
+    "tick",
+    "renewals",
+    "day",
+    "expiry",
+    "matching",
+    "growth",
+    "history",
+    "reconciliation",
+    "peers",
+)
 
 
 def main() -> None:
@@ -51,6 +63,8 @@ def main() -> None:
                 raw, more = shards.measure(server, given.rounds, given.charges, given.concurrency)
             elif part == "tick":
                 raw, more = tick.measure(server, given.rounds)
+            elif part == "renewals":
+                raw, more = ten_renewals.measure(server, given.rounds)
             elif part == "day":
                 raw, more = day.measure(server, given.rounds)
             elif part == "peers":
