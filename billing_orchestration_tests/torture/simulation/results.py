@@ -40,6 +40,7 @@ MUST_BE_PLAYED = (
     "wrong clock: ours, behind", "wrong clock: PostgreSQL's", "another shop sells", "plan: a price",
     "plan: is not renewed", "plan: another period", "subscription: plan switched",
     "a backup was restored", "a standby without the last commits took over",
+    "a card is replaced", "a card's purchase is refunded",
 )  # fmt: skip
 
 
