@@ -100,15 +100,16 @@ _DUE = f"""
         ORDER BY {of_this_shop("c.payment_provider_id")} DESC, no.is_no, c.created_at DESC, c.id DESC
         LIMIT 1
     ) paid ON true
-    -- A method that was bound without a payment: it is known from the service's view only.
+    -- A method that was bound without a payment: it is known from the service's view only. Of several rows that are
+    -- this shop's its payments get the first.
     LEFT JOIN (
-        SELECT min(id) AS provider_id FROM payment_providers WHERE {of_this_shop("id")} HAVING count(*) = 1
-    ) sole ON CAST(:currency AS text) IS NOT NULL
+        SELECT min(id) AS provider_id FROM payment_providers WHERE {of_this_shop("id")}
+    ) shops ON CAST(:currency AS text) IS NOT NULL
     CROSS JOIN LATERAL (
         SELECT CASE WHEN paid.is_kept THEN sm.payment_method_id
                     ELSE coalesce(paid.payment_method_id, paid.external_payment_id) END AS id,
                coalesce(paid.currency, sm.currency, CAST(:currency AS text)) AS currency,
-               coalesce(paid.payment_provider_id, sm.payment_provider_id, sole.provider_id) AS provider_id
+               coalesce(paid.payment_provider_id, sm.payment_provider_id, shops.provider_id) AS provider_id
     ) method
     LEFT JOIN LATERAL (
         SELECT array_agg(pr.amount ORDER BY pr.id) AS amounts

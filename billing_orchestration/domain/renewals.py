@@ -584,8 +584,8 @@ def _still_wanted(
     wanted = fresh.attempt
     if _what_is_paid(wanted) != _what_is_paid(attempt):
         return Void(attempt, "never sent, and the price, the plan, the payment method or the shop has changed since")
-    if _receipt_in(wanted.body) != _receipt_in(attempt.body):
-        return Void(attempt, "never sent, and its receipt's settings or contact have changed since")
+    if _from_settings(wanted.body) != _from_settings(attempt.body):
+        return Void(attempt, "never sent, and its receipt's settings or contact, or the gateway, have changed since")
     return decision
 
 
@@ -594,5 +594,6 @@ def _what_is_paid(attempt: Attempt) -> tuple[Any, ...]:
     return attempt.money, attempt.payment_method_id, attempt.plan_id, period, attempt.shop_id
 
 
-def _receipt_in(body: str) -> Any:
-    return json.loads(body).get("receipt")
+def _from_settings(body: str) -> tuple[Any, Any]:
+    document = json.loads(body)
+    return document.get("receipt"), document.get("recipient")

@@ -110,7 +110,9 @@ def test_without_a_contact_nobody_is_charged() -> None:
         (WITH_RECEIPT, {"email": "other@example.ru"}),
         (dataclasses.replace(RULES, receipt=dataclasses.replace(RECEIPT, vat_code=12)), {}),
         (RULES, {}),
+        (dataclasses.replace(WITH_RECEIPT, gateway_id="7"), {}),
     ],
+    ids=["contact", "code", "off", "gateway"],
 )
 def test_one_never_sent_is_made_anew_when_its_receipt_has_changed(rules: Any, due: dict[str, str]) -> None:
     planned = attempt()

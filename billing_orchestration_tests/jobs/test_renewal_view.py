@@ -80,6 +80,23 @@ def test_a_method_that_was_bound_without_a_payment_is_charged(view: WithView) ->
     assert service.charged() == {subscription: 1}
 
 
+def test_a_method_that_was_bound_without_a_payment_is_charged_for_the_first_of_the_shops_rows(view: WithView) -> None:
+    service = view.service
+    others = [service.insert("payment_providers", name="cards", **service._touched()) for _ in range(2)]
+    ids = f"{others[0]},{service.provider_id}"
+    service.settings = service.settings.model_copy(update={"yookassa_provider_ids": ids})
+    subscription = service.subscription()
+    service.provider.add_method("bound", "succeeded")
+    view.say(subscription, "bound")
+
+    assert service.run(JOB).ok
+
+    assert service.charged() == {subscription: 1}
+    [row] = service.rows("payments")
+    assert row.payment_provider_id == service.provider_id
+    service.check_books()
+
+
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
