@@ -112,6 +112,7 @@ def reconcile_period(desk: Desk, wanted: Wanted) -> tuple[list[str], bool]:
                     _compare(registered, lines, file, words)
                 if file is not None:
                     _write(file, day, lines, sums, words)
+                del lines, sums  # before the next day is read
             if registered is not None:
                 _missing_there(registered, file, words)
             if file is not None:
@@ -191,17 +192,25 @@ def _days(
     days = [first + timedelta(days=number) for number in range((last - first).days + 1)]
     console = Console(stderr=True)
     shown: Iterable[date] = track(days, "reading", console=console, transient=True) if console.is_terminal else days
-    reading = partial(read, desk.engine)
-    leaves_foreign = desk.settings.foreign_payments == "ignore"
     for date_ in shown:
-        day = Day.of(date_, calendar, since=first)
-        there = read_provider(provider, day)
-        both = read_books(reading, provider, day, there, _LOOKED_UP_AT_ONCE, leaves_foreign=leaves_foreign)
-        lines = both.compare()
-        sums = sum_up(lines)
-        if faults := both.unclosed(sums):
-            raise NotReconciled(f"{date_} does not add up, a fault of this program: {'; '.join(faults)}")
-        yield lines, sums, day
+        yield _a_day(desk, provider, Day.of(date_, calendar, since=first))
+
+
+def _a_day(desk: Desk, provider: PaymentProvider, day: Day) -> tuple[pd.DataFrame, pd.DataFrame, Day]:
+    leaves_foreign = desk.settings.foreign_payments == "ignore"
+    both = read_books(
+        partial(read, desk.engine),
+        provider,
+        day,
+        read_provider(provider, day),
+        _LOOKED_UP_AT_ONCE,
+        leaves_foreign=leaves_foreign,
+    )
+    lines = both.compare()
+    sums = sum_up(lines)
+    if faults := both.unclosed(sums):
+        raise NotReconciled(f"{day.day} does not add up, a fault of this program: {'; '.join(faults)}")
+    return lines, sums, day
 
 
 def _each(lines: pd.DataFrame) -> Iterator[Any]:
