@@ -1,9 +1,10 @@
 """Growth (point 5): what each job costs at sizes a factor of ten apart, and the exponent of each step.
 
 An exponent of 1 is linear; n log n is about 1.1 at these sizes. Sizes are rows of the largest table: a tenth of the
-subscriptions and payments is over, a fiftieth of the payments is in the provider's slice and a thousandth to be
-repaired (the proportions of the goals), a hundredth of the subscriptions is due. The plot is written to
-performance.png beside the numbers when matplotlib is there (the extra `bench`).
+subscriptions and payments is over, a fiftieth of the payments is in the provider's slice or in the day that is
+reconciled, a thousandth to be repaired (the proportions of the goals), a hundredth of the subscriptions is due. The
+money checks, the numbers over time and `doctor` are asked about three years of payments (see `asking`). The plot is
+written to performance.png beside the numbers when matplotlib is there (the extra `bench`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from bench import charging, expiry, matching
+from bench import asking, charging, expiry, matching, reconciliation
 from bench.measuring import Row, run_module
 from bench.provider import provider
 from bench.stage import Database
@@ -25,6 +26,7 @@ _TIMES = 3
 _ONCE_FROM = 5_000_000
 _CONCURRENCY = 64
 _LATENCY_S = 0.01
+_ASKED = {"money_checks": "money checks", "numbers": "numbers over time", "doctor": "doctor, database work"}
 
 Costs = dict[str, dict[int, list[float]]]
 # Each cost by its name; what it needs is there until the next one is asked for.
@@ -36,7 +38,7 @@ def measure(server: Database, folder: Path, largest: int) -> tuple[Costs, list[R
     costs: Costs = {}
     for size in (largest // 1000, largest // 100, largest // 10, largest):
         times = _TIMES if size < _ONCE_FROM else 1
-        for costs_of in (_expiring, _matching, _charging):
+        for costs_of in (_expiring, _matching, _charging, _reconciling, _asking):
             for what, cost in costs_of(server, size):
                 costs.setdefault(what, {})[size] = [cost() for _ in range(times)]
         server.drop("work")
@@ -52,6 +54,9 @@ def measure(server: Database, folder: Path, largest: int) -> tuple[Costs, list[R
         )
         for what, by_size in costs.items()
         for fewer, more in itertools.pairwise(sorted(by_size)[1:])
+    ]
+    rows += [
+        Row(f"{what}, {largest:,} payments", "", "< 1 s", tuple(costs[what][largest]), " s") for what in _ASKED.values()
     ]
     _plot(costs, folder / "performance.png")
     return costs, rows
@@ -93,6 +98,32 @@ def _charging(server: Database, size: int) -> Measurements:
             return told["cpu_ms"] * told["charges"] / 1000
 
         yield "autopayment_job, CPU of charging", charge
+
+
+def _reconciling(server: Database, size: int) -> Measurements:
+    count = max(20, size // 50)
+    url = server.create("size", "billing")
+    reconciliation.fill(url, 1, count, size - count)
+    with provider(0.0, reconciliation.history(1, count)) as api_url:
+
+        def reconcile() -> float:
+            told = run_module("bench.reconciliation", "ours", url, api_url, 1).told
+            if told["lines"] != count:
+                raise RuntimeError(f"{told['lines']} of {count} payments agree")
+            return told["wall_s"]
+
+        yield "reconciliation of a day", reconcile
+
+
+def _asking(server: Database, size: int) -> Measurements:
+    url = server.create("size", "billing")
+    asking.fill(url, size)
+
+    def ask(what: str) -> float:
+        return run_module("bench.asking", what, url).told["wall_s"]
+
+    for what, name in _ASKED.items():
+        yield name, partial(ask, what)
 
 
 def _exponents(fewer: list[float], more: list[float], factor: float) -> tuple[float, ...]:

@@ -39,7 +39,7 @@ def history(count: int) -> History:
 
 
 def fill(url: str, count: int, repair: int, table: int) -> None:
-    """A payments table of `table` rows; `count` of them are in the slice, of which `repair` are PENDING."""
+    """A payments table of `table` rows; `count` of them are in the slice: `repair` are PENDING, the others granted."""
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(
             "INSERT INTO payment_providers (name, is_active, created_at, updated_at) VALUES ('p', true, now(), now())"
@@ -47,6 +47,12 @@ def fill(url: str, count: int, repair: int, table: int) -> None:
         connection.execute(
             "INSERT INTO plans (name, is_active, is_recurring, duration, duration_unit, created_at, updated_at)"
             " VALUES ('monthly', true, true, 1, 'month', now(), now())"
+        )
+        connection.execute(
+            "INSERT INTO subscriptions (user_id, status, started_at, ended_at, plan_id, created_at, updated_at)"
+            " SELECT 'user-' || n, 'ACTIVE', %(at)s, %(at)s + interval '1 month', 1, %(at)s, %(at)s"
+            " FROM generate_series(0, %(count)s - 1) n",
+            {"at": START.replace(tzinfo=None), "count": count},
         )
         connection.execute(
             "INSERT INTO payments (payment_provider_id, payment_method, status, currency, amount, external_payment_id,"
@@ -57,13 +63,14 @@ def fill(url: str, count: int, repair: int, table: int) -> None:
         )
         every = max(1, count // repair)
         with connection.cursor().copy(
-            "COPY payments (payment_provider_id, payment_method, status, currency, amount, external_payment_id,"
-            " created_at, updated_at) FROM STDIN"
+            "COPY payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,"
+            " external_payment_id, created_at, updated_at) FROM STDIN"
         ) as rows:
             for number in range(count):
                 at = (START + timedelta(hours=number / count)).replace(tzinfo=None)
-                status = "PENDING" if number % every == 0 and number // every < repair else "SUCCEEDED"
-                rows.write_row((1, "BANK_CARD", status, "RUB", "299.00", payment_id(number), at, at))
+                is_to_repair = number % every == 0 and number // every < repair
+                status, granted = ("PENDING", None) if is_to_repair else ("SUCCEEDED", number + 1)
+                rows.write_row((granted, 1, "BANK_CARD", status, "RUB", "299.00", payment_id(number), at, at))
     analyze(url)
 
 

@@ -32,8 +32,8 @@ def history(days: int, count: int) -> History:
     return History(days * count, START.isoformat(), DAY_S / count)
 
 
-def fill(url: str, days: int, count: int) -> None:
-    """The rows of the same payments, all SUCCEEDED and linked."""
+def fill(url: str, days: int, count: int, older: int = 0) -> None:
+    """The rows of the same payments, all SUCCEEDED and linked; before them, `older` rows of earlier days."""
     at = START.replace(tzinfo=None)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(
@@ -41,6 +41,14 @@ def fill(url: str, days: int, count: int) -> None:
         )
         connection.execute(
             "INSERT INTO subscriptions (user_id, status, created_at, updated_at) VALUES ('u', 'ACTIVE', now(), now())"
+        )
+        connection.execute(
+            "INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,"
+            " external_payment_id, created_at, updated_at)"
+            " SELECT 1, 1, 'BANK_CARD', 'SUCCEEDED', 'RUB', 299.00, 'old-' || n, at, at FROM ("
+            "  SELECT n, %s::timestamp - interval '2 days' - n * interval '1 s' AS at"
+            "  FROM generate_series(1, %s) n) AS numbered",
+            (at, older),
         )
         with connection.cursor().copy(
             "COPY payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,"
