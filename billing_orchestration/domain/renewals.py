@@ -571,7 +571,7 @@ def _still_wanted(
     now: datetime,
     rules: RenewalRules,
     holds: Holds,
-) -> Resend | Void:
+) -> Resend | Void | NotCharged:
     """A planned attempt that was never sent is only sent if a fresh one would ask the same of the same method."""
     attempt = decision.attempt
     if attempt.may_have_been_sent:
@@ -579,6 +579,8 @@ def _still_wanted(
     if (earlier := comes_first.get(due.id)) is not None:
         return Void(attempt, f"never sent, and no longer to be charged: {_waits_for(earlier, due).reason}")
     fresh = decide_renewal(due, now=now, rules=rules, voided=frozenset({attempt.id}), holds=holds)
+    if isinstance(fresh, NotCharged) and fresh.needs_retry:
+        return fresh  # nobody knows yet: it stays planned
     if isinstance(fresh, NotCharged):
         return Void(attempt, f"never sent, and no longer to be charged: {fresh.reason}")
     wanted = fresh.attempt

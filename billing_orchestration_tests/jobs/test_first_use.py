@@ -270,6 +270,21 @@ def test_a_planned_charge_that_was_never_sent_is_given_up_if_its_method_was_not_
     assert service.read_attempt(attempt.id).state == "VOID"
 
 
+def test_a_planned_charge_stays_planned_while_the_provider_is_silent_about_its_method(service: Service) -> None:
+    subscription = customer(service, "first")
+    attempt = service.attempt(subscription, state="PLANNED", method="first", first_sent_at=None)
+    service.sandbox.misbehave("get", "error_before", times=None)
+
+    run = service.run(JOB)
+
+    assert not run.ok
+    assert service.charges() == []
+    assert service.read_attempt(attempt.id).state == "PLANNED"
+    service.sandbox.behave()
+    assert service.run(JOB).ok
+    assert [row.state for row in service.attempts(subscription)] == ["SUCCEEDED"]
+
+
 def test_who_is_not_charged_anyway_is_not_asked_about(service: Service) -> None:
     customer(service, "first")
     service.execute("UPDATE plans SET duration = NULL")
