@@ -22,6 +22,8 @@ from billing_orchestration.settings import SettingsError
 # By then the daemon has started what it makes up for itself, and a run that was launched has begun.
 _SETTLED_AFTER = timedelta(minutes=15)
 _INTERVAL_S = 300
+# A daemon that comes back looks at everything at once. It makes up for its own missed ticks before the next look.
+_DOWN_AFTER = timedelta(seconds=2 * _INTERVAL_S)
 # Before the work of the day: nothing was read or written, or nobody knows how far it came.
 _LOST_OR_REFUSED = frozenset({RunRefused.__name__, SettingsError.__name__, FailureCode.NO_WORDS})
 
@@ -81,6 +83,11 @@ def _is_undone(instance: dg.DagsterInstance, job: str, wanted: dg.RunRequest, ti
     return True
 
 
+def _daemon_was_down(last_look: float | None, now: datetime) -> bool:
+    """Whether this is the first look for a while. `last_look`: seconds since 1970; None where there was none."""
+    return last_look is None or now - datetime.fromtimestamp(last_look, timezone.utc) > _DOWN_AFTER
+
+
 def missed_days_sensor(
     schedules: Sequence[dg.ScheduleDefinition], jobs: Sequence[dg.JobDefinition]
 ) -> dg.SensorDefinition:
@@ -97,6 +104,8 @@ def missed_days_sensor(
     def sensor(
         context: dg.SensorEvaluationContext, clock: dg.ResourceParam[Clock]
     ) -> list[dg.RunRequest] | dg.SkipReason:
+        if _daemon_was_down(context.last_tick_completion_time, clock.now()):
+            return dg.SkipReason("the daemon has come back: it makes up for the last missed tick first")
         requests = list(missed_days(context.instance, schedules, clock.now()))
         return requests or dg.SkipReason("no daily job has missed its day")
 

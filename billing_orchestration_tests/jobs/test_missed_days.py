@@ -14,7 +14,8 @@ from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
 from billing_orchestration.definitions import build_definitions
 from billing_orchestration.jobs.autopayment import autopayment_daily_schedule
-from billing_orchestration.jobs.missed_days import missed_days
+from billing_orchestration.jobs.missed_days import missed_days, missed_days_sensor
+from billing_orchestration.resources import Clock
 
 JOB = "autopayment_job"
 # The run history stamps its runs by the real clock, so these tests play on the day of the latest tick.
@@ -100,3 +101,26 @@ def test_a_schedule_that_is_off_or_was_switched_on_after_its_tick_misses_nothing
 def test_dagsters_own_catching_up_comes_first(on: dg.DagsterInstance) -> None:
     assert missed(on, TICK + timedelta(minutes=14)) == []
     assert len(missed(on, TICK + timedelta(minutes=15))) == 1
+
+
+@pytest.mark.parametrize(
+    ("minutes_ago", "runs"),
+    [
+        pytest.param(None, 0, id="the_first_look_of_all"),
+        pytest.param(65, 0, id="after_an_outage"),
+        pytest.param(5, 1, id="the_look_after_it"),
+    ],
+)
+def test_a_daemon_that_comes_back_makes_up_for_its_own_tick_first(
+    on: dg.DagsterInstance, minutes_ago: int | None, runs: int
+) -> None:
+    """Both at once would run the day twice: the scheduler and the sensors are threads of one daemon."""
+    sensor = missed_days_sensor([autopayment_daily_schedule], [build_definitions().get_job_def(JOB)])
+    last = None if minutes_ago is None else (NOW - timedelta(minutes=minutes_ago)).timestamp()
+    clock = dg.ResourceDefinition.hardcoded_resource(Clock(lambda: NOW))
+    repository = build_definitions().get_repository_def()
+    with dg.SensorEvaluationContext(
+        None, last, instance=on, repository_def=repository, resources={"clock": clock}
+    ) as look:
+        asked = sensor.evaluate_tick(look)
+    assert len(asked.run_requests or ()) == runs
