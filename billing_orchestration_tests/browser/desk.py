@@ -148,8 +148,12 @@ def _work_that_waits(desk: Desk) -> None:
     service.paid_there(
         "in-the-outage", user="patient", plan_id=desk.plan, created_at=now - timedelta(hours=2, minutes=30)
     )
-    # Found odd by a run of the days before: it waits in the quarantine.
-    service.paid_there("odd", metadata={"user_id": "odette"}, created_at=now - timedelta(hours=30, minutes=10))
+    # Found odd by a run of the days before: they wait in the quarantine.
+    before = now - timedelta(hours=30, minutes=10)
+    service.paid_there("odd", metadata={"user_id": "odette"}, created_at=before)
+    service.paid_there("strange", metadata={"user_id": "stranger"}, created_at=before)
+    service.paid_there("cheap", user="wanda", plan_id=desk.plan, amount="250.00", created_at=before)
+    _granted_unpaid(desk)
     assert service.run(MATCHING[1], as_of=now - timedelta(hours=30)).ok
     for job in MATCHING:
         service.execute(
@@ -169,6 +173,14 @@ def _work_that_waits(desk: Desk) -> None:
         provider=service.provider_id,
         at=paid_at.replace(tzinfo=None),
     )
+
+
+def _granted_unpaid(desk: Desk) -> None:
+    """Our books of the third day before say paid, and the provider took no money: only reconciliation sees that."""
+    at = desk.came - timedelta(hours=60)
+    nadia = desk.service.subscription("nadia", ended_at=desk.came + timedelta(days=20), plan_id=desk.plan)
+    desk.service.payment("never-paid", subscription_id=nadia, status="SUCCEEDED", created_at=at)
+    desk.service.paid_there("never-paid", user="nadia", plan_id=desk.plan, status="canceled", created_at=at)
 
 
 def _outage(deployment: Deployment) -> None:

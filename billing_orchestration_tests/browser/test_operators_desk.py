@@ -16,9 +16,10 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, expect
 
 from billing_orchestration.jobs.approval import PLAN_TAG
+from billing_orchestration.resources import DRY_RUN_TAG
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.browser.deployment import wait_for
 from billing_orchestration_tests.browser.desk import GRID_DAYS, MATCHING, Desk
@@ -27,6 +28,7 @@ from billing_orchestration_tests.browser.ui import Ui
 UTC = timezone.utc
 PENDING_JOB, SUCCESSFUL_JOB = MATCHING
 AUTOPAYMENT = "autopayment_job"
+RECONCILIATION = "reconciliation_job"
 SLOW_SCHEDULE = "matching_pending_payments_every_2_minutes_schedule"
 MISSED_DAYS = (3, 2, 1)
 MISSED_HOURS = (12, 11, 10)
@@ -44,11 +46,24 @@ class Repetition:
 
 
 @pytest.fixture(scope="session")
-def days_backfill(desk: Desk, tab: Ui) -> str:
-    """The id of a backfill of three missed days, each with a customer who is late since."""
+def days_preview(desk: Desk, tab: Ui) -> str:
+    """The id of a preview: a backfill of three missed days, each with a customer who is late since."""
     wait_for(lambda: desk.finished(AUTOPAYMENT), "the end of the daily run")
     for name, days_ago in zip(LATE, MISSED_DAYS, strict=True):
         desk.customer(name, days_ago=days_ago)
+    return _backfill_days(tab, is_preview=True)
+
+
+@pytest.fixture(scope="session")
+def days_previewed(desk: Desk, days_preview: str) -> list[dg.RunRecord]:
+    """The runs of the preview, at their end."""
+    return wait_for(lambda: _all_finished(desk, AUTOPAYMENT, days_preview, 3), "the preview's end")
+
+
+@pytest.fixture(scope="session")
+def days_backfill(desk: Desk, tab: Ui, days_previewed: list[dg.RunRecord]) -> str:
+    """The id of the backfill of these days, launched after the preview."""
+    assert {name: desk.charges_of(name) for name in LATE} == dict.fromkeys(LATE, 0)
     return _backfill_days(tab)
 
 
@@ -135,10 +150,7 @@ def test_a_dry_run_from_the_launchpad_shows_the_charge_and_makes_none(desk: Desk
     before = desk.service.snapshot()
     ui.open_launchpad(AUTOPAYMENT)
     ui.set_dry_run()
-    run_id = ui.launch()
-    ui.sees("RUN_SUCCESS")
-    ui.open_run(run_id, "charge_renewals")
-    told = ui.full_message("STEP_OUTPUT")
+    told = _result_of(ui, ui.launch(), "charge_renewals")
     expect(told).to_contain_text("dry run: would change 1")
     expect(told.get_by_role("link", name="approved_plan").first).to_be_visible()
     expect(told).to_contain_text(f"subscription {bob}")
@@ -156,14 +168,50 @@ def test_an_approved_plan_is_applied_and_what_came_after_the_preview_is_refused_
     ui.page.get_by_role("link", name=f"Launch {AUTOPAYMENT} with this plan").first.click()
     ui.sees("No errors")
     expect(ui.page.locator(".CodeMirror-line", has_text="approved_plan")).to_contain_text(plan)
-    run_id = ui.launch(is_asked=False)
-    ui.sees("RUN_SUCCESS")
+    told = _result_of(ui, ui.launch(), "charge_renewals")
     assert (desk.charges_of("bob"), desk.charges_of("zoe")) == (1, 0)
-    ui.open_run(run_id, "charge_renewals")
-    told = ui.full_message("STEP_OUTPUT")
     expect(told).to_contain_text("changed 1")
     expect(told).to_contain_text(f"subscription {zoe}")
     expect(told).to_contain_text("not in the approved plan, changed since")
+
+
+def test_three_missed_days_are_selected_by_mouse_and_previewed(desk: Desk, ui: Ui, days_preview: str) -> None:
+    backfill = desk.deployment.instance.get_backfill(days_preview)
+    assert backfill is not None
+    assert set(backfill.partition_names or ()) == {desk.day(days_ago) for days_ago in MISSED_DAYS}
+    assert backfill.tags[DRY_RUN_TAG] == "true"
+
+
+def test_an_entry_is_accepted_and_another_ignored_by_their_links_each_after_a_dry_run(desk: Desk, ui: Ui) -> None:
+    entries = {row.external_payment_id: row.id for row in desk.service.rows("quarantine")}
+    wait_for(lambda: desk.materialized("quarantine"), "the quarantine on show")
+    for payment, word, decided in (("cheap", "accept", "accepted"), ("strange", "ignore", "ignored")):
+        ui.open_asset("quarantine")
+        ui.follow(ui.decision_link(entries[payment], word), f"entry: {entries[payment]}", f'decision: "{word}"')
+        told = _result_of(ui, ui.launch(), "resolve_entry")
+        expect(told).to_contain_text("dry run, nothing was written. It would do this:")
+        assert desk.service.rows("quarantine", "external_payment_id = :id", id=payment)[0].resolution is None
+        ui.follow(ui.next_step(told, "next: do it"), "dry_run: false")
+        ui.fill_in("reason", "seen in the cabinet")
+        ui.fill_in("by", "vera")
+        told = _result_of(ui, ui.launch(), "resolve_entry")
+        [entry] = desk.service.rows("quarantine", "external_payment_id = :id", id=payment)
+        assert (entry.resolution, entry.resolved_by) == (decided, "vera")
+        ui.click_link(ui.next_step(told, "next: what else waits"))
+        ui.sees("Payments that wait for a person")
+        expect(ui.decision_link(entries[payment], word)).to_have_count(0)
+    assert (desk.service.settled("cheap"), desk.service.settled("strange")) == (["created"], [])
+
+
+def test_a_previewed_backfill_charges_nobody_and_leaves_its_days_missing(
+    desk: Desk, ui: Ui, days_previewed: list[dg.RunRecord]
+) -> None:
+    assert all(record.dagster_run.is_success for record in days_previewed)
+    assert all(record.dagster_run.tags[DRY_RUN_TAG] == "true" for record in days_previewed)
+    assert {name: desk.charges_of(name) for name in LATE} == dict.fromkeys(LATE, 0)
+    dialog = ui.open_backfill(AUTOPAYMENT)
+    _select_days(ui, dialog)
+    expect(dialog).to_contain_text("Missing (3)")
 
 
 def test_three_missed_days_are_selected_by_mouse_and_launched(desk: Desk, ui: Ui, days_backfill: str) -> None:
@@ -179,7 +227,7 @@ def test_what_waits_for_a_person_is_shown_with_its_reason_alerts_once_and_is_res
     wait_for(lambda: desk.materialized("quarantine"), "the quarantine on show")
     ui.open_asset("quarantine")
     ui.sees("metadata: metadata without a usable")
-    assert desk.receiver.titles.count("a new entry in the quarantine") == 1
+    assert desk.receiver.titles.count("3 new entries in the quarantine") == 1
     listed = desk.deployment.command("quarantine", "list")
     assert "payment odd" in listed
     assert "metadata without a usable" in listed
@@ -209,6 +257,8 @@ def test_a_broken_invariant_is_red_in_the_ui_and_green_again_when_it_is_mended(d
         if verdict == "Failed":
             ui.sees(f"settled payment {charge.external_payment_id}: its row {charge.payment_id} is CANCELED")
             ui.picture("money_checks")
+            ui.follow(ui.page.locator(f"a[href*='/{SUCCESSFUL_JOB}/playground']").first, "dry_run: true")
+            ui.open_asset("money", "checks")
 
 
 def test_the_backfill_of_three_days_charges_each_period_once_and_its_days_turn_green(
@@ -314,6 +364,9 @@ def test_long_charging_shows_its_progress_and_a_terminated_run_goes_on_when_it_i
     # The answer that it waits for still counts: a charge is never left in the air for a click.
     answering_provider.behave()
     ui.sees("RUN_CANCELED")
+    [status] = {record.dagster_run.status for record in desk.finished(AUTOPAYMENT)[:1]}
+    assert status == dg.DagsterRunStatus.CANCELED
+    assert desk.charges_of("erin") == 1
     ui.execute_again()
     ui.sees("RUN_SUCCESS")
     assert [desk.charges_of(name) for name in ("carol", "dave", "erin")] == [1, 1, 1]
@@ -335,6 +388,42 @@ def test_the_backfill_of_three_hours_repairs_them_in_the_run_of_each_and_they_tu
     told = ui.full_message("STEP_OUTPUT")
     expect(told).to_contain_text("changed 1")
     expect(told).to_contain_text(f"payment {LOST[0]}")
+
+
+def test_a_day_that_does_not_agree_is_red_until_a_person_decides_and_it_is_launched_again_by_its_link(
+    desk: Desk, ui: Ui, answering_provider: Sandbox
+) -> None:
+    day = desk.day(3)
+    dialog = ui.open_backfill(RECONCILIATION)
+    ui.select_by_name(dialog, day, day)
+    backfill = ui.launch_backfill(dialog, 1)
+    [red] = wait_for(lambda: _all_finished(desk, RECONCILIATION, backfill, 1), "the end of the day's run")
+    ui.open_run(red.dagster_run.run_id)
+    ui.sees("RUN_FAILURE")
+    told = ui.full_message("STEP_FAILURE")
+    expect(told).to_contain_text(f"the books of {day} differ. Waiting for a person: 1")
+    expect(told).to_contain_text("payment never-paid")
+    [entry] = desk.service.rows("quarantine", "external_payment_id = 'never-paid'")
+    resolving = ("quarantine", "resolve", str(entry.id), "--accept", "--reason", "never captured", "--by", "vera")
+    desk.deployment.command(*resolving)
+    ui.follow(ui.next_step(told, "next: launch it again"))
+    ui.launch()
+    ui.sees("RUN_SUCCESS")
+    ui.sees_green(RECONCILIATION, [day])
+    [row] = desk.service.rows("payments", "external_payment_id = 'never-paid'")
+    assert row.status == "CANCELED"
+
+
+def test_the_report_says_how_billing_is_doing_with_plots(desk: Desk, ui: Ui) -> None:
+    wait_for(lambda: desk.finished(AUTOPAYMENT), "the end of the daily run")
+    ui.open_launchpad("report_job")
+    ui.click_link(ui.next_step(_result_of(ui, ui.launch(), "write_report"), "next: read it"))
+    ui.page.get_by_text("[Show Markdown]").click()
+    for title in ("Renewals due in the next 7 days", "Charges by day", "Declines and what came back"):
+        ui.sees(title)
+    plot = ui.page.locator("img[src^='data:image']").first
+    plot.scroll_into_view_if_needed()
+    assert plot.evaluate("image => image.naturalWidth") > 0
 
 
 def test_numbers_are_plotted_over_time(desk: Desk, ui: Ui) -> None:
@@ -365,6 +454,14 @@ def test_the_first_line_of_a_failed_run_says_what_to_do(desk: Desk, ui: Ui, answ
     assert "Nothing was decided from it" in line
     assert "What to do: nothing yet, the next run covers this one" in line
     assert desk.service.snapshot() == before
+    told = ui.page.get_by_role("dialog")
+    answering_provider.behave()
+    ui.follow(ui.next_step(told, "next: launch it again"))
+    ui.launch()
+    ui.sees("RUN_SUCCESS")
+    ui.open_run(run_id, "fetch_paid_for_pending")
+    ui.click_link(ui.next_step(ui.full_message("STEP_FAILURE"), "runbook"))
+    expect(ui.page.locator(f"#{PENDING_JOB}")).to_be_in_viewport()
 
 
 def test_a_failed_run_alerts_once_and_its_link_leads_to_the_run(desk: Desk, ui: Ui) -> None:
@@ -377,6 +474,7 @@ def test_a_failed_run_alerts_once_and_its_link_leads_to_the_run(desk: Desk, ui: 
     ui.open_run(run_id)
     ui.sees("RUN_FAILURE")
     ui.sees("the list of payments broke off at page 1")
+    assert not [title for title in desk.receiver.titles if title.startswith(f"{AUTOPAYMENT} failed")]
 
 
 def test_no_job_ever_ran_twice_at_a_time_and_the_ticks_came_every_two_minutes(desk: Desk) -> None:
@@ -387,6 +485,13 @@ def test_no_job_ever_ran_twice_at_a_time_and_the_ticks_came_every_two_minutes(de
     times = wait_for(lambda: _two(sorted(tick.timestamp for tick in ticks(desk, SLOW_SCHEDULE))), "two ticks")
     assert all(at % 120 == 0 for at in times)
     assert times[1] - times[0] == 120
+
+
+def _result_of(ui: Ui, run_id: str, op: str) -> Locator:
+    """What an op has told at the end of a green run."""
+    ui.sees("RUN_SUCCESS")
+    ui.open_run(run_id, op)
+    return ui.event("STEP_OUTPUT")
 
 
 def _with_plan(desk: Desk) -> dg.RunRecord | None:
@@ -412,10 +517,16 @@ def _keys(desk: Desk) -> list[str]:
     return [desk.hour(hours_ago).strftime("%Y-%m-%d-%H:00") for hours_ago in MISSED_HOURS]
 
 
-def _backfill_days(ui: Ui) -> str:
-    dialog = ui.open_backfill(AUTOPAYMENT)
+def _select_days(ui: Ui, dialog: Locator) -> None:
     # The grid is today and the days before it; the missed ones are next to the last.
     ui.select_by_mouse(dialog, GRID_DAYS - max(MISSED_DAYS), GRID_DAYS - min(MISSED_DAYS), GRID_DAYS + 1)
+
+
+def _backfill_days(ui: Ui, *, is_preview: bool = False) -> str:
+    dialog = ui.open_backfill(AUTOPAYMENT)
+    _select_days(ui, dialog)
+    if is_preview:
+        ui.add_tag(dialog, DRY_RUN_TAG, "true")
     return ui.launch_backfill(dialog, len(MISSED_DAYS))
 
 

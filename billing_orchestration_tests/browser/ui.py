@@ -30,7 +30,8 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-SIZE = {"width": 1280, "height": 800}
+# Wide enough for what the pages show side by side, links included.
+SIZE = {"width": 1440, "height": 900}
 _GREEN = re.compile("success")
 
 
@@ -114,6 +115,15 @@ class Ui:
         self.page.mouse.move(box["x"] + width * (last + 0.5), y, steps=10)
         self.page.mouse.up()
 
+    def add_tag(self, dialog: Locator, name: str, value: str) -> None:
+        """Give the runs of a backfill a tag."""
+        dialog.get_by_role("button", name="Add tags to backfill runs").click()
+        self.page.get_by_placeholder("Tag Key").fill(name)
+        self.page.get_by_placeholder("Tag Value").fill(value)
+        self.page.get_by_role("button", name="Apply").click()
+        expect(self.page.get_by_placeholder("Tag Key")).to_have_count(0)  # until then there are two dialogs
+        expect(dialog).to_contain_text(name)
+
     def select_by_name(self, dialog: Locator, first: str, last: str) -> None:
         """Type a range, as one does in a grid of thousands."""
         dialog.locator("input[placeholder^='ex:']").fill(f"[{first}...{last}]")
@@ -125,7 +135,7 @@ class Ui:
         completed = dialog.locator("label", has_text="Completed (")
         if not completed.locator("input").is_checked():
             completed.click()
-        dialog.get_by_role("button", name=f"Submit {runs} runs").click()
+        dialog.get_by_role("button", name=f"Submit {runs} run").click()
         toast = self.page.get_by_text("Created backfill")
         expect(toast).to_be_visible()
         return toast.inner_text().split()[-1]
@@ -145,6 +155,32 @@ class Ui:
         self.open(f"/locations/billing/jobs/{job}/playground")
         self.sees("No errors")
 
+    def click_link(self, link: Locator) -> None:
+        """Click a link. The page that some open in a tab of its own is opened in this one."""
+        if link.get_attribute("target") != "_blank":
+            link.click()
+            return
+        with self.page.context.expect_page() as opened:
+            link.click()
+        address = opened.value.url
+        opened.value.close()
+        self.page.goto(address, wait_until="commit")
+
+    def follow(self, link: Locator, *lines: str) -> None:
+        """Follow a link to a launchpad, which opens filled in with these lines."""
+        self.click_link(link)
+        for line in lines:
+            expect(self.page.locator(".CodeMirror-line", has_text=line).first).to_be_visible()
+        self.sees("No errors")
+
+    def fill_in(self, field: str, words: str) -> None:
+        """Write words between the empty quotes of a field."""
+        self.page.locator(".CodeMirror-line", has_text=f'{field}: ""').click()
+        self.page.keyboard.press("End")
+        self.page.keyboard.press("ArrowLeft")
+        self.page.keyboard.type(words)
+        expect(self.page.locator(".CodeMirror-line", has_text=f'{field}: "{words}"')).to_be_visible()
+
     def completions(self) -> str:
         """What the editor offers for the fields of the resource `run`, with their descriptions."""
         self.page.locator(".CodeMirror-line", has_text="dry_run").click()
@@ -163,11 +199,13 @@ class Ui:
         expect(self.page.locator(".CodeMirror-line", has_text="dry_run: true")).to_be_visible()
         self.sees("No errors")
 
-    def launch(self, *, is_asked: bool = True) -> str:
+    def launch(self) -> str:
         """Launch, and hand back the run's id. The UI asks first where a job has partitions and none is chosen."""
         self.page.get_by_role("button", name="Launch Run").click()
-        if is_asked:
-            self.page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
+        confirm = self.page.get_by_role("dialog").get_by_role("button", name="Confirm")
+        expect(confirm.or_(self.page.get_by_text("Run of ")).first).to_be_visible()
+        if confirm.is_visible():
+            confirm.click()
         self.page.wait_for_url("**/runs/*")
         return self.page.url.rsplit("/", 1)[-1].partition("?")[0]
 
@@ -185,6 +223,11 @@ class Ui:
             expect(self.page.get_by_text(number, exact=True).first).to_be_visible()
         assert self.page.locator("canvas").count() >= len(numbers)
 
+    def decision_link(self, entry: int, word: str) -> Locator:
+        """One of an entry's links on the quarantine's page."""
+        row = self.page.locator("tr").filter(has=self.page.get_by_text(f"decide {entry}", exact=True))
+        return row.get_by_role("link", name=word, exact=True)
+
     def execute_checks(self) -> None:
         """Run all checks of the asset whose checks are shown."""
         self.page.get_by_role("button", name="Execute all").click()
@@ -201,11 +244,21 @@ class Ui:
         """Open a run's page, with the events of one op or of all."""
         self.open(f"/runs/{run_id}" + (f"?logs=step%3A{op}" if op else ""))
 
+    def event(self, event: str) -> Locator:
+        """The last event of a type among those that are shown."""
+        row = self.page.locator("[class*=VirtualizedTable_row]", has_text=event).last
+        expect(row).to_be_visible()
+        return row
+
     def full_message(self, event: str) -> Locator:
         """Open an event in full, by its type, as a click on "View full message" does."""
-        row = self.page.locator("[class*=VirtualizedTable_row]", has_text=event).last
+        row = self.event(event)
         row.get_by_role("button", name="View full message").click()
         return self.page.get_by_role("dialog")
+
+    def next_step(self, told: Locator, name: str) -> Locator:
+        """The link beside the name of a next step."""
+        return told.locator("tr").filter(has=self.page.get_by_text(name, exact=True)).get_by_role("link").first
 
     def terminate(self) -> None:
         """Terminate the run whose page is shown."""
