@@ -463,6 +463,13 @@ def _decide_renewal(case: _Case, attempt: Attempt) -> SettlementDecision:
         written = _decide_renewal_written_by_service(case, attempt, final, subscription, subscription.ended_at)
         if written is not None:
             return written
+    if subscription.ended_at < attempt.period_start and case.ruling is None:
+        # Granted from there, the paid period would be charged for once more before it is over.
+        reason = (
+            f"the period from {attempt.period_start:%Y-%m-%d} was paid, and the subscription's end has moved back to"
+            f" {subscription.ended_at:%Y-%m-%d} meanwhile: it is unknown from when it is to be granted"
+        )
+        return _review(case.quarantine("unclear_grant", reason), attempt, facts)
     return _renew(case, attempt, subscription, subscription.ended_at)
 
 

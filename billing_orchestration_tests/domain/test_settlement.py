@@ -370,6 +370,15 @@ def test_a_renewal_in_a_live_shop_that_is_a_test_goes_to_review() -> None:
     assert isinstance(settle(the_payment_of(attempt, is_test=True), renewal_facts(attempt), is_live=False), Settle)
 
 
+def test_a_paid_renewal_whose_end_has_moved_back_meanwhile_goes_to_review() -> None:
+    attempt = a_sent_attempt()
+    known = renewal_facts(attempt, subscriptions={12: a_subscription(ended_at=attempt.period_start - 20 * DAY)})
+    decision = settle(the_payment_of(attempt), known)
+    assert isinstance(decision, Quarantine)
+    assert (decision.kind, decision.review) == ("unclear_grant", attempt)
+    assert isinstance(settle(the_payment_of(attempt), known, ruling=Ruling()), Settle)
+
+
 # The service's webhook handler may have seen the renewal first.
 
 

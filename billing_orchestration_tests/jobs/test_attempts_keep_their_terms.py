@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import pytest
 from pydantic import SecretStr
 
-from billing_orchestration_tests.books import UTC
+from billing_orchestration_tests.books import UTC, naive
 from billing_orchestration_tests.jobs.service import Service
 
 JOB = "autopayment_job"
@@ -58,3 +58,25 @@ def test_a_year_that_was_paid_is_granted_although_the_plan_is_monthly_by_now(ser
 
     assert service.ended_at(subscription) == datetime(2027, 3, 12, 9, tzinfo=UTC)
     service.check_books()
+
+
+def test_a_paid_renewal_whose_end_was_moved_back_waits_for_a_person_and_is_not_charged_for_again(
+    service: Service,
+) -> None:
+    subscription = service.subscriber()
+    service.sandbox.misbehave("create", "cut_after", times=None)
+    service.run(JOB)
+    service.sandbox.behave()
+    moved = service.ended_at(subscription) - timedelta(days=20)
+    service.execute("UPDATE subscriptions SET ended_at = :end", end=naive(moved))
+
+    for days in (1, 1, 7, 1, 19):
+        service.advance(days=days)
+        service.run(JOB)
+
+    assert service.charged() == {subscription: 1}
+    assert service.ended_at(subscription) == moved
+    [entry] = service.rows("quarantine")
+    assert (entry.kind, entry.resolved_at) == ("unclear_grant", None)
+    service.run("expire_subscriptions_job")
+    assert service.row("subscriptions", subscription).status == "ACTIVE"
