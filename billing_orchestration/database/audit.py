@@ -179,6 +179,12 @@ _INSERT_AUDIT = """
 """
 
 
+def known_here(connection: sa.Connection, ids: Sequence[str]) -> list[str]:
+    """An id that this server cannot store is in none of its rows, and would have the whole statement refused."""
+    stored = in_words_of(connection, [storable(id_) for id_ in ids])
+    return [id_ for id_, name in zip(ids, stored, strict=True) if id_ == name]
+
+
 def change_rows(connection: sa.Connection, changes: Sequence[Change]) -> list[dict[str, Any]]:
     """Changes as rows of the JSON parameter that audit entries are written from."""
     rows: list[dict[str, Any]] = [

@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from billing_orchestration.database.audit import Change, Problem, Stamp, record_changes, to_json
+from billing_orchestration.database.audit import Change, Problem, Stamp, known_here, record_changes, to_json
 from billing_orchestration.database.conventions import sql_list
 from billing_orchestration.domain.attempts import OPEN, State
 from billing_orchestration.domain.personal import names_in_body, without_names
@@ -30,10 +30,11 @@ _USERS = sa.text("""
 
 def users_of(connection: sa.Connection, problems: Sequence[Problem]) -> frozenset[str]:
     """The service's ids of the users whom these problems are about."""
+    externals = [problem.external_payment_id for problem in problems if problem.external_payment_id is not None]
     bound = {
         "subscriptions": [problem.subscription_id for problem in problems if problem.subscription_id is not None],
         "payments": [problem.payment_id for problem in problems if problem.payment_id is not None],
-        "externals": [problem.external_payment_id for problem in problems if problem.external_payment_id is not None],
+        "externals": known_here(connection, externals),
     }
     items = (problem.evidence.get("item") for problem in problems)
     metadata = (item.get("metadata") for item in items if isinstance(item, Mapping))

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
-from billing_orchestration.database.audit import Stamp, in_words_of
+from billing_orchestration.database.audit import Stamp, known_here
 from billing_orchestration.database.conventions import naive_utc, of_this_shop, of_this_shop_first
 from billing_orchestration.database.payment_rows import select_rows
 from billing_orchestration.domain.settlement_decisions import PaymentRow
@@ -67,19 +67,14 @@ def fetch_rows(connection: sa.Connection, provider_ids: Sequence[str]) -> list[P
 
 
 def _rows_by_ids(connection: sa.Connection, where: str, ids: Sequence[str]) -> list[PaymentRow]:
-    parts = parts_of(_known_here(connection, ids))
+    parts = parts_of(known_here(connection, ids))
     return [row for part in parts for row in select_rows(connection, where, {"ids": part})]
 
 
 def fetch_settled(connection: sa.Connection, provider_ids: Sequence[str]) -> set[str]:
     """Which of these provider payments are in our settlements."""
-    parts = parts_of(_known_here(connection, provider_ids))
+    parts = parts_of(known_here(connection, provider_ids))
     return {id_ for part in parts for id_ in connection.execute(_SETTLED, {"ids": part}).scalars()}
-
-
-def _known_here(connection: sa.Connection, ids: Sequence[str]) -> list[str]:
-    """An id that this server cannot store is in none of its rows, and would have the whole statement refused."""
-    return [id_ for id_, stored in zip(ids, in_words_of(connection, list(ids)), strict=True) if id_ == stored]
 
 
 def parts_of(ids: Sequence[Id]) -> Iterator[list[Id]]:

@@ -118,7 +118,7 @@ KINDS: Mapping[ProblemKind, Kind] = {
     "unclear_grant": Kind(
         "paid, and the service wrote its row as SUCCEEDED, but it is unknown whether it granted it: another payment was"
         " granted to the subscription meanwhile, its end moved by something else than a period, or the row is linked to"
-        " no subscription and one was changed since",
+        " no subscription and one was changed since. Or a renewal was paid, and the end was moved back meanwhile",
         "the service had not granted it: one more period is granted now",
         _ATTACH,
         "the service had granted it: nothing more is granted",

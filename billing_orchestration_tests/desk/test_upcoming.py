@@ -70,7 +70,7 @@ def test_no_consent_and_an_inactive_card_are_told_as_such(service_with: Callable
 
     told = upcoming(service)
 
-    assert (told[inactive].charged, told[inactive].code, told[inactive].card) == ("no", "method_inactive", "inactive")
+    assert (told[inactive].charged, told[inactive].code, told[inactive].card) == ("no", "method_inactive", "")
     assert (told[no].charged, told[no].code) == ("no", "no_consent")
 
 

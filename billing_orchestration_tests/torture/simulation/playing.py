@@ -114,7 +114,7 @@ def workers_of(count: int) -> Iterator[ProcessPoolExecutor]:
         yield workers
     except BaseException:
         for process in list(workers._processes.values()):
-            process.terminate()
+            process.kill()
         raise
     finally:
         workers.shutdown(cancel_futures=True)
