@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from billing_orchestration.database.audit import Change, Stamp, record_changes
+from billing_orchestration.database.audit import Change, Stamp, in_words_of, known_here, record_changes
 from billing_orchestration.database.conventions import naive_utc, of_this_shop, of_this_shop_first, sql_list
 from billing_orchestration.database.matching import parts_of
 from billing_orchestration.database.payment_rows import select_rows
@@ -47,7 +47,8 @@ def fetch_rows_of_day(connection: sa.Connection, day: Day) -> list[Row]:
 
 def fetch_rows_of(connection: sa.Connection, payment_ids: Sequence[str], row_ids: Sequence[int] = ()) -> list[Row]:
     """The payment rows with these ids of the provider's, whatever their age; and those with these ids of their own."""
-    parts: list[tuple[str, Any]] = [(_BY_PAYMENT, {"ids": part}) for part in parts_of(payment_ids)]
+    known = known_here(connection, payment_ids)
+    parts: list[tuple[str, Any]] = [(_BY_PAYMENT, {"ids": part}) for part in parts_of(known)]
     parts += [(_BY_ROW, {"ids": part}) for part in parts_of(row_ids)]
     return [tuple(row) for statement, bound in parts for row in connection.exec_driver_sql(statement, bound)]
 
@@ -74,8 +75,9 @@ _CLOSE = sa.text("""
 
 def states_of(connection: sa.Connection, keys: Collection[str]) -> dict[str, bool]:
     """Of these problems, those that a person knows of: True while one has to decide, False after the last word."""
-    rows = [row for part in parts_of(sorted(keys)) for row in connection.execute(_STATES, {"keys": part})]
-    return {row.problem_key: bool(row.waits) for row in rows}
+    stored = dict(zip(in_words_of(connection, sorted(keys)), sorted(keys), strict=True))
+    rows = [row for part in parts_of(list(stored)) for row in connection.execute(_STATES, {"keys": part})]
+    return {stored[row.problem_key]: bool(row.waits) for row in rows}
 
 
 def open_of_books(connection: sa.Connection) -> list[tuple[int, str]]:

@@ -114,6 +114,22 @@ def test_what_a_server_cannot_store_is_that_rows_fault(
         assert all(run.report["newly quarantined"] == 0 for run in again)
 
 
+def test_a_days_books_are_compared_whatever_ids_the_server_cannot_store(
+    postgres_server: Server, sandbox: Sandbox
+) -> None:
+    with postgres_server.database(encoding="LATIN1") as url, service_on(url, sandbox) as service:
+        for name in ("платёж", "payment"):
+            service.paid_there(name, user=name, plan_id=service.monthly, created_at=NOON - timedelta(days=1))
+
+        first, again = service.run("reconciliation_job"), service.run("reconciliation_job")
+
+        assert "Waiting for a person: 1" in first.failure
+        assert "Waiting for a person: 1" in again.failure
+        assert service.settled("payment") == ["created"]
+        assert [problem.kind for problem in service.rows("quarantine", "resolved_at IS NULL")] == ["not_writable"]
+        assert again.report["newly quarantined"] == 0
+
+
 def test_bytes_of_another_encoding_in_one_row_stop_no_other(postgres_server: Server, sandbox: Sandbox) -> None:
     with postgres_server.database(encoding="SQL_ASCII") as url, service_on(url, sandbox) as service:
         odd = service.subscriber(user="odd")
