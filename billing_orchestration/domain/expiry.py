@@ -92,11 +92,13 @@ class NoAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class CanceledThere:
-    """The provider lists it as canceled, for good."""
+class ListedThere:
+    """The provider's list shows it in a status of what nobody paid: canceled, or pending still."""
+
+    status: str
 
 
-ProviderAnswer = ProviderPayment | UnusablePayment | CanceledThere | NotFoundThere | NoAnswer
+ProviderAnswer = ProviderPayment | UnusablePayment | ListedThere | NotFoundThere | NoAnswer
 
 
 class AskedPayment(NamedTuple):
@@ -120,8 +122,6 @@ def decide_payment_expiry(
         return ExpirePayment(row, _unpaid(ttl_days, "it never got a payment at the provider"), Code.NEVER_AT_PROVIDER)
     if isinstance(answer, NotFoundThere):
         return ExpirePayment(row, _unpaid(ttl_days, "the provider does not know it"), Code.UNKNOWN_AT_PROVIDER)
-    if isinstance(answer, CanceledThere):
-        return ExpirePayment(row, _unpaid(ttl_days, f"{CANCELED} at the provider"), Code.CANCELED_AT_PROVIDER)
     if isinstance(answer, NoAnswer):
         return KeepPending(
             row,
@@ -132,6 +132,8 @@ def decide_payment_expiry(
     if isinstance(answer, UnusablePayment):
         reason = f"the provider's record of it cannot be used: {answer.reason}"
         return KeepPending(row, reason, "unreadable", quarantine=answer)
+    if isinstance(answer, ListedThere):
+        return _unpaid_there(row, answer.status, ttl_days)
     if answer.status == SUCCEEDED and answer.succeeded_within(WEBHOOK_GRACE, now):
         reason = "paid this very minute: left to the service's webhook, then to the matching jobs"
         return KeepPending(row, reason, Code.LEFT_TO_WEBHOOK)
@@ -143,5 +145,9 @@ def decide_payment_expiry(
             "the customer's money is held at the provider (waiting_for_capture): capture or cancel it",
             Code.MONEY_HELD,
         )
-    code = Code.CANCELED_AT_PROVIDER if answer.status == CANCELED else Code.PENDING_AT_PROVIDER
-    return ExpirePayment(row, _unpaid(ttl_days, f"{answer.status} at the provider"), code)
+    return _unpaid_there(row, answer.status, ttl_days)
+
+
+def _unpaid_there(row: StalePayment, status: str, ttl_days: int) -> ExpirePayment:
+    code = Code.CANCELED_AT_PROVIDER if status == CANCELED else Code.PENDING_AT_PROVIDER
+    return ExpirePayment(row, _unpaid(ttl_days, f"{status} at the provider"), code)

@@ -1,6 +1,6 @@
 """expire_payments_job: PENDING payments that nobody paid for days become EXPIRED, after the provider was asked.
 
-Daily at 04:00. What the provider lists as canceled takes one request for a hundred, every other payment one of its own.
+Daily at 04:00. What the provider lists as unpaid takes one request for a hundred, every other payment one of its own.
 One that turns out to be paid is settled instead; one whose money is held uncaptured, or about which the provider does
 not answer, stays PENDING. A success that arrives after expiry is still settled by the matching jobs.
 """
@@ -136,7 +136,7 @@ def fetch_stale_payments(
 
 
 @dg.op(
-    description="Ask the provider: its list of canceled payments, then about each other one, a few at once.", ins=AFTER
+    description="Ask the provider: its lists of unpaid payments, then about each other one, a few at once.", ins=AFTER
 )
 def fetch_stale_at_provider(
     context: dg.OpExecutionContext,
@@ -166,7 +166,7 @@ def fetch_stale_at_provider(
         {
             **describe_clocks(context, clocks),
             "asked": dg.MetadataValue.int(inquiry.asked),
-            "of them, canceled by the provider's list": dg.MetadataValue.int(inquiry.listed),
+            "of them, unpaid by the provider's lists": dg.MetadataValue.int(inquiry.listed),
             "not found there": dg.MetadataValue.int(inquiry.not_found),
             "no answer": dg.MetadataValue.int(inquiry.unanswered),
         }

@@ -1,11 +1,14 @@
-"""What the provider says about many payments: by its list of canceled ones, else each by its id. It reads only."""
+"""What the provider says about many payments: by its lists of unpaid ones, else each by its id. It reads only."""
+
+from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from billing_orchestration.domain.expiry import CanceledThere, NoAnswer, NotFoundThere, ProviderAnswer, StalePayment
-from billing_orchestration.domain.provider_payment import UnusablePayment
+from billing_orchestration.domain.expiry import ListedThere, NoAnswer, NotFoundThere, ProviderAnswer, StalePayment
+from billing_orchestration.domain.provider_payment import CANCELED, PENDING, UnusablePayment
 from billing_orchestration.provider.errors import (
     Forbidden,
     IncompleteSlice,
@@ -26,6 +29,15 @@ PAGE_IS_WORTH = 20
 _APART = timedelta(minutes=5)
 
 
+@dataclass
+class _List:
+    """What the last two readings of one status's list have shown, and until when."""
+
+    answer: ListedThere
+    shown: deque[frozenset[str]] = field(default_factory=lambda: deque(maxlen=2))
+    read_until: datetime | None = None
+
+
 class Inquiry:
     """Asks the provider about pages of ids, a few at once, and gives up when it answers for nobody."""
 
@@ -38,9 +50,8 @@ class Inquiry:
         self._warn = warn
         self._breaker = Breaker(BREAKER_SILENCES)
         self._list_is_of_use = True
-        # What the last two readings of the list have shown, and until when.
-        self._canceled: deque[frozenset[str]] = deque(maxlen=2)
-        self._read_until: datetime | None = None
+        # Canceled first: of what is old, nearly all is.
+        self._lists = [_List(ListedThere(status)) for status in (CANCELED, PENDING)]
         self.asked = self.listed = self.not_found = self.unanswered = 0
 
     def ask_about(self, rows: Sequence[StalePayment]) -> dict[str, ProviderAnswer]:
@@ -59,30 +70,34 @@ class Inquiry:
         return answers
 
     def _listed(self, ids: Sequence[str], created: Sequence[datetime]) -> dict[str, ProviderAnswer]:
-        """The canceled ones, where the list of their time is whole within fewer requests than there are ids.
+        """The unpaid ones, where the list of their time is whole within fewer requests than there are ids to ask about.
 
-        Any other status may have changed since the list was made, so it is asked for.
+        What is paid or held is never taken from the list. A list that lags behind may show as pending what was paid
+        minutes ago: it expires, as if it had been paid a minute later, and the matching jobs settle it.
         """
-        most_pages = len(ids) // PAGE_IS_WORTH
-        if most_pages and created and self._list_is_of_use and not self._breaker.is_open:
-            self._read_list(created[0] - _APART, created[-1] + _APART, most_pages)
-        canceled = frozenset().union(*self._canceled)
-        return {payment_id: CanceledThere() for payment_id in ids if payment_id in canceled}
+        answers: dict[str, ProviderAnswer] = {}
+        for there in self._lists:
+            most_pages = (len(ids) - len(answers)) // PAGE_IS_WORTH
+            if most_pages and created and self._list_is_of_use and not self._breaker.is_open:
+                self._read_list(there, created[0] - _APART, created[-1] + _APART, most_pages)
+            shown = frozenset().union(*there.shown)
+            answers |= {payment_id: there.answer for payment_id in ids if payment_id in shown}
+        return answers
 
-    def _read_list(self, start: datetime, end: datetime, most_pages: int) -> None:
+    def _read_list(self, there: _List, start: datetime, end: datetime, most_pages: int) -> None:
         """Read what the rows before these have not read already: many may be of one instant."""
-        begin = max(start, self._read_until) if self._read_until is not None else start
+        begin = max(start, there.read_until) if there.read_until is not None else start
         if begin >= end:
             return
         try:
-            found = self._provider.client.lists.canceled(begin, end, most_pages)
+            found = self._provider.client.lists.in_status(there.answer.status, begin, end, most_pages)
         except IncompleteSlice as fault:
             self._list_is_of_use = False
             self._warn(f"{fault} Each payment is asked about instead")
             return
         if found is not None:
-            self._canceled.append(found)
-            self._read_until = end
+            there.shown.append(found)
+            there.read_until = end
 
     def _ask(self, ids: Sequence[str], answers: dict[str, ProviderAnswer]) -> None:
         results = map_concurrently(

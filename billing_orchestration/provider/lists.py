@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from billing_orchestration.domain.provider_payment import CANCELED, SUCCEEDED
+from billing_orchestration.domain.provider_payment import SUCCEEDED
 from billing_orchestration.provider.errors import IncompleteSlice, ProviderError, WrongCredentials
 from billing_orchestration.provider.pacing import map_concurrently
 from billing_orchestration.provider.records import provider_instant
-from billing_orchestration.provider.slices import CanceledNames, Collector, Pages, RefundCollector, RefundSlice, Slice
+from billing_orchestration.provider.slices import Collector, Names, Pages, RefundCollector, RefundSlice, Slice
 from billing_orchestration.provider.translation import Call
 from billing_orchestration.threads import Threads
 
@@ -53,13 +53,10 @@ class Lists:
         slice_ = Collector(SUCCEEDED)
         return slice_.whole() if self._read_if_short(SUCCEEDED, start, end, slice_, 1) else None
 
-    def canceled(self, start: datetime, end: datetime, most_pages: int) -> frozenset[str] | None:
-        """The ids of payments that were created in [start, end] and are canceled; None where that takes more pages.
-
-        Canceled is final: a list that lags behind may hide it, and never says it too early.
-        """
-        filters = _filters(CANCELED, "created_at", start, end)
-        names = self._collect("payments", filters, CanceledNames(), most_pages=most_pages)
+    def in_status(self, status: str, start: datetime, end: datetime, most_pages: int) -> frozenset[str] | None:
+        """The ids of payments that were created in [start, end] and are in a status; None where it takes more pages."""
+        filters = _filters(status, "created_at", start, end)
+        names = self._collect("payments", filters, Names(status), most_pages=most_pages)
         return None if names.is_cut else frozenset(names.ids)
 
     def payments_of_day(self, start: datetime, end: datetime, parallel_windows: int | None) -> Slice:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from billing_orchestration.domain.provider_payment import (
-    CANCELED,
     PENDING,
     ProviderPayment,
     ProviderRefund,
@@ -105,16 +104,17 @@ class Collector(Pages):
             self._payments[payment.id] = payment
 
 
-class CanceledNames(Pages):
-    """Gathers the ids of canceled payments, and of no others."""
+class Names(Pages):
+    """Gathers the ids of payments in one status, and of no others."""
 
-    def __init__(self) -> None:
+    def __init__(self, status: str) -> None:
         super().__init__()
+        self._status = status
         self.ids: set[str] = set()
 
     def _take(self, item: Any) -> None:
         record = parse_payment(item)
-        if isinstance(record, ProviderPayment) and record.status == CANCELED:
+        if isinstance(record, ProviderPayment) and record.status == self._status:
             self.ids.add(record.id)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from billing_orchestration.domain.expiry import CanceledThere, StalePayment
+from billing_orchestration.domain.expiry import ListedThere, StalePayment
 from billing_orchestration.jobs.expire_payments import PAGE
 from billing_orchestration.jobs.inquiry import Inquiry
 from billing_orchestration.resources import ProviderConnection
@@ -30,6 +30,11 @@ def there(service: Service, external_id: str, status: str = "succeeded", **field
     """What the provider knows of it."""
     fields.setdefault("created_at", service.now - timedelta(days=8))
     return service.paid_there(external_id, status=status, **fields)
+
+
+def no_lists(service: Service) -> None:
+    """The lists break off: each payment is asked about by its id."""
+    service.sandbox.misbehave("list", "error_before", times=None)
 
 
 # --- Which rows
@@ -176,6 +181,7 @@ NO_ANSWERS: dict[str, dict[str, Any]] = {
 
 def test_about_which_the_provider_does_not_answer_stays_pending_and_the_run_is_red_at_its_end(service: Service) -> None:
     plan = service.plan()
+    no_lists(service)
     silent = {}
     for name, effect in NO_ANSWERS.items():
         payment_id = there(service, name.replace(" ", "-"), "pending")
@@ -266,6 +272,7 @@ def test_a_wrong_shop_key_fails_the_run_after_one_request_and_changes_nothing(se
 def test_a_provider_that_fails_for_everyone_is_not_asked_about_everyone(service: Service) -> None:
     payments = [stale(service, there(service, f"unpaid-{number}", "pending")) for number in range(60)]
     nameless = stale(service, None)
+    no_lists(service)
     service.sandbox.misbehave("get", "error_before", times=None)
 
     run = service.run(JOB)
@@ -281,6 +288,7 @@ def test_a_provider_that_fails_for_everyone_is_not_asked_about_everyone(service:
 def test_the_provider_is_asked_about_several_at_a_time_and_never_about_more_than_configured(service: Service) -> None:
     for number in range(24):
         stale(service, there(service, f"unpaid-{number}", "pending"))
+    no_lists(service)
     service.sandbox.misbehave("get", "none", delay_s=0.02, times=None)
 
     run = service.run(JOB, ops={"fetch_stale_at_provider": {"max_concurrency": 3}})
@@ -290,19 +298,22 @@ def test_the_provider_is_asked_about_several_at_a_time_and_never_about_more_than
     assert service.sandbox.count("get") == 24
 
 
-# --- By the list of canceled payments
+# --- By the lists of unpaid payments
 
 
-def test_many_that_are_canceled_there_take_a_page_of_the_list_instead_of_a_request_each(service: Service) -> None:
-    payments = [stale(service, there(service, f"canceled-{number}", "canceled")) for number in range(120)]
+@pytest.mark.parametrize(("status", "pages"), [("canceled", 2), ("pending", 3)])
+def test_many_that_are_unpaid_there_take_a_page_of_the_list_instead_of_a_request_each(
+    service: Service, status: str, pages: int
+) -> None:
+    payments = [stale(service, there(service, f"unpaid-{number}", status)) for number in range(120)]
 
     run = service.run(JOB)
 
     assert run.ok, run.failure
     assert {service.status("payments", payment) for payment in payments} == {"EXPIRED"}
-    assert {row["code"] for row in run.decisions} == {"canceled_at_provider"}
-    assert (service.sandbox.count("list"), service.sandbox.count("get")) == (2, 0)
-    assert run.number("fetch_stale_at_provider", "of them, canceled by the provider's list") == 120
+    assert {row["code"] for row in run.decisions} == {f"{status}_at_provider"}
+    assert (service.sandbox.count("list"), service.sandbox.count("get")) == (pages, 0)
+    assert run.number("fetch_stale_at_provider", "of them, unpaid by the provider's lists") == 120
 
 
 def test_pages_of_rows_that_are_of_one_time_read_its_list_once(service: Service) -> None:
@@ -313,11 +324,11 @@ def test_pages_of_rows_that_are_of_one_time_read_its_list_once(service: Service)
 
     answers = [inquiry.ask_about(page) for page in (rows[:20], rows[20:40], rows[40:])]
 
-    assert [answer for found in answers for answer in found.values()] == [CanceledThere()] * 60
+    assert [answer for found in answers for answer in found.values()] == [ListedThere("canceled")] * 60
     assert (service.sandbox.count("list"), service.sandbox.count("get")) == (1, 0)
 
 
-def test_whatever_the_list_does_not_show_as_canceled_is_asked_about(service: Service) -> None:
+def test_whatever_the_lists_do_not_show_as_unpaid_is_asked_about(service: Service) -> None:
     for number in range(40):
         stale(service, there(service, f"canceled-{number}", "canceled"))
     others = {

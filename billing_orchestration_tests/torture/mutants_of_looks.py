@@ -40,16 +40,16 @@ LOOKS = (
     ),
     Mutant(
         "a list that decides what may still change",
-        "only canceled is final: every other payment is asked about by its id",
+        "what may be paid or held is asked about by its id",
         (
-            Edit("provider/slices.py", " and record.status == CANCELED:", ":"),
+            Edit("provider/slices.py", " and record.status == self._status:", ":"),
             Edit(
                 "provider/lists.py",
-                'filters = _filters(CANCELED, "created_at"',
+                'filters = _filters(status, "created_at"',
                 'filters = _filters(None, "created_at"',
             ),
         ),
-        ("jobs/test_expire_payments.py::test_whatever_the_list_does_not_show_as_canceled_is_asked_about",),
+        ("jobs/test_expire_payments.py::test_whatever_the_lists_do_not_show_as_unpaid_is_asked_about",),
     ),
     Mutant(
         "a list that broke off decides",
