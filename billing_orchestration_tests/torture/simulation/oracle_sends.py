@@ -156,14 +156,17 @@ class SendsJudge(Judge):
             )
             if paid.id in by_id and "renewal_attempt_id" not in by_id[paid.id].metadata
         ]  # fmt: skip
-        saved = [
-            (payment.created_at, payment.method_id) for payment, status in purchases
-            if payment.method_saved and status == "SUCCEEDED"
+        saved = [payment for payment, status in purchases if payment.method_saved and status == "SUCCEEDED"]
+        used = max((payment.created_at for payment in saved if payment.method_id == method_id), default=None)
+        # One that the provider has refunded does not count, whether or not the service's row says so yet.
+        newer = [
+            (payment.created_at, payment.method_id) for payment in saved
+            if used is not None and payment.created_at > used and payment.refunded < payment.amount
         ]  # fmt: skip
-        if saved and method_id in {method for _, method in saved} and method_id != max(saved)[1]:
-            yield f"CHARGED AN OLD CARD: subscription {row.id} by {method_id}, and its newest is {max(saved)[1]}"
+        if newer:
+            yield f"CHARGED AN OLD CARD: subscription {row.id} by {method_id}, and its newest is {max(newer)[1]}"
         refunded = {payment.method_id for payment, status in purchases if payment.method_saved and status == "REFUNDED"}
-        if method_id in refunded - {method for _, method in saved}:
+        if method_id in refunded - {payment.method_id for payment in saved}:
             yield f"CHARGED A REFUNDED CARD: subscription {row.id} by {method_id}, whose purchase was refunded"
 
     def _changed_since(self, subscription_id: int, instant: datetime) -> bool:
