@@ -20,20 +20,22 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from billing_orchestration_tests.fixtures.postgres import BORROWED, start_server
 from billing_orchestration_tests.torture.mutant import Edit, Mutant
 from billing_orchestration_tests.torture.mutant_catalogue import ALL
 from billing_orchestration_tests.torture.mutant_runner import ASSERTION, ERROR, PASSED
+from billing_orchestration_tests.torture.zygote import OUTPUT, Zygote
 
 ROOT = Path(__file__).parents[2]
 PACKAGE, TESTS = "billing_orchestration", "billing_orchestration_tests"
@@ -42,6 +44,9 @@ KILLED, SURVIVED, BROKEN = "killed", "SURVIVED", "BROKEN"
 _LONGEST_S = 240
 _LONGEST_BASELINE_S = 1800
 AT_A_TIME = 2
+
+
+Told = TypeVar("Told")
 
 
 class DoesNotFit(Exception):
@@ -91,7 +96,9 @@ def copy_to(folder: Path, edits: Sequence[Edit] = ()) -> None:
             compiled.unlink()
 
 
-def run_tests(folder: Path, tests: Sequence[str], postgres_url: str, longest_s: int = _LONGEST_S) -> dict[str, Any]:
+def run_tests(
+    folder: Path, tests: Sequence[str], postgres_url: str, zygote: Zygote, longest_s: int = _LONGEST_S
+) -> dict[str, Any]:
     """The runner's report. Raises RuntimeError when there is none."""
     report = folder / "report.json"
     environment = {
@@ -101,16 +108,13 @@ def run_tests(folder: Path, tests: Sequence[str], postgres_url: str, longest_s: 
         and name not in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
     }
     environment |= {BORROWED: postgres_url, "PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-m", f"{TESTS}.torture.mutant_runner", str(report)]
+    arguments = [str(report), *(f"{TESTS}/{test}" for test in tests)]
     try:
-        ended = subprocess.run(
-            [*command, *(f"{TESTS}/{test}" for test in tests)],
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=longest_s, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
+        zygote.run(folder, f"{TESTS}.torture.mutant_runner", arguments, environment, longest_s)
+    except TimeoutError as error:
         raise RuntimeError(f"its tests did not end within {longest_s} s") from error
     if not report.exists():
-        raise RuntimeError(f"it did not start: {' '.join((ended.stderr or ended.stdout).split())[-300:]}")
+        raise RuntimeError(f"it did not start: {' '.join((folder / OUTPUT).read_text().split())[-300:]}")
     told: dict[str, Any] = json.loads(report.read_text())
     return told
 
@@ -131,24 +135,24 @@ def judge(mutant: Mutant, told: dict[str, Any]) -> Verdict:
     return Verdict(mutant, SURVIVED, f"{len(told['tests'])} tests passed")
 
 
-def attempt(mutant: Mutant, postgres_url: str) -> Verdict:
+def attempt(mutant: Mutant, postgres_url: str, zygote: Zygote) -> Verdict:
     """Put it into a copy and let its tests have it."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         try:
             copy_to(Path(name), mutant.edits)
-            verdict = judge(mutant, run_tests(Path(name), mutant.tests, postgres_url))
+            verdict = judge(mutant, run_tests(Path(name), mutant.tests, postgres_url, zygote))
         except (DoesNotFit, RuntimeError) as error:
             verdict = Verdict(mutant, BROKEN, str(error))
     return Verdict(mutant, verdict.outcome, verdict.by, verdict.words, time.monotonic() - started)
 
 
-def baseline(mutants: Iterable[Mutant], postgres_url: str) -> list[str]:
+def baseline(mutants: Iterable[Mutant], postgres_url: str, zygote: Zygote) -> list[str]:
     """The same tests on an unchanged copy: everything that did not pass (nothing)."""
     tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     with tempfile.TemporaryDirectory(prefix="no-mutant-") as name:
         copy_to(Path(name))
-        told = run_tests(Path(name), tests, postgres_url, _LONGEST_BASELINE_S)
+        told = run_tests(Path(name), tests, postgres_url, zygote, _LONGEST_BASELINE_S)
     failed = [f"{name}: {how}, {words}" for name, how, words in (*told["smoke"], *told["tests"]) if how != PASSED]
     if told["status"] != 0 and not failed:
         failed = [f"pytest ended with {told['status']}: a test that is named here does not exist"]
@@ -157,10 +161,23 @@ def baseline(mutants: Iterable[Mutant], postgres_url: str) -> list[str]:
 
 def attempt_all(mutants: Sequence[Mutant]) -> tuple[list[str], list[Verdict]]:
     """What the baseline failed, and every verdict, some at a time."""
-    with start_server() as server, ThreadPoolExecutor(AT_A_TIME) as threads:
-        sound = threads.submit(baseline, mutants, server.url())
-        verdicts = list(threads.map(lambda mutant: attempt(mutant, server.url()), mutants))
-        return sound.result(), verdicts
+    free: SimpleQueue[Zygote] = SimpleQueue()
+
+    def warmly(do: Callable[[Zygote], Told]) -> Told:
+        zygote = free.get()
+        try:
+            return do(zygote)
+        finally:
+            free.put(zygote)
+
+    with ExitStack() as stack:
+        url = stack.enter_context(start_server()).url()
+        for _ in range(AT_A_TIME):
+            free.put(stack.enter_context(Zygote()))
+        threads = stack.enter_context(ThreadPoolExecutor(AT_A_TIME))
+        sound = threads.submit(warmly, lambda zygote: baseline(mutants, url, zygote))
+        verdicts = threads.map(lambda mutant: warmly(lambda zygote: attempt(mutant, url, zygote)), mutants)
+        return sound.result(), list(verdicts)
 
 
 def table(verdicts: Sequence[Verdict]) -> str:

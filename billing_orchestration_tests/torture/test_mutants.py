@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from billing_orchestration_tests.torture.mutants import (
     markdown,
     table,
 )
+from billing_orchestration_tests.torture.zygote import Zygote
 
 THOROUGH = "TORTURE_ROUNDS" in os.environ
 _A_RANDOM_KEY = next(mutant for mutant in ALL if mutant.name == "a random key")
@@ -62,20 +64,26 @@ def test_every_mutant_is_killed(capsys: pytest.CaptureFixture[str]) -> None:
 # --- the machinery itself: it must be able to say each of its words
 
 
-def test_a_mutant_is_killed_by_an_assertion(postgres_server: Server) -> None:
-    verdict = attempt(_A_RANDOM_KEY, postgres_server.url())
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with Zygote() as zygote:
+        yield zygote
+
+
+def test_a_mutant_is_killed_by_an_assertion(postgres_server: Server, zygote: Zygote) -> None:
+    verdict = attempt(_A_RANDOM_KEY, postgres_server.url(), zygote)
 
     assert (verdict.outcome, verdict.by) == (KILLED, _A_TEST)
 
 
 def test_a_change_that_breaks_no_rule_survives_and_one_that_does_not_start_kills_nothing(
-    postgres_server: Server,
+    postgres_server: Server, zygote: Zygote
 ) -> None:
     harmless = Mutant("harmless", "none", (Edit("domain/attempts.py", "_HOURS = 23", "_HOURS = 46 // 2"),), (_A_TEST,))
     unbootable = Mutant("unbootable", "none", (Edit("domain/money.py", '"RUB", ', '"RUB" / '),), (_A_TEST,))
 
-    assert attempt(harmless, postgres_server.url()).outcome == SURVIVED
-    assert attempt(unbootable, postgres_server.url()).outcome == BROKEN
+    assert attempt(harmless, postgres_server.url(), zygote).outcome == SURVIVED
+    assert attempt(unbootable, postgres_server.url(), zygote).outcome == BROKEN
 
 
 @pytest.mark.parametrize("edit", [
@@ -84,11 +92,11 @@ def test_a_change_that_breaks_no_rule_survives_and_one_that_does_not_start_kills
     Edit("domain/attempts.py", "_HOURS = 23", "_HOURS = "),
     Edit("domain/attempts.py", "_HOURS = 23", "_HOURS = 23"),
 ], ids=["not there", "more than once", "no Python", "no change"])  # fmt: skip
-def test_a_replacement_that_does_not_fit_is_broken_and_never_a_silent_survivor(edit: Edit) -> None:
+def test_a_replacement_that_does_not_fit_is_broken_and_never_a_silent_survivor(edit: Edit, zygote: Zygote) -> None:
     with pytest.raises(DoesNotFit):
         edited(ROOT, (edit,))
 
-    assert attempt(Mutant("misfit", "none", (edit,), (_A_TEST,)), "postgresql://nowhere").outcome == BROKEN
+    assert attempt(Mutant("misfit", "none", (edit,), (_A_TEST,)), "postgresql://nowhere", zygote).outcome == BROKEN
 
 
 SMOKE = ["smoke", "passed", ""]
