@@ -6,8 +6,9 @@ well, spoils something, and wants to hear of it.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -233,12 +234,8 @@ def test_it_sees_a_due_subscription_of_which_a_run_says_nothing(books: Books, re
     assert complaint.startswith("NOT EXPLAINED: ")
 
 
-def test_it_sees_due_subscriptions_that_could_be_charged_and_were_not(books: Books) -> None:
-    sent = books.oracle.rows(
-        f"SELECT subscription_id, period_start FROM billing_orchestration.renewal_attempts WHERE {OURS}"
-    )
-    assert books.oracle.not_charged({row.subscription_id: row.period_start for row in sent}) == []
-
+def nothing_was_sent(books: Books) -> dict[int, datetime]:
+    """Subscriptions that are due and must be charged, of which the last run has charged none."""
     books.execute(
         "DELETE FROM payments WHERE external_payment_id IN"
         " (SELECT external_payment_id FROM billing_orchestration.renewal_attempts)"
@@ -246,9 +243,53 @@ def test_it_sees_due_subscriptions_that_could_be_charged_and_were_not(books: Boo
     books.execute("UPDATE billing_orchestration.renewal_attempts SET state = 'DECLINED', first_sent_at = NULL,"
                   " last_sent_at = NULL, period_start = period_start - interval '1 year'")  # fmt: skip
     books.execute(f"UPDATE subscriptions SET status = 'ACTIVE', ended_at = '{books.now - timedelta(hours=1)}'")
-    chargeable = books.oracle.chargeable(books.now, books.now)
+    return books.oracle.chargeable(books.payments.values(), books.now, books.now)
+
+
+def test_it_sees_due_subscriptions_that_could_be_charged_and_were_not(books: Books) -> None:
+    sent = books.oracle.rows(
+        f"SELECT subscription_id, period_start FROM billing_orchestration.renewal_attempts WHERE {OURS}"
+    )
+    assert books.oracle.not_charged({row.subscription_id: row.period_start for row in sent}) == []
+
+    chargeable = nothing_was_sent(books)
 
     assert chargeable
     assert [words.partition(" ended")[0] for words in books.oracle.not_charged(chargeable)] == [
         f"NOT CHARGED: subscription {number}" for number in chargeable
     ]
+
+
+@pytest.mark.parametrize(
+    ("decline", "must_be_charged"),
+    [
+        ("card_expired", False),
+        ("permission_revoked", False),
+        ("insufficient_funds", True),
+        ("general_decline", True),
+        ("3d_secure_failed", True),
+        # Its customer's own purchase with it, not a charge of ours.
+        ("card_expired, of a purchase", True),
+        ("card_expired, lost with a database that was set back", True),
+    ],
+)
+def test_a_card_that_was_declined_for_good_in_an_earlier_period_need_not_be_charged_and_any_other_must(
+    books: Books, decline: str, must_be_charged: bool
+) -> None:
+    renewal = copy.deepcopy(books.payments[books.renewed()])
+    number = next(iter(nothing_was_sent(books)))
+    [card] = books.oracle.rows(
+        "SELECT external_payment_id AS id FROM payments WHERE subscription_id = %s AND status = 'SUCCEEDED'", number
+    )
+    renewal.id, renewal.method_id, renewal.status = "declined", card.id, "canceled"
+    renewal.cancellation = {"party": "payment_network", "reason": decline.partition(",")[0]}
+    if "purchase" in decline:
+        del renewal.metadata["renewal_attempt_id"]
+    if "lost" in decline:
+        books.journal.lost.add(renewal.id)
+    books.payments[renewal.id] = renewal
+
+    chargeable = books.oracle.chargeable(books.payments.values(), books.now, books.now)
+
+    complaints = books.oracle.not_charged(chargeable)
+    assert any(f"NOT CHARGED: subscription {number} " in words for words in complaints) == must_be_charged

@@ -219,6 +219,37 @@ def test_it_sees_a_charge_by_a_card_whose_purchase_was_refunded(books: Books) ->
     assert any("CHARGED A REFUNDED CARD" in words for words in sent(books, key, body))
 
 
+@pytest.mark.parametrize(
+    ("reason", "minutes", "is_seen"),
+    [
+        ("card_expired", 40, True),
+        # Another run was told while this one was under way.
+        ("card_expired", 5, False),
+        ("insufficient_funds", 40, False),
+        ("3d_secure_failed", 40, False),
+    ],
+)
+def test_it_sees_a_charge_by_a_card_that_was_declined_for_good_in_another_period(
+    books: Books, reason: str, minutes: int, is_seen: bool
+) -> None:
+    key, body = first_send(books)
+    [other] = books.oracle.rows(
+        f"SELECT id::text AS id FROM {_ATTEMPTS} WHERE NOT coalesce({OURS}, false) ORDER BY planned_at LIMIT 1"
+    )
+    told_at = f"(SELECT last_sent_at FROM {_ATTEMPT}) - interval '{minutes} minutes'"
+    books.execute(f"UPDATE {_ATTEMPTS} SET closed_at = {told_at} WHERE id = '{other.id}'")
+    declined = copy.deepcopy(next(iter(books.payments.values())))
+    declined.id, declined.method_id, declined.status = "declined", body["payment_method_id"], "canceled"
+    declined.metadata = {**body["metadata"], "renewal_attempt_id": other.id, "period_start": "2001-01-01"}
+    declined.cancellation = {"party": "payment_network", "reason": reason}
+    books.payments["declined"] = declined
+
+    found = sent(books, key, body)
+
+    assert any("CHARGED A STOPPED CARD" in words for words in found) == is_seen, found
+    assert is_seen or found == []
+
+
 # --- in a world where nothing has happened
 
 

@@ -8,6 +8,7 @@ which subscriptions were there before, what the service's own webhook granted, w
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone, tzinfo
 from typing import Any
@@ -19,6 +20,11 @@ from billing_orchestration_tests.torture.simulation.mishaps import AWAITED
 
 UTC = timezone.utc
 DAY = timedelta(days=1)
+# After these the card is of no use any more, by the provider's documentation and not by the code under test.
+HARD_DECLINES = frozenset((
+    "permission_revoked", "card_expired", "payment_method_restricted", "invalid_card_number", "country_forbidden",
+    "fraud_suspected", "identification_required", "unsupported_mobile_operator",
+))  # fmt: skip
 
 
 def naive(instant: datetime) -> datetime:
@@ -131,6 +137,22 @@ class Judge:
         """Whatever a statement of the oracle's own finds."""
         with self.connection.cursor(row_factory=namedtuple_row) as cursor:
             return cursor.execute(statement, values).fetchall()
+
+    def hard_declines(self, payments: Iterable[Any]) -> dict[str, list[Any]]:
+        """Our charges that the provider has declined for good, by method. Each forbids it for every later period.
+
+        A customer's own purchase forbids nothing, and a database that was set back knows of no decline since.
+        """
+        found: dict[str, list[Any]] = defaultdict(list)
+        for payment in payments:
+            if (
+                payment.status == "canceled"
+                and (payment.cancellation or {}).get("reason") in HARD_DECLINES
+                and "renewal_attempt_id" in payment.metadata
+                and payment.id not in self._journal.lost
+            ):
+                found[payment.method_id].append(payment)
+        return found
 
     def billing_day(self, instant: datetime) -> date:
         """The billing day of an aware instant."""

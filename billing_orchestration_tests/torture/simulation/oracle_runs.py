@@ -160,13 +160,14 @@ class RunsJudge(Judge):
             if not (told.get(f"subscription {number}") or "").strip()
         ]
 
-    def chargeable(self, as_of: datetime, now: datetime) -> dict[int, datetime]:
+    def chargeable(self, payments: Iterable[Any], as_of: datetime, now: datetime) -> dict[int, datetime]:
         """Subscriptions that an undisturbed run has to charge, without an if or but, each with its old end.
 
         Ended today or yesterday and nothing was tried for that period; one price; one card, saved by its customer, who
-        has no other subscription, and on which nothing else was tried today. Others may be charged as well.
+        has no other subscription, on which nothing else was tried today, and which no decline has stopped for good,
+        for whatever period. Others may be charged as well. `payments`: all of the provider's.
         """
-        today, found = self.billing_day(as_of), {}
+        today, found, stopped = self.billing_day(as_of), {}, self.hard_declines(payments)
         for row in self.rows(
             "SELECT s.id, s.user_id, s.ended_at, p.duration, p.duration_unit,"
             " (SELECT array_agg(currency::text) FROM prices WHERE plan_id = s.plan_id) AS currencies,"
@@ -199,7 +200,7 @@ class RunsJudge(Judge):
             if len(methods) != 1 or money != {(row.currencies[0], "SUCCEEDED")}:
                 continue
             (method,) = methods
-            if method in self._journal.refunded:
+            if method in self._journal.refunded or method in stopped:
                 continue  # the service may not have written it down; the provider says so
             tried = self.rows(
                 "SELECT last_sent_at FROM billing_orchestration.renewal_attempts"

@@ -7,14 +7,19 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
-from billing_orchestration_tests.torture.simulation.judge import DAY, UTC, Judge, end_of_next_period, naive
+from billing_orchestration_tests.torture.simulation.judge import (
+    DAY,
+    HARD_DECLINES,
+    UTC,
+    Judge,
+    end_of_next_period,
+    naive,
+)
 
 # The classes of the provider's cancellation reasons, from its documentation and not from the code under test.
-FINAL_DECLINES = frozenset((
-    "permission_revoked", "card_expired", "payment_method_restricted", "invalid_card_number", "country_forbidden",
-    "fraud_suspected", "identification_required", "unsupported_mobile_operator", "3d_secure_failed", "invalid_csc",
-    "expired_on_confirmation", "loan_declined", "loan_declined_by_payer", "loan_application_expired",
-    "canceled_by_merchant", "expired_on_capture", "deal_expired",
+FINAL_DECLINES = HARD_DECLINES | frozenset((
+    "3d_secure_failed", "invalid_csc", "expired_on_confirmation", "loan_declined", "loan_declined_by_payer",
+    "loan_application_expired", "canceled_by_merchant", "expired_on_capture", "deal_expired",
 ))  # fmt: skip
 SOFT_DECLINES = frozenset((
     "insufficient_funds", "issuer_unavailable", "payment_method_limit_exceeded", "internal_timeout",
@@ -61,6 +66,7 @@ class SendsJudge(Judge):
             *(self._what_for(row, document) if is_new and is_as_claimed else ()),
             *(self._beside_what(row) if self._rules.holds("helping hands") else ()),
             *(self._by_which_card(row, document["payment_method_id"], payments) if is_new else ()),
+            *(self._by_a_stopped_card(row, document["payment_method_id"], payments) if is_new else ()),
         ]
 
     def _whose(self, row: Any, document: Any) -> Iterator[str]:
@@ -168,6 +174,23 @@ class SendsJudge(Judge):
         refunded = {payment.method_id for payment, status in purchases if payment.method_saved and status == "REFUNDED"}
         if method_id in refunded - {payment.method_id for payment in saved}:
             yield f"CHARGED A REFUNDED CARD: subscription {row.id} by {method_id}, whose purchase was refunded"
+
+    def _by_a_stopped_card(self, row: Any, method_id: str, payments: Iterable[Any]) -> Iterator[str]:
+        """Only what was written down some minutes before: another run may hear of it while this one is under way."""
+        if row.last_sent_at is None:
+            return
+        declines = {
+            payment.metadata["renewal_attempt_id"]: payment for payment in self.hard_declines(payments)[method_id]
+        }
+        for told in self.rows(
+            "SELECT id::text AS id, closed_at FROM billing_orchestration.renewal_attempts"
+            " WHERE id::text = ANY(%s) AND id::text <> %s AND closed_at < %s",
+            list(declines), row.attempt_id, row.last_sent_at - SOME_MINUTES,
+        ):  # fmt: skip
+            yield (
+                f"CHARGED A STOPPED CARD: subscription {row.id} by {method_id}, which was declined for good"
+                f" at {told.closed_at}: {declines[told.id].cancellation}"
+            )
 
     def _changed_since(self, subscription_id: int, instant: datetime) -> bool:
         instant -= self._journal.behind

@@ -20,6 +20,8 @@ REGRESSIONS = {
     3014: "a charge that a run within a run left pending: no tick came for its success (the simulation was wrong)",
     7012: "a success in an hour of which a run's end only was told: ticks that were not run had found nothing (the"
     " simulation was wrong)",
+    8027: "a card that was declined for good, and then the subscription's end was moved: its next period was not to be"
+    " charged by it (the judge was wrong)",
     1013: "such a row beside a purchase that had moved the subscription's end: the paid renewal was never granted",
 }
 # What some of so many seeds must have played, by a part of its name.

@@ -131,7 +131,7 @@ class Runs:
         as_of = how.get("tick") or world.now
         charges = job == "autopayment_job"
         due = world.oracle.due(as_of, 30) if charges else []
-        chargeable = world.oracle.chargeable(as_of, world.now) if charges else {}
+        chargeable = world.oracle.chargeable(world.provider.payments(), as_of, world.now) if charges else {}
         began = world.now
         end = self.run(job, accidents, **how)
         disturbed = not accidents.undisturbed or accidents.meanwhile or world.outage or world.clocks_are_apart
