@@ -87,7 +87,7 @@ class Ticks:
     def _has_covered(self, job: str, mark: datetime) -> bool:
         """Whether the watermark stands at a tick's end: what a tick leaves to the webhook keeps it behind."""
         rows = self._world.oracle.rows("SELECT covered_until FROM billing_orchestration.watermarks WHERE job = %s", job)
-        return bool(rows) and rows[0].covered_until >= mark - TICK
+        return bool(rows) and rows[0].covered_until >= mark
 
     def _backfill_gaps(self) -> None:
         """What an operator does about a gap that the quarantine names: backfill its hours."""
