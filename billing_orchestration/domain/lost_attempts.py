@@ -96,24 +96,43 @@ def recreate(
 # --- before the first charge of a run: does the provider know charges that our records do not?
 
 
-def stretch_to_search(
+@dataclass(frozen=True, slots=True)
+class Stretches:
+    """What may hold lost charges, to be read in this order: what is paid in between is in the second one.
+
+    `unfinished`: charges that were created in it and may still be paid. `whole`: created or paid in it, in any status.
+    """
+
+    unfinished: tuple[datetime, datetime] | None
+    whole: tuple[datetime, datetime]
+
+    @property
+    def since(self) -> datetime:
+        """From when on something is searched for."""
+        return (self.unfinished or self.whole)[0]
+
+
+def stretches_to_search(
     now: datetime, *, whole_until: datetime | None, matched_until: datetime | None, earliest: datetime
-) -> tuple[datetime, datetime] | None:
-    """The stretch of the provider's list that may hold charges which our records have lost; None: there is none.
+) -> Stretches | None:
+    """The stretches of the provider's list that may hold charges which our records have lost; None: there is none.
 
     Our records were whole at `whole_until`, when a run that charges looked last. Since then a matching run has settled
-    everything up to `matched_until`, unless so much time had passed that it left a gap. A restored database has old
-    watermarks and a new one none at all; one that is in use has some of minutes ago. No charge from before `earliest`
-    is about a period that can still be due. An instant in the future proves nothing.
+    everything that was paid up to `matched_until`, unless so much time had passed that it left a gap. It sees nothing
+    that is not paid yet, so of this it proves nothing: the tick after a restore moves its watermark past a charge that
+    is pending. Within minutes after `whole_until` every key is young, and a lost attempt would be sent with its own.
+    No charge from before `earliest` is about a period that can still be due. An instant in the future proves nothing.
     """
-    proved = whole_until if whole_until is not None and whole_until <= now else None
-    if proved is None:
-        return earliest - SCAN_MARGIN, now + SCAN_MARGIN
-    if matched_until is not None and proved >= now - LONGEST_CATCH_UP and matched_until <= now:
-        proved = max(proved, matched_until)
-    if now - proved <= CATCH_UP_OVERLAP:
+    end = now + SCAN_MARGIN
+    if whole_until is None or whole_until > now:
+        return Stretches(None, (earliest - SCAN_MARGIN, end))
+    if now - whole_until <= CATCH_UP_OVERLAP:
         return None
-    return max(earliest, proved - CATCH_UP_OVERLAP) - SCAN_MARGIN, now + SCAN_MARGIN
+    paid_until = whole_until
+    if matched_until is not None and whole_until >= now - LONGEST_CATCH_UP and matched_until <= now:
+        paid_until = max(whole_until, matched_until)
+    since, settled = (max(earliest, instant - CATCH_UP_OVERLAP) - SCAN_MARGIN for instant in (whole_until, paid_until))
+    return Stretches((since, settled) if since < settled else None, (settled, end))
 
 
 def parts_of(stretch: tuple[datetime, datetime]) -> Iterator[tuple[datetime, datetime]]:

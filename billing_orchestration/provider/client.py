@@ -278,6 +278,10 @@ class PaymentProvider:
         """The payments in ANY status that were created or captured in [start, end), each once. Whole, or an error."""
         return self.lists.payments_of_day(start, end, parallel_windows)
 
+    def fetch_unfinished(self, start: datetime, end: datetime) -> Slice:
+        """The payments that were created in [start, end] and may still be paid, each once. Whole, or an error."""
+        return self.lists.unfinished(start, end)
+
     def fetch_refunds(self, start: datetime, end: datetime) -> RefundSlice:
         """The refunds in any status that were created in [start, end), each once. Whole, or an error."""
         return self.lists.refunds_of_day(start, end)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from billing_orchestration.domain.provider_payment import SUCCEEDED
+from billing_orchestration.domain.provider_payment import PENDING, SUCCEEDED, WAITING_FOR_CAPTURE
 from billing_orchestration.provider.errors import IncompleteSlice, ProviderError, WrongCredentials
 from billing_orchestration.provider.pacing import map_concurrently
 from billing_orchestration.provider.records import provider_instant
@@ -62,6 +62,14 @@ class Lists:
     def payments_of_day(self, start: datetime, end: datetime, parallel_windows: int | None) -> Slice:
         """The payments in any status that were created or captured in [start, end), each once."""
         return self._created_or_captured(None, start, end - _RESOLUTION, parallel_windows)
+
+    def unfinished(self, start: datetime, end: datetime) -> Slice:
+        """The payments that were created in [start, end] and may still be paid, each once."""
+        slice_ = Collector()
+        # In this order: what is authorized in between is in the second list.
+        for status in (PENDING, WAITING_FOR_CAPTURE):
+            self._collect("payments", _filters(status, "created_at", start, end), slice_)
+        return slice_.whole()
 
     def refunds_of_day(self, start: datetime, end: datetime) -> RefundSlice:
         """The refunds in any status that were created in [start, end), each once."""

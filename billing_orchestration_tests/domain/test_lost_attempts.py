@@ -9,7 +9,13 @@ from datetime import datetime, timedelta
 import pytest
 
 from billing_orchestration.domain.attempts import SCAN_MARGIN
-from billing_orchestration.domain.lost_attempts import Identity, find_lost, identity_of, parts_of, stretch_to_search
+from billing_orchestration.domain.lost_attempts import (
+    Identity,
+    find_lost,
+    identity_of,
+    parts_of,
+    stretches_to_search,
+)
 from billing_orchestration.domain.provider_payment import CANCELED, PENDING, SUCCEEDED, WAITING_FOR_CAPTURE
 from billing_orchestration.domain.run_scope import CATCH_UP_OVERLAP, LONGEST_CATCH_UP
 from billing_orchestration_tests.domain.given import DAY, HOUR, NOW, an_attempt, the_payment_of
@@ -35,42 +41,54 @@ def test_one_that_does_not_derive_proves_nothing(change: str, value: object) -> 
     assert identity_of(odd) is None
 
 
-def since(whole: datetime | None, matched: datetime | None) -> datetime | None:
-    """From when the list is searched, without the margin for two clocks."""
-    stretch = stretch_to_search(NOW, whole_until=whole, matched_until=matched, earliest=EARLIEST)
-    if stretch is None:
+def searched(whole: datetime | None, matched: datetime | None) -> tuple[datetime, datetime] | None:
+    """From when the list is searched for what is not finished, and for what is paid; without the two clocks' margin."""
+    stretches = stretches_to_search(NOW, whole_until=whole, matched_until=matched, earliest=EARLIEST)
+    if stretches is None:
         return None
-    assert stretch[1] == NOW + SCAN_MARGIN
-    return stretch[0] + SCAN_MARGIN
+    assert stretches.whole[1] == NOW + SCAN_MARGIN
+    first = stretches.unfinished or stretches.whole
+    assert stretches.since == first[0]
+    # No charge is created between the two.
+    assert stretches.unfinished is None or stretches.unfinished[1] == stretches.whole[0]
+    return first[0] + SCAN_MARGIN, stretches.whole[0] + SCAN_MARGIN
+
+
+def back(since: datetime, paid_since: datetime | None = None) -> tuple[datetime, datetime]:
+    """The same, each a little earlier, in case the list lags behind."""
+    return since - CATCH_UP_OVERLAP, (paid_since or since) - CATCH_UP_OVERLAP
 
 
 @pytest.mark.parametrize(
     ("whole", "matched", "expected"),
     [
-        # In use: the matching job was here a moment ago.
-        (NOW - DAY, NOW - 2 * MINUTE, None),
-        (NOW - DAY, NOW - CATCH_UP_OVERLAP, None),
-        (NOW - 6 * DAY, NOW, None),
+        # A run that charges was here a moment ago: every key is young.
         (NOW - MINUTE, None, None),
+        (NOW - CATCH_UP_OVERLAP, NOW - DAY, None),
+        # In use: the matching job was here a moment ago, and has seen what is paid. It proves nothing about the rest.
+        (NOW - CATCH_UP_OVERLAP - SECOND, NOW, back(NOW - CATCH_UP_OVERLAP - SECOND, NOW)),
+        (NOW - DAY, NOW - 2 * MINUTE, back(NOW - DAY, NOW - 2 * MINUTE)),
+        (NOW - 6 * DAY, NOW, back(NOW - 6 * DAY, NOW)),
         # A backup: everything since then.
-        (NOW - DAY, NOW - 5 * HOUR, NOW - 5 * HOUR - CATCH_UP_OVERLAP),
-        (NOW - 5 * HOUR, NOW - DAY, NOW - 5 * HOUR - CATCH_UP_OVERLAP),
-        (NOW - DAY, None, NOW - DAY - CATCH_UP_OVERLAP),
+        (NOW - DAY, NOW - 5 * HOUR, back(NOW - DAY, NOW - 5 * HOUR)),
+        (NOW - 5 * HOUR, NOW - DAY, back(NOW - 5 * HOUR)),
+        (NOW - DAY, None, back(NOW - DAY)),
         # A watermark of this minute, and nobody looked for longer than it can catch up: it may have left a gap.
-        (NOW - LONGEST_CATCH_UP - SECOND, NOW, NOW - LONGEST_CATCH_UP - SECOND - CATCH_UP_OVERLAP),
+        (NOW - LONGEST_CATCH_UP, NOW, back(NOW - LONGEST_CATCH_UP, NOW)),
+        (NOW - LONGEST_CATCH_UP - SECOND, NOW, back(NOW - LONGEST_CATCH_UP - SECOND)),
         # No records at all: whatever can still be due.
-        (None, NOW, EARLIEST),
-        (None, None, EARLIEST),
-        (NOW - 90 * DAY, NOW, EARLIEST),
+        (None, NOW, (EARLIEST, EARLIEST)),
+        (None, None, (EARLIEST, EARLIEST)),
+        (NOW - 90 * DAY, NOW, (EARLIEST, EARLIEST)),
         # An instant in the future proves nothing.
-        (NOW + SECOND, NOW, EARLIEST),
-        (NOW - DAY, NOW + SECOND, NOW - DAY - CATCH_UP_OVERLAP),
+        (NOW + SECOND, NOW, (EARLIEST, EARLIEST)),
+        (NOW - DAY, NOW + SECOND, back(NOW - DAY)),
     ],
 )
 def test_the_list_is_searched_from_where_our_records_are_whole(
-    whole: datetime | None, matched: datetime | None, expected: datetime | None
+    whole: datetime | None, matched: datetime | None, expected: tuple[datetime, datetime] | None
 ) -> None:
-    assert since(whole, matched) == expected
+    assert searched(whole, matched) == expected
 
 
 def test_a_long_stretch_is_searched_in_parts_without_a_gap() -> None:

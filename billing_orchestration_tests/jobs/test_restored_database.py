@@ -5,10 +5,12 @@ The service's tables and ours are set back together. The provider's ledger is th
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import datetime, timedelta
 
 import pytest
 
+from billing_orchestration.provider.client import PaymentProvider, Slice
 from billing_orchestration_tests.books import NOON, OURS
 from billing_orchestration_tests.jobs.service import Service
 
@@ -192,6 +194,89 @@ def test_a_lost_charge_that_is_still_pending_holds_its_period_and_is_settled_onc
     assert [row.resolution for row in service.rows("quarantine")] == ["settled"]
 
 
+def left_pending_and_restored(service: Service) -> tuple[int, str]:
+    """A subscription whose charge is pending and lost, and a matching run that has covered all the time since."""
+    subscription = service.subscriber(script=["pending", "succeeded"])
+    service.run(JOB)
+    service.tick(MATCHING)
+    service.execute("DELETE FROM billing_orchestration.renewal_attempts")
+    service.advance(days=1, hours=1)
+    assert service.tick(MATCHING).ok
+    service.advance(minutes=20)
+    assert service.tick(MATCHING).ok
+    [payment] = service.provider.payments()
+    return subscription, payment.id
+
+
+@pytest.mark.parametrize("shards", [None, 3], ids=["whole", "in shards"])
+def test_a_matching_run_that_has_come_before_does_not_hide_a_lost_charge_that_is_still_pending(
+    service: Service, shards: int | None
+) -> None:
+    subscription, _ = left_pending_and_restored(service)
+
+    run = service.run(JOB, shards=shards)
+
+    assert run.ok, run.failure
+    assert service.sandbox.count("create") == 1
+    assert service.attempts(subscription) == []
+    [entry] = service.rows("quarantine")
+    assert (entry.kind, entry.subscription_id) == ("unknown_attempt", subscription)
+    # Nobody searches for it any more: the entry holds it.
+    service.advance(days=1)
+    service.tick(MATCHING)
+    assert service.run(JOB, shards=shards).ok
+    assert service.sandbox.count("create") == 1
+
+
+@pytest.mark.parametrize("shards", [None, 3], ids=["whole", "in shards"])
+def test_a_lost_charge_that_is_paid_after_the_last_matching_run_is_settled_and_not_made_again(
+    service: Service, shards: int | None
+) -> None:
+    subscription, payment_id = left_pending_and_restored(service)
+    service.advance(minutes=1)
+    service.provider.pay(payment_id)
+
+    run = service.run(JOB, shards=shards)
+
+    assert run.ok, run.failure
+    assert service.sandbox.count("create") == 1
+    assert service.ended_at(subscription) == A_MONTH_LATER
+    service.check_books()
+
+
+def test_a_lost_charge_that_is_paid_while_the_list_is_read_is_settled_and_not_made_again(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscription, payment_id = left_pending_and_restored(service)
+
+    def paid_after(read: Callable[..., Slice]) -> Callable[..., Slice]:
+        def reading(client: PaymentProvider, start: datetime, end: datetime) -> Slice:
+            found = read(client, start, end)
+            if service.provider.payment(payment_id).status == "pending":
+                service.provider.pay(payment_id)
+            return found
+
+        return reading
+
+    for name in ("fetch_unfinished", "fetch_day"):
+        monkeypatch.setattr(PaymentProvider, name, paid_after(getattr(PaymentProvider, name)))
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert service.sandbox.count("create") == 1
+    assert service.ended_at(subscription) == A_MONTH_LATER
+
+
+def test_launches_one_after_another_do_not_leave_a_lost_charge_behind(service: Service) -> None:
+    for minutes in (0, 7, 14, 21):
+        service.set_time(NOON + timedelta(minutes=minutes))
+        service.subscriber()
+        assert service.run(JOB).ok
+        # Those within a quarter of an hour have not looked, and say nothing of what was lost before them.
+        assert service.watermark(JOB) == NOON + timedelta(minutes=21 if minutes == 21 else 0)
+
+
 def test_a_list_that_breaks_off_lets_nobody_be_charged(service: Service) -> None:
     subscription = charged_and_restored(service)
     service.sandbox.misbehave("list", effect="error_before", times=None)
@@ -216,7 +301,7 @@ def test_a_watermark_that_has_left_a_gap_does_not_prove_that_nothing_is_lost(ser
     assert service.ended_at(subscription) == A_MONTH_LATER
 
 
-def test_the_first_run_of_an_installation_searches_a_month_and_those_that_follow_nothing(service: Service) -> None:
+def test_the_first_run_of_an_installation_searches_a_month_and_those_that_follow_what_is_new(service: Service) -> None:
     for day in range(3):
         service.subscriber()
         service.tick(MATCHING)
@@ -224,10 +309,10 @@ def test_the_first_run_of_an_installation_searches_a_month_and_those_that_follow
 
         run = service.run(JOB)
 
-        since = run.metadata["fetch_open_renewals"].get("searched for lost charges since")
-        assert since == ("2026-02-09T23:30:00+00:00" if day == 0 else None)
-        # One request asks what time it is there.
-        assert (service.sandbox.count("list") > asked + 1) == (day == 0)
+        since = run.metadata["fetch_open_renewals"]["searched for lost charges since"]
+        assert since == ["2026-02-09T23:30:00+00:00", "2026-03-12T11:15:00+00:00", "2026-03-13T11:15:00+00:00"][day]
+        # Two lists of what was not finished yesterday, two of the last minutes; one request asks what time it is there.
+        assert (service.sandbox.count("list") - asked > 5) == (day == 0)
         service.advance(days=1)
     assert len(service.charges()) == 3
 

@@ -66,6 +66,22 @@ def test_a_day_holds_what_was_created_or_captured_in_it_in_any_status_and_nothin
     }  # fmt: skip
 
 
+def test_what_may_still_be_paid_is_listed_by_when_it_was_created(sandbox: Sandbox, provider: PaymentProvider) -> None:
+    add = sandbox.provider.add_payment
+    add(id="held", status="waiting_for_capture", created_at=DAY)
+    add(id="day-before", status="pending", created_at=DAY - MILLISECOND)
+    add(id="next-day", status="pending", created_at=NEXT + MILLISECOND)
+    add(id="paid", created_at=NOON)
+    add(id="declined", status="canceled", created_at=NOON)
+    for n in range(150):
+        add(id=f"pending-{n}", status="pending", created_at=NOON + timedelta(minutes=n))
+
+    told = provider.fetch_unfinished(DAY, NEXT)
+
+    assert {payment.id for payment in told.payments} == {"held", *(f"pending-{n}" for n in range(150))}
+    assert told.pages == 3
+
+
 @pytest.mark.parametrize("parts", [1, 4, None])
 def test_a_long_day_is_read_to_the_last_page_and_its_refunds_too(
     sandbox: Sandbox, provider: PaymentProvider, parts: int | None

@@ -476,11 +476,47 @@ FURTHER = (
     Mutant(
         "a watermark trusted beyond its gap",
         "our records are whole only as far as a matching run can have caught up",
-        (Edit("domain/lost_attempts.py", " and proved >= now - LONGEST_CATCH_UP", ""),),
+        (Edit("domain/lost_attempts.py", " and whole_until >= now - LONGEST_CATCH_UP", ""),),
         (
             _RESTORED + "test_a_watermark_that_has_left_a_gap_does_not_prove_that_nothing_is_lost",
             "domain/test_lost_attempts.py::test_the_list_is_searched_from_where_our_records_are_whole",
         ),
+    ),
+    Mutant(
+        "a matching run trusted about what is not paid",
+        "a matching run proves nothing about a charge that is still pending",
+        (
+            Edit(
+                "domain/lost_attempts.py", "Stretches((since, settled) if since < settled else None,", "Stretches(None,"
+            ),
+        ),
+        (
+            _RESTORED
+            + "test_a_matching_run_that_has_come_before_does_not_hide_a_lost_charge_that_is_still_pending[whole]",
+            "domain/test_lost_attempts.py::test_the_list_is_searched_from_where_our_records_are_whole",
+        ),
+    ),
+    Mutant(
+        "what is paid searched for before what is not",
+        "a lost charge that is paid while the list is read is found",
+        (
+            Edit(
+                "jobs/autopayment/lost_charges.py",
+                "((fetch_unfinished, stretches.unfinished), (fetch_day, stretches.whole))",
+                "((fetch_day, stretches.whole), (fetch_unfinished, stretches.unfinished))",
+            ),
+        ),
+        (_RESTORED + "test_a_lost_charge_that_is_paid_while_the_list_is_read_is_settled_and_not_made_again",),
+    ),
+    Mutant(
+        "a launch that has not looked vouches for our records",
+        "records count as whole only since a run that has searched",
+        (
+            Edit(
+                "jobs/autopayment/lost_charges.py", "        return Search()", "        return Search(whole_until=now)"
+            ),
+        ),
+        (_RESTORED + "test_launches_one_after_another_do_not_leave_a_lost_charge_behind",),
     ),
     Mutant(
         "a lost charge that is still pending forgotten",

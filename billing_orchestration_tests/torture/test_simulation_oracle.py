@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 
 import pytest
 
@@ -251,12 +251,12 @@ def test_it_sees_due_subscriptions_that_could_be_charged_and_were_not(books: Boo
     sent = books.oracle.rows(
         f"SELECT subscription_id, period_start FROM billing_orchestration.renewal_attempts WHERE {OURS}"
     )
-    assert books.oracle.not_charged({row.subscription_id: row.period_start for row in sent}) == []
+    assert books.oracle.not_charged({row.subscription_id: row.period_start for row in sent}, ()) == []
 
     chargeable = nothing_was_sent(books)
 
     assert chargeable
-    assert [words.partition(" ended")[0] for words in books.oracle.not_charged(chargeable)] == [
+    assert [words.partition(" ended")[0] for words in books.oracle.not_charged(chargeable, ())] == [
         f"NOT CHARGED: subscription {number}" for number in chargeable
     ]
 
@@ -292,5 +292,36 @@ def test_a_card_that_was_declined_for_good_in_an_earlier_period_need_not_be_char
 
     chargeable = books.oracle.chargeable(books.payments.values(), books.now, books.now)
 
-    complaints = books.oracle.not_charged(chargeable)
+    complaints = books.oracle.not_charged(chargeable, ())
     assert any(f"NOT CHARGED: subscription {number} " in words for words in complaints) == must_be_charged
+
+
+@pytest.mark.parametrize(
+    ("status", "change", "must_be_charged"),
+    [
+        ("pending", None, False),
+        ("succeeded", None, False),
+        ("canceled", None, True),
+        # Another period's; a purchase; one that the database has not lost.
+        ("pending", "period_start", True),
+        ("pending", "renewal_attempt_id", True),
+        ("pending", "kept", True),
+    ],
+)
+def test_what_a_lost_charge_may_yet_pay_for_need_not_be_charged(
+    books: Books, status: str, change: str | None, must_be_charged: bool
+) -> None:
+    renewal = copy.deepcopy(books.payments[books.renewed()])
+    number, period_start = int(renewal.metadata["subscription_id"]), books.now.replace(tzinfo=None) - DAY
+    renewal.id, renewal.status = "lost", status
+    renewal.metadata["period_start"] = period_start.replace(tzinfo=timezone.utc).isoformat()
+    if change == "period_start":
+        renewal.metadata["period_start"] = books.now.isoformat()
+    elif change == "renewal_attempt_id":
+        del renewal.metadata["renewal_attempt_id"]
+    if change != "kept":
+        books.journal.lost.add(renewal.id)
+
+    found = books.oracle.not_charged({number: period_start}, [renewal])
+
+    assert any(f"NOT CHARGED: subscription {number} ended" in words for words in found) == must_be_charged

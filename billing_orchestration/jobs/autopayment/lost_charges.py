@@ -2,7 +2,7 @@
 
 An attempt's key protects it for 24 h. A database that was set back further would plan the same attempt again, and the
 provider would take it for a new charge. What the provider's list holds is settled before anybody is charged, and what
-cannot be settled holds its subscription.
+cannot be settled, or is not paid yet, holds its subscription.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,13 @@ from billing_orchestration.database.audit import Problem, Stamp, evidence_of
 from billing_orchestration.database.errors import DatabaseBusy
 from billing_orchestration.database.matching import fetch_settled, move_watermark, read_watermark
 from billing_orchestration.domain.decisions import Decision
-from billing_orchestration.domain.lost_attempts import LostCharges, find_lost, identity_of, parts_of, stretch_to_search
+from billing_orchestration.domain.lost_attempts import (
+    LostCharges,
+    find_lost,
+    identity_of,
+    parts_of,
+    stretches_to_search,
+)
 from billing_orchestration.domain.problem_kinds import UNKNOWN_ATTEMPT
 from billing_orchestration.domain.provider_payment import ProviderPayment
 from billing_orchestration.jobs.clocks import look_at_clocks
@@ -26,7 +32,7 @@ from billing_orchestration.resources import BillingDatabase, Clock, ProviderConn
 
 # Its watermark: until then our records were whole, and no charge was lost.
 _CHARGING = "autopayment_job"
-# The job that settles every success of ours within minutes.
+# The job that settles every success of ours within minutes, and sees nothing else.
 _MATCHING = "matching_successful_payments_job"
 # How far back a database without any records is searched, at least: the default of max_overdue_days.
 _REACH_DAYS = 30
@@ -51,27 +57,28 @@ def search(
     nobody is charged then.
     """
     now, calendar = clock.now(), database.calendar
+    fetch_day, fetch_unfinished = provider.client.fetch_day, provider.client.fetch_unfinished
     reach = timedelta(days=max(max_overdue_days, _REACH_DAYS))
     with database.read() as connection:
-        stretch = stretch_to_search(
+        stretches = stretches_to_search(
             now,
             whole_until=read_watermark(connection, _CHARGING),
             matched_until=read_watermark(connection, _MATCHING),
             earliest=calendar.start_of(calendar.day_of(now) - reach),
         )
-    if stretch is None:
-        return Search(whole_until=now)
-    if not may_charge:
+    # Where nobody has looked, nothing is proved anew: of launches one after another, one looks in the end.
+    if stretches is None or not may_charge:
         return Search()
     found: dict[str, ProviderPayment] = {}
-    for start, end in parts_of(stretch):
-        part = provider.client.fetch_day(start, end)
-        found.update({payment.id: payment for payment in part.payments if payment.claims.renewal_attempt_id})
+    for fetch, stretch in ((fetch_unfinished, stretches.unfinished), (fetch_day, stretches.whole)):
+        for start, end in parts_of(stretch) if stretch is not None else ():
+            payments = fetch(start, end).payments
+            found.update({payment.id: payment for payment in payments if payment.claims.renewal_attempt_id})
     with database.read() as connection:
         named = {payment.claims.renewal_attempt_id for payment in found.values()}
         known = in_hand(connection, [id_ for id_ in named if id_ is not None])
         settled = fetch_settled(connection, list(found))
-    return Search(find_lost(found.values(), known, settled), stretch[0], now)
+    return Search(find_lost(found.values(), known, settled), stretches.since, now)
 
 
 def describe_search(found: Search) -> dict[str, dg.MetadataValue]:

@@ -215,8 +215,17 @@ class RunsJudge(Judge):
                 found[row.id] = row.ended_at
         return found
 
-    def not_charged(self, chargeable: Mapping[int, datetime]) -> list[str]:
-        """After an undisturbed run: those of them that it did not even try."""
+    def not_charged(self, chargeable: Mapping[int, datetime], payments: Iterable[Any]) -> list[str]:
+        """After an undisturbed run: those of them that it did not even try.
+
+        Nor must it, where the database was set back and has lost a charge that may yet be paid.
+        """
+        lost = {
+            (payment.metadata["subscription_id"], payment.metadata["period_start"])
+            for payment in payments
+            if payment.id in self._journal.lost and payment.status != "canceled"
+            and "renewal_attempt_id" in payment.metadata
+        }  # fmt: skip
         tried = {
             (row.subscription_id, row.period_start)
             for row in self.rows(
@@ -227,5 +236,5 @@ class RunsJudge(Judge):
         return [
             f"NOT CHARGED: subscription {number} ended {ended_at}, its card was there, and nothing was sent"
             for number, ended_at in chargeable.items()
-            if (number, ended_at) not in tried
+            if (number, ended_at) not in tried and (str(number), ended_at.replace(tzinfo=UTC).isoformat()) not in lost
         ]

@@ -137,11 +137,11 @@ class Runs:
         disturbed = not accidents.undisturbed or accidents.meanwhile or world.outage or world.clocks_are_apart
         if charges and accidents.stuck and not disturbed and end.failure != "killed":
             # Nobody else's card is stuck, so nobody else waits.
-            for words in world.oracle.not_charged(chargeable):
+            for words in world.oracle.not_charged(chargeable, world.provider.payments()):
                 world.fault(words)
         if end.ok and not disturbed:
             world.journal.undisturbed[job].append(began)
-            for words in world.oracle.not_charged(chargeable):
+            for words in world.oracle.not_charged(chargeable, world.provider.payments()):
                 world.fault(words)
             if job == "expire_payments_job":
                 for words in world.oracle.stale_payments(world.payments(), as_of):
