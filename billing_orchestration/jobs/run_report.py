@@ -1,6 +1,7 @@
 """What a run reports: metadata for the UI, numbers over time, and failures in plain words."""
 
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ _DECISIONS = "decisions"
 _COUNT, _SUM = "count: ", "sum: "
 # The record of a row holds its code, too, for programs: a column less leaves room for words.
 _COLUMNS = ("action", "subject", "amount", "reason")
+# A run's page makes all columns as narrow as it takes, in the middle of words. It keeps the lines of a text, so lines
+# of this many characters leave every column its width; an id of 36 characters stays whole.
+_REASON_WIDTH = 44
 # The first line of a red run says what to do, even when that is nothing.
 _PROVIDER_IN_TROUBLE = "What to do: nothing yet, the next run covers this one; if that is red too, ask the provider."
 # Marks runs that changed something, as a filter for the list of runs.
@@ -85,7 +89,7 @@ def describe_decisions(decisions: Sequence[Decision] | Tally) -> dict[str, dg.Me
                         "action": decision.action,
                         "subject": printable(decision.subject),
                         "amount": str(decision.money) if decision.money else "",
-                        "reason": printable(decision.reason),
+                        "reason": _in_lines(printable(decision.reason)),
                         "code": printable(decision.code),
                     }
                 )
@@ -100,13 +104,21 @@ def describe_decisions(decisions: Sequence[Decision] | Tally) -> dict[str, dg.Me
     return metadata
 
 
+def _in_lines(words: str) -> str:
+    return textwrap.fill(words, _REASON_WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _in_one_line(words: Any) -> str:
+    return str(words).replace("\n", " ")
+
+
 def decisions_in(metadata: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], int]:
     """What `describe_decisions` has attached: the rows of the table, and how many decisions there were in all."""
     rows: list[Mapping[str, Any]] = []
     total = 0
     for name, value in metadata.items():
         if name.startswith(_DECISIONS) and isinstance(value, dg.TableMetadataValue):
-            rows = [record.data for record in value.records]
+            rows = [{**record.data, "reason": _in_one_line(record.data["reason"])} for record in value.records]
         elif name.startswith(_COUNT):
             total += int(value.value)
     return rows, total

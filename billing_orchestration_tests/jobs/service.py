@@ -367,7 +367,14 @@ def _plain(metadata: Any) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name, value in metadata.items():
         if isinstance(value, dg.TableMetadataValue):
-            plain[name] = [dict(record.data) for record in value.records]
+            # A reason in lines, as the page shows it, is one sentence to a test.
+            plain[name] = [
+                {
+                    column: cell.replace("\n", " ") if column == "reason" else cell
+                    for column, cell in record.data.items()
+                }
+                for record in value.records
+            ]
         else:
             plain[name] = value.value
     return plain

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from billing_orchestration.definitions import build_definitions
-from billing_orchestration.jobs.run_report import read_result
+from billing_orchestration.domain.decisions import Action, Decision
+from billing_orchestration.jobs.run_report import decisions_in, describe_decisions, read_result
 from billing_orchestration_tests.jobs.service import Service
 
 JOBS = [
@@ -52,6 +53,17 @@ def test_the_table_leaves_its_code_to_programs(service: Service) -> None:
     table = last_event(service, "autopayment_job", dry_run=True)["decisions (1)"]
     assert isinstance(table, list)
     assert table[0]["code"] == "no_method"
+
+
+def test_the_table_breaks_lines_between_words_and_programs_read_the_sentence_back() -> None:
+    reason = "declined by payment_network: insufficient_funds (soft), so it is tried again tomorrow"
+
+    told = describe_decisions([Decision(Action.LEAVE, "subscription 1", reason)])
+
+    [cell] = [record.data["reason"] for record in told["decisions (1)"].value.records]
+    assert max(map(len, cell.splitlines())) <= 44
+    assert cell.split() == reason.split()
+    assert [row["reason"] for row in decisions_in(told)[0]] == [reason]
 
 
 def test_a_dry_run_links_to_its_approval(service: Service) -> None:
