@@ -223,6 +223,8 @@ def test_three_missed_days_are_selected_by_mouse_and_launched(desk: Desk, ui: Ui
 def test_what_waits_for_a_person_is_shown_with_its_reason_alerts_once_and_is_resolved_by_command(
     desk: Desk, ui: Ui
 ) -> None:
+    # Her payment makes anna no longer due: not before her renewal.
+    wait_for(lambda: desk.finished(AUTOPAYMENT), "the end of the daily run")
     [entry] = desk.service.rows("quarantine", "external_payment_id = 'odd'")
     wait_for(lambda: desk.materialized("quarantine"), "the quarantine on show")
     ui.open_asset("quarantine")
