@@ -39,7 +39,7 @@ TESTS = {
     ),
 }
 SIMULATION = "simulation"
-DEFAULT_SEEDS = 30
+DEFAULT_SEEDS = 12
 AT_A_TIME = 2
 
 

@@ -306,6 +306,19 @@ def test_it_sees_a_key_that_is_sent_with_two_bodies_or_after_the_provider_has_fo
     assert any("RE-SENT TOO LATE" in words for words in post(world, "one"))
 
 
+@pytest.mark.parametrize(("taken", "complains"), [("before the send", False), ("after the send", True)])
+def test_a_key_of_a_send_that_a_restored_database_has_lost_is_new_to_it(
+    world: World, taken: str, complains: bool
+) -> None:
+    taken_at = world.now + timedelta(seconds=-1 if taken == "before the send" else 1)
+    assert post(world, "one") == []
+    world.pass_time(2 * 86_400)
+
+    world.charges.forget_tries(taken_at)
+
+    assert any("RE-SENT TOO LATE" in words for words in post(world, "one")) == complains
+
+
 def test_it_sees_a_key_that_is_sent_again_before_the_provider_can_have_finished(world: World) -> None:
     assert post(world, "one") == []
     world.pass_time(44)

@@ -76,9 +76,9 @@ class Backups:
             for name, value in copy.deepcopy(backup.about_rows).items():
                 setattr(world.journal, name, value)
             self._set_back(world.journal, backup.taken_at)
-            world.charges.forget_tries()
             # What was under way is executed by then. A claim that is lost sooner protects nobody (docs/safety.md).
             world.pass_time(PROVIDER_HAS_FINISHED.total_seconds())
+            world.charges.forget_tries(backup.taken_at)
             self.on_restore()
             self._agenda.tick_at(world.now)
         else:

@@ -27,19 +27,22 @@ class Charges:
         self._claimed: dict[str, datetime] = {}
         self._unanswered: set[str] = set()
 
-    def forget_tries(self) -> None:
-        """What was tried before the database was set back: nobody here can know of it. What took no money may be anew.
+    def forget_tries(self, taken_at: datetime) -> None:
+        """The database was set back to an instant: of what was tried since, nobody here can know.
 
         What took money, or may yet, is known to the provider's list, and a key of it must never be sent as a new one.
+        What was declined, refused, or never came to be there, may be tried anew.
         """
         self._tries.clear()
         self._declines.clear()
-        journal = self._world.journal
-        harmless = {
-            payment.idempotence_key for payment in self._world.provider.payments()
-            if payment.id in journal.lost and payment.status == "canceled"
+        world = self._world
+        there = world.provider.payments()
+        may_take_money = {payment.idempotence_key for payment in there if payment.status != "canceled"}
+        known = {payment.idempotence_key for payment in there if payment.id not in world.journal.lost}
+        self._first_posts = {
+            key: (sent_at, body) for key, (sent_at, body) in self._first_posts.items()
+            if key in may_take_money or key in known or sent_at < taken_at
         }  # fmt: skip
-        self._first_posts = {key: first for key, first in self._first_posts.items() if key not in harmless}
 
     def seconds_since_claim(self, key: str) -> float:
         """How long ago the run that sends it has claimed it: other threads may have had their turn since."""
