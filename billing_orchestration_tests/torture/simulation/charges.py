@@ -39,10 +39,11 @@ class Charges:
         there = world.provider.payments()
         may_take_money = {payment.idempotence_key for payment in there if payment.status != "canceled"}
         known = {payment.idempotence_key for payment in there if payment.id not in world.journal.lost}
-        self._first_posts = {
-            key: (sent_at, body) for key, (sent_at, body) in self._first_posts.items()
-            if key in may_take_money or key in known or sent_at < taken_at
-        }  # fmt: skip
+        for key, (sent_at, body) in list(self._first_posts.items()):
+            if key not in may_take_money | known and sent_at >= taken_at:
+                del self._first_posts[key]
+                # The next send of it asks for the period that the plan has by then.
+                world.journal.agreed.pop(json.loads(body)["metadata"].get("renewal_attempt_id"), None)
 
     def seconds_since_claim(self, key: str) -> float:
         """How long ago the run that sends it has claimed it: other threads may have had their turn since."""
