@@ -31,11 +31,16 @@ _APART = timedelta(minutes=5)
 
 @dataclass
 class _List:
-    """What the last two readings of one status's list have shown, and until when."""
+    """What the readings of one status's list have shown, each with the instant up to which it was read, oldest first."""
 
     answer: ListedThere
-    shown: deque[frozenset[str]] = field(default_factory=lambda: deque(maxlen=2))
+    shown: deque[tuple[datetime, frozenset[str]]] = field(default_factory=deque)
     read_until: datetime | None = None
+
+    def forget_before(self, instant: datetime) -> None:
+        """Rows come in the order of their time: what was read up to here shows none of those to come."""
+        while self.shown and self.shown[0][0] < instant:
+            self.shown.popleft()
 
 
 class Inquiry:
@@ -80,12 +85,13 @@ class Inquiry:
             most_pages = (len(ids) - len(answers)) // PAGE_IS_WORTH
             if most_pages and created and self._list_is_of_use and not self._breaker.is_open:
                 self._read_list(there, created[0] - _APART, created[-1] + _APART, most_pages)
-            shown = frozenset().union(*there.shown)
+            shown = frozenset[str]().union(*(ids for _, ids in there.shown))
             answers |= {payment_id: there.answer for payment_id in ids if payment_id in shown}
         return answers
 
     def _read_list(self, there: _List, start: datetime, end: datetime, most_pages: int) -> None:
         """Read what the rows before these have not read already: many may be of one instant."""
+        there.forget_before(start)
         begin = max(start, there.read_until) if there.read_until is not None else start
         if begin >= end:
             return
@@ -96,7 +102,7 @@ class Inquiry:
             self._warn(f"{fault} Each payment is asked about instead")
             return
         if found is not None:
-            there.shown.append(found)
+            there.shown.append((end, found))
             there.read_until = end
 
     def _ask(self, ids: Sequence[str], answers: dict[str, ProviderAnswer]) -> None:

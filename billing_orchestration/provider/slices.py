@@ -110,12 +110,20 @@ class Names(Pages):
     def __init__(self, status: str) -> None:
         super().__init__()
         self._status = status
-        self.ids: set[str] = set()
+        self._shown: set[str] = set()
+        self._otherwise: set[str | None] = set()
+
+    @property
+    def ids(self) -> set[str]:
+        """What was shown in the status, and not otherwise as well: a page may show what has changed since another."""
+        return self._shown - self._otherwise
 
     def _take(self, item: Any) -> None:
         record = parse_payment(item)
-        if isinstance(record, ProviderPayment) and record.status == self._status:
-            self.ids.add(record.id)
+        if isinstance(record, UnusablePayment):
+            self._otherwise.add(record.payment_id)
+        else:
+            (self._shown if record.status == self._status else self._otherwise).add(record.id)
 
 
 class RefundCollector(Pages):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import timedelta, timezone
 from typing import Any
@@ -326,6 +327,46 @@ def test_pages_of_rows_that_are_of_one_time_read_its_list_once(service: Service)
 
     assert [answer for found in answers for answer in found.values()] == [ListedThere("canceled")] * 60
     assert (service.sandbox.count("list"), service.sandbox.count("get")) == (1, 0)
+
+
+def test_pages_of_rows_that_follow_within_seconds_use_what_the_first_of_them_has_read(service: Service) -> None:
+    inquiry = Inquiry(ProviderConnection(lambda: service.settings, service.connect_provider), 8, OF_THE_SYSTEM, print)
+    first = service.now - timedelta(days=8)
+    rows = []
+    for number in range(80):
+        at = first + timedelta(seconds=number)
+        name = there(service, f"canceled-{number}", "canceled", created_at=at)
+        rows.append(StalePayment(number, name, None, created_at=at))
+
+    answers = [inquiry.ask_about(rows[start : start + 20]) for start in range(0, 80, 20)]
+
+    assert [answer for found in answers for answer in found.values()] == [ListedThere("canceled")] * 80
+    assert service.sandbox.count("get") == 0
+
+
+@pytest.mark.parametrize("again", ["succeeded", "waiting_for_capture", "not usable"])
+def test_what_a_list_shows_twice_and_not_alike_is_asked_about(service: Service, again: str) -> None:
+    for number in range(20):
+        stale(service, there(service, f"paid-{number}", plan_id=service.monthly))
+    unpaid = {
+        "id": "paid-0",
+        "status": "pending",
+        "paid": False,
+        "test": True,
+        "amount": {"value": "299.00", "currency": "RUB"},
+        "created_at": f"{service.now - timedelta(days=8):%Y-%m-%dT%H:%M:%S}.000Z",
+    }
+    otherwise = {**unpaid, "amount": None} if again == "not usable" else {**unpaid, "status": again}
+    for items in ([unpaid, otherwise], [otherwise, unpaid]):
+        body = json.dumps({"type": "list", "items": items})
+        service.sandbox.misbehave("list", "body_before", times=None, body=body, status=200)
+        found = service.connect_provider(service.settings).lists.in_status(
+            "pending", service.now - timedelta(days=9), service.now, 1
+        )
+        assert found == frozenset()
+
+    assert service.run(JOB).ok
+    assert service.scalars("SELECT DISTINCT status::text FROM payments") == ["SUCCEEDED"]
 
 
 def test_whatever_the_lists_do_not_show_as_unpaid_is_asked_about(service: Service) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.schedule_definition import ScheduleExecutionData
+from dagster._grpc.impl import get_external_schedule_execution
 from pydantic import SecretStr
 
 from billing_orchestration.definitions import build_definitions
@@ -342,3 +344,40 @@ def test_a_look_that_found_nothing_is_a_heartbeat_and_one_that_starts_a_run_is_n
     looks.service.payment(looks.service.paid_there(plan_id=looks.service.monthly))
     looks.starts(PENDING)
     assert receiver.beats == 1
+
+
+# --- By Dagster's own path
+
+
+def test_dagsters_daemon_gets_the_words_the_run_and_never_an_error(looks: Looks) -> None:
+    # As the code server answers the daemon: it builds the resources, evaluates the tick, and checks what it returned.
+    service = looks.service
+    repository = build_definitions(
+        load=lambda: looks.settings,
+        now=lambda: service.now,
+        database_now=service.database_now,
+        connect=service.connect_provider,
+    ).get_repository_def()
+
+    def told(job: str) -> ScheduleExecutionData:
+        name, at = f"{job.removesuffix('_job')}_every_2_minutes_schedule", service.now.timestamp()
+        found = get_external_schedule_execution(repository, looks.history.get_ref(), name, at, "UTC", None)
+        assert isinstance(found, ScheduleExecutionData), found
+        return found
+
+    nothing = {job: told(job) for job in JOBS}
+    service.payment(service.paid_there(plan_id=service.monthly), created_at=service.now - timedelta(minutes=20))
+    differs = {job: told(job) for job in JOBS}
+    service.sandbox.misbehave("list", "error_before", times=None)
+    service.execute("DELETE FROM payments")
+    odd = {job: told(job) for job in JOBS}
+
+    assert {job: found.skip_message for job, found in nothing.items()} == {
+        PENDING: "0 paid there, 0 of them not PENDING here, 0 PENDING here",
+        SUCCESSFUL: "0 paid there, 0 settled here",
+    }
+    assert not any(found.run_requests for found in nothing.values())
+    for found in (*differs.values(), *odd.values()):
+        [request] = found.run_requests or []
+        assert request.run_key == service.now.isoformat()
+        assert request.partition_key == "2026-03-12-11:00"
