@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from billing_orchestration.domain.printable import printable
+from billing_orchestration.domain.printable import printable, printable_json
 
 FAILED = 1
 INTERRUPTED = 130
@@ -239,7 +238,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _show(arguments: argparse.Namespace, lines: Iterable[str], data: Any) -> None:
     """Print what a command lists: as lines for a person, or all of it as JSON."""
-    _say_all(json.dumps(data, ensure_ascii=False, indent=2, default=str).splitlines() if arguments.json else lines)
+    _say_all(printable_json(data, indent=2).split("\n") if arguments.json else lines)
 
 
 def _date(text: str) -> date:
@@ -426,6 +425,7 @@ def _customer(arguments: argparse.Namespace) -> None:
 def _reconcile(arguments: argparse.Namespace) -> int:
     from billing_orchestration.desk.reconciling import Wanted, reconcile_period
     from billing_orchestration.desk.resolving import open_desk
+    from billing_orchestration.desk.tables import folded
 
     wanted = Wanted(
         arguments.first,
@@ -437,13 +437,14 @@ def _reconcile(arguments: argparse.Namespace) -> int:
     )
     with open_desk() as desk:
         told, agrees = reconcile_period(desk, wanted)
-    _show(arguments, told, {"agrees": agrees, "told": told})
+    _show(arguments, folded(told), {"agrees": agrees, "told": told})
     return 0 if agrees else FAILED
 
 
 def _explain(arguments: argparse.Namespace) -> None:
     from billing_orchestration.desk.explaining import explain_payment, explain_subscription
     from billing_orchestration.desk.resolving import open_desk
+    from billing_orchestration.desk.tables import folded
 
     with open_desk() as desk:
         if not arguments.id.strip():
@@ -452,7 +453,7 @@ def _explain(arguments: argparse.Namespace) -> None:
             told = explain_payment(desk.engine, desk.connect, arguments.id)
         else:
             told = explain_subscription(desk.engine, desk.connect, _row_id(arguments.id))
-    _show(arguments, told, {"told": told})
+    _show(arguments, folded(told), {"told": told})
 
 
 def _webserver(arguments: argparse.Namespace) -> None:

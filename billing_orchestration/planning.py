@@ -12,7 +12,7 @@ from typing import Any
 
 import dagster as dg
 
-from billing_orchestration.desk.tables import table
+from billing_orchestration.desk.tables import hanging, table
 from billing_orchestration.jobs.approval import PLAN_TAG
 from billing_orchestration.jobs.run_failures import failure_of
 from billing_orchestration.jobs.run_report import decisions_in, read_result
@@ -48,7 +48,7 @@ class Plan:
             yield from table([_RUSSIAN if language == "ru" else _COLUMNS, *rows])
         if self.total > len(self.decisions):
             yield f"... and {self.total - len(self.decisions)} more decisions"
-        yield f"{self.job} as of {self.as_of}: {self.changes} changes, plan {self.plan}"
+        yield from hanging("", f"{self.job} as of {self.as_of}: {self.changes} changes, plan {self.plan}")
 
 
 def make_plan(definitions: dg.Definitions, job: str, as_of: datetime | None) -> Plan:

@@ -10,8 +10,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from billing_orchestration.cli import _parser
-from billing_orchestration.desk.tables import hanging, table
+from billing_orchestration.cli import _parser, _show
+from billing_orchestration.desk.tables import folded, hanging, table
 from billing_orchestration.sandbox.demo import make_console
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.fixtures.installation import command
@@ -22,7 +22,7 @@ LIST_NOTHING = {
 }  # fmt: skip
 LISTS = (
     ("doctor",),
-    ("plan", "autopayment_job"),
+    ("plan", "matching_successful_payments_job"),
     ("upcoming",),
     ("quarantine", "list", "--all"),
     ("quarantine", "show", "1"),
@@ -82,8 +82,7 @@ def test_what_is_listed_is_whole_as_json_and_plain_in_a_pipe(busy: pytest.Monkey
     assert isinstance(data, (list, dict))
     assert told.returncode == shown.returncode
     assert "\x1b" not in shown.stdout + told.stdout
-    if words[0] in ("doctor", "plan", "upcoming") or words[:2] == ("quarantine", "list"):
-        assert max(map(len, shown.stdout.splitlines())) <= 100
+    assert max(map(len, shown.stdout.splitlines())) <= 100
     if words[0] == "quarantine":
         entry = data[0] if isinstance(data, list) else data
         assert (entry["id"], entry["reason"], entry["about"]) == (1, LONG, "payment paid")
@@ -97,6 +96,31 @@ def test_a_table_keeps_every_word_and_its_width() -> None:
     assert [line.split()[0] for line in lines if line[0] != " "] == ["12", "7"]
     column = lines[0].index("a reason")
     assert " ".join(line[column:] for line in lines[:-1]).split() == LONG.split()
+
+
+@pytest.mark.parametrize("sign", ["\xa0", "\x7f", "\x85", "\u2028", "\u202e", "\U000e0001", "\n", '"', "я"])
+def test_json_stays_json_whatever_it_holds(capsys: pytest.CaptureFixture[str], sign: str) -> None:
+    _show(argparse.Namespace(json=True), [], {f"a{sign}b": [f"1{sign}299"]})
+    told = capsys.readouterr().out
+    assert json.loads(told) == {f"a{sign}b": [f"1{sign}299"]}
+    assert all(line.isprintable() for line in told.split("\n"))
+
+
+def test_a_line_that_does_not_fit_goes_on_behind_its_indentation_and_its_time() -> None:
+    lines = list(folded([f"  2026-03-12 12:00:00  {LONG}", "  short", f"    {LONG}", ""]))
+    assert max(map(len, lines)) <= 100
+    assert lines.count("  short") == lines.count("") == 1
+    assert {len(line) - len(line.lstrip()) for line in lines[1 : lines.index("  short")]} == {23}
+    assert {len(line) - len(line.lstrip()) for line in lines[lines.index("  short") + 1 : -1]} == {4}
+
+
+def test_what_is_masked_or_escaped_is_so_before_a_line_is_broken() -> None:
+    # Behind a break the rest of a key is no longer known as one, and an escape is longer than its sign.
+    key = "live_" + "aB3-dEf_" * 6
+    lines = [*table([("1", "x" * 60, f"refused: {key}"), ("2", "\x1b" * 90, "")]), *hanging("  reason: ", key, 30)]
+    assert "aB3" not in " ".join(lines)
+    assert "".join(lines).count("***") == 2
+    assert all(line.isprintable() and len(line) <= 100 for line in lines)
 
 
 def test_a_narrow_table_stands_as_it_is() -> None:

@@ -91,10 +91,9 @@ def _in_words(subject: str, case: Case, side: _ProviderSide) -> list[str]:
     lines += [f"  {at:%Y-%m-%d %H:%M:%S}  {text}" for at, _, text in sorted(_events(case, side.payments))]
     waiting = [q for q in case.problems if q.resolved_at is None]
     lines += ["", "Waits for a person:" if waiting else "Nothing waits for a person."]
-    lines += [
-        f"  entry {q.id}, {q.kind}: {kind_of(q.kind).means}; billing-orchestration quarantine show {q.id}"
-        for q in waiting
-    ]
+    for q in waiting:
+        lines.append(f"  entry {q.id}, {q.kind}: {kind_of(q.kind).means}")
+        lines.append(f"    billing-orchestration quarantine show {q.id}")
     return lines
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -12,7 +11,8 @@ import sqlalchemy as sa
 from billing_orchestration.database.engine import read
 from billing_orchestration.database.quarantine import Entry, all_entries, open_entries, read_entry
 from billing_orchestration.desk.resolving import NotResolved
-from billing_orchestration.desk.tables import table
+from billing_orchestration.desk.tables import hanging, table
+from billing_orchestration.domain.printable import printable_json
 from billing_orchestration.domain.problem_kinds import kind_of
 
 
@@ -76,21 +76,20 @@ def shown(entry: Entry) -> list[str]:
         "renewal attempt": entry.attempt_id,
     }
     lines = [f"entry {entry.id}"]
-    lines += [f"  {name}: {value}" for name, value in facts.items() if value is not None]
+    for name, value in facts.items():
+        if value is not None:
+            lines += hanging(f"  {name}: ", str(value))
     if entry.evidence:
         lines.append("  evidence:")
-        lines += [f"    {line}" for line in json.dumps(entry.evidence, ensure_ascii=False, indent=2).splitlines()]
+        lines += [f"    {line}" for line in printable_json(entry.evidence, indent=2).split("\n")]
     if entry.resolved_at is not None:
-        return [
-            *lines,
-            f"  {entry.resolution} on {entry.resolved_at:%Y-%m-%d %H:%M:%S} UTC by {entry.resolved_by}:"
-            f" {entry.resolution_reason}",
-        ]
+        by = f"{entry.resolution} on {entry.resolved_at:%Y-%m-%d %H:%M:%S} UTC by {entry.resolved_by}"
+        return [*lines, *hanging("  ", f"{by}: {entry.resolution_reason}")]
     lines.append(f"  what `billing-orchestration quarantine resolve {entry.id} … --reason TEXT` would do:")
-    lines.append(f"    --accept: {kind.accept}")
+    lines += hanging("    --accept: ", kind.accept)
     if entry.attachable:
-        lines.append(f"    --attach SUBSCRIPTION: {kind.attach}")
-    lines.append(f"    --ignore: {kind.ignore}")
+        lines += hanging("    --attach SUBSCRIPTION: ", kind.attach)
+    lines += hanging("    --ignore: ", kind.ignore)
     if entry.external_payment_id is not None:
         lines.append(f"  the whole case: billing-orchestration explain payment {entry.external_payment_id}")
     elif entry.subscription_id is not None:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Protocol
 from openpyxl import Workbook
 from openpyxl.utils.exceptions import WorkbookAlreadySaved
 
+from billing_orchestration.domain.printable import no_formula
+
 LINES = "lines"
 # A sheet of a workbook ends there; a longer one goes on in the next.
 ROWS_OF_A_SHEET = 1_048_576
-# A cell that begins so is a formula to a spreadsheet.
-_FORMULA = ("=", "+", "-", "@")
 
 
 class Sheet(NamedTuple):
@@ -68,7 +68,7 @@ def files_of(path: Path, sheets: Sequence[Sheet]) -> dict[str, Path]:
 def _cell(value: Any) -> Any:
     if isinstance(value, str):
         text = "".join(sign if sign.isprintable() else "\ufffd" for sign in value)
-        return f"'{text}" if text.startswith(_FORMULA) else text
+        return no_formula(text)
     return value.replace(tzinfo=None) if isinstance(value, datetime) else value
 
 

@@ -22,6 +22,7 @@ from billing_orchestration.desk.tables import table
 from billing_orchestration.domain.answers import ProviderView
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.money import Money
+from billing_orchestration.domain.printable import no_formula, printable
 from billing_orchestration.domain.renewals import (
     Charge,
     DueSubscription,
@@ -131,9 +132,10 @@ def in_form(lines: Sequence[Upcoming], form: str, language: str) -> list[str]:
     """As a table or CSV."""
     header = _RUSSIAN if language == "ru" else _ENGLISH
     words = {"yes": "да", "no": "нет"} if language == "ru" else {}
-    rows = [tuple(words.get(str(value), str(value)) for value in astuple(line)) for line in lines]
+    rows = [astuple(replace(line, charged=words.get(line.charged, line.charged))) for line in lines]
     if form == "csv":
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        cells = [[no_formula(printable(str(value))) for value in row] for row in rows]
+        csv.writer(text, lineterminator="\n").writerows([header, *cells])
         return text.getvalue().splitlines()
-    return table([header, *rows])
+    return table([header, *([str(value) for value in row] for row in rows)])

@@ -31,7 +31,7 @@ _APART = timedelta(minutes=5)
 
 @dataclass
 class _List:
-    """What the readings of one status's list have shown, each with the instant up to which it was read, oldest first."""
+    """What each reading of one status's list has shown, with the instant up to which it was read; oldest first."""
 
     answer: ListedThere
     shown: deque[tuple[datetime, frozenset[str]]] = field(default_factory=deque)

@@ -83,3 +83,9 @@ def test_each_form_in_the_language_of_the_deployment() -> None:
     header, row = in_form([line], "table", "en")
     assert header.split() == ["subscription", "user", "on", "charged", "amount", "currency", "card", "code", "reason"]
     assert row.startswith("12            ada")
+
+
+def test_a_customers_id_becomes_no_formula_breaks_no_line_and_is_not_translated() -> None:
+    for user, shown in (("=1+1", "'=1+1"), ("+7 900", "'+7 900"), ("a\u2028b\rc", "a\\u2028b\\rc"), ("yes", "yes")):
+        line = Upcoming(7, user, "2026-03-15 03:00", "yes", "299.00", "RUB", "", "", "due")
+        assert in_form([line], "csv", "ru")[1:] == [f"7,{shown},2026-03-15 03:00,да,299.00,RUB,,,due"]
