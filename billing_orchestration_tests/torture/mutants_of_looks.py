@@ -42,7 +42,11 @@ LOOKS = (
         "a list that decides what may still change",
         "what may be paid or held is asked about by its id",
         (
-            Edit("provider/slices.py", " and record.status == self._status:", ":"),
+            Edit(
+                "provider/slices.py",
+                "(self._shown if record.status == self._status else self._otherwise).add(record.id)",
+                "self._shown.add(record.id)",
+            ),
             Edit(
                 "provider/lists.py",
                 'filters = _filters(status, "created_at"',
