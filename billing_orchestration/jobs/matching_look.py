@@ -146,14 +146,15 @@ class Looker:
 
         def work() -> None:
             try:
-                found: Nothing | Start = do()
+                try:
+                    found: Nothing | Start = do()
+                finally:
+                    # Its own: whoever gave up waiting has closed them before, and they connect again when used.
+                    close()
             except (SettingsError, BillingDatabaseError, ProviderError) as error:
                 found = Start(f"the look failed: {error}", type(error).__name__)
             except Exception as error:  # noqa: BLE001 - whatever it is, a run starts and shows it
                 found = Start(f"the look failed: {type(error).__name__}", type(error).__name__)
-            finally:
-                # Its own: whoever gave up waiting has closed them before, and they connect again when used.
-                close()
             future.set_result(found)
 
         # A daemon's: name resolution may hang for minutes, and must not keep the code server from ending.

@@ -312,6 +312,15 @@ def test_nobody_waits_for_a_look_that_hangs_and_the_next_tick_starts_no_second_o
     assert looker.look(lambda: Nothing("nothing"), lambda: None) == Nothing("nothing")
 
 
+def test_connections_that_do_not_close_make_this_tick_start_its_run_and_no_later_one() -> None:
+    def refuse() -> None:
+        raise OSError("not closed")
+
+    looker = Looker(longest_s=5)
+    assert looker.look(lambda: Nothing("nothing"), refuse) == Start("the look failed: OSError", oddity="OSError")
+    assert looker.look(lambda: Nothing("nothing"), lambda: None) == Nothing("nothing")
+
+
 # --- Beside the runs of the schedule
 
 
