@@ -20,10 +20,10 @@ from billing_orchestration.database.second_look import in_review
 from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.expiry import StalePayment
 from billing_orchestration.domain.money import Money
-from billing_orchestration.domain.problem_kinds import NO_CONTACT
+from billing_orchestration.domain.problem_kinds import HOLDING, NO_CONTACT
 
-# Held back from expiry: the outcome of a charge is not known, or a person is deciding about it, or it could not be
-# charged because its receipt would reach nobody. There are few:
+# Held back from expiry: the outcome of a charge is not known, or a person is deciding about it, or our records have
+# lost it, or it could not be made because its receipt would reach nobody. There are few:
 # PostgreSQL reads them once a statement, into a hash, and looks each of ten thousand rows up in it.
 _HELD_BACK = f"""s.id IN (
     SELECT a.subscription_id FROM billing_orchestration.renewal_attempts a
@@ -32,10 +32,17 @@ _HELD_BACK = f"""s.id IN (
        OR {in_review("a")}
     UNION ALL
     SELECT q.subscription_id FROM billing_orchestration.quarantine q
-    WHERE q.kind = '{NO_CONTACT}' AND q.resolved_at IS NULL AND q.subscription_id IS NOT NULL)"""
+    WHERE q.kind = '{NO_CONTACT}' AND q.resolved_at IS NULL AND q.subscription_id IS NOT NULL
+    UNION ALL
+    SELECT q.subscription_id FROM billing_orchestration.quarantine q
+    WHERE q.kind IN {sql_list(*HOLDING)} AND q.resolved_at IS NULL AND q.subscription_id IS NOT NULL
+      AND q.attempt_id IS NOT NULL)"""
 
 
-_WHY_HELD = "a charge whose outcome is not known or pending, or one whose receipt would reach nobody"
+_WHY_HELD = (
+    "a charge whose outcome is not known or pending, one that a person decides about, or one whose receipt would reach"
+    " nobody"
+)
 
 # Where PostgreSQL expects the hash not to fit, each row walks through the whole list instead. With its default of 4 MB
 # that happens from some hundred thousand open attempts on. This is enough for millions; memory is taken as needed.

@@ -36,7 +36,9 @@ class Verdict:
 _NOT_GRANTED = sa.text(f"""
     SELECT 'settled payment ' || s.external_payment_id || ': its row ' || s.payment_id || ' is '
            || coalesce(p.status::text, 'gone') AS what
-    FROM billing_orchestration.settlements s LEFT JOIN payments p ON p.id = s.payment_id
+    FROM billing_orchestration.settlements s
+    -- A restored table gives its numbers anew: a row of that number may be another payment's by now.
+    LEFT JOIN payments p ON p.id = s.payment_id AND p.external_payment_id = s.external_payment_id
     WHERE s.settled_at > :since AND (p.status IS NULL OR p.status NOT IN ('SUCCEEDED', 'REFUNDED'))
     UNION ALL
     SELECT 'attempt ' || a.id || ' of subscription ' || a.subscription_id || ' is ' || a.state

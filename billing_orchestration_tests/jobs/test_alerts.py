@@ -321,6 +321,19 @@ def test_a_success_without_a_settlement_breaks_its_check(service: Service) -> No
     assert [name for name, passed in checks(service).items() if not passed] == ["paid_is_granted"]
 
 
+def test_a_settled_payment_whose_row_number_is_another_payments_breaks_its_check(service: Service) -> None:
+    """As after a restore of the service's tables alone: their numbers are given anew."""
+    subscription = service.subscriber()
+    assert service.run("autopayment_job").ok
+    assert checks(service)["paid_is_granted"]
+    [settled] = service.rows("settlements")
+    service.execute("DELETE FROM payments WHERE id = :id", id=settled.payment_id)
+    other = service.paid_row("another", subscription)
+    service.execute("UPDATE payments SET id = :old WHERE id = :id", old=settled.payment_id, id=other)
+
+    assert [name for name, passed in checks(service).items() if not passed] == ["paid_is_granted"]
+
+
 def test_a_second_row_that_grants_a_settled_payment_to_another_subscription_breaks_its_check(service: Service) -> None:
     service.tolerate_duplicates()
     service.paid_there("paid-once", plan_id=service.plan())

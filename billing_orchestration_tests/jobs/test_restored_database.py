@@ -16,6 +16,7 @@ from billing_orchestration_tests.jobs.service import Service
 
 JOB = "autopayment_job"
 MATCHING = "matching_successful_payments_job"
+EXPIRY = "expire_subscriptions_job"
 A_MONTH_LATER = NOON.replace(month=4)
 _TABLES = (
     "subscriptions",
@@ -266,6 +267,33 @@ def test_a_lost_charge_that_is_paid_while_the_list_is_read_is_settled_and_not_ma
     assert run.ok, run.failure
     assert service.sandbox.count("create") == 1
     assert service.ended_at(subscription) == A_MONTH_LATER
+
+
+@pytest.mark.parametrize("status", ["pending", "paid"])
+def test_what_a_lost_charge_holds_does_not_expire_before_it_is_decided(service: Service, status: str) -> None:
+    subscription = service.subscriber(script="pending" if status == "pending" else "succeeded")
+    service.tick(MATCHING)
+    back_up(service)
+    service.run(JOB)
+    [payment] = service.provider.payments()
+    restore(service)
+    if status == "paid":
+        # It does not fit any more, so a person decides.
+        service.execute("UPDATE prices SET amount = 399")
+    service.advance(days=4)
+    assert service.run(JOB).ok
+    [entry] = service.rows("quarantine")
+    assert (entry.kind, entry.subscription_id) == ("unknown_attempt", subscription)
+
+    run = service.run(EXPIRY)
+
+    assert run.ok, run.failure
+    assert service.status("subscriptions", subscription) == "ACTIVE"
+    # A person says that nothing was paid.
+    service.execute("UPDATE billing_orchestration.quarantine SET resolved_at = now(), resolution = 'ignored'")
+    assert service.run(EXPIRY).ok
+    assert service.status("subscriptions", subscription) == "EXPIRED"
+    assert [charge.payment_id for charge in service.charges()] == ([payment.id] if status == "paid" else [])
 
 
 def test_launches_one_after_another_do_not_leave_a_lost_charge_behind(service: Service) -> None:

@@ -1502,6 +1502,33 @@ FURTHER = (
         ("jobs/test_receipts.py::test_one_that_waits_for_a_contact_is_held_back_from_expiry_until_it_is_charged",),
     ),
     Mutant(
+        "expired while a lost charge may be paid",
+        "what waits for a charge that our records have lost is held back from expiry",
+        (
+            Edit(
+                "database/expiry.py",
+                "    WHERE q.kind IN {sql_list(*HOLDING)} AND q.resolved_at IS NULL",
+                "    WHERE false AND q.resolved_at IS NULL",
+            ),
+        ),
+        (
+            _RESTORED + "test_what_a_lost_charge_holds_does_not_expire_before_it_is_decided[pending]",
+            _RESTORED + "test_what_a_lost_charge_holds_does_not_expire_before_it_is_decided[paid]",
+        ),
+    ),
+    Mutant(
+        "a settled payment's row taken from another payment",
+        "a settled payment whose row is gone is named, whichever row has its number",
+        (
+            Edit(
+                "database/money_checks.py",
+                " AND p.external_payment_id = s.external_payment_id\n    WHERE s.settled_at",
+                "\n    WHERE s.settled_at",
+            ),
+        ),
+        ("jobs/test_alerts.py::test_a_settled_payment_whose_row_number_is_another_payments_breaks_its_check",),
+    ),
+    Mutant(
         "a contact in the quarantine",
         "a contact stands in no quarantine entry",
         (Edit("jobs/autopayment/steps.py", '{"body": mask_body(attempt.body)}', '{"body": attempt.body}'),),

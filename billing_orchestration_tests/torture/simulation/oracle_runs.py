@@ -137,6 +137,10 @@ class RunsJudge(Judge):
                 "SELECT id, ended_at FROM subscriptions s WHERE status = 'ACTIVE' AND ended_at IS NOT NULL"
                 " AND NOT EXISTS (SELECT FROM billing_orchestration.renewal_attempts a WHERE a.subscription_id = s.id"
                 " AND a.state IN ('PLANNED', 'UNKNOWN', 'PENDING', 'REVIEW'))"
+                # A charge that our records have lost: it is paid, or may yet be.
+                " AND NOT EXISTS (SELECT FROM billing_orchestration.quarantine q WHERE q.subscription_id = s.id"
+                " AND q.attempt_id IS NOT NULL AND q.resolved_at IS NULL"
+                " AND q.kind IN ('unknown_attempt', 'not_writable'))"
             )
             if self.billing_day(row.ended_at.replace(tzinfo=UTC)) <= last
         ]
