@@ -58,9 +58,12 @@ def ask_about_methods(
     Raises WrongCredentials. A provider that gives no answer about one is silent about that one.
     """
     found, answers = _ask(found, client, read, now, rules, threads)
+    latest = answers
     # Who had a newer payment that saved no method, and an older method.
-    found, of_older = _ask(found, client, read, now, rules, threads) if answers else (found, ())
-    return found, (*answers, *of_older)
+    while latest:
+        found, latest = _ask(found, client, read, now, rules, threads)
+        answers += latest
+    return found, answers
 
 
 def _ask(
@@ -90,7 +93,7 @@ def _ask(
     }
     # A method may have another id than the payment that saved it, and declines are known by the method's.
     others = [a.method_id for a in answers.values() if a.method_id is not None and a.method_id != a.question.name]
-    others += [due.kept.id for due in found.due if due.id in asked and due.kept is not None]
+    others += [older.id for due in found.due if due.id in asked for older in due.older]
     today = rules.calendar.start_of(rules.calendar.day_of(now))
     declines: Mapping[str, tuple[datetime | None, datetime | None]] = {}
     if others:
@@ -141,11 +144,17 @@ def _with_answer(
 ) -> DueSubscription:
     if answer is None:
         return due
-    kept, method_id = due.kept, answer.method_id
-    if kept is not None and answer.word in (NOT_SAVED, REFUNDED, NOT_KNOWN):
-        due, method_id = replace(due, question=kept.question, method_word=kept.word, kept=None), kept.id
+    method_id = answer.method_id
+    # An id that the provider does not know may be a method's own. It displaces none that we know.
+    is_no = answer.word in (NOT_SAVED, REFUNDED) or (
+        answer.word == NOT_KNOWN and any(older.is_kept for older in due.older)
+    )
+    if is_no and due.older:
+        next_one, *rest = due.older
+        due = replace(due, question=next_one.question, method_word=next_one.word, older=tuple(rest))
+        method_id = next_one.id
     else:
-        due = replace(due, question=None, method_word=answer.word, method_detail=answer.detail, kept=None)
+        due = replace(due, question=None, method_word=answer.word, method_detail=answer.detail, older=())
     if method_id is None or method_id == due.method_id:
         return due
     stopped_at, declined_at = declines.get(method_id, (None, None))

@@ -23,7 +23,7 @@ from billing_orchestration.database.second_look import OUTLASTS
 from billing_orchestration.database.tables import UtcNaive, renewal_attempts, subscriptions
 from billing_orchestration.domain.answers import SHOP_REFUSALS
 from billing_orchestration.domain.attempts import Attempt, State
-from billing_orchestration.domain.methods import METHOD, NOT_KNOWN, NOT_SAVED, PAYMENT, REFUNDED, KeptMethod, Question
+from billing_orchestration.domain.methods import METHOD, NOT_KNOWN, NOT_SAVED, PAYMENT, REFUNDED, OlderMethod, Question
 from billing_orchestration.domain.problem_kinds import HOLDING
 from billing_orchestration.domain.renewals import DueSubscription, Holds, SaidByService
 from billing_orchestration.domain.shards import Shard
@@ -47,6 +47,11 @@ class DueSlice:
     without_end: int
 
 
+# Of a subscription's payments, beside the newest, so many are asked about before somebody is left uncharged.
+MOST_OLDER = 3
+# Another shop's only says why nothing is charged.
+_NEWEST_FIRST = f"{of_this_shop('c.payment_provider_id')} DESC, no.is_no, c.created_at DESC, c.id DESC"
+
 # One pass: each due subscription with its plan, the payment that says which method is charged, and the plan's prices in
 # that currency. It is the newest SUCCEEDED one of which the provider has not said that it saved no method, or was
 # refunded. A renewal's own payment is none (its id is not chargeable). What our own records hold is one among them,
@@ -59,17 +64,22 @@ _DUE = f"""
            {stopped_at("method.id")} AS stopped_at,
            settled.until AS settled_until, longest.id AS outlasted_by,
            paid.external_payment_id AS method_payment, paid.answer AS method_word,
-           CASE WHEN NOT paid.is_kept AND paid.kept_counts AND sm.currency = paid.currency
-                     AND sm.payment_provider_id = paid.payment_provider_id
-                THEN sm.payment_method_id END AS kept_id,
-           sm.saved_by_external_payment_id AS kept_payment, paid.kept_answer
+           paid.older
     FROM subscriptions s
     LEFT JOIN plans pl ON pl.id = s.plan_id
     LEFT JOIN billing_orchestration.saved_methods sm ON sm.subscription_id = s.id
     LEFT JOIN LATERAL (
         SELECT c.*, asked.answer, asked.payment_method_id, no.is_no,
-               bool_or(c.is_kept AND NOT no.is_no) OVER () AS kept_counts,
-               min(asked.answer) FILTER (WHERE c.is_kept) OVER () AS kept_answer
+               -- What counts instead, where the provider says of it that it saved none.
+               jsonb_agg(jsonb_build_object(
+                   'payment', c.external_payment_id, 'is_kept', c.is_kept, 'word', asked.answer,
+                   'method', CASE WHEN c.is_kept THEN sm.payment_method_id
+                                  ELSE coalesce(asked.payment_method_id, c.external_payment_id) END,
+                   'paid_by', jsonb_build_array(c.currency, c.payment_provider_id)
+               )) FILTER (WHERE NOT no.is_no) OVER (
+                   ORDER BY {_NEWEST_FIRST}
+                   ROWS BETWEEN 1 FOLLOWING AND {MOST_OLDER} FOLLOWING
+               ) AS older
         FROM (
             SELECT p.external_payment_id, p.currency::text AS currency, p.payment_provider_id, p.created_at, p.id,
                    p.external_payment_id IS NOT DISTINCT FROM sm.saved_by_external_payment_id
@@ -96,8 +106,7 @@ _DUE = f"""
                    OR (coalesce(asked.answer = '{NOT_KNOWN}', false) AND sm.subscription_id IS NOT NULL
                        AND NOT c.is_kept) AS is_no
         ) no
-        -- Another shop's only says why nothing is charged.
-        ORDER BY {of_this_shop("c.payment_provider_id")} DESC, no.is_no, c.created_at DESC, c.id DESC
+        ORDER BY {_NEWEST_FIRST}
         LIMIT 1
     ) paid ON true
     -- A method that was bound without a payment: it is known from the service's view only. Of several rows that are
@@ -144,9 +153,7 @@ _DUE_COLUMNS: Mapping[str, Any] = {
     "outlasted_by": sa.BigInteger,
     "method_payment": sa.String,
     "method_word": sa.String,
-    "kept_id": sa.String,
-    "kept_payment": sa.String,
-    "kept_answer": sa.String,
+    "older": sa.JSON,
 }
 
 _COUNTS = """
@@ -276,12 +283,9 @@ def _due_of(row: Any, said: SaidByService | None, declined: Mapping[Any, datetim
     """A row of the due, with what the service says about it, and without its attempts."""
     method_id, name, about = row.method_id, row.method_payment, PAYMENT
     stopped, word = row.stopped_at, row.method_word
-    kept = None
-    if row.kept_id is not None and row.method_provider_id is not None:
-        asked = Question(PAYMENT, row.kept_payment, row.method_provider_id)
-        kept = KeptMethod(row.kept_id, None if row.kept_answer else asked, row.kept_answer)
+    older = _older(row)
     if said is not None:
-        kept = None
+        older = ()
         method_id, name, about = said.method_id, said.method_id, METHOD
         stopped, word = said.method_stopped_at, said.method_word
     is_asked_about = word is None and name and row.method_provider_id is not None
@@ -306,7 +310,22 @@ def _due_of(row: Any, said: SaidByService | None, declined: Mapping[Any, datetim
         plan_name=row.plan_name,
         question=Question(about, name, row.method_provider_id) if is_asked_about else None,
         method_word=word,
-        kept=kept,
+        older=older,
+    )
+
+
+def _older(row: Any) -> tuple[OlderMethod, ...]:
+    """What may be charged instead of a row's method: of the same currency and provider, newest first."""
+    paid_by = [row.method_currency, row.method_provider_id]
+    return tuple(
+        OlderMethod(
+            one["method"],
+            Question(PAYMENT, one["payment"], row.method_provider_id) if one["word"] is None else None,
+            one["word"],
+            one["is_kept"],
+        )
+        for one in row.older or ()
+        if one["paid_by"] == paid_by
     )
 
 

@@ -32,12 +32,13 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptMethod:
-    """A method that our own records hold, where a newer payment may have saved another. `question`: not asked yet."""
+class OlderMethod:
+    """A method that counts if a newer payment saved none. `question`: not asked yet. `is_kept`: our records hold it."""
 
     id: str
     question: Question | None
     word: str | None
+    is_kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from billing_orchestration.domain.attempts import (
 from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
 from billing_orchestration.domain.clocks import is_in_future
 from billing_orchestration.domain.decisions import Code
-from billing_orchestration.domain.methods import SILENT, KeptMethod, Question, why_not_charged
+from billing_orchestration.domain.methods import SILENT, OlderMethod, Question, why_not_charged
 from billing_orchestration.domain.money import CURRENCIES, Money
 from billing_orchestration.domain.personal import without_names
 from billing_orchestration.domain.provider_payment import ATTEMPT_KEY, ProviderPayment
@@ -86,7 +86,7 @@ class DueSubscription:
     question: Question | None = None
     method_word: str | None = None
     method_detail: str = ""
-    kept: KeptMethod | None = None
+    older: tuple[OlderMethod, ...] = ()
 
     @property
     def subject(self) -> str:

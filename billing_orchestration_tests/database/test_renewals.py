@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.renewals import DueSlice, fetch_due
 from billing_orchestration.domain.attempts import State
-from billing_orchestration.domain.methods import PAYMENT, KeptMethod, Question
+from billing_orchestration.domain.methods import PAYMENT, OlderMethod, Question
 from billing_orchestration.domain.renewals import DueSubscription, Holds
 from billing_orchestration.domain.shards import Shard, divide
 from billing_orchestration_tests.books import NOON, UTC, Books, naive
@@ -201,14 +201,14 @@ def test_a_newer_payment_is_asked_about_before_what_our_own_records_hold(books: 
     paid(books, subscription_id, "newer", 0, currency="USD")
     subscription = due(books, subscription_id)
     assert subscription.question == Question(PAYMENT, "newer", books.provider_id)
-    assert subscription.kept == KeptMethod("ours", Question(PAYMENT, "p", books.provider_id), None)
+    assert subscription.older == (OlderMethod("ours", Question(PAYMENT, "p", books.provider_id), None, True),)
     books.execute(
         "INSERT INTO billing_orchestration.asked_methods (payment_provider_id, about, name, answer, asked_at, run_id)"
         " VALUES (:provider, 'payment', 'newer', 'not_saved', now(), 'r')",
         provider=books.provider_id,
     )
     subscription = due(books, subscription_id)
-    assert (subscription.method_id, subscription.kept) == ("ours", None)
+    assert (subscription.method_id, subscription.older) == ("ours", ())
 
 
 def test_what_our_own_records_hold_outlives_its_payment_row_but_no_refund(books: Books) -> None:

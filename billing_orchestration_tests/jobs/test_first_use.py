@@ -113,9 +113,9 @@ def settled(service: Service, payment: str, **there: Any) -> int:
     return int(row.id)
 
 
-def newer(service: Service, payment: str, subscription: int, **there: Any) -> None:
+def newer(service: Service, payment: str, subscription: int, days_ago: int = 1, **there: Any) -> None:
     """A later payment for the same subscription that the service's webhook settled."""
-    later = service.now - A_DAY
+    later = service.now - days_ago * A_DAY
     service.paid_row(payment, subscription, created_at=later)
     service.provider.add_payment(id=payment, amount="299.00", created_at=later, **there)
 
@@ -162,6 +162,25 @@ def test_a_newer_payment_that_saved_nothing_or_was_given_back_leaves_the_kept_ca
     assert asked(service) == ["second", "first"]
     assert service.rows("quarantine") == []
     service.check_books()
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_of_several_cards_the_newest_that_was_saved_and_not_refunded_is_charged_at_once(
+    service: Service, is_kept: bool
+) -> None:
+    subscription = (settled if is_kept else customer)(service, "first", method_id="old-card")
+    newer(service, "second", subscription, days_ago=4, saved=True, script="succeeded", method_id="new-card")
+    newer(service, "third", subscription, days_ago=3, saved=True, refunded_amount="299.00", method_id="given-back")
+    newer(service, "fourth", subscription, days_ago=2, saved=False)
+
+    run = service.run(JOB)
+    service.advance(days=31)
+
+    assert run.ok
+    assert service.run(JOB).ok
+    assert charged_by(service) == ["new-card"] * 2
+    assert asked(service) == ["fourth", "third", "second"]
+    assert service.rows("quarantine") == []
 
 
 def test_a_newer_row_that_the_provider_does_not_know_leaves_the_kept_card(service: Service) -> None:

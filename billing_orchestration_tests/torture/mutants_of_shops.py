@@ -199,6 +199,15 @@ SHOPS = (
         ("jobs/test_first_use.py::test_a_newer_card_that_a_webhook_settled_takes_the_place_of_the_kept_one",),
     ),
     Mutant(
+        "of several cards the one before the last passed by",
+        "the newest card that was saved and not refunded is charged",
+        (Edit("database/renewals.py", "ROWS BETWEEN 1 FOLLOWING AND", "ROWS BETWEEN 2 FOLLOWING AND"),),
+        (
+            "jobs/test_first_use.py"
+            "::test_of_several_cards_the_newest_that_was_saved_and_not_refunded_is_charged_at_once",
+        ),
+    ),
+    Mutant(
         "a kept card that outlives a refund of its payment",
         "a card whose payment was refunded in full is not charged",
         (Edit("database/renewals.py", "AND (p.status = 'REFUNDED' OR (", "AND (("),),
