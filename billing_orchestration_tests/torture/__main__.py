@@ -39,7 +39,8 @@ TESTS = {
     ),
 }
 SIMULATION = "simulation"
-DEFAULT_SEEDS = 12
+DEFAULT_SEEDS = 30
+SIMULATION_S = 480
 AT_A_TIME = 2
 
 
@@ -62,9 +63,11 @@ class Ended:
 
 
 def parts(rounds: int, first: int) -> list[Part]:
-    """All of them. `rounds` is a night's; 0: those that take twenty minutes."""
+    """All of them. `rounds` is a night's; 0: what twenty minutes have room for."""
     python = sys.executable
     seeds = ("--regressions", "--first", str(first), "--rounds", str(rounds or DEFAULT_SEEDS), "--workers", "1")
+    if not rounds:
+        seeds += ("--longest", str(SIMULATION_S))
     return [
         Part(SIMULATION, (python, "-m", "billing_orchestration_tests.torture.simulation", *seeds)),
         *(
@@ -77,8 +80,8 @@ def parts(rounds: int, first: int) -> list[Part]:
 class Torture:
     """Runs parts, some at a time."""
 
-    def __init__(self, rounds: int, told: Callable[[str], None]) -> None:
-        self._rounds, self._told = rounds, told
+    def __init__(self, rounds: int, told: Callable[[str], None], first: int = 1) -> None:
+        self._rounds, self._told, self._first = rounds, told, first
         self._running: list[subprocess.Popen[str]] = []
         self._is_over = False
 
@@ -111,7 +114,7 @@ class Torture:
         self._told(f"=== {part.name} begins")
         with subprocess.Popen(
             part.command,
-            env={**os.environ, "TORTURE_ROUNDS": str(self._rounds)},
+            env={**os.environ, "TORTURE_ROUNDS": str(self._rounds), "TORTURE_FIRST": str(self._first)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -148,12 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every = {part.name: part for part in parts(0, 1)}
     parser.add_argument("part", nargs="*", help=", ".join(every))
     parser.add_argument("--rounds", type=int, default=0, help="how long it goes on, for a night; 0: its default")
-    parser.add_argument("--first", type=int, default=1, help="the simulation's first seed")
+    parser.add_argument("--first", type=int, default=1, help="the simulation's first seed, and where mutants begin")
     asked = parser.parse_args(arguments)
     if unknown := set(asked.part) - set(every):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(every)}")
     chosen = [part for part in parts(asked.rounds, asked.first) if not asked.part or part.name in asked.part]
-    ended = Torture(asked.rounds, lambda words: print(words, flush=True)).run(chosen)
+    ended = Torture(asked.rounds, lambda words: print(words, flush=True), asked.first).run(chosen)
     print(table(ended), flush=True)
     return 1 if any(one.code for one in ended) else 0
 

@@ -83,14 +83,23 @@ def edited(sources: Path, edits: Iterable[Edit]) -> dict[str, str]:
     return texts
 
 
+def _share(source: str, copy: str) -> None:
+    """A second name for a file: a thousand copies for each mutant cost more than its tests."""
+    try:
+        os.link(source, copy)
+    except OSError:  # on another disk
+        shutil.copy2(source, copy)
+
+
 def copy_to(folder: Path, edits: Sequence[Edit] = ()) -> None:
     """Package and tests, with the replacements made. Compiled files come along: they cost half of a start."""
     texts = edited(ROOT, edits)
     for name in (PACKAGE, TESTS):
-        shutil.copytree(ROOT / name, folder / name)
+        shutil.copytree(ROOT / name, folder / name, copy_function=_share)
     shutil.copy2(ROOT / "pyproject.toml", folder)
     for file, text in texts.items():
         path = folder / PACKAGE / file
+        path.unlink()  # the tree's own file has this name, too
         path.write_text(text)
         for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
             compiled.unlink()
@@ -159,8 +168,9 @@ def baseline(mutants: Iterable[Mutant], postgres_url: str, zygote: Zygote) -> li
     return failed
 
 
-def attempt_all(mutants: Sequence[Mutant]) -> tuple[list[str], list[Verdict]]:
-    """What the baseline failed, and every verdict, some at a time."""
+def attempt_all(mutants: Sequence[Mutant], longest_s: float = float("inf")) -> tuple[list[str], list[Verdict]]:
+    """What the baseline failed, and the verdicts of those that were begun within the time, some at once."""
+    end = time.monotonic() + longest_s
     free: SimpleQueue[Zygote] = SimpleQueue()
 
     def warmly(do: Callable[[Zygote], Told]) -> Told:
@@ -176,8 +186,12 @@ def attempt_all(mutants: Sequence[Mutant]) -> tuple[list[str], list[Verdict]]:
             free.put(stack.enter_context(Zygote()))
         threads = stack.enter_context(ThreadPoolExecutor(AT_A_TIME))
         sound = threads.submit(warmly, lambda zygote: baseline(mutants, url, zygote))
-        verdicts = threads.map(lambda mutant: warmly(lambda zygote: attempt(mutant, url, zygote)), mutants)
-        return sound.result(), list(verdicts)
+
+        def try_one(mutant: Mutant) -> Verdict | None:
+            return warmly(lambda zygote: attempt(mutant, url, zygote)) if time.monotonic() < end else None
+
+        verdicts = list(threads.map(try_one, mutants))
+        return sound.result(), [verdict for verdict in verdicts if verdict is not None]
 
 
 def table(verdicts: Sequence[Verdict]) -> str:

@@ -180,8 +180,8 @@ SHOPS = (
         (
             Edit(
                 "database/renewals.py",
-                """ORDER BY {of_this_shop("c.payment_provider_id")} DESC, no.is_no""",
-                "ORDER BY no.is_no",
+                """f"{of_this_shop('c.payment_provider_id')} DESC, no.is_no""",
+                'f"no.is_no',
             ),
         ),
         (_TESTS + "test_only_payments_of_this_shop_say_which_method_is_charged",),

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import as_completed
+from concurrent.futures import CancelledError, as_completed
 
 from billing_orchestration_tests.torture.simulation import __doc__ as about
 from billing_orchestration_tests.torture.simulation.mishaps import MISHAPS
@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=1, help="the first seed of the rounds")
     parser.add_argument("--regressions", action="store_true", help="also those that showed a fault once")
     parser.add_argument("--days", type=int, default=DAYS)
+    parser.add_argument("--longest", type=float, default=float("inf"), help="seconds after which no seed is begun")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--mishap", action="append", choices=MISHAPS, help="befalls every seed (may be repeated)")
     parser.add_argument("--story", action="store_true", help="print everything that happened")
@@ -43,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(told(result), flush=True)
     words, good = summary(results, given.days, time.monotonic() - began)
     print(words)
+    if len(results) < len(seeds):
+        print(f"not played, for want of time: {len(seeds) - len(results)} seeds")
     return 0 if good else 1
 
 
@@ -52,11 +55,17 @@ def _played(server: tuple[str, str], seeds: list[int], given: argparse.Namespace
     if len(seeds) == 1:
         yield play_seed(*server, seeds[0], given.days, mishaps=mishaps, live=given.story)
         return
+    end = time.monotonic() + given.longest
     with workers_of(given.workers) as workers:
         playing = {workers.submit(play_seed, *server, seed, given.days, mishaps=mishaps): seed for seed in seeds}
         for done in as_completed(playing):
+            if time.monotonic() > end:
+                for future in playing:
+                    future.cancel()
             try:
                 yield done.result()
+            except CancelledError:
+                continue
             except Exception:  # noqa: BLE001 - a seed that the simulation itself cannot play
                 broke = f"the simulation broke:\n{traceback.format_exc()}"
                 yield Result(playing[done], given.days, 0, (broke,), (), 0.0)
