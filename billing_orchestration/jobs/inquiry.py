@@ -23,7 +23,7 @@ from billing_orchestration.threads import Threads
 # After this many payments in a row without an answer the provider fails for everyone, and the rest waits.
 BREAKER_SILENCES = 10
 # A page of the list is worth reading where it stands for this many questions: two and a half rounds of them, and where
-# the list turns out to be too long a twentieth more requests.
+# a list turns out to be too long a twentieth more requests for each of the two.
 PAGE_IS_WORTH = 20
 # How far the service's instant and the provider's may differ for one payment. What lies further apart is asked about.
 _APART = timedelta(minutes=5)
@@ -85,7 +85,7 @@ class Inquiry:
             most_pages = (len(ids) - len(answers)) // PAGE_IS_WORTH
             if most_pages and created and self._list_is_of_use and not self._breaker.is_open:
                 self._read_list(there, created[0] - _APART, created[-1] + _APART, most_pages)
-            shown = frozenset[str]().union(*(ids for _, ids in there.shown))
+            shown = frozenset[str]().union(*(names for _, names in there.shown))
             answers |= {payment_id: there.answer for payment_id in ids if payment_id in shown}
         return answers
 
