@@ -220,7 +220,8 @@ def test_a_subscription_that_the_service_cancels_meanwhile_is_not_extended_by_a_
         service.execute(b"UPDATE subscriptions SET status = 'CANCELED' WHERE id = %s", [subscription_id])
         settler = start_blocked(pool, books.engine, partial(books.settle, books.paid("p", user="anna")))
         service.commit()
-        (settled,) = settler.result()
+        assert settler.exception() is None
+    (settled,) = settler.result()
     assert isinstance(settled.decision, Settle)
     assert settled.subscription_id != subscription_id
     assert books.ended_at(subscription_id) == NOON

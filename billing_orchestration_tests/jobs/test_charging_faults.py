@@ -248,8 +248,8 @@ def test_an_answer_with_another_amount_or_currency_goes_to_a_person_and_grants_n
 
     run = service.run(JOB)
 
-    assert run.report["count: in review"] == 1
     assert states(service, subscription) == ["REVIEW"]
+    assert run.report["count: in review"] == 1
     assert service.ended_at(subscription) == NOON
     [problem] = service.rows("quarantine")
     [attempt] = service.attempts(subscription)

@@ -186,7 +186,7 @@ def test_books_that_take_no_grant_stop_the_run_after_a_few_charges_and_these_are
 def test_who_cancels_while_a_charge_waits_for_its_turn_is_not_charged(service: Service) -> None:
     subscriptions = [service.subscriber() for _ in range(5)]
     worker = Worker(service).start(JOB, ops={"charge_renewals": {"max_requests_per_second": 0.5}})
-    wait_until(lambda: service.sandbox.count("create") == 2, "the second charge was sent")
+    wait_until(lambda: service.sandbox.count("create") >= 2, "the second charge was sent")
     service.execute("UPDATE subscriptions SET status = 'CANCELED' WHERE id = ANY(:ids)", ids=subscriptions[2:])
 
     assert worker.finished().ok

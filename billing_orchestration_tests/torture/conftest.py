@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+
+from billing_orchestration_tests.torture.extent import THOROUGH
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests marked `thorough`, unless `make torture` asks for them."""
-    if "TORTURE_ROUNDS" in os.environ:
+    if THOROUGH:
         return
     left_out = [item for item in items if item.get_closest_marker("thorough")]
     config.hook.pytest_deselected(items=left_out)

@@ -10,6 +10,7 @@ is followed by at most three ordinary ones; then the provider's ledger and our t
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ from billing_orchestration.sandbox.provider.server import Sandbox, running_sandb
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.fixtures.postgres import Server, start_server
 from billing_orchestration_tests.jobs.service import Service
+from billing_orchestration_tests.torture.extent import is_its_turn
 from billing_orchestration_tests.torture.kill_oracle import complaints
 from billing_orchestration_tests.torture.kill_points import AFTER, BEFORE, Death, Step
 from billing_orchestration_tests.torture.kill_runner import Case, Ended, Runner
@@ -232,12 +234,20 @@ class Stage:
 
 
 def play(
-    server: Server, migrated: str, sandbox: Sandbox, runner: Runner, scenario: Scenario, *, thorough: bool = True
+    server: Server,
+    migrated: str,
+    sandbox: Sandbox,
+    runner: Runner,
+    scenario: Scenario,
+    *,
+    thorough: bool = True,
+    shares: int = 1,
 ) -> Matrix:
     """Every death of a scenario. Raises AssertionError when not even an undisturbed run gets it right.
 
     Not `thorough`: before the first statement of each kind, and before and after every COMMIT and every request. A
-    death after a statement whose transaction is still open is one before the next step.
+    death after a statement whose transaction is still open is one before the next step. `shares`: of what a short
+    torture tries (`extent`).
     """
     stage = Stage(server, migrated, sandbox, runner, scenario)
     try:
@@ -249,9 +259,12 @@ def play(
         waiting = deque(lived.steps)
         cells: list[Cell] = []
         unreached: list[Death] = []
+        numbers = itertools.count()
         while waiting:
             step = waiting.popleft()
             for when in _moments(step, thorough):
+                if not is_its_turn(next(numbers), shares):
+                    continue
                 death = Death(step, when)
                 for _ in range(_TRIES_TO_REACH):
                     ended, cell = stage.die(death)

@@ -22,15 +22,15 @@ from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.jobs.service import Service
+from billing_orchestration_tests.torture.extent import ROUNDS, THOROUGH
 from billing_orchestration_tests.torture.kill_matrix import Stage, play
 from billing_orchestration_tests.torture.kill_oracle import Expected, complaints
 from billing_orchestration_tests.torture.kill_points import AFTER, BEFORE, Death, Step, name_of
 from billing_orchestration_tests.torture.kill_runner import Runner
 from billing_orchestration_tests.torture.kill_scenarios import ALL, SHORT, Scenario
 
-# `make torture` sets it: then every job, every step, and as many random rounds as it says (0: these).
-THOROUGH = "TORTURE_ROUNDS" in os.environ
-SEEDS = range(int(os.environ.get("TORTURE_ROUNDS") or 0) or 25) if THOROUGH else (1,)
+# In `make torture` every job, and as many random rounds as it says (0: these).
+SEEDS = range(ROUNDS or 12) if THOROUGH else (1,)
 PROCESSES = 8 if THOROUGH else 4
 
 
@@ -50,7 +50,7 @@ def test_a_run_that_is_killed_at_any_step_is_completed_by_the_next_ones(
     scenario: Scenario,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    matrix = play(postgres_server, migrated_template, sandbox, runner, scenario, thorough=THOROUGH)
+    matrix = play(postgres_server, migrated_template, sandbox, runner, scenario, thorough=THOROUGH, shares=3)
 
     with capsys.disabled():
         if THOROUGH or matrix.lost:

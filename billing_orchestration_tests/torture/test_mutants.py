@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from billing_orchestration_tests.fixtures.postgres import Server
+from billing_orchestration_tests.torture.extent import FIRST, NIGHT
 from billing_orchestration_tests.torture.mutant import Edit, Mutant
 from billing_orchestration_tests.torture.mutant_catalogue import ALL, PROMISED
 from billing_orchestration_tests.torture.mutants import (
@@ -28,9 +28,8 @@ from billing_orchestration_tests.torture.mutants import (
 )
 from billing_orchestration_tests.torture.zygote import Zygote
 
-THOROUGH = "TORTURE_ROUNDS" in os.environ
 # All of `make torture` stays below 20 minutes; a night tries every mutant.
-SHORT_S = 480.0
+SHORT_S = 420.0
 _A_RANDOM_KEY = next(mutant for mutant in ALL if mutant.name == "a random key")
 _A_TEST = "domain/test_attempts.py::test_the_key_of_an_attempt_is_the_same_for_ever"
 
@@ -55,12 +54,11 @@ def test_each_mutant_has_a_name_of_its_own() -> None:
 
 @pytest.mark.thorough
 def test_every_mutant_that_there_is_time_for_is_killed(capsys: pytest.CaptureFixture[str]) -> None:
-    night = int(os.environ.get("TORTURE_ROUNDS") or 0) > 0
     # Each FIRST begins elsewhere in the catalogue: several short runs try all of it.
-    start = int(os.environ.get("TORTURE_FIRST") or 0) * 67 % len(ALL)
+    start = FIRST * 67 % len(ALL)
     mutants = [*ALL[start:], *ALL[:start]]
 
-    unsound, verdicts = attempt_all(mutants) if night else attempt_all(mutants, SHORT_S)
+    unsound, verdicts = attempt_all(mutants) if NIGHT else attempt_all(mutants, SHORT_S)
 
     with capsys.disabled():
         print(f"\n{table(verdicts)}\n  not tried, for want of time: {len(ALL) - len(verdicts)}")

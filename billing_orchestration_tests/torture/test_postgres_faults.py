@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import sqlalchemy as sa
 from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.jobs.service import Service
+from billing_orchestration_tests.torture.extent import NIGHT, THOROUGH
 from billing_orchestration_tests.torture.kill_points import AFTER, BEFORE, Death, Step
 from billing_orchestration_tests.torture.kill_runner import Runner
 from billing_orchestration_tests.torture.kill_scenarios import ALL as SCENARIOS
@@ -43,11 +43,6 @@ from billing_orchestration_tests.torture.postgres_matrix import (
     play,
     small_disk,
 )
-
-# `make torture` sets it: then one step of each kind in every job; with a night's ROUNDS the last of each kind as well,
-# and the moment after each.
-THOROUGH = "TORTURE_ROUNDS" in os.environ
-NIGHT = int(os.environ.get("TORTURE_ROUNDS") or 0) >= 100
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +81,8 @@ def test_whatever_happens_to_postgresql_at_any_step_the_next_runs_complete_it(
     # A restart takes seconds: of a night, in each job; else where charging alone has one.
     slow = SLOW if NIGHT or scenario is FEW[0] else ()
     faults = [CUT, LOCKED, FULL_FOR_STATEMENTS, *slow]
-    judge(play(*own_server, sandbox, runner, scenario, faults, thorough=NIGHT), capsys)
+    # One step of each kind; in a night the last of each kind as well, and the moment after each.
+    judge(play(*own_server, sandbox, runner, scenario, faults, thorough=NIGHT, shares=3), capsys)
 
 
 @pytest.mark.parametrize("scenario", FEW if THOROUGH else [SHORT], ids=lambda scenario: scenario.name)
@@ -101,7 +97,9 @@ def test_a_disk_that_is_really_full_loses_nothing(
             pytest.skip("no disk can be mounted here: tried by triggers, which raise the same SQLSTATE")
         with migrated_server(disk) as (server, migrated):
             if THOROUGH:
-                matrix = play(server, migrated, sandbox, runner, scenario, [FULL, PANIC], thorough=False, disk=disk)
+                matrix = play(
+                    server, migrated, sandbox, runner, scenario, [FULL, PANIC], thorough=False, disk=disk, shares=3
+                )
                 judge(matrix, capsys)
                 # A handful of expiries may find room in the pages that are there, and need none of the disk's.
                 needs_room = scenario.job != "expire_subscriptions_job"

@@ -8,7 +8,6 @@ The runs are processes of their own (`kill_runner`). Alone they are judged by wh
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.jobs.service import evaluate
+from billing_orchestration_tests.torture.extent import ROUNDS, THOROUGH
 from billing_orchestration_tests.torture.kill_matrix import Stage
 from billing_orchestration_tests.torture.kill_oracle import complaints
 from billing_orchestration_tests.torture.kill_points import BEFORE
@@ -35,9 +35,8 @@ from billing_orchestration_tests.torture.simulation.oracle import Oracle
 from billing_orchestration_tests.torture.simulation.service import BillingService, Busy
 
 UTC = timezone.utc
-THOROUGH = "TORTURE_ROUNDS" in os.environ
 PROCESSES = 8 if THOROUGH else 3
-ROUNDS = max(1, int(os.environ.get("TORTURE_ROUNDS") or 0) // 10)
+TIMES = max(1, ROUNDS // 10)
 # One for each of the five jobs; that of autopayment with every kind of renewal. Reconciliation settles by the same
 # function as they do.
 BY_JOB = {
@@ -180,7 +179,7 @@ SHORT = {
 BESIDE_THE_WEBHOOK = "matching_successful_payments_job"
 
 
-@pytest.mark.parametrize("_round", range(ROUNDS))
+@pytest.mark.parametrize("_round", range(TIMES))
 @pytest.mark.parametrize(
     ("stage", "race"),
     [(job, race) for job in BY_JOB for race in RACES if THOROUGH or SHORT[job] == race],
@@ -276,7 +275,7 @@ class Webhook:
             return oracle.violations(ledger, payments, now)
 
 
-@pytest.mark.parametrize("_round", range(ROUNDS))
+@pytest.mark.parametrize("_round", range(TIMES))
 @pytest.mark.parametrize("stage", BY_JOB if THOROUGH else [BESIDE_THE_WEBHOOK], indirect=True)
 def test_runs_of_a_job_beside_the_services_webhook_grant_each_success_once(
     stage: Stage, sandbox: Sandbox, _round: int

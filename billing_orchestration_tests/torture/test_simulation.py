@@ -18,12 +18,11 @@ from billing_orchestration.sandbox.provider.account import SandboxProvider
 from billing_orchestration.sandbox.provider.records import Outcome as Scripted
 from billing_orchestration.sandbox.provider.server import running_sandbox
 from billing_orchestration_tests.fixtures.postgres import Server
+from billing_orchestration_tests.torture.extent import THOROUGH
 from billing_orchestration_tests.torture.simulation.judge import DAY
 from billing_orchestration_tests.torture.simulation.playing import play_seed, simulated_server
 from billing_orchestration_tests.torture.simulation.story import Simulation
 from billing_orchestration_tests.torture.simulation.traits import Traits
-
-THOROUGH = "TORTURE_ROUNDS" in os.environ
 
 
 @pytest.fixture(scope="module")
