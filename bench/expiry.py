@@ -32,7 +32,7 @@ DUE_SHARE = 10
 
 
 def fill(url: str, count: int) -> None:
-    """`count` ACTIVE subscriptions and as many PENDING payments; every tenth is over."""
+    """`count` ACTIVE subscriptions and as many PENDING payments; every tenth is over, the payments' within a day."""
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(
             "INSERT INTO payment_providers (name, is_active, created_at, updated_at) VALUES ('p', true, now(), now())"
@@ -53,7 +53,8 @@ def fill(url: str, count: int) -> None:
             "INSERT INTO payments (subscription_id, payment_provider_id, payment_method, status, currency, amount,"
             " external_payment_id, created_at, updated_at)"
             " SELECT n, 1, 'BANK_CARD', 'PENDING', 'RUB', 299.00, 'paid-' || n,"
-            " %(now)s - CASE WHEN n %% %(share)s = 0 THEN interval '20 days' ELSE interval '1 day' END, %(now)s"
+            " %(now)s - CASE WHEN n %% %(share)s = 0 THEN interval '20 days' ELSE interval '1 day' END"
+            " + n * interval '1 day' / %(count)s, %(now)s"
             " FROM generate_series(1, %(count)s) n",
             bound,
         )
@@ -200,7 +201,7 @@ def _whole_job(server: Database, what: str, due: int) -> float:
     )
     url = server.create("work", "expiry")
     try:
-        there = History(due, "2026-02-20T12:00:00+00:00", 0.0, unpaid_every=DUE_SHARE)
+        there = History(due, "2026-02-20T12:00:00+00:00", 86400 / due, unpaid_every=DUE_SHARE)
         with provider(0.02, there) as api_url:
             env = {
                 **os.environ,
