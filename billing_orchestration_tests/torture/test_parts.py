@@ -35,6 +35,20 @@ def test_a_part_is_told_how_long_it_goes_on() -> None:
     assert ended.words == "700\n"
 
 
+_SHARE = """
+from billing_orchestration_tests.torture.extent import is_its_turn
+print([number for number in range(9) if is_its_turn(number, shares=3)])
+"""
+
+
+def test_as_many_short_tortures_as_there_are_shares_try_all_and_a_night_does_at_once() -> None:
+    shares = [Torture(0, lambda _: None, first).run([part("share", _SHARE)])[0].words for first in (1, 2, 3)]
+    [night] = Torture(100, lambda _: None, 1).run([part("night", _SHARE)])
+
+    assert shares == ["[1, 4, 7]\n", "[2, 5, 8]\n", "[0, 3, 6]\n"]
+    assert night.words == f"{list(range(9))}\n"
+
+
 def test_every_test_of_the_torture_belongs_to_a_part() -> None:
     assert sorted(file for files in TESTS.values() for file in files) == sorted(
         path.name for path in Path(__file__).parent.glob("test_*.py")
