@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -171,24 +172,24 @@ def baseline(mutants: Iterable[Mutant], postgres_url: str, zygote: Zygote) -> li
 def attempt_all(mutants: Sequence[Mutant], longest_s: float = float("inf")) -> tuple[list[str], list[Verdict]]:
     """What the baseline failed, and the verdicts of those that were begun within the time, some at once."""
     end = time.monotonic() + longest_s
-    free: SimpleQueue[Zygote] = SimpleQueue()
+    free: SimpleQueue[tuple[str, Zygote]] = SimpleQueue()
 
-    def warmly(do: Callable[[Zygote], Told]) -> Told:
-        zygote = free.get()
+    def warmly(do: Callable[[str, Zygote], Told]) -> Told:
+        place = free.get()
         try:
-            return do(zygote)
+            return do(*place)
         finally:
-            free.put(zygote)
+            free.put(place)
 
     with ExitStack() as stack:
-        url = stack.enter_context(start_server()).url()
         for _ in range(AT_A_TIME):
-            free.put(stack.enter_context(Zygote()))
+            # A server each, as under xdist: tests make roles, and these are the whole server's.
+            free.put((stack.enter_context(start_server()).url(), stack.enter_context(Zygote())))
         threads = stack.enter_context(ThreadPoolExecutor(AT_A_TIME))
-        sound = threads.submit(warmly, lambda zygote: baseline(mutants, url, zygote))
+        sound = threads.submit(warmly, partial(baseline, mutants))
 
         def try_one(mutant: Mutant) -> Verdict | None:
-            return warmly(lambda zygote: attempt(mutant, url, zygote)) if time.monotonic() < end else None
+            return warmly(partial(attempt, mutant)) if time.monotonic() < end else None
 
         verdicts = list(threads.map(try_one, mutants))
         return sound.result(), [verdict for verdict in verdicts if verdict is not None]
