@@ -14,7 +14,14 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from billing_orchestration.domain.attempts import SCAN_MARGIN, Attempt, State, identify
-from billing_orchestration.domain.provider_payment import CANCELED, SUCCEEDED, ProviderPayment
+from billing_orchestration.domain.provider_payment import (
+    CANCELED,
+    SUCCEEDED,
+    Claims,
+    ProviderPayment,
+    UnusablePayment,
+    claimed_period,
+)
 from billing_orchestration.domain.run_scope import CATCH_UP_OVERLAP, LONGEST_CATCH_UP
 from billing_orchestration.domain.settlement_decisions import PlanRow, SubscriptionRow
 
@@ -145,36 +152,83 @@ def parts_of(stretch: tuple[datetime, datetime]) -> Iterator[tuple[datetime, dat
 
 @dataclass(frozen=True, slots=True)
 class LostCharges:
-    """Charges of ours at the provider that our records do not show: paid, not settled; not finished, not known."""
+    """Charges of ours at the provider that our records do not show: paid, not settled; not finished, not known; those
+    that cannot be read but for their metadata, and may be either. `is_whole`: nothing else may be one."""
 
     successes: tuple[ProviderPayment, ...] = ()
     unfinished: tuple[ProviderPayment, ...] = ()
+    unreadable: tuple[UnreadableCharge, ...] = ()
+    is_whole: bool = True
 
     @property
     def attempts(self) -> dict[uuid.UUID, str]:
         """The attempts that they name, each with why it is not made (again)."""
-        return {
-            payment.claims.renewal_attempt_id: _why_held(payment)
+        held = {
+            payment.claims.renewal_attempt_id: _why_held(payment.id, f"{payment.status} at the provider")
             for payment in (*self.successes, *self.unfinished)
             if payment.claims.renewal_attempt_id is not None
         }
+        return held | {odd.attempt_id: _why_held(odd.item.payment_id, _ODD) for odd in self.unreadable}
 
     @property
     def subscriptions(self) -> dict[int, str]:
         """The subscriptions that they are for, each with why it is not charged."""
-        return {
-            payment.claimed_period[0]: _why_held(payment)
+        held = {
+            payment.claimed_period[0]: _why_held(payment.id, f"{payment.status} at the provider")
             for payment in (*self.successes, *self.unfinished)
             if payment.claimed_period is not None
         }
+        return held | {
+            odd.subscription_id: _why_held(odd.item.payment_id, _ODD)
+            for odd in self.unreadable
+            if odd.subscription_id is not None
+        }
 
 
-def _why_held(payment: ProviderPayment) -> str:
-    return f"payment {payment.id} ({payment.status} at the provider) is a charge for it that our records do not show"
+class UnreadableCharge(NamedTuple):
+    """A record at the provider that cannot be read as a payment, and whose metadata names an attempt."""
+
+    item: UnusablePayment
+    attempt_id: uuid.UUID
+    subscription_id: int | None
+
+
+_ODD = "its record cannot be read"
+
+
+def _why_held(payment_id: str | None, state: str) -> str:
+    return f"payment {payment_id} ({state}) is a charge for it that our records do not show"
+
+
+def unreadable_charges(unusable: Iterable[UnusablePayment]) -> tuple[list[UnreadableCharge], bool]:
+    """Of records that cannot be read those that name an attempt of ours, and whether the others' metadata says that
+    they are none. One that says of itself that it is canceled has moved no money."""
+    charges: list[UnreadableCharge] = []
+    is_whole = True
+    for item in unusable:
+        record = item.evidence if isinstance(item.evidence, Mapping) else {}
+        metadata = record.get("metadata")
+        if record.get("status") == CANCELED:
+            continue
+        if not isinstance(metadata, Mapping):
+            is_whole = False
+            continue
+        claims = Claims.of(metadata)
+        if claims.renewal_attempt_id is not None:
+            period = claimed_period(metadata)
+            charges.append(UnreadableCharge(item, claims.renewal_attempt_id, None if period is None else period[0]))
+        elif claims.names_an_attempt:
+            is_whole = False
+    return charges, is_whole
 
 
 def find_lost(
-    found: Iterable[ProviderPayment], known: Mapping[uuid.UUID, bool], settled: Collection[str]
+    found: Iterable[ProviderPayment],
+    known: Mapping[uuid.UUID, bool],
+    settled: Collection[str],
+    unreadable: Iterable[UnreadableCharge] = (),
+    *,
+    is_whole: bool = True,
 ) -> LostCharges:
     """What is lost of the charges that were found. `settled`: payments.
 
@@ -190,4 +244,5 @@ def find_lost(
             successes.append(payment)
         elif payment.status != CANCELED:
             unfinished.append(payment)
-    return LostCharges(tuple(successes), tuple(unfinished))
+    odd = tuple(charge for charge in unreadable if not known.get(charge.attempt_id, False))
+    return LostCharges(tuple(successes), tuple(unfinished), odd, is_whole)

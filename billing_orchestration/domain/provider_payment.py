@@ -172,13 +172,8 @@ class ProviderPayment:
 
     @property
     def claimed_period(self) -> tuple[int, datetime] | None:
-        """The subscription and the start of the period that a renewal of ours names in its metadata.
-
-        Read when it is asked for: few payments are ever asked.
-        """
-        subscription_id = _read_id(self.metadata.get("subscription_id"))
-        period_start = _read_instant(self.metadata.get("period_start"))
-        return None if subscription_id is None or period_start is None else (subscription_id, period_start)
+        """The period that it names. Read when it is asked for: few payments are ever asked."""
+        return claimed_period(self.metadata)
 
     @property
     def lock_name(self) -> str:
@@ -214,6 +209,13 @@ class ProviderPayment:
     def refunded_in_full(self) -> bool:
         """Whether the whole amount was refunded. The provider keeps such a payment `succeeded`."""
         return self.refunded_amount >= self.money.amount
+
+
+def claimed_period(metadata: Mapping[str, Any]) -> tuple[int, datetime] | None:
+    """The subscription and the start of the period that a renewal of ours names in its metadata."""
+    subscription_id = _read_id(metadata.get("subscription_id"))
+    period_start = _read_instant(metadata.get("period_start"))
+    return None if subscription_id is None or period_start is None else (subscription_id, period_start)
 
 
 @dataclass(frozen=True, slots=True)

@@ -565,6 +565,24 @@ def test_everybody_slows_down_for_429_and_all_succeed_in_the_end(service: Servic
     service.check_books()
 
 
+def test_nobody_sends_before_the_provider_wishes_after_a_429(service: Service) -> None:
+    for _ in range(6):
+        service.subscriber()
+    time, charged_at_s = SimulatedTime(service), []
+
+    def note(payment: Any) -> Any:
+        charged_at_s.append(time.passed_s)
+        return payment
+
+    service.sandbox.misbehave("create", "too_many_requests", retry_after_s=5, skip=2, times=1)
+    service.sandbox.misbehave("create", "change", transform=note, times=None)
+
+    assert service.run(JOB, ops={"charge_renewals": {"max_concurrency": 1}}, threads=time.threads).ok
+
+    assert len(charged_at_s) == 6
+    assert charged_at_s[2] >= 5
+
+
 def test_a_storm_of_429_ends_in_charges_not_in_failures(service: Service) -> None:
     """Minutes of it: each 429 makes the pause longer, and one charge at a time asks whether it is over."""
     subscriptions = [service.subscriber() for _ in range(20)]

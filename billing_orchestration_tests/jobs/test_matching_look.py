@@ -390,3 +390,25 @@ def test_dagsters_daemon_gets_the_words_the_run_and_never_an_error(looks: Looks)
         [request] = found.run_requests or []
         assert request.run_key == service.now.isoformat()
         assert request.partition_key == "2026-03-12-11:00"
+
+
+def test_a_lost_charge_that_is_paid_at_last_starts_a_run(service: Service, looks: Looks) -> None:
+    service.records_are_whole = False
+    subscription = service.subscriber(script=["pending"])
+    assert service.run("autopayment_job").ok
+    [payment] = service.provider.payments()
+    service.execute("DELETE FROM billing_orchestration.renewal_attempts")
+    service.execute("DELETE FROM billing_orchestration.watermarks WHERE job = 'autopayment_job'")
+    service.advance(days=1, hours=1)
+    assert service.run("autopayment_job").ok
+    [entry] = service.rows("quarantine")
+    assert (entry.kind, entry.subscription_id) == ("unknown_attempt", subscription)
+    assert service.tick(SUCCESSFUL).ok
+    service.provider.pay(payment.id)
+    service.advance(minutes=2)
+
+    found = looks.tick(SUCCESSFUL)
+
+    assert isinstance(found, dg.RunRequest)
+    assert service.tick(SUCCESSFUL).ok
+    assert [row.resolution for row in service.rows("quarantine")] == ["settled"]

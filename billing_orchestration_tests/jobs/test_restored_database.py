@@ -210,6 +210,41 @@ def left_pending_and_restored(service: Service) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("shards", [None, 3], ids=["whole", "in shards"])
+@pytest.mark.parametrize("odd", [{"status": "who knows"}, {"test": "maybe"}, {"captured_at": "soon"}], ids=str)
+def test_a_lost_charge_whose_record_cannot_be_read_is_not_made_again(
+    service: Service, odd: dict[str, str], shards: int | None
+) -> None:
+    subscription = service.subscriber()
+    service.tick(MATCHING)
+    back_up(service)
+    assert service.run(JOB).ok
+    restore(service)
+    [charge] = (payment for payment in service.provider.payments() if "renewal_attempt_id" in payment.metadata)
+    charge.override.update(odd)
+    charge.touch(charge.changed_at)
+    service.advance(days=1, hours=1)
+
+    for _ in range(2):  # the entry holds it as well as the search does
+        assert service.run(JOB, shards=shards).ok
+        service.advance(days=1)
+
+    assert service.charged() == {subscription: 1}
+    [entry] = (row for row in service.rows("quarantine") if row.kind == "unknown_attempt")
+    assert entry.subscription_id == subscription
+    assert service.ended_at(subscription) == NOON
+
+
+def test_a_record_that_may_be_anybodys_charge_leaves_our_records_in_doubt(service: Service) -> None:
+    service.subscriber()
+    service.paid_there("odd", user="nobody")
+    service.provider.payment("odd").override.update(metadata="none", status="who knows")
+
+    assert service.run(JOB).ok
+
+    assert service.watermark(JOB) is None
+
+
+@pytest.mark.parametrize("shards", [None, 3], ids=["whole", "in shards"])
 def test_a_matching_run_that_has_come_before_does_not_hide_a_lost_charge_that_is_still_pending(
     service: Service, shards: int | None
 ) -> None:

@@ -468,6 +468,12 @@ FURTHER = (
         (_RESTORED + "test_a_run_settles_what_the_database_has_lost_before_it_charges_anybody[whole]",),
     ),
     Mutant(
+        "a lost charge that cannot be read passed over",
+        "a record that cannot be read and names an attempt may be its charge",
+        (Edit("jobs/autopayment/lost_charges.py", "odd.extend(part.unusable)", "pass"),),
+        (_RESTORED + "test_a_lost_charge_whose_record_cannot_be_read_is_not_made_again",),
+    ),
+    Mutant(
         "no search for lost charges before shards",
         "what the provider charged and our records have lost is settled before anybody is charged",
         (Edit(_SHARDING, "may_charge = bool(counts.due or counts.open_attempts)", "may_charge = False"),),
@@ -658,7 +664,7 @@ FURTHER = (
         "a 429 that slows nobody down",
         "after a 429 nobody sends before the provider wishes",
         (Edit(_CLIENT, "            self.rate.slow_down(error.retry_after_s)\n", "            pass\n"),),
-        (_FAULTS + "test_everybody_slows_down_for_429_and_all_succeed_in_the_end",),
+        (_FAULTS + "test_nobody_sends_before_the_provider_wishes_after_a_429",),
     ),
     Mutant(
         "silence taken for never sent",
@@ -714,7 +720,7 @@ FURTHER = (
             ),
             Edit(_CHARGING, "if isinstance(answer, WrongCredentials):", "if False:"),
         ),
-        (_FAULTS + "test_a_wrong_shop_key_costs_one_request_and_the_right_one_charges_on_the_same_day",),
+        (_FAULTS + "test_a_shop_key_that_is_withdrawn_during_a_run_stops_it_and_nobody_is_charged_twice",),
     ),
     Mutant(
         "a sender goes on after a wrong shop key",

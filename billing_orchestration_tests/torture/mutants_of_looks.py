@@ -15,6 +15,12 @@ LOOKS = (
         (_TESTS + "test_a_paid_payment_without_a_row_starts_a_run_of_the_job_that_creates_it",),
     ),
     Mutant(
+        "a look that leaves to a person what is paid by now",
+        "what was said of a payment before it was paid is no word on its grant",
+        (Edit("database/audit.py", "ARRAY['books', 'unfinished']", "ARRAY['books']"),),
+        (_TESTS + "test_a_lost_charge_that_is_paid_at_last_starts_a_run",),
+    ),
+    Mutant(
         "a look at a part of the list",
         "a list longer than a page is read by a run, to its end",
         (Edit("provider/lists.py", "            if slice_.is_cut:\n                return False\n", ""),),

@@ -22,7 +22,7 @@ from billing_orchestration.sandbox.provider.server import Sandbox
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.fixtures.postgres import Server
 from billing_orchestration_tests.jobs.service import Service
-from billing_orchestration_tests.torture.extent import ROUNDS, THOROUGH
+from billing_orchestration_tests.torture.extent import NIGHT, ROUNDS, THOROUGH
 from billing_orchestration_tests.torture.kill_matrix import Stage, play
 from billing_orchestration_tests.torture.kill_oracle import Expected, complaints
 from billing_orchestration_tests.torture.kill_points import AFTER, BEFORE, Death, Step, name_of
@@ -57,8 +57,8 @@ def test_a_run_that_is_killed_at_any_step_is_completed_by_the_next_ones(
             print(f"\n{matrix.table()}")
     assert not matrix.lost
     # Charged side by side, a run has as many transactions as answers happen to come together: a fourth commit of one
-    # run may be none of the next. Each kind of step is died at all the same, before and after.
-    assert not matrix.missed
+    # run may be none of the next. Each kind of step is died at all the same, before and after, where all are tried.
+    assert not matrix.missed or (THOROUGH and not NIGHT)
     assert len(matrix.unreached) * 4 <= len(matrix.cells), matrix.unreached
     if scenario is SHORT:
         # The instruments see what leaves the process; a blind matrix would be green as well.

@@ -66,7 +66,8 @@ def judge(matrix: Matrix, capsys: pytest.CaptureFixture[str]) -> None:
             print(f"\n{matrix.table()}")
     assert not [(cell.subject, cell.wrong) for cell in matrix.lost]
     assert not [(cell.subject, cell.ended) for cell in matrix.untold]
-    assert matrix.unreached * 10 <= len(matrix.cells)
+    # One at most, or one in ten.
+    assert matrix.unreached * 10 <= max(10, len(matrix.cells))
 
 
 @pytest.mark.thorough

@@ -6,7 +6,7 @@ cannot be settled, or is not paid yet, holds its subscription.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 import dagster as dg
@@ -18,16 +18,18 @@ from billing_orchestration.database.matching import fetch_settled, move_watermar
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.lost_attempts import (
     LostCharges,
+    UnreadableCharge,
     find_lost,
     identity_of,
     parts_of,
     stretches_to_search,
+    unreadable_charges,
 )
 from billing_orchestration.domain.problem_kinds import UNKNOWN_ATTEMPT
-from billing_orchestration.domain.provider_payment import ProviderPayment
+from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.jobs.clocks import look_at_clocks
 from billing_orchestration.jobs.run_report import RunReport
-from billing_orchestration.jobs.settling import open_all, report_settled, settle_all
+from billing_orchestration.jobs.settling import open_all, report_settled, settle_all, unusable_problems
 from billing_orchestration.resources import BillingDatabase, Clock, ProviderConnection
 
 # Its watermark: until then our records were whole, and no charge was lost.
@@ -70,15 +72,20 @@ def search(
     if stretches is None or not may_charge:
         return Search()
     found: dict[str, ProviderPayment] = {}
+    odd: list[UnusablePayment] = []
     for fetch, stretch in ((fetch_unfinished, stretches.unfinished), (fetch_day, stretches.whole)):
         for start, end in parts_of(stretch) if stretch is not None else ():
-            payments = fetch(start, end).payments
-            found.update({payment.id: payment for payment in payments if payment.claims.renewal_attempt_id})
+            part = fetch(start, end)
+            found.update({payment.id: payment for payment in part.payments if payment.claims.renewal_attempt_id})
+            odd.extend(part.unusable)
+    unreadable, is_whole = unreadable_charges(item for item in odd if item.payment_id not in found)
     with database.read() as connection:
-        named = {payment.claims.renewal_attempt_id for payment in found.values()}
+        named = [payment.claims.renewal_attempt_id for payment in found.values()]
+        named += [charge.attempt_id for charge in unreadable]
         known = in_hand(connection, [id_ for id_ in named if id_ is not None])
         settled = fetch_settled(connection, list(found))
-    return Search(find_lost(found.values(), known, settled), stretches.since, now)
+    lost = find_lost(found.values(), known, settled, unreadable, is_whole=is_whole)
+    return Search(lost, stretches.since, now)
 
 
 def describe_search(found: Search) -> dict[str, dg.MetadataValue]:
@@ -88,7 +95,7 @@ def describe_search(found: Search) -> dict[str, dg.MetadataValue]:
     lost = found.lost
     return {
         "searched for lost charges since": dg.MetadataValue.text(found.since.isoformat()),
-        "lost charges": dg.MetadataValue.int(len(lost.successes) + len(lost.unfinished)),
+        "lost charges": dg.MetadataValue.int(len(lost.successes) + len(lost.unfinished) + len(lost.unreadable)),
     }
 
 
@@ -100,9 +107,11 @@ def settle_lost(
     clock: Clock,
     make_stamp: Callable[[], Stamp],
 ) -> None:
-    """Settle what was paid, put what is not finished yet before a person, and note until when our records are whole.
+    """Settle what was paid, put what is not finished or not readable before a person, and note until when our records
+    are whole.
 
-    What cannot be settled now is lost still: the next run searches for it again. So it does after a wrong clock.
+    What cannot be settled now is lost still: the next run searches for it again. So it does after a wrong clock, and
+    after a record that may be anybody's charge, for its metadata cannot be read.
     """
     lost, to_retry = found.lost, len(report.again)
     if lost.successes:
@@ -110,11 +119,11 @@ def settle_lost(
             database, lost.successes, make_stamp=make_stamp, is_live=provider.client.is_live, dry_run=False
         )
         report_settled(report, results, database=database, stamp=make_stamp(), dry_run=False)
-    unfinished = [_unfinished(payment) for payment in lost.unfinished]
-    report.quarantined += len(unfinished)
-    report.opened += open_all(database, make_stamp(), unfinished)
+    for_a_person = [*map(_unfinished, lost.unfinished), *map(_unreadable, lost.unreadable)]
+    report.quarantined += len(for_a_person)
+    report.opened += open_all(database, make_stamp(), for_a_person)
     is_sure = len(report.again) == to_retry and look_at_clocks(database, clock, provider).may_be_trusted
-    if found.whole_until is not None and is_sure:
+    if found.whole_until is not None and lost.is_whole and is_sure:
         with database.begin() as connection:
             seen = read_watermark(connection, _CHARGING, lock=True)
             if seen is None or seen < found.whole_until:
@@ -140,6 +149,18 @@ def settle_lost_or_stop(
     return told
 
 
+def _unreadable(charge: UnreadableCharge) -> Problem:
+    [problem] = unusable_problems([charge.item])
+    return replace(
+        problem,
+        kind=UNKNOWN_ATTEMPT,
+        reason=f"it names a renewal attempt that this database does not know, and it may be paid: {problem.reason}",
+        subscription_id=charge.subscription_id,
+        attempt_id=charge.attempt_id,
+        evidence={**problem.evidence, "unfinished": "not readable"},
+    )
+
+
 def _unfinished(payment: ProviderPayment) -> Problem:
     identity = identity_of(payment)
     return Problem(
@@ -150,5 +171,8 @@ def _unfinished(payment: ProviderPayment) -> Problem:
         external_payment_id=payment.id,
         subscription_id=None if identity is None else identity.subscription_id,
         attempt_id=payment.claims.renewal_attempt_id,
-        evidence=evidence_of({"metadata": payment.metadata, "amount": str(payment.money)}),
+        evidence={
+            **evidence_of({"metadata": payment.metadata, "amount": str(payment.money)}),
+            "unfinished": payment.status,
+        },
     )
