@@ -527,7 +527,7 @@ FURTHER = (
     Mutant(
         "a lost charge that is still pending forgotten",
         "a lost charge that may still be paid holds its period",
-        (Edit("jobs/autopayment/lost_charges.py", "for payment in lost.unfinished]", "for payment in ()]"),),
+        (Edit("jobs/autopayment/lost_charges.py", "map(_unfinished, lost.unfinished)", "map(_unfinished, ())"),),
         (_RESTORED + "test_a_lost_charge_that_is_still_pending_holds_its_period_and_is_settled_once_paid",),
     ),
     Mutant(

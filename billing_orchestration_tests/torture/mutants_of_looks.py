@@ -35,7 +35,7 @@ LOOKS = (
     Mutant(
         "a case about books that hides a purchase",
         "only a case that settling has opened stands for the grant",
-        (Edit("database/audit.py", "      AND NOT jsonb_exists(evidence, 'books') AND", "      AND"),),
+        (Edit("database/audit.py", "ARRAY['books', 'unfinished']", "ARRAY['unfinished']"),),
         (_TESTS + "test_a_case_about_books_or_about_a_row_says_nothing_about_the_grant",),
     ),
     Mutant(
