@@ -24,6 +24,7 @@ from billing_orchestration.domain.attempts import (
 )
 from billing_orchestration.domain.billing_calendar import BillingCalendar, UnusablePeriod, parse_period
 from billing_orchestration.domain.clocks import is_in_future
+from billing_orchestration.domain.conclusions import conclude_in
 from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.methods import SILENT, OlderMethod, Question, why_not_charged
 from billing_orchestration.domain.money import CURRENCIES, Money
@@ -518,9 +519,12 @@ def decide_renewals(
 ) -> list[RenewalDecision]:
     """Every decision of one autopayment run: first about the open attempts, then about each due subscription.
 
+    A due subscription is judged as it will be once the answers are written down (`conclusions`): a period that a
+    decline has freed is charged again in the same run, where another try may be made.
     A subscription whose end was moved while an attempt was open or in review is not charged before that attempt has
     its answer: it may have been paid for the very days that are due now.
     """
+    due, closed = conclude_in(due, open_attempts, view)
     by_id = {subscription.id: subscription for subscription in due}
     decisions: list[RenewalDecision] = []
     voided: set[uuid.UUID] = set()
@@ -533,6 +537,8 @@ def decide_renewals(
             decision = _still_wanted(decision, subscription, comes_first, now=now, rules=rules, holds=holds)
         if isinstance(decision, Void):
             voided.add(attempt.id)
+        elif attempt.id in closed:
+            pass  # no money moved, and none will: its period may be due
         elif _is_present(attempt, by_id):
             spoken_for.add(attempt.subscription_id)
         else:

@@ -1,5 +1,7 @@
 """The three clocks as a run sees them: looked at, shown, and what a run that cannot trust them leaves undone."""
 
+from contextlib import suppress
+
 import dagster as dg
 
 from billing_orchestration.database.errors import BillingDatabaseError
@@ -11,9 +13,16 @@ from billing_orchestration.resources import BillingDatabase, Clock, ProviderConn
 
 
 def look_at_clocks(database: BillingDatabase, clock: Clock, provider: ProviderConnection | None = None) -> Clocks:
-    """PostgreSQL's clock, asked now, and the provider's, by the answers that it has given this run."""
-    offset = None if provider is None else provider.client.clock_offset
-    return Clocks(database.clock_offset(clock), offset)
+    """PostgreSQL's clock, asked now, and the provider's, by the answers that it has given this run.
+
+    Where its last answer is odd, or our clock was set since, it is asked again.
+    """
+    if provider is None:
+        return Clocks(database.clock_offset(clock))
+    if provider.client.is_clock_suspicious:
+        with suppress(ProviderError):  # then by what it has answered so far
+            provider.client.make_sure_of_clock()
+    return Clocks(database.clock_offset(clock), provider.client.clock_offset)
 
 
 def describe_clocks(context: dg.OpExecutionContext, clocks: Clocks) -> dict[str, dg.MetadataValue[str]]:
@@ -36,15 +45,14 @@ def stop_if_clocks_are_apart(clocks: Clocks) -> None:
 
 
 def clocks_apart(database: BillingDatabase, clock: Clock, provider: ProviderConnection) -> Clocks | None:
-    """The clocks, if the last answer is too far off and asking again does not put it right. Never raises.
+    """The clocks, if one was set since they were compared, by the last answer or by ours. Never raises.
 
-    For between two charges: a clock that was set in mid-run is seen with the next answer.
+    For between two charges. One odd answer is no wrong clock: the provider is asked again.
     """
     if not provider.client.is_clock_suspicious:
         return None
     try:
-        provider.client.make_sure_of_clock()
         clocks = look_at_clocks(database, clock, provider)
-    except (ProviderError, BillingDatabaseError):
-        return None  # whoever asks for something else next will meet the same, and say so
+    except BillingDatabaseError:
+        return None  # whoever uses it next will meet the same, and say so
     return None if clocks.may_be_trusted else clocks

@@ -538,7 +538,6 @@ def test_every_due_subscription_and_every_open_attempt_gets_its_decision() -> No
         (a_sent_attempt(ago=30 * HOUR), "scanned", NoteAbsence),
         (a_sent_attempt(ago=30 * HOUR), "nothing", NotCharged),
         (a_sent_attempt(ago=30 * HOUR), "succeeded", Conclude),
-        (a_sent_attempt(ago=30 * HOUR), "canceled", Conclude),
         (a_sent_attempt(state=State.PENDING), "nothing", NotCharged),
         (an_attempt(), "nothing", Resend),
     ],
@@ -546,13 +545,59 @@ def test_every_due_subscription_and_every_open_attempt_gets_its_decision() -> No
 def test_a_subscription_with_an_open_attempt_gets_no_second_one_in_the_same_run(
     attempt: Attempt, told: str, expected: type
 ) -> None:
-    status = {"succeeded": "succeeded", "canceled": CANCELED}.get(told)
     view = ProviderView(
-        answers={attempt.id: the_payment_of(attempt, status=status)} if status else {},
+        answers={attempt.id: the_payment_of(attempt, status=SUCCEEDED)} if told == "succeeded" else {},
         scanned=frozenset({attempt.id}) if told == "scanned" else frozenset(),
     )
     decisions = decide([a_due_subscription(attempts=(attempt,))], [attempt], view)
     assert [type(decision) for decision in decisions] == [expected]
+
+
+SOFT, HARD = {"cancellation_reason": "insufficient_funds"}, {"cancellation_reason": "card_expired"}
+
+
+@pytest.mark.parametrize("state", [State.PENDING, State.UNKNOWN])
+def test_a_decline_of_an_earlier_day_that_is_heard_of_now_is_followed_by_the_next_try(state: str) -> None:
+    attempt = a_sent_attempt(ago=30 * HOUR, state=state)
+    view = ProviderView({attempt.id: the_payment_of(attempt, status=CANCELED, **SOFT)})
+    conclude, charge = decide([a_due_subscription(attempts=(attempt,))], [attempt], view)
+    assert isinstance(conclude, Conclude)
+    assert isinstance(charge, Charge)
+    assert charge.attempt.number == 2
+
+
+@pytest.mark.parametrize(
+    ("why", "changes", "code"),
+    [
+        (HARD, {}, "hard_decline"),
+        (SOFT, {"last_tried_at": NOW}, "tried_today"),
+        ({"cancellation_reason": "canceled_by_merchant"}, {}, "hard_decline"),
+    ],
+)
+def test_a_decline_that_is_heard_of_now_forbids_what_it_would_forbid_the_next_run(
+    why: dict[str, str], changes: dict[str, Any], code: str
+) -> None:
+    attempt = a_sent_attempt(ago=30 * HOUR, state=State.PENDING)
+    view = ProviderView({attempt.id: the_payment_of(attempt, status=CANCELED, **why)})
+    conclude, reported = decide([a_due_subscription(attempts=(attempt,), **changes)], [attempt], view)
+    assert isinstance(conclude, Conclude)
+    assert isinstance(reported, NotCharged)
+    assert reported.code == code
+
+
+@pytest.mark.parametrize(
+    ("why", "ago", "code"),
+    [(HARD, 30 * HOUR, "method_stopped"), (SOFT, HOUR, "method_declined_today"), (SOFT, 30 * HOUR, None)],
+)
+def test_a_card_that_is_declined_now_is_declined_for_its_other_subscriptions_too(
+    why: dict[str, str], ago: timedelta, code: str | None
+) -> None:
+    attempt = a_sent_attempt(a_due_subscription(id=1), ago=ago, state=State.PENDING)
+    view = ProviderView({attempt.id: the_payment_of(attempt, status=CANCELED, **why)})
+    decisions = decide([a_due_subscription(id=2), a_due_subscription(id=3, method_id="another")], [attempt], view)
+    _, same_card, another = decisions
+    assert isinstance(another, Charge)
+    assert getattr(same_card, "code", None) == code
 
 
 def test_an_attempt_that_never_reached_the_provider_is_closed_and_a_new_one_follows() -> None:
@@ -700,7 +745,9 @@ def test_in_one_run_a_subscription_is_sent_at_most_one_charge_and_nobody_is_forg
         assert mine
         # A new charge beside an attempt of an earlier run only if that one is closed for certain.
         if any(isinstance(d, Charge) for d in mine) and len(mine) > 1:
-            assert [type(d) for d in mine] == [Void, Charge]
+            assert [type(d) for d in mine] in ([Void, Charge], [Conclude, Charge])
+            if isinstance(mine[0], Conclude):
+                assert mine[0].payment.status == CANCELED
 
 
 # Attempts of another shop

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 
 from billing_orchestration.jobs.run_failures import failure_of
+from billing_orchestration.threads import Thread, Threads
 from billing_orchestration_tests.books import NOON
 from billing_orchestration_tests.jobs.service import Run, Service
 
@@ -153,12 +155,80 @@ def test_a_clock_that_is_set_before_the_first_charge_is_seen_before_it(service: 
     assert not run.ok
     assert service.sandbox.count("create") == 0
     assert "this machine's clock is 2 h 59 min ahead of" in run.failure
-    assert "Nothing was charged" in run.failure
+    assert "Nothing more was charged" in run.failure
     assert code(service, run) == "ClocksApart"
     service.now -= 3 * HOUR
     service.database_ahead = timedelta(0)
     assert service.run(AUTOPAYMENT).ok
     assert service.charged() == Counter(subscriptions)
+
+
+class SetsTheClock(Threads):
+    """Our clock is set when charging begins: no answer of the provider's shows it before the first charge."""
+
+    def __init__(self, service: Service, ahead: timedelta, *, database_too: bool) -> None:
+        self._service, self._ahead, self._database_too = service, ahead, database_too
+
+    def start(self, target: Callable[..., None], *given: Any, name: str) -> Thread:
+        if name == "claim":
+            self._service.now += self._ahead
+            if not self._database_too:
+                self._service.database_ahead -= self._ahead
+        return super().start(target, *given, name=name)
+
+
+@pytest.mark.parametrize("database_too", [False, True], ids=["ours alone", "PostgreSQL's too"])
+@pytest.mark.parametrize("hours", [3, -3])
+def test_nothing_is_claimed_by_a_clock_that_was_set_since_it_was_compared(
+    service: Service, hours: int, database_too: bool
+) -> None:
+    # Its claim would say when the key was first sent, and so until when it may be sent again.
+    subscriptions = [service.subscriber() for _ in range(3)]
+    again = service.subscriber()
+    service.attempt(again, method=f"method-{again}", first_sent_at=NOON - 2 * HOUR)
+
+    run = service.run(AUTOPAYMENT, threads=SetsTheClock(service, hours * HOUR, database_too=database_too))
+
+    assert not run.ok
+    assert service.sandbox.count("create") == 0
+    assert [attempt.last_sent_at for attempt in service.rows("renewal_attempts")] == [NOON - 2 * HOUR]
+    assert "set it by NTP" in run.failure
+    assert "Nothing more was charged" in run.failure
+    assert code(service, run) == "ClocksApart"
+    service.now, service.database_ahead = NOON, timedelta(0)
+    assert service.run(AUTOPAYMENT).ok
+    assert service.charged() == Counter([*subscriptions, again])
+
+
+def test_a_machine_that_slept_asks_the_provider_for_the_time_and_goes_on(service: Service) -> None:
+    subscriptions = [service.subscriber() for _ in range(3)]
+    # Its steady clock has stood still meanwhile, the three others have not.
+    service.sandbox.misbehave(
+        "list", "change", times=None, transform=lambda answer: service.sandbox.clock.set(service.now) or answer
+    )
+
+    run = service.run(AUTOPAYMENT, threads=SetsTheClock(service, 3 * HOUR, database_too=True))
+
+    assert run.ok, run.failure
+    assert service.charged() == Counter(subscriptions)
+
+
+def test_a_clock_that_is_set_after_it_was_compared_changes_no_decision(service: Service) -> None:
+    lost = service.attempt(service.subscriber(), first_sent_at=NOON - 25 * HOUR)
+    service.subscriber()
+
+    def jump(answer: Any) -> Any:
+        service.now -= 3 * HOUR
+        return answer
+
+    service.sandbox.misbehave("get", "change", transform=jump)
+
+    run = service.run(AUTOPAYMENT)
+
+    assert not run.ok
+    assert code(service, run) == "ClocksApart"
+    # Three hours earlier, a second scan right after this one would give it up.
+    assert service.read_attempt(lost.id).first_absent_at == NOON
 
 
 def test_one_odd_answer_among_good_ones_stops_nobody(service: Service) -> None:

@@ -1034,7 +1034,7 @@ FURTHER = (
         (
             Edit(
                 "jobs/autopayment/steps.py",
-                "        now=clock.now(),\n        rules",
+                "        now=asked.at,\n        rules",
                 "        now=renewals.scope.as_of,\n        rules",
             ),
         ),
@@ -1055,7 +1055,7 @@ FURTHER = (
             ),
             Edit(
                 "jobs/autopayment/steps.py",
-                "        now=clock.now(),\n        rules",
+                "        now=asked.at,\n        rules",
                 "        now=renewals.scope.as_of,\n        rules",
             ),
         ),

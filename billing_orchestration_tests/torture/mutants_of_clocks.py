@@ -95,15 +95,36 @@ CLOCKS = (
         ("database/test_attempts.py::test_a_key_that_a_wrong_clock_has_sent_is_never_sent_again",),
     ),
     Mutant(
-        "a clock that was set since it was compared not seen",
-        "a clock is looked at again right before the first charge",
+        "a claim by a clock that was set since it was compared",
+        "a charge is claimed by a clock that nobody has set since it was compared",
         (
             Edit(
-                "jobs/autopayment/steps.py",
-                "    if (apart := clocks_apart(database, clock, provider)) is not None:",
-                "    if (apart := charging.clocks_apart() if not to_send else None) is not None:",
+                "jobs/autopayment/charging.py",
+                "        if not self.provider.is_clock_suspicious:\n            return stamp\n",
+                "        if stamp:\n            return stamp\n",
             ),
         ),
-        ("jobs/test_clocks.py::test_a_clock_that_is_set_before_the_first_charge_is_seen_before_it",),
+        (
+            _JOBS + "test_a_clock_that_is_set_before_the_first_charge_is_seen_before_it",
+            _JOBS + "test_nothing_is_claimed_by_a_clock_that_was_set_since_it_was_compared",
+        ),
+    ),
+    Mutant(
+        "our clock not held against one that nobody sets",
+        "our clock is held against the machine's steady one between two answers",
+        (Edit(_DOMAIN, "return abs(self._moved) > HARMFUL", "return False"),),
+        (_JOBS + "test_nothing_is_claimed_by_a_clock_that_was_set_since_it_was_compared",),
+    ),
+    Mutant(
+        "answers to another clock still counted",
+        "what was told before our clock was set says nothing about it",
+        (Edit(_DOMAIN, "        if self._was_set:\n", "        if False:\n"),),
+        ("domain/test_clocks.py::test_a_clock_that_was_set_since_the_last_answer_is_suspicious",),
+    ),
+    Mutant(
+        "an absence noted by another clock than was compared",
+        "a run decides for the moment at which its clocks were compared",
+        (Edit("jobs/autopayment/steps.py", "absent_since=plan.at", "absent_since=stamp.at"),),
+        (_JOBS + "test_a_clock_that_is_set_after_it_was_compared_changes_no_decision",),
     ),
 )

@@ -12,6 +12,28 @@ _TERMS = "jobs/test_attempts_keep_their_terms.py::"
 
 TERMS = (
     Mutant(
+        "a decline that is heard of now frees nothing",
+        "a run that hears of a decline makes the day's try itself: a second launch finds nothing to do",
+        (Edit(_RENEWALS, "        elif attempt.id in closed:\n", "        elif False:\n"),),
+        (
+            "jobs/test_charging_faults.py::"
+            "test_a_pending_charge_that_is_canceled_later_is_a_decline_and_tried_again_with_a_new_key",
+            "domain/test_renewals.py::test_a_decline_of_an_earlier_day_that_is_heard_of_now_is_followed_by_the_next_try",
+        ),
+    ),
+    Mutant(
+        "a hard decline that is heard of now stops nobody else",
+        "a hard decline blocks the card for all its subscriptions in the run that hears of it",
+        (
+            Edit(
+                "domain/conclusions.py",
+                "method_stopped_at=_later(one.method_stopped_at, stopped.get(one.method_id)),",
+                "method_stopped_at=one.method_stopped_at,",
+            ),
+        ),
+        ("domain/test_renewals.py::test_a_card_that_is_declined_now_is_declined_for_its_other_subscriptions_too",),
+    ),
+    Mutant(
         "an attempt sent by whatever shop",
         "an attempt is sent again by the shop that it names and by no other",
         (Edit(_ATTEMPTS, "w.shop_id = :shop_id AND ", ":shop_id <> '' AND "),),

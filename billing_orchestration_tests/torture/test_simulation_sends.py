@@ -319,6 +319,14 @@ def test_a_key_of_a_send_that_a_restored_database_has_lost_is_new_to_it(
     assert any("RE-SENT TOO LATE" in words for words in post(world, "one")) == complains
 
 
+@pytest.mark.parametrize(("ahead_s", "complains"), [(300, False), (420, True), (-10_800, True)])
+def test_it_sees_a_charge_that_was_claimed_by_a_wrong_clock(
+    world: World, monkeypatch: pytest.MonkeyPatch, ahead_s: int, complains: bool
+) -> None:
+    monkeypatch.setattr(world.oracle, "claimed_at", lambda key: world.now + timedelta(seconds=ahead_s))
+    assert any("CLAIMED BY A WRONG CLOCK: key " in words for words in post(world, "one")) == complains
+
+
 def test_it_sees_a_key_that_is_sent_again_before_the_provider_can_have_finished(world: World) -> None:
     assert post(world, "one") == []
     world.pass_time(44)

@@ -5,7 +5,8 @@ index and the idempotence key hold that. Each attempt goes through five steps, i
 
 1. lock      a session lock on the attempt, so that no two processes send one key at the same time
 2. claim     one transaction, committed: the subscription is checked again under lock; a new attempt is written PLANNED
-             with its exact body, its key and `first_sent_at`; one that is sent again gets a new `last_sent_at`
+             with its exact body, its key and `first_sent_at`; one that is sent again gets a new `last_sent_at`. Both by
+             a clock that nobody has set since it was compared, for they tell how old the key is
 3. send      the POST, with no transaction open
 4. conclude  one transaction, committed: on success the payment row, the extension, the settlement and the attempt
              SUCCEEDED, together; otherwise the attempt's new state
@@ -73,11 +74,20 @@ class ChargesPayments(Protocol):
     charge_done_s: float
     rate: RateLimit
 
+    @property
+    def is_clock_suspicious(self) -> bool:
+        """Whether the last answer's Date is further off than may be, or our clock was set since."""
+        ...
+
     def create_payment(
         self, body: str, idempotence_key: str, before_send: Callable[[], None] | None = None
     ) -> ProviderPayment:
         """One POST of exactly these bytes, right after `before_send`; what that raises goes through, nothing sent."""
         ...
+
+
+class ClockWasSet(Exception):
+    """A clock that may not be trusted: nothing was claimed, nothing was sent."""
 
 
 class Withheld(Exception):
@@ -125,12 +135,14 @@ class Claims:
     database refused to look at, each with why.
 
     `wait_s`: what the provider may still be at work on, each with the seconds until it has certainly finished.
+    `wrong_clock`: why nothing else of the group was claimed, if no clock may be trusted.
     """
 
     claimed: dict[uuid.UUID, bool] = field(default_factory=dict)
     held: dict[uuid.UUID, str] = field(default_factory=dict)
     refused: dict[uuid.UUID, str] = field(default_factory=dict)
     wait_s: dict[uuid.UUID, float] = field(default_factory=dict)
+    wrong_clock: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,22 +192,28 @@ class Charging:
             [work for work in group if work.is_to_be_opened],
             [work for work in group if not work.is_to_be_opened],
         ):
-            # No second try of a row that is busy: the others of the group wait for their send.
-            for works, result in one_by_one(
-                part, lambda works: self._claim_together(connection, works), tries=1, witnesses=self.claim_witnesses
-            ):
-                if isinstance(result, NotWritten):
-                    claims.refused[works[0].attempt.id] = works[0].attempt.unnamed(result.reason)
-                else:
-                    claims.claimed.update(result.sent_before)
-                    claims.held.update(result.held)
-                    claims.wait_s.update({id_: self.at_work_s(sent_at) for id_, sent_at in result.at_work.items()})
+            try:
+                self._claim_part(connection, part, claims)
+            except ClockWasSet as wrong:
+                claims.wrong_clock = str(wrong)
         return claims
+
+    def _claim_part(self, connection: "sa.Connection", part: Sequence[Work], claims: Claims) -> None:
+        # No second try of a row that is busy: the others of the group wait for their send.
+        for works, result in one_by_one(
+            part, lambda works: self._claim_together(connection, works), tries=1, witnesses=self.claim_witnesses
+        ):
+            if isinstance(result, NotWritten):
+                claims.refused[works[0].attempt.id] = works[0].attempt.unnamed(result.reason)
+            else:
+                claims.claimed.update(result.sent_before)
+                claims.held.update(result.held)
+                claims.wait_s.update({id_: self.at_work_s(sent_at) for id_, sent_at in result.at_work.items()})
 
     def _claim_together(self, connection: "sa.Connection", group: Sequence[Work]) -> Claimed:
         """One transaction; all of them new, or all sent again."""
+        stamp = self._stamp_of_claim()
         with translated(), connection.begin():
-            stamp = self.make_stamp()
             for work in group:
                 work.claimed_at = stamp.at
             settings = self.database.settings
@@ -211,6 +229,18 @@ class Charging:
                 settings.yookassa_shop_id,
                 view,
             )
+
+    def _stamp_of_claim(self) -> Stamp:
+        """The moment of a claim, by a clock that nobody has set since it was compared: it tells how old a key is.
+
+        Raises ClockWasSet.
+        """
+        stamp = self.make_stamp()
+        if not self.provider.is_clock_suspicious:
+            return stamp
+        if (clocks := self.clocks_apart()) is not None:
+            raise ClockWasSet(str(clocks))
+        return self.make_stamp()
 
     def at_work_s(self, claimed_at: datetime) -> float:
         """For how many more seconds the provider may be at work on a send that was claimed then and got no answer."""

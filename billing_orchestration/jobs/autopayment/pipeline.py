@@ -187,6 +187,8 @@ class Pipeline:
                 self._charging.unlock(locks, done)
                 free = self._charging.lock(locks, group)
                 claims = self._charging.claim(connection, [work for work in group if work.attempt.id in free])
+                if claims.wrong_clock is not None:
+                    self.pace.stop(f"{claims.wrong_clock}. Nothing more was charged", FailureCode.CLOCKS_APART)
                 self._events.put(_Claimed(group, free, claims))
 
     def _keep_sending(self) -> None:
@@ -293,6 +295,8 @@ class Pipeline:
             self._to_unlock.append(attempt_id)
             if attempt_id in claims.wait_s:
                 self._leave(work, "not sent again: the provider may still be at work on its last send")
+            elif claims.wrong_clock is not None and attempt_id not in (claims.held | claims.refused):
+                self._leave(work, "not sent: a clock may not be trusted")
             elif attempt_id in claims.refused:
                 self._leave(work, f"not sent: {claims.refused[attempt_id]}")
             else:

@@ -33,6 +33,7 @@ from billing_orchestration.domain.answers import (
 from billing_orchestration.domain.attempts import Attempt, State
 from billing_orchestration.domain.billing_calendar import BillingCalendar
 from billing_orchestration.domain.clocks import Clocks
+from billing_orchestration.domain.conclusions import conclude_in
 from billing_orchestration.domain.decisions import Action, Code, Decision
 from billing_orchestration.domain.methods import REMEMBERED, MethodAnswer
 from billing_orchestration.domain.personal import mask_body
@@ -60,7 +61,6 @@ from billing_orchestration.jobs.autopayment.pace import ChargingLimits
 from billing_orchestration.jobs.autopayment.pipeline import Pipeline
 from billing_orchestration.jobs.autopayment.results import ChargeResult
 from billing_orchestration.jobs.clocks import clocks_apart, look_at_clocks, note_clocks
-from billing_orchestration.jobs.run_failures import FailureCode
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
 from billing_orchestration.jobs.termination import interrupts_held_back
@@ -123,7 +123,11 @@ class Renewals:
 
 @dataclass(frozen=True)
 class AskedRenewals:
-    """Both slices: what is due, and what the provider says about open attempts."""
+    """Both slices: what is due, and what the provider says about open attempts.
+
+    `at`: the moment of our clock at which the clocks were compared. Every decision is made for it: a clock that is set
+    after that changes none.
+    """
 
     renewals: Renewals
     view: ProviderView
@@ -131,6 +135,7 @@ class AskedRenewals:
     asked_about: int
     searched_for: int
     clocks: Clocks
+    at: datetime
     answers: tuple[MethodAnswer, ...] = ()
     search: Search = field(default_factory=Search)
 
@@ -150,6 +155,7 @@ class RenewalPlan:
     extra: tuple[ProviderPayment, ...]
     unusable: tuple[UnusablePayment, ...]
     clocks: Clocks
+    at: datetime
     search: Search
     refused: tuple[Decision, ...] = ()
     answers: tuple[MethodAnswer, ...] = ()
@@ -193,24 +199,33 @@ def ask_about_open(
     """
     ours = (None, renewals.rules.shop_id)
     attempts = [attempt for attempt in renewals.slice.open_attempts if attempt.shop_id in ours]
+    if attempts or renewals.slice.due:
+        provider.client.make_sure_of_clock()
+    now = clock.now()
+    clocks = look_at_clocks(database, clock, provider)
     pending = [attempt for attempt in attempts if attempt.state == State.PENDING]
-    lost = attempts_to_search(attempts, clock.now())
+    lost = attempts_to_search(attempts, now)
     views = []
     unusable: list[UnusablePayment] = []
     if pending:
         views.append(_ask_about(pending, provider, threads))
     if lost:
-        view, odd = _search(lost, provider, clock.now())
+        view, odd = _search(lost, provider, now)
         views.append(view)
         unusable.extend(odd)
-    if attempts or renewals.slice.due:
-        provider.client.make_sure_of_clock()
-    clocks = look_at_clocks(database, clock, provider)
+    view = merge_views(views)
+    due, closed = conclude_in(renewals.slice.due, attempts, view)
+    still_open = tuple(attempt for attempt in renewals.slice.open_attempts if attempt.id not in closed)
     found, answers = ask_about_methods(
-        renewals.slice, provider.client, database.read, now=clock.now(), rules=renewals.rules, threads=threads
+        replace(renewals.slice, due=tuple(due), open_attempts=still_open),
+        provider.client,
+        database.read,
+        now=now,
+        rules=renewals.rules,
+        threads=threads,
     )
-    renewals = replace(renewals, slice=found)
-    return AskedRenewals(renewals, merge_views(views), tuple(unusable), len(pending), len(lost), clocks, answers)
+    renewals = replace(renewals, slice=replace(renewals.slice, due=found.due))
+    return AskedRenewals(renewals, view, tuple(unusable), len(pending), len(lost), clocks, now, answers)
 
 
 def ask_for_lost(
@@ -258,14 +273,14 @@ def _search(
     return merge_views(views), unusable
 
 
-def decide(asked: AskedRenewals, clock: Clock) -> list[RenewalDecision]:
+def decide(asked: AskedRenewals) -> list[RenewalDecision]:
     """One decision for each open attempt and each due subscription, and for examples of what is overdue by too much."""
     renewals = asked.renewals
     decisions = decide_renewals(
         renewals.slice.due,
         renewals.slice.open_attempts,
         asked.view,
-        now=clock.now(),
+        now=asked.at,
         rules=renewals.rules,
         in_review=renewals.slice.in_review,
         holds=asked.holds,
@@ -300,6 +315,7 @@ def plan_of(
         asked.view.extra,
         asked.unusable,
         asked.clocks,
+        asked.at,
         asked.search,
         tuple(refused),
         asked.answers,
@@ -402,7 +418,7 @@ def _conclude_open(
             closings.append(Closing(decision.attempt, State.VOID, decision.reason, as_read=True))
         elif isinstance(decision, NoteAbsence):
             attempt = decision.attempt
-            closings.append(Closing(attempt, attempt.state, decision.reason, as_read=True, absent_since=stamp.at))
+            closings.append(Closing(attempt, attempt.state, decision.reason, as_read=True, absent_since=plan.at))
 
     def write(part: Sequence[Closing]) -> set[uuid.UUID]:
         with database.begin() as connection:
@@ -452,9 +468,6 @@ def _charge(
     )
     limits = ChargingLimits(config.max_concurrency, config.max_sends, config.resend_wait_s)
     pipeline = Pipeline(charging, limits, threads)
-    if (apart := clocks_apart(database, clock, provider)) is not None:
-        # Set since they were compared: the answers since then have shown it.
-        pipeline.pace.stop(f"{apart}. Nothing was charged", FailureCode.CLOCKS_APART)
     with interrupts_held_back(pipeline.terminate) as held:
         results = pipeline.run(to_send)
         report.stopped_by, report.stop_code = pipeline.pace.stop_reason, pipeline.pace.stop_code

@@ -6,6 +6,7 @@ import json
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from billing_orchestration.domain.clocks import HARMFUL
 from billing_orchestration_tests.torture.simulation.wire import status_of
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class Charges:
     def _note_claim(self, key: str) -> None:
         world, before = self._world, self._claimed.get(key)
         claimed_at = world.oracle.claimed_at(key)
+        if claimed_at is not None and abs(claimed_at - world.now) > HARMFUL + timedelta(minutes=1):
+            world.fault(f"CLAIMED BY A WRONG CLOCK: key {key} is sent, and was claimed at {claimed_at}")
         claimed_at = world.now if claimed_at is None else min(world.now, claimed_at - world.host_error)
         # What seems to be long ago was written down before our clock was set.
         self._claimed[key] = claimed_at if world.now - claimed_at < PROVIDER_HAS_FINISHED else world.now

@@ -90,7 +90,8 @@ class Journal:
     # What was paid for: attempt -> (duration, unit), as the plan was when it was claimed; the last one before a change.
     agreed: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
     period_before: dict[int, tuple[int, str]] = field(default_factory=dict)
-    period_changed: dict[int, datetime] = field(default_factory=dict)
+    # The moment of it (aware UTC) by every clock that a run may have read just before: the right one and ours.
+    period_changed: dict[int, tuple[datetime, ...]] = field(default_factory=dict)
     # What the service has granted for a payment, by the plan as it was then.
     service_periods: dict[str, tuple[int, str]] = field(default_factory=dict)
     # How far our clock is behind at this moment: what was noted before it went wrong seems to lie so far ahead.

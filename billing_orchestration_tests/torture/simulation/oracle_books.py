@@ -185,8 +185,8 @@ class BooksJudge(Judge):
         if agreed is not None:
             return agreed
         found = [(row.duration, row.duration_unit)]
-        changed_at = journal.period_changed.get(row.plan_id)
-        if changed_at is not None and abs(self._granted_at(payment_id) - changed_at) < A_RUN:
+        changed_at = journal.period_changed.get(row.plan_id, ())
+        if any(abs(self._granted_at(payment_id) - at) < A_RUN for at in changed_at):
             # Its plan was read right before the change.
             found.append(journal.period_before[row.plan_id])
         return found

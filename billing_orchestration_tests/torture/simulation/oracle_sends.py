@@ -212,7 +212,7 @@ class SendsJudge(Judge):
             return []
         plan, journal = rows[0], self._journal
         found = [(plan.duration, plan.duration_unit)]
-        changed_at = journal.period_changed.get(plan.id)
+        changed_at = max(journal.period_changed.get(plan.id, ()), default=None)
         if changed_at and plan.last_sent_at and changed_at >= plan.last_sent_at - journal.behind:
             found.append(journal.period_before[plan.id])
         return found

@@ -22,6 +22,9 @@ REGRESSIONS = {
     " simulation was wrong)",
     8027: "a card that was declined for good, and then the subscription's end was moved: its next period was not to be"
     " charged by it (the judge was wrong)",
+    8044: "our clock was set three hours ahead between its comparison and a claim: the key seemed three hours younger"
+    " than it was, and was sent again after more than a day",
+    8006: "a run heard of a pending charge's decline and left the next try to a second launch of the same day",
     1013: "such a row beside a purchase that had moved the subscription's end: the paid renewal was never granted",
     8004: "a charge that was pending when the database was set back: the matching run after it vouched for what it"
     " cannot see, and the period was charged again; held since, such a one need not be charged (judge and code wrong)",

@@ -93,7 +93,8 @@ class Support:
                 self._close_chapter(row.id)
             [plan] = world.oracle.rows("SELECT duration, duration_unit FROM plans WHERE id = %s", plan_id)
             world.journal.period_before[plan_id] = (plan.duration, plan.duration_unit)
-            world.journal.period_changed[plan_id] = world.host_now()
+            # A run that began before our clock was set has its moment from the clock as it was.
+            world.journal.period_changed[plan_id] = (world.now, world.host_now())
             world.service.execute(
                 "UPDATE plans SET duration = CASE duration WHEN 1 THEN 2 ELSE duration + 1 END WHERE id = %s"
                 " RETURNING id",

@@ -289,7 +289,7 @@ class World:
         database = self._database = self._database or SimulatedDatabase(self)
         database.process = process
         provider = ProviderConnection(lambda: self.settings, process.connect)
-        clock = Clock(self.host_now, lambda _: self.now)
+        clock = Clock(self.host_now, lambda _: self.database_now())
         try:
             found = look(job, COMPARE[job], database, provider, clock, tick + self.host_error)
         except (BillingDatabaseError, ProviderError) as error:
