@@ -323,7 +323,7 @@ def test_a_key_of_a_send_that_a_restored_database_has_lost_is_new_to_it(
 def test_it_sees_a_charge_that_was_claimed_by_a_wrong_clock(
     world: World, monkeypatch: pytest.MonkeyPatch, ahead_s: int, complains: bool
 ) -> None:
-    monkeypatch.setattr(world.oracle, "claimed_at", lambda key: world.now + timedelta(seconds=ahead_s))
+    monkeypatch.setattr(world.oracle, "claimed_at", lambda _: world.now + timedelta(seconds=ahead_s))
     assert any("CLAIMED BY A WRONG CLOCK: key " in words for words in post(world, "one")) == complains
 
 
