@@ -16,10 +16,10 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, in_words_of, record_changes, to_json
 from billing_orchestration.database.conventions import naive_utc, of_this_shop, sql_list
-from billing_orchestration.database.second_look import WHY_NOT, in_review, why_not
+from billing_orchestration.database.second_look import WHY_NOT, in_review, is_in_hand, why_not
 from billing_orchestration.database.tables import renewal_attempts
 from billing_orchestration.domain.answers import SHOP, Closing
-from billing_orchestration.domain.attempts import OPEN, TAKEN, Attempt, State
+from billing_orchestration.domain.attempts import OPEN, Attempt, State
 from billing_orchestration.domain.clocks import TOLERATED
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.shards import Shard
@@ -447,8 +447,8 @@ def by_ids(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> dict[
 
 
 _IN_HAND = sa.text(f"""
-    SELECT id, state IN {sql_list(*TAKEN)} OR (state IN {sql_list(*OPEN)} AND first_sent_at IS NOT NULL) AS is_in_hand
-    FROM billing_orchestration.renewal_attempts WHERE id = ANY(:ids)
+    SELECT a.id, {is_in_hand("a")} AS is_in_hand
+    FROM billing_orchestration.renewal_attempts a WHERE a.id = ANY(:ids)
 """)
 
 

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.conventions import sql_list
 from billing_orchestration.domain.personal import mask_fields
-from billing_orchestration.domain.problem_kinds import IGNORED, LAST_WORDS, ProblemKind
+from billing_orchestration.domain.problem_kinds import IGNORED, LAST_WORDS, UNREADABLE, ProblemKind
 
 # Evidence is for a person. A hostile or broken answer must not fill the table.
 _LONGEST_TEXT = 2000
@@ -289,7 +289,7 @@ def known_problems(connection: sa.Connection, keys: Sequence[str]) -> set[str]:
 _BEFORE_A_PERSON = sa.text(f"""
     SELECT external_payment_id FROM billing_orchestration.quarantine
     WHERE external_payment_id = ANY(:ids) AND problem_key = 'payment ' || external_payment_id || ':' || kind
-      AND NOT jsonb_exists_any(evidence, ARRAY['books', 'unfinished'])
+      AND NOT jsonb_exists_any(evidence, ARRAY['books', 'unfinished']) AND kind <> '{UNREADABLE}'
       AND (resolved_at IS NULL OR resolution = '{IGNORED}')
 """)
 
@@ -297,8 +297,8 @@ _BEFORE_A_PERSON = sa.text(f"""
 def before_a_person(connection: sa.Connection, payment_ids: Sequence[str]) -> set[str]:
     """Which of these provider payments settling has put before a person, who has not decided, or leaves it so for good.
 
-    What is about a row of the service's, about books that differ or about a payment that was not paid yet is no word on
-    the grant, and does not count.
+    What is about a row of the service's, about books that differ, or about a payment that was not paid yet or could not
+    be read is no word on the grant, and does not count.
     """
     stored = dict(zip(in_words_of(connection, [storable_name(id_) for id_ in payment_ids]), payment_ids, strict=True))
     return {stored[name] for name in connection.execute(_BEFORE_A_PERSON, {"ids": list(stored)}).scalars()}

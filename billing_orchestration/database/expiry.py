@@ -16,7 +16,7 @@ from billing_orchestration.database.conventions import naive_utc, of_this_shop, 
 from billing_orchestration.database.engine import translated
 from billing_orchestration.database.errors import BillingDatabaseError, NotAsMeant
 from billing_orchestration.database.one_by_one import is_about_every_row
-from billing_orchestration.database.second_look import in_review
+from billing_orchestration.database.second_look import holds_a_charge, in_review
 from billing_orchestration.domain.attempts import State
 from billing_orchestration.domain.expiry import StalePayment
 from billing_orchestration.domain.money import Money
@@ -35,8 +35,7 @@ _HELD_BACK = f"""s.id IN (
     WHERE q.kind = '{NO_CONTACT}' AND q.resolved_at IS NULL AND q.subscription_id IS NOT NULL
     UNION ALL
     SELECT q.subscription_id FROM billing_orchestration.quarantine q
-    WHERE q.kind IN {sql_list(*HOLDING)} AND q.resolved_at IS NULL AND q.subscription_id IS NOT NULL
-      AND q.attempt_id IS NOT NULL)"""
+    WHERE q.kind IN {sql_list(*HOLDING)} AND q.subscription_id IS NOT NULL AND {holds_a_charge("q")})"""
 
 
 _WHY_HELD = (

@@ -19,7 +19,7 @@ from billing_orchestration.database.attempts import (
 )
 from billing_orchestration.database.conventions import naive_utc, of_this_shop, readable, sql_list
 from billing_orchestration.database.renewal_view import read_view, stopped_at
-from billing_orchestration.database.second_look import OUTLASTS
+from billing_orchestration.database.second_look import OUTLASTS, holds_a_charge
 from billing_orchestration.database.tables import UtcNaive, renewal_attempts, subscriptions
 from billing_orchestration.domain.answers import SHOP_REFUSALS
 from billing_orchestration.domain.attempts import Attempt, State
@@ -197,9 +197,9 @@ _DECLINED_TODAY = sa.text(f"""
 
 # Few: what waits for a person.
 _HOLDS = sa.text(f"""
-    SELECT attempt_id, CASE WHEN kind IN {sql_list(*HOLDING)} THEN subscription_id END AS subscription_id,
-           'quarantine entry ' || id || ' (' || kind || ') is open and is about this charge' AS why
-    FROM billing_orchestration.quarantine WHERE resolved_at IS NULL AND attempt_id IS NOT NULL
+    SELECT q.attempt_id, CASE WHEN q.kind IN {sql_list(*HOLDING)} THEN q.subscription_id END AS subscription_id,
+           'quarantine entry ' || q.id || ' (' || q.kind || ') is open and is about this charge' AS why
+    FROM billing_orchestration.quarantine q WHERE {holds_a_charge("q")}
 """)
 
 

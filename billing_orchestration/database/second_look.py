@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from billing_orchestration.database.conventions import of_this_shop, sql_list
-from billing_orchestration.domain.attempts import OPEN, State
-from billing_orchestration.domain.problem_kinds import HOLDING, IGNORED
+from billing_orchestration.domain.attempts import OPEN, TAKEN, State
+from billing_orchestration.domain.problem_kinds import HOLDING, IGNORED, UNREADABLE
 
 
 def in_review(attempt: str) -> str:
@@ -19,6 +19,23 @@ def in_review(attempt: str) -> str:
         SELECT FROM billing_orchestration.quarantine q
         WHERE q.attempt_id = {attempt}.id AND q.external_payment_id = {attempt}.external_payment_id
           AND q.resolution = '{IGNORED}'))"""
+
+
+def is_in_hand(attempt: str) -> str:
+    """SQL: whether our records know that an attempt, named by its alias, may have charged: then they settle it."""
+    return f"""({attempt}.state IN {sql_list(*TAKEN)}
+        OR ({attempt}.state IN {sql_list(*OPEN)} AND {attempt}.first_sent_at IS NOT NULL))"""
+
+
+def holds_a_charge(entry: str) -> str:
+    """SQL: whether a quarantine entry, named by its alias, is open and holds the attempt that it names.
+
+    An unreadable record holds nothing where our records have its charge in hand.
+    """
+    return f"""({entry}.resolved_at IS NULL AND {entry}.attempt_id IS NOT NULL
+        AND NOT ({entry}.kind = '{UNREADABLE}' AND EXISTS (
+            SELECT FROM billing_orchestration.renewal_attempts k
+            WHERE k.id = {entry}.attempt_id AND {is_in_hand("k")})))"""
 
 
 # Which of several ACTIVE subscriptions `t` of one user and plan outlasts `s`.
@@ -56,7 +73,7 @@ WHY_NOT = f"""CASE
         THEN 'a period that was settled ends later'
     WHEN EXISTS (
         SELECT FROM billing_orchestration.quarantine q
-        WHERE q.resolved_at IS NULL AND q.attempt_id IS NOT NULL
+        WHERE {holds_a_charge("q")}
           AND (q.attempt_id = w.id OR (q.kind IN {sql_list(*HOLDING)} AND q.subscription_id = w.subscription_id)))
         THEN 'an open quarantine entry is about this charge'
     WHEN EXISTS (SELECT FROM subscriptions t WHERE {OUTLASTS})

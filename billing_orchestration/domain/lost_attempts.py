@@ -200,26 +200,22 @@ def _why_held(payment_id: str | None, state: str) -> str:
     return f"payment {payment_id} ({state}) is a charge for it that our records do not show"
 
 
-def unreadable_charges(unusable: Iterable[UnusablePayment]) -> tuple[list[UnreadableCharge], bool]:
-    """Of records that cannot be read those that name an attempt of ours, and whether the others' metadata says that
-    they are none. One that says of itself that it is canceled has moved no money."""
-    charges: list[UnreadableCharge] = []
-    is_whole = True
-    for item in unusable:
-        record = item.evidence if isinstance(item.evidence, Mapping) else {}
-        metadata = record.get("metadata")
-        if record.get("status") == CANCELED:
-            continue
-        if not isinstance(metadata, Mapping):
-            is_whole = False
-            continue
-        claims = Claims.of(metadata)
-        if claims.renewal_attempt_id is not None:
-            period = claimed_period(metadata)
-            charges.append(UnreadableCharge(item, claims.renewal_attempt_id, None if period is None else period[0]))
-        elif claims.names_an_attempt:
-            is_whole = False
-    return charges, is_whole
+def charge_of(item: UnusablePayment) -> tuple[UnreadableCharge | None, bool]:
+    """The charge of ours that a record which cannot be read may be, by its metadata; and whether it can be told.
+
+    One that says of itself that it is canceled has moved no money.
+    """
+    record = item.evidence if isinstance(item.evidence, Mapping) else {}
+    metadata = record.get("metadata")
+    if record.get("status") == CANCELED:
+        return None, True
+    if not isinstance(metadata, Mapping):
+        return None, False
+    claims = Claims.of(metadata)
+    if claims.renewal_attempt_id is None:
+        return None, not claims.names_an_attempt
+    period = claimed_period(metadata)
+    return UnreadableCharge(item, claims.renewal_attempt_id, None if period is None else period[0]), True
 
 
 def find_lost(

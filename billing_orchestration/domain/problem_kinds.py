@@ -56,8 +56,10 @@ UNKNOWN_ATTEMPT: ProblemKind = "unknown_attempt"
 TWO_ACTIVE: ProblemKind = "two_active"
 # Of a subscription, not of a payment: gone by the next success for that subscription.
 REJECTED: ProblemKind = "rejected"
-# Opened for a paid renewal, perhaps one whose attempt we do not have: its subscription is not charged meanwhile.
-HOLDING: tuple[ProblemKind, ...] = (UNKNOWN_ATTEMPT, NOT_WRITABLE)
+UNREADABLE: ProblemKind = "unreadable"
+# Opened for a renewal that is paid or may be, perhaps one whose attempt we do not have: its subscription is not charged
+# meanwhile.
+HOLDING: tuple[ProblemKind, ...] = (UNKNOWN_ATTEMPT, NOT_WRITABLE, UNREADABLE)
 SECOND_SUCCESS: ProblemKind = "second_success"
 NO_CONTACT: ProblemKind = "no_contact"
 RECEIPT: ProblemKind = "receipt"

@@ -17,10 +17,10 @@ from billing_orchestration.database.matching import fetch_settled
 from billing_orchestration.database.one_by_one import NotWritten, Witnesses, one_by_one
 from billing_orchestration.database.settling import Settled, preview_batch, settle_batch
 from billing_orchestration.domain.decisions import Action, Code, Decision
-from billing_orchestration.domain.lost_attempts import identity_of
+from billing_orchestration.domain.lost_attempts import charge_of, identity_of
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.personal import without_names
-from billing_orchestration.domain.problem_kinds import NOT_WRITABLE, RECEIPT
+from billing_orchestration.domain.problem_kinds import NOT_WRITABLE, RECEIPT, UNREADABLE
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.domain.settlement_decisions import CloseAsGranted, Leave, Quarantine, RecordRefund, Settle
 from billing_orchestration.jobs.run_report import RunReport
@@ -217,17 +217,24 @@ def open_all(database: BillingDatabase, stamp: Stamp, problems: Sequence[Problem
 
 
 def unusable_problems(unusable: Sequence[UnusablePayment]) -> list[Problem]:
-    """Odd items of a provider's answer, as problems for a person. One without an id is named by its contents."""
+    """Odd items of a provider's answer, as problems for a person. One without an id is named by its contents.
+
+    One that names a renewal attempt in its metadata may be its charge: it holds that attempt, and its subscription
+    where our records do not know better.
+    """
     problems = []
     for item in unusable:
         evidence = evidence_of(item.evidence)
+        charge, _ = charge_of(item)
         name = item.payment_id or hashlib.sha256(json.dumps(evidence, sort_keys=True).encode()).hexdigest()[:16]
         problems.append(
             Problem(
                 subject=f"payment {name}",
-                kind="unreadable",
+                kind=UNREADABLE,
                 reason=f"the provider's record cannot be used: {item.reason}",
                 external_payment_id=item.payment_id,
+                subscription_id=None if charge is None else charge.subscription_id,
+                attempt_id=None if charge is None else charge.attempt_id,
                 evidence=evidence,
             )
         )

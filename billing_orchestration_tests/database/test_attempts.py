@@ -319,6 +319,29 @@ def test_a_paid_attempt_that_our_records_have_lost_holds_its_subscription_whatev
 
 
 @pytest.mark.parametrize(
+    ("state", "held"), [(None, True), ("VOID", True), ("UNKNOWN", False), ("SUCCEEDED", False), ("REFUNDED", False)]
+)
+def test_an_unreadable_record_holds_its_subscription_unless_our_records_have_its_charge_in_hand(
+    books: Books, state: str | None, held: bool
+) -> None:
+    # The end has been moved on since, so that the named attempt is of another period.
+    subscription_id = books.subscription(ended_at=NOON - A_DAY)
+    named = books.planned(subscription_id)
+    if state is not None:
+        books.attempt(subscription_id, state=state)
+    books.execute("UPDATE subscriptions SET ended_at = :noon", noon=naive(NOON))
+    a_problem(books, "unreadable", payment_id="odd", attempt_id=named.id, subscription_id=subscription_id)
+    looked = look(books, books.planned(subscription_id))
+    assert ("an open quarantine entry is about this charge" in looked.held.values()) == held
+
+
+def test_an_unreadable_record_does_not_keep_its_attempt_from_being_sent_again_with_its_key(books: Books) -> None:
+    attempt = books.attempt(books.subscription())
+    a_problem(books, "unreadable", payment_id="odd", attempt_id=attempt.id, subscription_id=attempt.subscription_id)
+    assert look_again(books, attempt).sent_before == {attempt.id: True}
+
+
+@pytest.mark.parametrize(
     ("other_end", "charged"),
     [(NOON + TICK, False), (NOON, False), (None, False), ("infinity", False), (NOON - TICK, True)],
 )

@@ -211,8 +211,9 @@ def left_pending_and_restored(service: Service) -> tuple[int, str]:
 
 @pytest.mark.parametrize("shards", [None, 3], ids=["whole", "in shards"])
 @pytest.mark.parametrize("odd", [{"status": "who knows"}, {"test": "maybe"}, {"captured_at": "soon"}], ids=str)
+@pytest.mark.parametrize("matching_first", [False, True], ids=["charging sees it first", "matching sees it first"])
 def test_a_lost_charge_whose_record_cannot_be_read_is_not_made_again(
-    service: Service, odd: dict[str, str], shards: int | None
+    service: Service, odd: dict[str, str], shards: int | None, matching_first: bool
 ) -> None:
     subscription = service.subscriber()
     service.tick(MATCHING)
@@ -222,6 +223,9 @@ def test_a_lost_charge_whose_record_cannot_be_read_is_not_made_again(
     [charge] = (payment for payment in service.provider.payments() if "renewal_attempt_id" in payment.metadata)
     charge.override.update(odd)
     charge.touch(charge.changed_at)
+    if matching_first:  # it settles what is paid, and its watermark says so to the search
+        service.advance(minutes=10)
+        assert service.tick(MATCHING).ok
     service.advance(days=1, hours=1)
 
     for _ in range(2):  # the entry holds it as well as the search does
@@ -229,9 +233,26 @@ def test_a_lost_charge_whose_record_cannot_be_read_is_not_made_again(
         service.advance(days=1)
 
     assert service.charged() == {subscription: 1}
-    [entry] = (row for row in service.rows("quarantine") if row.kind == "unknown_attempt")
-    assert entry.subscription_id == subscription
+    [entry] = service.rows("quarantine")
+    assert (entry.kind, entry.subscription_id) == ("unreadable", subscription)
     assert service.ended_at(subscription) == NOON
+
+
+def test_a_record_that_cannot_be_read_holds_nothing_where_our_records_have_its_charge(service: Service) -> None:
+    subscription = service.subscriber()
+    assert service.run(JOB).ok
+    [charge] = (payment for payment in service.provider.payments() if "renewal_attempt_id" in payment.metadata)
+    charge.override.update(captured_at="soon")
+    charge.touch(charge.changed_at)
+    service.advance(minutes=10)
+    assert service.tick(MATCHING).ok
+    [entry] = service.rows("quarantine")
+    assert (entry.kind, entry.subscription_id) == ("unreadable", subscription)
+    service.advance(days=31)
+
+    assert service.run(JOB).ok
+
+    assert service.charged() == {subscription: 2}
 
 
 def test_a_record_that_may_be_anybodys_charge_leaves_our_records_in_doubt(service: Service) -> None:

@@ -468,6 +468,22 @@ FURTHER = (
         (_RESTORED + "test_a_run_settles_what_the_database_has_lost_before_it_charges_anybody[whole]",),
     ),
     Mutant(
+        "a lost charge that cannot be read holds nothing",
+        "an unreadable record holds the attempt and the subscription that it names, whichever job has seen it",
+        (Edit("jobs/settling.py", "charge, _ = charge_of(item)", "charge = None"),),
+        (_RESTORED + "test_a_lost_charge_whose_record_cannot_be_read_is_not_made_again",),
+    ),
+    Mutant(
+        "an unreadable record of a known charge holds it",
+        "an unreadable record holds nothing where our records have its charge in hand",
+        (Edit("database/second_look.py", "AND NOT ({entry}.kind = '{UNREADABLE}' AND", "AND NOT (false AND"),),
+        (
+            _ATTEMPT_ROWS
+            + "test_an_unreadable_record_holds_its_subscription_unless_our_records_have_its_charge_in_hand",
+            _RESTORED + "test_a_record_that_cannot_be_read_holds_nothing_where_our_records_have_its_charge",
+        ),
+    ),
+    Mutant(
         "a lost charge that cannot be read passed over",
         "a record that cannot be read and names an attempt may be its charge",
         (Edit("jobs/autopayment/lost_charges.py", "odd.extend(part.unusable)", "pass"),),
@@ -1513,8 +1529,8 @@ FURTHER = (
         (
             Edit(
                 "database/expiry.py",
-                "    WHERE q.kind IN {sql_list(*HOLDING)} AND q.resolved_at IS NULL",
-                "    WHERE false AND q.resolved_at IS NULL",
+                "    WHERE q.kind IN {sql_list(*HOLDING)} AND q.subscription_id IS NOT NULL",
+                "    WHERE false AND q.subscription_id IS NOT NULL",
             ),
         ),
         (

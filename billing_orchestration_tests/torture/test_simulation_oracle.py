@@ -144,6 +144,14 @@ def test_only_a_run_after_the_last_send_has_asked_about_a_pending_charge(
     assert any("is PENDING" in words for words in books.complaints()) == has_asked
 
 
+def test_a_pending_charge_whose_record_nobody_can_read_may_stay_open(books: Books) -> None:
+    books.execute(f"UPDATE billing_orchestration.renewal_attempts SET state = 'PENDING' WHERE {OURS}")
+    complaints = [words for words in books.complaints() if "is PENDING" in words]
+    assert complaints
+    books.journal.unreadable.add(books.renewed())
+    assert [words for words in books.complaints() if "is PENDING" in words] == complaints[1:]
+
+
 def test_it_sees_a_grant_of_the_services_for_what_was_granted_here(books: Books) -> None:
     for payment_id in (books.renewed(), "made-up"):
         books.journal.note_grant(payment_id, 1, (1, "month"), books.now)

@@ -6,7 +6,7 @@ cannot be settled, or is not paid yet, holds its subscription.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 import dagster as dg
@@ -18,12 +18,11 @@ from billing_orchestration.database.matching import fetch_settled, move_watermar
 from billing_orchestration.domain.decisions import Decision
 from billing_orchestration.domain.lost_attempts import (
     LostCharges,
-    UnreadableCharge,
+    charge_of,
     find_lost,
     identity_of,
     parts_of,
     stretches_to_search,
-    unreadable_charges,
 )
 from billing_orchestration.domain.problem_kinds import UNKNOWN_ATTEMPT
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
@@ -78,13 +77,14 @@ def search(
             part = fetch(start, end)
             found.update({payment.id: payment for payment in part.payments if payment.claims.renewal_attempt_id})
             odd.extend(part.unusable)
-    unreadable, is_whole = unreadable_charges(item for item in odd if item.payment_id not in found)
+    told = [charge_of(item) for item in odd if item.payment_id not in found]
+    unreadable = [charge for charge, _ in told if charge is not None]
     with database.read() as connection:
         named = [payment.claims.renewal_attempt_id for payment in found.values()]
         named += [charge.attempt_id for charge in unreadable]
         known = in_hand(connection, [id_ for id_ in named if id_ is not None])
         settled = fetch_settled(connection, list(found))
-    lost = find_lost(found.values(), known, settled, unreadable, is_whole=is_whole)
+    lost = find_lost(found.values(), known, settled, unreadable, is_whole=all(can_be_told for _, can_be_told in told))
     return Search(lost, stretches.since, now)
 
 
@@ -119,7 +119,7 @@ def settle_lost(
             database, lost.successes, make_stamp=make_stamp, is_live=provider.client.is_live, dry_run=False
         )
         report_settled(report, results, database=database, stamp=make_stamp(), dry_run=False)
-    for_a_person = [*map(_unfinished, lost.unfinished), *map(_unreadable, lost.unreadable)]
+    for_a_person = [*map(_unfinished, lost.unfinished), *unusable_problems([odd.item for odd in lost.unreadable])]
     report.quarantined += len(for_a_person)
     report.opened += open_all(database, make_stamp(), for_a_person)
     is_sure = len(report.again) == to_retry and look_at_clocks(database, clock, provider).may_be_trusted
@@ -147,18 +147,6 @@ def settle_lost_or_stop(
             f"{'; '.join(report.again[:3])}. Launch the job again"
         )
     return told
-
-
-def _unreadable(charge: UnreadableCharge) -> Problem:
-    [problem] = unusable_problems([charge.item])
-    return replace(
-        problem,
-        kind=UNKNOWN_ATTEMPT,
-        reason=f"it names a renewal attempt that this database does not know, and it may be paid: {problem.reason}",
-        subscription_id=charge.subscription_id,
-        attempt_id=charge.attempt_id,
-        evidence={**problem.evidence, "unfinished": "not readable"},
-    )
 
 
 def _unfinished(payment: ProviderPayment) -> Problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -76,6 +77,7 @@ class Backups:
             for name, value in copy.deepcopy(backup.about_rows).items():
                 setattr(world.journal, name, value)
             self._set_back(world.journal, backup.taken_at)
+            self._garble_a_lost_charge()
             # What was under way is executed by then. A claim that is lost sooner protects nobody (docs/safety.md).
             world.pass_time(PROVIDER_HAS_FINISHED.total_seconds())
             world.charges.forget_tries(backup.taken_at)
@@ -83,6 +85,21 @@ class Backups:
             self._agenda.tick_at(world.now)
         else:
             self._admin(f"DROP DATABASE {backup.database}")
+
+    def _garble_a_lost_charge(self) -> None:
+        """Now and then nobody can read the provider's record of a charge that our records have lost."""
+        world = self._world
+        lost = sorted(
+            payment.id for payment in world.provider.payments()
+            if payment.id in world.journal.lost - world.journal.unreadable and payment.status != "canceled"
+        )  # fmt: skip
+        # Dice of its own: a story without it stays the story it was.
+        dice = random.Random(f"{world.seed} {self._number}")
+        if lost and dice.random() < 0.4:
+            payment_id = dice.choice(lost)
+            world.journal.unreadable.add(payment_id)
+            world.tell(f"  the record of {payment_id} cannot be read any more")
+            world.happened["a lost charge cannot be read"] += 1
 
     def _set_back(self, journal: Journal, taken_at: datetime) -> None:
         """What else is true of the rows that are there now."""

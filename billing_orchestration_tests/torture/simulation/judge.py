@@ -94,6 +94,8 @@ class Journal:
     period_changed: dict[int, tuple[datetime, ...]] = field(default_factory=dict)
     # What the service has granted for a payment, by the plan as it was then.
     service_periods: dict[str, tuple[int, str]] = field(default_factory=dict)
+    # The provider's payments whose records nobody can read any more.
+    unreadable: set[str] = field(default_factory=set)
     # How far our clock is behind at this moment: what was noted before it went wrong seems to lie so far ahead.
     behind: timedelta = timedelta(0)
     # When the database was last set back, and our charges (provider's ids) of which it knows nothing since.

@@ -15,7 +15,8 @@ MISHAPS: Mapping[str, str] = {
     "half webhooks": "the handler dies between the payment and its grant: SUCCEEDED, and no subscription",
     "late half webhooks": "the same for a payment of hours ago, in the minute before a run that catches up",
     "helping hands": "support adds days to a subscription, or moves its end back",
-    "restored backups": "the whole database is set back to an earlier state, or a standby lacks the last run's commits",
+    "restored backups": "the whole database is set back to an earlier state, or a standby lacks the last run's commits;"
+    " and a charge that is lost with it may have a record that nobody can read",
     "odd amounts": "somebody pays an amount that is no price, and the service has no row of it",
     "changes in mid-run": "a price, a plan or a subscription's plan changes while a run is under way",
     "newer cards": "a card is replaced by a newer purchase's, or the payment that saved it is refunded in full",

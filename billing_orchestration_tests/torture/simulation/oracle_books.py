@@ -205,6 +205,8 @@ class BooksJudge(Judge):
                 # By a run that began after the charge was final and after it was sent: the answer to a charge that is
                 # sent again may be the first one, which was "pending".
                 asked = [at for at in runs if at > max(final_at, since)]
+                if row.external_payment_id in self._journal.unreadable:
+                    continue
                 if payment is None or (payment.status in ("succeeded", "canceled") and asked):
                     told = payment.status if payment is not None else "unknown"
                     yield f"OPEN TOO LONG: attempt {row.id} is PENDING, the provider says {told} since {final_at}"

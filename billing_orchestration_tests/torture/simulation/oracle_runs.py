@@ -137,10 +137,10 @@ class RunsJudge(Judge):
                 "SELECT id, ended_at FROM subscriptions s WHERE status = 'ACTIVE' AND ended_at IS NOT NULL"
                 " AND NOT EXISTS (SELECT FROM billing_orchestration.renewal_attempts a WHERE a.subscription_id = s.id"
                 " AND a.state IN ('PLANNED', 'UNKNOWN', 'PENDING', 'REVIEW'))"
-                # A charge that our records have lost: it is paid, or may yet be.
+                # A charge that is not granted: it is paid, or may be.
                 " AND NOT EXISTS (SELECT FROM billing_orchestration.quarantine q WHERE q.subscription_id = s.id"
                 " AND q.attempt_id IS NOT NULL AND q.resolved_at IS NULL"
-                " AND q.kind IN ('unknown_attempt', 'not_writable'))"
+                " AND q.kind IN ('unknown_attempt', 'not_writable', 'unreadable', 'second_success'))"
             )
             if self.billing_day(row.ended_at.replace(tzinfo=UTC)) <= last
         ]
@@ -189,7 +189,7 @@ class RunsJudge(Judge):
             "                 AND t.kind <> 'refunded' AND t.period_end > s.ended_at)"
             " AND NOT EXISTS (SELECT FROM billing_orchestration.quarantine q"
             "                 WHERE q.subscription_id = s.id AND q.resolved_at IS NULL"
-            "                 AND q.kind IN ('unknown_attempt', 'two_active'))"
+            "                 AND q.kind IN ('unknown_attempt', 'two_active', 'unreadable', 'second_success'))"
         ):
             overdue = (today - self.billing_day(row.ended_at.replace(tzinfo=UTC))).days
             if overdue not in (0, 1) or len(row.currencies or ()) != 1:

@@ -196,6 +196,7 @@ class Process:
                 pass_time=world.pass_time,
                 provider_now=world.provider_now,
                 page_size=world.traits.page_size,
+                unreadable=world.journal.unreadable,
                 inner=None if world.served_url is None else PatientWire(world.served_url),
             )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from datetime import datetime
 from email.utils import format_datetime
 from typing import Any
@@ -60,7 +60,8 @@ class PatientWire(Wire):
 class SimulatedWire:
     """Sends one request, as `provider.wire.Wire` does. `inner` is the real wire when the sandbox is served over HTTP.
 
-    `before` and `after` are called around every request that the client makes: the simulation's hooks.
+    `before` and `after` are called around every request that the client makes: the simulation's hooks. `unreadable`
+    names the payments whose records are garbled whenever they are read.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class SimulatedWire:
         pass_time: Callable[[float], None],
         provider_now: Callable[[], datetime],
         page_size: int,
+        unreadable: Set[str] = frozenset(),
         inner: Any = None,
     ) -> None:
         self._provider = provider
@@ -84,6 +86,7 @@ class SimulatedWire:
         self._after = after
         self._pass_time = pass_time
         self._page_size = page_size
+        self._unreadable = unreadable
         self._inner = inner
 
     def close(self) -> None:
@@ -113,6 +116,8 @@ class SimulatedWire:
             self._in_flight.begin(body or b"", key)
             fault = fault.replace(", and still worked on", " before")
         answer = self._under(fault, execute, read_s)
+        if method == "GET" and self._unreadable:
+            answer = _garbled(answer, self._unreadable)
         self._after(method, key, answer)
         return answer
 
@@ -165,6 +170,18 @@ class SimulatedWire:
 
     def _answer(self, status: int, body: bytes) -> Answer:
         return Answer(status, HTTPHeaderDict(Date=format_datetime(self._provider_now(), usegmt=True)), body)
+
+
+def _garbled(answer: Answer, unreadable: Set[str]) -> Answer:
+    """The answer with the amount of these payments as no client can read it."""
+    try:
+        document = json.loads(answer.body)
+    except ValueError:
+        return answer
+    for record in document.get("items", [document]):
+        if record.get("id") in unreadable:
+            record["amount"] = {"value": "two hundred", "currency": "RUB"}
+    return Answer(answer.status, answer.headers, json.dumps(document).encode())
 
 
 def pick_fault(faults: tuple[tuple[str, int], ...], generator: random.Random) -> str:
