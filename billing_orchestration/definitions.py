@@ -33,15 +33,16 @@ from billing_orchestration.jobs.money_checks import GROUP
 from billing_orchestration.jobs.partitions import DAILY, RECONCILED
 from billing_orchestration.jobs.run_alerts import failed_run_sensor
 from billing_orchestration.jobs.run_report import asset_of
-from billing_orchestration.provider.client import PaymentProvider
 from billing_orchestration.resources import (
-    Clock,
+    Connect,
     RunSettings,
     alerts_resource,
     billing_database_resource,
+    clock_resource,
     connect_provider,
     hand_over_resource,
     payment_provider_resource,
+    uptime_s,
     utc_now,
 )
 from billing_orchestration.settings import Settings, load_settings, renewal_sharding
@@ -90,7 +91,8 @@ def build_definitions(
     load: Callable[[], Settings] = load_settings,
     now: Callable[[], datetime] = utc_now,
     database_now: Callable[[sa.Connection], datetime] = server_clock,
-    connect: Callable[[Settings], PaymentProvider] | None = None,
+    steady_s: Callable[[], float] = uptime_s,
+    connect: Connect | None = None,
     threads: Threads = OF_THE_SYSTEM,
     executor: dg.ExecutorDefinition | None = None,
     renewal_shards: int | None = None,
@@ -115,7 +117,10 @@ def build_definitions(
         # Of the money checks that are launched from the UI.
         executor=dg.in_process_executor,
         resources=_resources(
-            load, Clock(now, database_now), connect or partial(connect_provider, threads=threads, now=now), threads
+            load,
+            clock_resource(now, database_now, steady_s),
+            connect or partial(connect_provider, threads=threads),
+            threads,
         ),
     )
 
@@ -175,15 +180,15 @@ def _plotted_assets() -> Iterator[dg.AssetSpec]:
 
 def _resources(
     load: Callable[[], Settings],
-    clock: Clock,
-    connect: Callable[[Settings], PaymentProvider],
+    clock: dg.ResourceDefinition,
+    connect: Connect,
     threads: Threads,
 ) -> dict[str, Any]:
     return {
         "run": RunSettings(),
         "billing_database": billing_database_resource(load),
         "payment_provider": payment_provider_resource(load, connect),
-        "clock": dg.ResourceDefinition.hardcoded_resource(clock, "The time of the run."),
+        "clock": clock,
         "threads": dg.ResourceDefinition.hardcoded_resource(threads, "What makes the run's threads."),
         "hand_over": hand_over_resource,
         "alerts": alerts_resource(load),

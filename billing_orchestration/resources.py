@@ -45,16 +45,32 @@ def utc_now() -> datetime:
     return datetime.now(timezone.utc)
 
 
+def uptime_s() -> float:
+    """Seconds of a clock that nobody sets. Where the system has such a one, it goes on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 class Clock:
-    """The time of a run, and how PostgreSQL's is asked for. Both are parameters in tests and simulations."""
+    """The time of a run, and how PostgreSQL's is asked for. All of it is a parameter in tests and simulations.
+
+    This machine's clock is read once, when the run begins; one that nobody sets carries its time on. So whoever sets
+    a clock in mid-run changes nothing of that run: what was compared with PostgreSQL's and the provider's is what the
+    run decides by, to its end.
+    """
 
     def __init__(
         self,
         now: Callable[[], datetime] = utc_now,
         database_now: Callable[[sa.Connection], datetime] = server_clock,
+        steady_s: Callable[[], float] = uptime_s,
     ) -> None:
-        self.now = now
+        self._began, self._began_s = now(), steady_s()
+        self._steady_s = steady_s
         self.database_now = database_now
+
+    def now(self) -> datetime:
+        """Aware UTC."""
+        return self._began + timedelta(seconds=self._steady_s() - self._began_s)
 
 
 # How an op names the one before it: Dagster keeps the order, `hand_over` carries what they work on.
@@ -287,19 +303,22 @@ class BillingDatabase:
             engine.dispose()
 
 
+# A client for the shop of some settings, by the clock of a run.
+Connect = Callable[[Settings, Callable[[], datetime]], PaymentProvider]
+
+
 class ProviderConnection:
     """The payment provider. Connected on first use, pooled, closed with the run."""
 
-    def __init__(
-        self, load_settings: Callable[[], Settings], connect: Callable[[Settings], PaymentProvider] | None
-    ) -> None:
+    def __init__(self, load_settings: Callable[[], Settings], connect: Connect, now: Callable[[], datetime]) -> None:
         self._load_settings = load_settings
-        self._connect = connect or connect_provider
+        self._connect = connect
+        self._now = now
 
     @cached_property
     def client(self) -> PaymentProvider:
         """The provider's client. Raises SettingsError, one line."""
-        return self._connect(self._load_settings())
+        return self._connect(self._load_settings(), self._now)
 
     def close(self) -> None:
         """Close the pooled connections."""
@@ -309,9 +328,9 @@ class ProviderConnection:
 
 
 def connect_provider(
-    settings: Settings, threads: Threads = OF_THE_SYSTEM, now: Callable[[], datetime] = utc_now
+    settings: Settings, now: Callable[[], datetime] = utc_now, threads: Threads = OF_THE_SYSTEM
 ) -> PaymentProvider:
-    """The client for the shop of these settings."""
+    """The client for the shop of these settings. `now`: what the provider's clock is compared with."""
     return PaymentProvider(
         shop_id=settings.yookassa_shop_id,
         secret_key=settings.yookassa_secret_key.get_secret_value(),
@@ -352,14 +371,29 @@ def billing_database_resource(load_settings: Callable[[], Settings]) -> dg.Resou
     return billing_database
 
 
-def payment_provider_resource(
-    load_settings: Callable[[], Settings], connect: Callable[[Settings], PaymentProvider] | None = None
+def clock_resource(
+    now: Callable[[], datetime],
+    database_now: Callable[[sa.Connection], datetime],
+    steady_s: Callable[[], float],
 ) -> dg.ResourceDefinition:
+    """The resource `clock`: one per run."""
+
+    @dg.resource(description="The time of the run.")
+    def clock() -> Clock:
+        return Clock(now, database_now, steady_s)
+
+    return clock
+
+
+def payment_provider_resource(load_settings: Callable[[], Settings], connect: Connect) -> dg.ResourceDefinition:
     """The resource `payment_provider`."""
 
-    @dg.resource(description="The payment provider over HTTP (YOOKASSA_API_URL, YOOKASSA_SHOP_ID).")
-    def payment_provider() -> Iterator[ProviderConnection]:
-        provider = ProviderConnection(load_settings, connect)
+    @dg.resource(
+        required_resource_keys={"clock"},
+        description="The payment provider over HTTP (YOOKASSA_API_URL, YOOKASSA_SHOP_ID).",
+    )
+    def payment_provider(context: dg.InitResourceContext) -> Iterator[ProviderConnection]:
+        provider = ProviderConnection(load_settings, connect, context.resources.clock.now)
         try:
             yield provider
         finally:

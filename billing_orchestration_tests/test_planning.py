@@ -17,7 +17,8 @@ from billing_orchestration_tests.jobs.service import Service
 def definitions(service: Service) -> dg.Definitions:
     return build_definitions(
         load=lambda: service.settings,
-        now=lambda: service.now,
+        now=service.host_now,
+        steady_s=service.steady_s,
         connect=service.connect_provider,
         database_now=service.database_now,
     )

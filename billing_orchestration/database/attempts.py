@@ -144,11 +144,11 @@ def count_open_attempts(connection: sa.Connection) -> int:
 class Claimed:
     """`sent_before`: attempts that may be sent now, each with whether it may have been sent before.
     `held`: attempts that the second look forbids, each with why.
-    `at_work`: attempts that the provider may still be at work on, each with when it was last sent."""
+    `at_work_s`: attempts that the provider may still be at work on, each with the seconds until it has finished."""
 
     sent_before: Mapping[uuid.UUID, bool]
     held: Mapping[uuid.UUID, str]
-    at_work: Mapping[uuid.UUID, datetime] = field(default_factory=dict)
+    at_work_s: Mapping[uuid.UUID, float] = field(default_factory=dict)
 
 
 # A statement of its own before each claim: the claim then sees what was committed while the rows were waited for.
@@ -268,7 +268,10 @@ def claim(
     if not attempt_ids:
         return Claimed({}, {})
     locked = connection.execute(_LOCK, {"ids": list(attempt_ids), "done_before": done_before}).all()
-    at_work = {row.id: row.last_sent_at for row in locked if row.is_at_work}
+    longest_s = (stamp.at - done_before).total_seconds()
+    at_work_s = {
+        row.id: min((row.last_sent_at - done_before).total_seconds(), longest_s) for row in locked if row.is_at_work
+    }
     free = [row for row in locked if not row.is_at_work]
     # The subscriptions are locked after the attempts and by id, as settling does.
     connection.execute(_LOCK_SUBSCRIPTIONS, {"ids": list({row.subscription_id for row in free})})
@@ -279,7 +282,7 @@ def claim(
         "shop_id": shop_id,
         "latest": stamp.at + TOLERATED,
     }
-    return _claimed(connection.execute(_statement(_CLAIM, view), bound), at_work)
+    return _claimed(connection.execute(_statement(_CLAIM, view), bound), at_work_s)
 
 
 def _row_of(attempt: Attempt) -> dict[str, Any]:
@@ -302,12 +305,12 @@ def _row_of(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def _claimed(looked: sa.CursorResult[Any], at_work: Mapping[uuid.UUID, datetime] | None = None) -> Claimed:
+def _claimed(looked: sa.CursorResult[Any], at_work_s: Mapping[uuid.UUID, float] | None = None) -> Claimed:
     rows = looked.all()
     return Claimed(
         {row.id: row.sent_before for row in rows if row.is_claimed},
         {row.id: row.why for row in rows if not row.is_claimed},
-        at_work or {},
+        at_work_s or {},
     )
 
 

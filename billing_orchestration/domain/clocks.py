@@ -8,7 +8,6 @@ absence is noted, nothing expires and no watermark moves. What is paid is settle
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -43,56 +42,32 @@ def offset_of(told: datetime, received: datetime, duration: timedelta, resolutio
 
 
 class Readings:
-    """How far another clock is ahead of ours, by each of its last few answers. Any thread may note one.
+    """How far another clock is ahead of ours, by each of its last few answers. Any thread may note one."""
 
-    `now` is our clock, `steady_s` the seconds of one that nobody sets: where our clock has moved against it since the
-    last answer, that answer says nothing about it any more.
-    """
-
-    def __init__(self, now: Callable[[], datetime], steady_s: Callable[[], float]) -> None:
-        self._now, self._steady_s = now, steady_s
+    def __init__(self) -> None:
         self._latest: deque[timedelta] = deque(maxlen=ANSWERS_COMPARED)
-        self._started: datetime | None = None
 
     def note(self, offset: timedelta) -> None:
-        """One more answer. Those from before our clock was set were about another time."""
-        if self._was_set:
-            self._latest = deque(maxlen=ANSWERS_COMPARED)
+        """One more answer."""
         self._latest.append(offset)
-        self._started = self._steady_start()
 
     @property
     def offset(self) -> timedelta | None:
-        """The least suspicious of them; None: there was none. It follows our clock where that was set since."""
-        offset = min(tuple(self._latest), key=abs, default=None)
-        return offset - self._moved if offset is not None and self._was_set else offset
+        """The least suspicious of them; None: there was none."""
+        return min(tuple(self._latest), key=abs, default=None)
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether the last one would condemn our clock, or our clock was set since."""
+        """Whether the last one would condemn the clock."""
         latest = tuple(self._latest)[-1:]
-        return self._was_set or (bool(latest) and abs(latest[0]) > HARMFUL)
+        return bool(latest) and abs(latest[0]) > HARMFUL
 
     @property
     def is_settled(self) -> bool:
         """Whether another answer would not change the verdict: the last one was in order, or none of them was."""
         latest = tuple(self._latest)
         condemned = len(latest) == ANSWERS_COMPARED and all(abs(offset) > HARMFUL for offset in latest)
-        return bool(latest) and not self._was_set and (condemned or not self.is_suspicious)
-
-    @property
-    def _was_set(self) -> bool:
-        return abs(self._moved) > HARMFUL
-
-    @property
-    def _moved(self) -> timedelta:
-        """How far our clock was set ahead since the last answer."""
-        started = self._started
-        return _NONE if started is None else self._steady_start() - started
-
-    def _steady_start(self) -> datetime:
-        """What our clock showed when the steady one was at nought: the same as long as nobody sets it."""
-        return self._now() - timedelta(seconds=self._steady_s())
+        return bool(latest) and (not self.is_suspicious or condemned)
 
 
 @dataclass(frozen=True, slots=True)

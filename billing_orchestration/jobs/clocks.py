@@ -15,7 +15,7 @@ from billing_orchestration.resources import BillingDatabase, Clock, ProviderConn
 def look_at_clocks(database: BillingDatabase, clock: Clock, provider: ProviderConnection | None = None) -> Clocks:
     """PostgreSQL's clock, asked now, and the provider's, by the answers that it has given this run.
 
-    Where its last answer is odd, or our clock was set since, it is asked again.
+    Where its last answer is odd, it is asked again.
     """
     if provider is None:
         return Clocks(database.clock_offset(clock))
@@ -45,7 +45,7 @@ def stop_if_clocks_are_apart(clocks: Clocks) -> None:
 
 
 def clocks_apart(database: BillingDatabase, clock: Clock, provider: ProviderConnection) -> Clocks | None:
-    """The clocks, if one was set since they were compared, by the last answer or by ours. Never raises.
+    """The clocks, if the last answer shows that one was set since they were compared. Never raises.
 
     For between two charges. One odd answer is no wrong clock: the provider is asked again.
     """

@@ -157,7 +157,7 @@ class PaymentProvider:
         self._read_backoff_s = read_backoff_s
         self._threads = threads
         self._now = now
-        self._clock = Readings(now, threads.monotonic)
+        self._clock = Readings()
         self._sleep = sleep
         self._uniform = uniform
         self.rate = RateLimit(max_requests_per_second, clock=threads.monotonic, sleep=sleep)
@@ -177,7 +177,7 @@ class PaymentProvider:
 
     @property
     def is_clock_suspicious(self) -> bool:
-        """Whether the last answer's Date is further off than may be, or our clock was set since."""
+        """Whether the last answer's Date is further off than may be."""
         return self._clock.is_suspicious
 
     def make_sure_of_clock(self) -> None:

@@ -57,22 +57,8 @@ def test_a_clock_is_never_said_to_be_further_off_than_it_is(
 # --- several readings
 
 
-class Ours:
-    """Our clock, and how long the machine has been up."""
-
-    def __init__(self) -> None:
-        self.now, self.up_s = NOW, 1000.0
-
-    def readings(self) -> Readings:
-        return Readings(lambda: self.now, lambda: self.up_s)
-
-    def wait(self, passed: timedelta) -> None:
-        self.now += passed
-        self.up_s += passed.total_seconds()
-
-
 def readings(*offsets: timedelta) -> Readings:
-    noted = Ours().readings()
+    noted = Readings()
     for offset in offsets:
         noted.note(offset)
     return noted
@@ -105,44 +91,6 @@ def test_one_odd_answer_condemns_no_clock_and_three_do(
 ) -> None:
     noted = readings(*offsets)
     assert (noted.is_suspicious, noted.is_settled) == (suspicious, settled)
-
-
-@pytest.mark.parametrize("moved", [6 * MINUTE, -6 * MINUTE, 3 * HOUR])
-def test_a_clock_that_was_set_since_the_last_answer_is_suspicious(moved: timedelta) -> None:
-    ours = Ours()
-    noted = ours.readings()
-    assert not noted.is_suspicious
-    noted.note(SECOND)
-    ours.wait(5 * HOUR)
-    assert (noted.is_suspicious, noted.offset) == (False, SECOND)
-    ours.now += moved
-    # The provider's clock has stayed where it was.
-    assert (noted.is_suspicious, noted.is_settled, noted.offset) == (True, False, SECOND - moved)
-    noted.note(-moved)
-    # What was told before was told to another clock.
-    assert (noted.is_suspicious, noted.is_settled, noted.offset) == (True, False, -moved)
-    ours.now -= moved
-    assert (noted.is_suspicious, noted.offset) == (True, timedelta(0))
-    noted.note(SECOND)
-    assert (noted.is_suspicious, noted.is_settled, noted.offset) == (False, True, SECOND)
-
-
-def test_a_clock_that_is_put_right_by_less_than_harms_is_not_suspicious() -> None:
-    ours = Ours()
-    noted = ours.readings()
-    noted.note(NONE)
-    ours.now += 4 * MINUTE
-    assert (noted.is_suspicious, noted.is_settled, noted.offset) == (False, True, NONE)
-
-
-def test_a_clock_that_three_answers_have_condemned_is_asked_for_again_once_it_was_set() -> None:
-    ours = Ours()
-    noted = ours.readings()
-    for _ in range(3):
-        noted.note(HOUR)
-    assert noted.is_settled
-    ours.now += HOUR
-    assert (noted.is_settled, noted.offset) == (False, NONE)
 
 
 # --- the verdict

@@ -6,10 +6,12 @@ import copy
 import json
 import threading
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
 from billing_orchestration.provider.client import PaymentProvider
+from billing_orchestration.resources import Connect
 from billing_orchestration.settings import Settings
 from billing_orchestration_tests.jobs.service import Run, Service
 
@@ -84,14 +86,14 @@ class Worker:
         self._run: Run | None = None
         self._error: BaseException | None = None
 
-    def _connect_held(self, holds: dict[str, Held]) -> Callable[[Settings], PaymentProvider]:
-        def connect(settings: Settings) -> PaymentProvider:
+    def _connect_held(self, holds: dict[str, Held]) -> Connect:
+        def connect(settings: Settings, now: Callable[[], datetime]) -> PaymentProvider:
             provider = HeldProvider(
                 shop_id=settings.yookassa_shop_id,
                 secret_key=settings.yookassa_secret_key.get_secret_value(),
                 api_url=settings.yookassa_api_url,
                 timeouts=self.service.timeouts,
-                now=lambda: self.service.now,
+                now=now,
             )
             provider.holds = holds
             provider.elsewhere = self._elsewhere

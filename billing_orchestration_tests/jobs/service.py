@@ -116,7 +116,8 @@ class Service(Books):
         # A clock that runs (`utc_now`) instead of `now`, which stands still unless a test moves it.
         self.clock: Callable[[], datetime] | None = None
         # How far the other clocks are ahead of ours.
-        self.database_ahead = self.provider_ahead = timedelta(0)
+        # How far each is ahead of `now`, which is when it really is.
+        self.host_ahead = self.database_ahead = self.provider_ahead = timedelta(0)
         self.is_deaf_to_charges = False
         self.set_time(now)
 
@@ -230,8 +231,9 @@ class Service(Books):
             run_config["ops"] = op_config
         definitions = build_definitions(
             load=load or (lambda: self.settings),
-            now=self.clock or (lambda: self.now),
+            now=self.host_now,
             database_now=self.database_now,
+            steady_s=self.steady_s,
             connect=self.connect_provider,
             threads=threads,
             renewal_shards=shards,
@@ -275,7 +277,7 @@ class Service(Books):
             given.setdefault("ops", {diff: {"webhook_grace_s": WEBHOOK_GRACE_S}})
         return self.run(job, tags={"dagster/schedule_name": f"{job}_schedule"}, **given)
 
-    def connect_provider(self, settings: Settings) -> PaymentProvider:
+    def connect_provider(self, settings: Settings, now: Callable[[], datetime] | None = None) -> PaymentProvider:
         """The client, with short waits."""
         return (Deaf if self.is_deaf_to_charges else PaymentProvider)(
             shop_id=settings.yookassa_shop_id,
@@ -284,12 +286,23 @@ class Service(Books):
             timeouts=self.timeouts,
             read_attempts=3,
             read_backoff_s=0.01,
-            now=self.clock or (lambda: self.now),
+            now=now or self.host_now,
         )
+
+    def _true_now(self) -> datetime:
+        return self.clock() if self.clock is not None else self.now
+
+    def host_now(self) -> datetime:
+        """This machine's clock."""
+        return self._true_now() + self.host_ahead
+
+    def steady_s(self) -> float:
+        """The clock that nobody sets: time passes with `now`."""
+        return self._true_now().timestamp()
 
     def database_now(self, _: sa.Connection) -> datetime:
         """PostgreSQL's clock."""
-        return (self.clock() if self.clock is not None else self.now) + self.database_ahead
+        return self._true_now() + self.database_ahead
 
     # --- the books
 

@@ -118,7 +118,8 @@ def test_the_link_of_the_preview_opens_the_launchpad_that_applies_it(service: Se
     assert config["ops"]["fetch_due_subscriptions"]["config"] == {"max_overdue_days": 9}
     definitions = build_definitions(
         load=lambda: service.settings,
-        now=lambda: service.now,
+        now=service.host_now,
+        steady_s=service.steady_s,
         database_now=service.database_now,
         connect=service.connect_provider,
     )

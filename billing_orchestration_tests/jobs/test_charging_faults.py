@@ -626,14 +626,14 @@ class SimulatedTime:
         self.passed_s = 0.0
         self.threads = OrderedThreads(random.Random(1), lambda: self.passed_s, self._pass)
         timeouts = service.timeouts
-        service.connect_provider = lambda settings: PaymentProvider(  # type: ignore[method-assign]
+        service.connect_provider = lambda settings, now=service.host_now: PaymentProvider(  # type: ignore[method-assign]
             shop_id=settings.yookassa_shop_id,
             secret_key=settings.yookassa_secret_key.get_secret_value(),
             api_url=settings.yookassa_api_url,
             timeouts=timeouts,
             threads=self.threads,
             sleep=self._pass,
-            now=lambda: service.now,
+            now=now,
         )
 
     def _pass(self, more: float) -> None:

@@ -112,17 +112,12 @@ def test_a_provider_that_does_not_say_what_time_it_is_is_not_charged_at(service:
     assert service.rows("renewal_attempts") == []
 
 
-@pytest.mark.parametrize("whose", ["the provider's", "ours"])
-def test_a_clock_that_is_set_in_mid_run_stops_charging_with_the_next_answer(service: Service, whose: str) -> None:
+def test_the_providers_clock_set_in_mid_run_stops_charging_with_the_next_answer(service: Service) -> None:
     for _ in range(5):
         service.subscriber()
 
     def jump(answer: Any) -> Any:
-        if whose == "ours":
-            service.now += 3 * HOUR
-            service.database_ahead = -3 * HOUR
-        else:
-            service.sandbox.clock.advance(-3 * HOUR)
+        service.sandbox.clock.advance(-3 * HOUR)
         return answer
 
     service.sandbox.misbehave("create", "change", skip=1, transform=jump)
@@ -131,104 +126,99 @@ def test_a_clock_that_is_set_in_mid_run_stops_charging_with_the_next_answer(serv
 
     assert not run.ok
     assert len(service.charges()) == 2
-    wrong = "this machine's clock is 2 h 59 min ahead of" if whose == "ours" else "the provider's clock is 2 h 59 min"
-    assert wrong in run.failure
+    assert "the provider's clock is 2 h 59 min" in run.failure
     assert "Nothing more was charged" in run.failure
     assert code(service, run) == "ClocksApart"
     assert [attempt.state for attempt in service.rows("renewal_attempts")] == ["SUCCEEDED"] * 2
     service.check_books()
 
 
-def test_a_clock_that_is_set_before_the_first_charge_is_seen_before_it(service: Service) -> None:
-    subscriptions = [service.subscriber() for _ in range(3)]
+def sets_our_clock(service: Service, ahead: timedelta) -> Callable[[Any], Any]:
+    """What sets this machine's clock while an answer is on its way."""
 
-    def jump(answer: Any) -> Any:
-        service.now += 3 * HOUR
-        service.database_ahead = -3 * HOUR
+    def change(answer: Any) -> Any:
+        service.host_ahead += ahead
         return answer
 
-    # Each card's purchase is asked about, after the clocks were compared.
-    service.sandbox.misbehave("get", "change", transform=jump)
+    return change
+
+
+@pytest.mark.parametrize("when", ["list", "get", "create"])
+@pytest.mark.parametrize("hours", [3, -3, 30])
+def test_our_clock_set_in_mid_run_changes_nothing_of_the_run(service: Service, hours: int, when: str) -> None:
+    # A claim says when its key was first sent, and so until when it may be sent again.
+    subscriptions = [service.subscriber() for _ in range(3)]
+    lost = service.attempt(service.subscriber(), first_sent_at=NOON - 25 * HOUR)
+    service.sandbox.misbehave(when, "change", transform=sets_our_clock(service, hours * HOUR))
+    service.sandbox.misbehave("create", "cut_after", skip=1)
+
+    service.run(AUTOPAYMENT, ops={"charge_renewals": {"max_concurrency": 1, "max_sends": 1}})
+
+    assert service.charged() == Counter(subscriptions)
+    sent = [attempt for attempt in service.rows("renewal_attempts") if attempt.id != lost.id]
+    assert [attempt.first_sent_at for attempt in sent] == [NOON] * 3
+    # Three hours earlier, a second scan right after this one would give it up.
+    assert service.read_attempt(lost.id).first_absent_at == NOON
+    assert service.watermark(AUTOPAYMENT) == NOON
+
+
+@pytest.mark.parametrize("hours", [3, -3, 24])
+def test_a_wrong_clock_that_is_put_right_in_mid_run_stays_wrong_for_the_run(service: Service, hours: int) -> None:
+    service.subscriber()
+    service.subscriber(ended_at=NOON + 24 * HOUR)
+    service.attempt(service.subscriber(), first_sent_at=NOON - 25 * HOUR, first_absent_at=NOON - 10 * MINUTE)
+    service.host_ahead = hours * HOUR
+    service.sandbox.misbehave("list", "change", transform=sets_our_clock(service, -hours * HOUR))
 
     run = service.run(AUTOPAYMENT)
 
     assert not run.ok
-    assert service.sandbox.count("create") == 0
-    assert "this machine's clock is 2 h 59 min ahead of" in run.failure
-    assert "Nothing more was charged" in run.failure
     assert code(service, run) == "ClocksApart"
-    service.now -= 3 * HOUR
-    service.database_ahead = timedelta(0)
-    assert service.run(AUTOPAYMENT).ok
-    assert service.charged() == Counter(subscriptions)
+    assert service.sandbox.count("create") == 0
+    assert [attempt.state for attempt in service.rows("renewal_attempts")] == ["UNKNOWN"]
+    assert service.watermark(AUTOPAYMENT) == NOON  # as before
 
 
-class SetsTheClock(Threads):
-    """Our clock is set when charging begins: no answer of the provider's shows it before the first charge."""
+class SetsPostgresClock(Threads):
+    """PostgreSQL's clock is set when charging begins."""
 
-    def __init__(self, service: Service, ahead: timedelta, *, database_too: bool) -> None:
-        self._service, self._ahead, self._database_too = service, ahead, database_too
+    def __init__(self, service: Service, ahead: timedelta) -> None:
+        self._service, self._ahead = service, ahead
 
     def start(self, target: Callable[..., None], *given: Any, name: str) -> Thread:
         if name == "claim":
-            self._service.now += self._ahead
-            if not self._database_too:
-                self._service.database_ahead -= self._ahead
+            self._service.database_ahead = self._ahead
         return super().start(target, *given, name=name)
 
 
-@pytest.mark.parametrize("database_too", [False, True], ids=["ours alone", "PostgreSQL's too"])
 @pytest.mark.parametrize("hours", [3, -3])
-def test_nothing_is_claimed_by_a_clock_that_was_set_since_it_was_compared(
-    service: Service, hours: int, database_too: bool
-) -> None:
-    # Its claim would say when the key was first sent, and so until when it may be sent again.
+def test_nothing_is_claimed_once_postgresqls_clock_was_set(service: Service, hours: int) -> None:
     subscriptions = [service.subscriber() for _ in range(3)]
     again = service.subscriber()
     service.attempt(again, method=f"method-{again}", first_sent_at=NOON - 2 * HOUR)
 
-    run = service.run(AUTOPAYMENT, threads=SetsTheClock(service, hours * HOUR, database_too=database_too))
+    run = service.run(AUTOPAYMENT, threads=SetsPostgresClock(service, hours * HOUR))
 
     assert not run.ok
     assert service.sandbox.count("create") == 0
     assert [attempt.last_sent_at for attempt in service.rows("renewal_attempts")] == [NOON - 2 * HOUR]
-    assert "set it by NTP" in run.failure
+    assert "PostgreSQL's clock" in run.failure
     assert "Nothing more was charged" in run.failure
     assert code(service, run) == "ClocksApart"
-    service.now, service.database_ahead = NOON, timedelta(0)
+    service.database_ahead = timedelta(0)
     assert service.run(AUTOPAYMENT).ok
     assert service.charged() == Counter([*subscriptions, again])
 
 
-def test_a_machine_that_slept_asks_the_provider_for_the_time_and_goes_on(service: Service) -> None:
-    subscriptions = [service.subscriber() for _ in range(3)]
-    # Its steady clock has stood still meanwhile, the three others have not.
-    service.sandbox.misbehave(
-        "list", "change", times=None, transform=lambda answer: service.sandbox.clock.set(service.now) or answer
-    )
+@pytest.mark.parametrize("minutes", [1, -1, 4])
+def test_a_claim_has_postgresqls_time_which_is_the_same_for_every_machine(service: Service, minutes: int) -> None:
+    subscription = service.subscriber()
+    service.host_ahead = minutes * MINUTE
 
-    run = service.run(AUTOPAYMENT, threads=SetsTheClock(service, 3 * HOUR, database_too=True))
+    assert service.run(AUTOPAYMENT).ok
 
-    assert run.ok, run.failure
-    assert service.charged() == Counter(subscriptions)
-
-
-def test_a_clock_that_is_set_after_it_was_compared_changes_no_decision(service: Service) -> None:
-    lost = service.attempt(service.subscriber(), first_sent_at=NOON - 25 * HOUR)
-    service.subscriber()
-
-    def jump(answer: Any) -> Any:
-        service.now -= 3 * HOUR
-        return answer
-
-    service.sandbox.misbehave("get", "change", transform=jump)
-
-    run = service.run(AUTOPAYMENT)
-
-    assert not run.ok
-    assert code(service, run) == "ClocksApart"
-    # Three hours earlier, a second scan right after this one would give it up.
-    assert service.read_attempt(lost.id).first_absent_at == NOON
+    [attempt] = service.attempts(subscription)
+    assert (attempt.first_sent_at, attempt.last_sent_at) == (NOON, NOON)
 
 
 def test_one_odd_answer_among_good_ones_stops_nobody(service: Service) -> None:

@@ -318,7 +318,12 @@ def test_many_that_are_unpaid_there_take_a_page_of_the_list_instead_of_a_request
 
 
 def test_pages_of_rows_that_are_of_one_time_read_its_list_once(service: Service) -> None:
-    inquiry = Inquiry(ProviderConnection(lambda: service.settings, service.connect_provider), 8, OF_THE_SYSTEM, print)
+    inquiry = Inquiry(
+        ProviderConnection(lambda: service.settings, service.connect_provider, service.host_now),
+        8,
+        OF_THE_SYSTEM,
+        print,
+    )
     at = service.now - timedelta(days=8)
     names = [there(service, f"canceled-{number}", "canceled") for number in range(60)]
     rows = [StalePayment(number, name, None, created_at=at) for number, name in enumerate(names)]
@@ -330,7 +335,12 @@ def test_pages_of_rows_that_are_of_one_time_read_its_list_once(service: Service)
 
 
 def test_pages_of_rows_that_follow_within_seconds_use_what_the_first_of_them_has_read(service: Service) -> None:
-    inquiry = Inquiry(ProviderConnection(lambda: service.settings, service.connect_provider), 8, OF_THE_SYSTEM, print)
+    inquiry = Inquiry(
+        ProviderConnection(lambda: service.settings, service.connect_provider, service.host_now),
+        8,
+        OF_THE_SYSTEM,
+        print,
+    )
     first = service.now - timedelta(days=8)
     rows = []
     for number in range(80):

@@ -64,8 +64,8 @@ class Looks:
         service = self.service
         resources = {
             "billing_database": BillingDatabase(lambda: self.settings),
-            "payment_provider": ProviderConnection(lambda: self.settings, service.connect_provider),
-            "clock": Clock(lambda: service.now, service.database_now),
+            "payment_provider": ProviderConnection(lambda: self.settings, service.connect_provider, service.host_now),
+            "clock": Clock(service.host_now, service.database_now, service.steady_s),
         }
         with dg.build_schedule_context(
             instance=self.history, scheduled_execution_time=at or service.now, resources=resources
@@ -363,7 +363,8 @@ def test_dagsters_daemon_gets_the_words_the_run_and_never_an_error(looks: Looks)
     service = looks.service
     repository = build_definitions(
         load=lambda: looks.settings,
-        now=lambda: service.now,
+        now=service.host_now,
+        steady_s=service.steady_s,
         database_now=service.database_now,
         connect=service.connect_provider,
     ).get_repository_def()

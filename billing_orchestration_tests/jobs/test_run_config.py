@@ -354,7 +354,10 @@ def test_an_op_that_is_launched_without_those_before_it_says_so_and_changes_noth
     with_work_for(service, job)
     before = everything(service)
     definitions = build_definitions(
-        load=lambda: service.settings, now=lambda: service.now, database_now=service.database_now
+        load=lambda: service.settings,
+        now=service.host_now,
+        database_now=service.database_now,
+        steady_s=service.steady_s,
     )
     definition = definitions.get_job_def(job)
 

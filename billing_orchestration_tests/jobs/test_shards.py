@@ -463,7 +463,8 @@ def test_limits_are_shared_by_what_runs_at_once(
     service.subscriber()
     definitions = build_definitions(
         load=lambda: service.settings,
-        now=lambda: service.now,
+        now=service.host_now,
+        steady_s=service.steady_s,
         database_now=service.database_now,
         connect=service.connect_provider,
         executor=on_machines(executor) if executor else None,

@@ -204,7 +204,7 @@ _values = st.recursive(
 def _storable_by_postgresql(value: Any) -> bool:
     text = json.dumps(value, allow_nan=False, ensure_ascii=False)
     text.encode("utf-8")  # lone surrogates raise
-    return "\\u0000" not in json.dumps(value)
+    return "\\u0000" not in json.dumps(value).replace("\\\\", "")
 
 
 @settings(max_examples=300, deadline=None)

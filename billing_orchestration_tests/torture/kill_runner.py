@@ -12,7 +12,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cache, partial
@@ -127,7 +127,7 @@ def _execute(case: Case, tell: Any) -> None:
     )
     now = datetime.fromisoformat(case.now)
 
-    def connect(settings: Settings) -> PaymentProvider:
+    def connect(settings: Settings, now: Callable[[], datetime]) -> PaymentProvider:
         return PaymentProvider(
             shop_id=settings.yookassa_shop_id,
             secret_key=settings.yookassa_secret_key.get_secret_value(),
@@ -135,11 +135,16 @@ def _execute(case: Case, tell: Any) -> None:
             timeouts=Timeouts(2.0, charge_read_s=case.patience_s, read_s=case.patience_s, charge_done_s=0.0),
             read_attempts=3,
             read_backoff_s=0.01,
-            now=lambda: now,
+            now=now,
         )
 
     definitions = build_definitions(
-        load=lambda: settings, now=lambda: now, database_now=lambda _: now, connect=connect, renewal_shards=case.shards
+        load=lambda: settings,
+        now=lambda: now,
+        database_now=lambda _: now,
+        steady_s=lambda: 0.0,
+        connect=connect,
+        renewal_shards=case.shards,
     )
     ops = {name: {"config": value} for name, value in case.ops.items()}
     config = {**case.config, **({"ops": {**case.config.get("ops", {}), **ops}} if ops else {})}

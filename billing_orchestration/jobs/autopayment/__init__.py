@@ -114,12 +114,14 @@ def fetch_open_renewals(
 
 
 @dg.op(description="Decide each: charge, send again, conclude, or leave with the reason.", ins=AFTER)
-def diff_renewals(context: dg.OpExecutionContext, hand_over: dg.ResourceParam[HandOver]) -> None:
+def diff_renewals(
+    context: dg.OpExecutionContext, clock: dg.ResourceParam[Clock], hand_over: dg.ResourceParam[HandOver]
+) -> None:
     """One decision for each open attempt and each due subscription."""
     with told_plainly():
         asked = hand_over.take(AskedRenewals)
     scope = asked.renewals.scope
-    decisions = decide(asked)
+    decisions = decide(asked, clock)
     all_shown = [shown(decision) for decision in decisions]
     changes = {line_of(decision): decision for decision in decisions if not isinstance(decision, NotCharged)}
     stop_before_applying(over_limit(len(changes), scope.max_changes), all_shown)

@@ -6,7 +6,7 @@ index and the idempotence key hold that. Each attempt goes through five steps, i
 1. lock      a session lock on the attempt, so that no two processes send one key at the same time
 2. claim     one transaction, committed: the subscription is checked again under lock; a new attempt is written PLANNED
              with its exact body, its key and `first_sent_at`; one that is sent again gets a new `last_sent_at`. Both by
-             a clock that nobody has set since it was compared, for they tell how old the key is
+             PostgreSQL's clock, which is the same for all: they tell how old the key is, and who may still be at work
 3. send      the POST, with no transaction open
 4. conclude  one transaction, committed: on success the payment row, the extension, the settlement and the attempt
              SUCCEEDED, together; otherwise the attempt's new state
@@ -23,13 +23,14 @@ its metadata. Killed between 4 and 5: the lock ends with the session.
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
 from billing_orchestration.database.attempts import Claimed, claim, close, excuse, open_and_claim, try_lock, unlock
 from billing_orchestration.database.audit import Stamp
 from billing_orchestration.database.engine import keep_to_indexes, translated
+from billing_orchestration.database.health import server_clock
 from billing_orchestration.database.one_by_one import NotWritten, Witnesses, one_by_one
 from billing_orchestration.database.settling import Settled, settle_batch
 from billing_orchestration.domain.answers import (
@@ -73,11 +74,6 @@ class ChargesPayments(Protocol):
     is_live: bool
     charge_done_s: float
     rate: RateLimit
-
-    @property
-    def is_clock_suspicious(self) -> bool:
-        """Whether the last answer's Date is further off than may be, or our clock was set since."""
-        ...
 
     def create_payment(
         self, body: str, idempotence_key: str, before_send: Callable[[], None] | None = None
@@ -150,8 +146,8 @@ class Charging:
     """The five steps. Each takes as many attempts as can share its statements.
 
     `locks` is a connection in autocommit whose session holds the locks. `make_stamp` gives job, run id and the present
-    moment; `clocks_apart` says after an answer whether a clock was set in mid-run. Every step raises
-    DatabaseUnavailable when the database is gone.
+    moment; `clocks_apart` says after an answer whether the provider's clock was set in mid-run, `database_now` what
+    time it is by PostgreSQL's. Every step raises DatabaseUnavailable when the database is gone.
     """
 
     database: BillingDatabase
@@ -162,6 +158,7 @@ class Charging:
     claim_witnesses: Witnesses = field(default_factory=Witnesses)
     conclude_witnesses: Witnesses = field(default_factory=Witnesses)
     clocks_apart: Callable[[], Clocks | None] = lambda: None
+    database_now: Callable[["sa.Connection"], datetime] = server_clock
 
     def lock_session(self) -> "sa.Connection":
         """A session that holds locks. It is not the pool's: closing it ends every lock, whatever went wrong."""
@@ -208,14 +205,14 @@ class Charging:
             else:
                 claims.claimed.update(result.sent_before)
                 claims.held.update(result.held)
-                claims.wait_s.update({id_: self.at_work_s(sent_at) for id_, sent_at in result.at_work.items()})
+                claims.wait_s.update(result.at_work_s)
 
     def _claim_together(self, connection: "sa.Connection", group: Sequence[Work]) -> Claimed:
         """One transaction; all of them new, or all sent again."""
-        stamp = self._stamp_of_claim()
         with translated(), connection.begin():
+            stamp = self._stamp_of_claim(connection)
             for work in group:
-                work.claimed_at = stamp.at
+                work.claimed_at = self.make_stamp().at
             settings = self.database.settings
             view = settings.billing_renewal_view
             if group[0].is_to_be_opened:
@@ -230,17 +227,14 @@ class Charging:
                 view,
             )
 
-    def _stamp_of_claim(self) -> Stamp:
-        """The moment of a claim, by a clock that nobody has set since it was compared: it tells how old a key is.
-
-        Raises ClockWasSet.
-        """
+    def _stamp_of_claim(self, connection: "sa.Connection") -> Stamp:
+        """The moment of a claim, by PostgreSQL's clock. Raises ClockWasSet where that is too far from the run's own."""
         stamp = self.make_stamp()
-        if not self.provider.is_clock_suspicious:
-            return stamp
-        if (clocks := self.clocks_apart()) is not None:
+        told = self.database_now(connection)
+        clocks = Clocks(database=told - stamp.at)
+        if not clocks.may_be_trusted:
             raise ClockWasSet(str(clocks))
-        return self.make_stamp()
+        return replace(stamp, at=told)
 
     def at_work_s(self, claimed_at: datetime) -> float:
         """For how many more seconds the provider may be at work on a send that was claimed then and got no answer."""

@@ -172,7 +172,7 @@ def _stop_if_over(
     for shard in divide(shards):
         renewals = read_renewals(database, clock, scope, max_overdue_days, shard)
         asked = ask_about_open(renewals, database, provider, clock, threads)
-        decisions = [decision for decision in decide(asked) if not isinstance(decision, NotCharged)]
+        decisions = [decision for decision in decide(asked, clock) if not isinstance(decision, NotCharged)]
         changes += len(decisions)
         first.extend(shown(decision) for decision in decisions[: 100 - len(first)])
     stop_before_applying(over_limit(changes, max_changes), first)
@@ -202,7 +202,7 @@ def renew_shard(
         if scope.dry_run:
             # What is lost was settled before any shard began, if it may be.
             asked = ask_for_lost(asked, billing_database, payment_provider, clock)
-        plan = plan_of(asked, decide(asked))
+        plan = plan_of(asked, decide(asked, clock))
         del renewals, asked
         apply_plan(
             context,
@@ -248,7 +248,8 @@ def _agreed(context: dg.OpExecutionContext, run: RunSettings, clock: Clock) -> t
         raise RunRefused(LAUNCHED_ALONE)
     division = Division.from_text(told)
     scope = run.scope(context, clock, whole_days=True)
-    return replace(scope, as_of=division.as_of, source=division.source), division
+    # Another process has read another clock: no shard looks ahead of its own.
+    return replace(scope, as_of=min(division.as_of, clock.now()), source=division.source), division
 
 
 def limits_of_a_shard(config: ChargingConfig, at_once: int) -> ChargingConfig:

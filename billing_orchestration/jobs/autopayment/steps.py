@@ -123,11 +123,7 @@ class Renewals:
 
 @dataclass(frozen=True)
 class AskedRenewals:
-    """Both slices: what is due, and what the provider says about open attempts.
-
-    `at`: the moment of our clock at which the clocks were compared. Every decision is made for it: a clock that is set
-    after that changes none.
-    """
+    """Both slices: what is due, and what the provider says about open attempts."""
 
     renewals: Renewals
     view: ProviderView
@@ -135,7 +131,6 @@ class AskedRenewals:
     asked_about: int
     searched_for: int
     clocks: Clocks
-    at: datetime
     answers: tuple[MethodAnswer, ...] = ()
     search: Search = field(default_factory=Search)
 
@@ -155,7 +150,6 @@ class RenewalPlan:
     extra: tuple[ProviderPayment, ...]
     unusable: tuple[UnusablePayment, ...]
     clocks: Clocks
-    at: datetime
     search: Search
     refused: tuple[Decision, ...] = ()
     answers: tuple[MethodAnswer, ...] = ()
@@ -199,20 +193,19 @@ def ask_about_open(
     """
     ours = (None, renewals.rules.shop_id)
     attempts = [attempt for attempt in renewals.slice.open_attempts if attempt.shop_id in ours]
-    if attempts or renewals.slice.due:
-        provider.client.make_sure_of_clock()
-    now = clock.now()
-    clocks = look_at_clocks(database, clock, provider)
     pending = [attempt for attempt in attempts if attempt.state == State.PENDING]
-    lost = attempts_to_search(attempts, now)
+    lost = attempts_to_search(attempts, clock.now())
     views = []
     unusable: list[UnusablePayment] = []
     if pending:
         views.append(_ask_about(pending, provider, threads))
     if lost:
-        view, odd = _search(lost, provider, now)
+        view, odd = _search(lost, provider, clock.now())
         views.append(view)
         unusable.extend(odd)
+    if attempts or renewals.slice.due:
+        provider.client.make_sure_of_clock()
+    clocks = look_at_clocks(database, clock, provider)
     view = merge_views(views)
     due, closed = conclude_in(renewals.slice.due, attempts, view)
     still_open = tuple(attempt for attempt in renewals.slice.open_attempts if attempt.id not in closed)
@@ -220,12 +213,12 @@ def ask_about_open(
         replace(renewals.slice, due=tuple(due), open_attempts=still_open),
         provider.client,
         database.read,
-        now=now,
+        now=clock.now(),
         rules=renewals.rules,
         threads=threads,
     )
     renewals = replace(renewals, slice=replace(renewals.slice, due=found.due))
-    return AskedRenewals(renewals, view, tuple(unusable), len(pending), len(lost), clocks, now, answers)
+    return AskedRenewals(renewals, view, tuple(unusable), len(pending), len(lost), clocks, answers)
 
 
 def ask_for_lost(
@@ -273,14 +266,14 @@ def _search(
     return merge_views(views), unusable
 
 
-def decide(asked: AskedRenewals) -> list[RenewalDecision]:
+def decide(asked: AskedRenewals, clock: Clock) -> list[RenewalDecision]:
     """One decision for each open attempt and each due subscription, and for examples of what is overdue by too much."""
     renewals = asked.renewals
     decisions = decide_renewals(
         renewals.slice.due,
         renewals.slice.open_attempts,
         asked.view,
-        now=asked.at,
+        now=clock.now(),
         rules=renewals.rules,
         in_review=renewals.slice.in_review,
         holds=asked.holds,
@@ -315,7 +308,6 @@ def plan_of(
         asked.view.extra,
         asked.unusable,
         asked.clocks,
-        asked.at,
         asked.search,
         tuple(refused),
         asked.answers,
@@ -418,7 +410,7 @@ def _conclude_open(
             closings.append(Closing(decision.attempt, State.VOID, decision.reason, as_read=True))
         elif isinstance(decision, NoteAbsence):
             attempt = decision.attempt
-            closings.append(Closing(attempt, attempt.state, decision.reason, as_read=True, absent_since=plan.at))
+            closings.append(Closing(attempt, attempt.state, decision.reason, as_read=True, absent_since=stamp.at))
 
     def write(part: Sequence[Closing]) -> set[uuid.UUID]:
         with database.begin() as connection:
@@ -465,6 +457,7 @@ def _charge(
         lambda: Stamp(JOB, plan.scope.run_id, clock.now()),
         lambda line: context.log.info(printable(line)),
         clocks_apart=lambda: clocks_apart(database, clock, provider),
+        database_now=clock.database_now,
     )
     limits = ChargingLimits(config.max_concurrency, config.max_sends, config.resend_wait_s)
     pipeline = Pipeline(charging, limits, threads)

@@ -103,7 +103,7 @@ class Charges:
         claimed_at = world.oracle.claimed_at(key)
         if claimed_at is not None and abs(claimed_at - world.now) > HARMFUL + timedelta(minutes=1):
             world.fault(f"CLAIMED BY A WRONG CLOCK: key {key} is sent, and was claimed at {claimed_at}")
-        claimed_at = world.now if claimed_at is None else min(world.now, claimed_at - world.host_error)
+        claimed_at = world.now if claimed_at is None else min(world.now, claimed_at - world.database_error)
         # What seems to be long ago was written down before our clock was set.
         self._claimed[key] = claimed_at if world.now - claimed_at < PROVIDER_HAS_FINISHED else world.now
         too_soon = before is not None and self._claimed[key] - before < PROVIDER_HAS_FINISHED

@@ -218,7 +218,7 @@ class SendsJudge(Judge):
         return found
 
     def claimed_at(self, key: str) -> datetime | None:
-        """When the run that is about to send a key has claimed it, by our host's clock."""
+        """When the run that is about to send a key has claimed it, by PostgreSQL's clock."""
         rows = self.rows(
             "SELECT last_sent_at FROM billing_orchestration.renewal_attempts WHERE idempotence_key::text = %s", key
         )

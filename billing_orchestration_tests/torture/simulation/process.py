@@ -182,8 +182,8 @@ class Process:
         for session in sorted(self.sessions):
             self.world.oracle.rows("SELECT pg_terminate_backend(%s, 60000)", session)
 
-    def connect(self, settings: Any) -> SimulatedProvider:
-        """The provider's client of this process."""
+    def connect(self, settings: Any, now: Callable[[], datetime]) -> SimulatedProvider:
+        """The provider's client of this process, by the clock of its run."""
         world = self.world
 
         def wire() -> SimulatedWire:
@@ -204,7 +204,7 @@ class Process:
             settings,
             wire,
             self.threads,
-            world.host_now,
+            now,
             lambda seconds: world.pass_time(min(seconds, 5.0)),
             self.accidents.generator,
         )

@@ -288,8 +288,8 @@ class World:
         process = Process(self, accidents, tick)
         database = self._database = self._database or SimulatedDatabase(self)
         database.process = process
-        provider = ProviderConnection(lambda: self.settings, process.connect)
-        clock = Clock(self.host_now, lambda _: self.database_now())
+        clock = Clock(self.host_now, lambda _: self.database_now(), self.seconds)
+        provider = ProviderConnection(lambda: self.settings, process.connect, clock.now)
         try:
             found = look(job, COMPARE[job], database, provider, clock, tick + self.host_error)
         except (BillingDatabaseError, ProviderError) as error:
@@ -323,12 +323,13 @@ class World:
                 self.fault(words)
 
     def _run_ops(self, process: Process, job: str, order: Order, database: SimulatedDatabase) -> RunEnd:
-        provider = ProviderConnection(lambda: self.settings, process.connect)
+        clock = Clock(self.host_now, lambda _: self.database_now(), self.seconds)
+        provider = ProviderConnection(lambda: self.settings, process.connect, clock.now)
         resources = {
             "run": RunSettings(as_of=order.as_of, dry_run=order.dry_run),
             "billing_database": database,
             "payment_provider": provider,
-            "clock": Clock(self.host_now, lambda _: self.database_now()),
+            "clock": clock,
             "threads": process.threads,
             "hand_over": HandOver(),
         }
@@ -342,6 +343,7 @@ class World:
             load=lambda: self.settings,
             now=self.host_now,
             database_now=lambda _: self.database_now(),
+            steady_s=self.seconds,
             connect=process.connect,
             threads=process.threads,
         )
