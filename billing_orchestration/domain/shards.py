@@ -73,6 +73,10 @@ class Division:
     at_once: int
     max_overdue_days: int
 
+    def as_of_at(self, now: datetime) -> datetime:
+        """What a shard stands for: never later than its own clock, whatever the process that divided has read."""
+        return min(self.as_of, now)
+
     def to_text(self) -> str:
         """As text, for the run's record."""
         return json.dumps(

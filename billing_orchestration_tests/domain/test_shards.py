@@ -43,3 +43,9 @@ def test_a_text_that_is_no_division_is_refused(text: str) -> None:
 def test_the_shards_that_run_at_a_time_share_the_runs_limit(limit: int, at_once: int, expected: int) -> None:
     assert share(limit, at_once) == expected
     assert share(limit, at_once) * at_once <= max(limit, at_once)
+
+
+def test_a_shard_does_not_look_ahead_of_its_own_clock() -> None:
+    noon, later = datetime(2026, 3, 12, 12, tzinfo=timezone.utc), datetime(2026, 3, 13, tzinfo=timezone.utc)
+    assert Division(later, "now", 2, 30).as_of_at(noon) == noon
+    assert Division(noon, "now", 2, 30).as_of_at(later) == noon

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 
@@ -52,6 +53,38 @@ def test_a_charge_whose_connection_is_cut_while_the_provider_works_is_charged_on
     # The others did not wait for it.
     assert methods.index(f"method-{slow}") == 0
     assert methods[-1] == f"method-{slow}"
+    service.check_books()
+
+
+@pytest.mark.parametrize("seconds", [10, 110])
+def test_a_clock_that_is_set_ahead_while_the_provider_works_brings_no_second_send_forward(
+    live: Service, seconds: int
+) -> None:
+    service = live
+    slow = service.subscriber()
+    at_work_on(service, slow)
+    service.timeouts = Timeouts(connect_s=2.0, charge_read_s=0.5, read_s=2.0, charge_done_s=_DONE_S)
+    run = service.begin(JOB)
+    wait_until(lambda: service.sandbox.count("create") == 1)
+    service.host_ahead = timedelta(seconds=seconds)
+
+    assert run().ok
+
+    assert service.charged() == Counter([slow])
+    service.check_books()
+
+
+def test_another_machine_whose_clock_is_ahead_waits_as_long_as_any_other(live: Service) -> None:
+    service = live
+    slow = service.subscriber()
+    at_work_on(service, slow)
+    service.timeouts = Timeouts(connect_s=2.0, charge_read_s=0.3, read_s=2.0, charge_done_s=_DONE_S)
+    assert not service.run(JOB, ops={"charge_renewals": {"max_sends": 1}}).ok
+    service.host_ahead = timedelta(seconds=110)
+
+    assert service.run(JOB).ok
+
+    assert service.charged() == Counter([slow])
     service.check_books()
 
 

@@ -179,6 +179,24 @@ def test_a_wrong_clock_that_is_put_right_in_mid_run_stays_wrong_for_the_run(serv
     assert service.watermark(AUTOPAYMENT) == NOON  # as before
 
 
+@pytest.mark.parametrize("job", [*MATCHING, PAYMENTS, RECONCILIATION])
+def test_a_wrong_clock_that_is_put_right_in_mid_run_moves_nothing_in_any_job(service: Service, job: str) -> None:
+    if job in MATCHING:
+        service.tick(job)
+    service.payment(service.paid_there("old", status="pending"), created_at=NOON - 5 * 24 * HOUR)
+    before = service.watermark(job)
+    service.host_ahead = 3 * 24 * HOUR
+    service.sandbox.misbehave("list", "change", transform=sets_our_clock(service, -3 * 24 * HOUR))
+
+    run = service.run(job)
+
+    assert not run.ok
+    assert code(service, run) == "ClocksApart"
+    assert service.watermark(job) == before
+    assert service.rows("reconciled_days") == []
+    assert [row.status for row in service.rows("payments")] == ["PENDING"]
+
+
 class SetsPostgresClock(Threads):
     """PostgreSQL's clock is set when charging begins."""
 

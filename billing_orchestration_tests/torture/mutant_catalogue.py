@@ -1050,8 +1050,8 @@ FURTHER = (
         (
             Edit(
                 "jobs/autopayment/steps.py",
-                "        now=asked.at,\n        rules",
-                "        now=renewals.scope.as_of,\n        rules",
+                "        now=clock.now(),\n        rules=renewals.rules,\n        in_review",
+                "        now=renewals.scope.as_of,\n        rules=renewals.rules,\n        in_review",
             ),
         ),
         (
@@ -1071,8 +1071,8 @@ FURTHER = (
             ),
             Edit(
                 "jobs/autopayment/steps.py",
-                "        now=asked.at,\n        rules",
-                "        now=renewals.scope.as_of,\n        rules",
+                "        now=clock.now(),\n        rules=renewals.rules,\n        in_review",
+                "        now=renewals.scope.as_of,\n        rules=renewals.rules,\n        in_review",
             ),
         ),
         (_AUTOPAYMENT + "test_a_backfill_of_old_days_charges_nobody_for_periods_that_are_over",),
@@ -1266,7 +1266,7 @@ FURTHER = (
         (
             Edit(
                 _SHARDING,
-                "return replace(scope, as_of=division.as_of, source=division.source), division",
+                "return replace(scope, as_of=division.as_of_at(clock.now()), source=division.source), division",
                 "return replace(scope, source=division.source), division",
             ),
         ),

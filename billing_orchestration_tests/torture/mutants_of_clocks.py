@@ -6,7 +6,7 @@ from billing_orchestration_tests.torture.mutant import Edit, Mutant
 
 _DOMAIN = "domain/clocks.py"
 _JOBS = "jobs/test_clocks.py::"
-_JUMP = _JOBS + "test_a_clock_that_is_set_in_mid_run_stops_charging_with_the_next_answer"
+_JUMP = _JOBS + "test_the_providers_clock_set_in_mid_run_stops_charging_with_the_next_answer"
 
 CLOCKS = (
     Mutant(
@@ -95,36 +95,50 @@ CLOCKS = (
         ("database/test_attempts.py::test_a_key_that_a_wrong_clock_has_sent_is_never_sent_again",),
     ),
     Mutant(
-        "a claim by a clock that was set since it was compared",
-        "a charge is claimed by a clock that nobody has set since it was compared",
+        "our clock read again in mid-run",
+        "our clock is read once a run: who sets it in mid-run changes nothing of that run",
         (
             Edit(
-                "jobs/autopayment/charging.py",
-                "        if not self.provider.is_clock_suspicious:\n            return stamp\n",
-                "        if stamp:\n            return stamp\n",
+                "resources.py",
+                "return self._began + timedelta(seconds=self._steady_s() - self._began_s)",
+                "return self._now()",
+            ),
+            Edit(
+                "resources.py",
+                "        self._steady_s = steady_s\n",
+                "        self._steady_s, self._now = steady_s, now\n",
             ),
         ),
         (
-            _JOBS + "test_a_clock_that_is_set_before_the_first_charge_is_seen_before_it",
-            _JOBS + "test_nothing_is_claimed_by_a_clock_that_was_set_since_it_was_compared",
+            _JOBS + "test_our_clock_set_in_mid_run_changes_nothing_of_the_run",
+            _JOBS + "test_a_wrong_clock_that_is_put_right_in_mid_run_stays_wrong_for_the_run",
         ),
     ),
     Mutant(
-        "our clock not held against one that nobody sets",
-        "our clock is held against the machine's steady one between two answers",
-        (Edit(_DOMAIN, "return abs(self._moved) > HARMFUL", "return False"),),
-        (_JOBS + "test_nothing_is_claimed_by_a_clock_that_was_set_since_it_was_compared",),
+        "a claim by our own clock",
+        "a claim has PostgreSQL's time, which is the same for every machine",
+        (Edit("jobs/autopayment/charging.py", "return replace(stamp, at=told)", "return stamp"),),
+        (
+            _JOBS + "test_a_claim_has_postgresqls_time_which_is_the_same_for_every_machine",
+            "jobs/test_charges_under_way.py::test_another_machine_whose_clock_is_ahead_waits_as_long_as_any_other",
+        ),
     ),
     Mutant(
-        "answers to another clock still counted",
-        "what was told before our clock was set says nothing about it",
-        (Edit(_DOMAIN, "        if self._was_set:\n", "        if False:\n"),),
-        ("domain/test_clocks.py::test_a_clock_that_was_set_since_the_last_answer_is_suspicious",),
+        "a claim once PostgreSQL's clock was set",
+        "nothing is claimed by a clock of PostgreSQL's that was set in mid-run",
+        (
+            Edit(
+                "jobs/autopayment/charging.py",
+                "        if not clocks.may_be_trusted:\n            raise ClockWasSet",
+                "        if False:\n            raise ClockWasSet",
+            ),
+        ),
+        (_JOBS + "test_nothing_is_claimed_once_postgresqls_clock_was_set",),
     ),
     Mutant(
-        "an absence noted by another clock than was compared",
-        "a run decides for the moment at which its clocks were compared",
-        (Edit("jobs/autopayment/steps.py", "absent_since=plan.at", "absent_since=stamp.at"),),
-        (_JOBS + "test_a_clock_that_is_set_after_it_was_compared_changes_no_decision",),
+        "a shard looks ahead of its own clock",
+        "what another process has read from a wrong clock lets no shard charge before its day",
+        (Edit("domain/shards.py", "return min(self.as_of, now)", "return self.as_of"),),
+        ("domain/test_shards.py::test_a_shard_does_not_look_ahead_of_its_own_clock",),
     ),
 )

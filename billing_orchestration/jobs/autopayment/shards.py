@@ -248,8 +248,7 @@ def _agreed(context: dg.OpExecutionContext, run: RunSettings, clock: Clock) -> t
         raise RunRefused(LAUNCHED_ALONE)
     division = Division.from_text(told)
     scope = run.scope(context, clock, whole_days=True)
-    # Another process has read another clock: no shard looks ahead of its own.
-    return replace(scope, as_of=min(division.as_of, clock.now()), source=division.source), division
+    return replace(scope, as_of=division.as_of_at(clock.now()), source=division.source), division
 
 
 def limits_of_a_shard(config: ChargingConfig, at_once: int) -> ChargingConfig:
