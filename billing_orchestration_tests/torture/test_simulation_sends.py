@@ -352,7 +352,7 @@ def test_it_sees_a_run_that_crashes_or_leaves_a_thread_behind(world: World) -> N
 WRONG = timedelta(hours=1)
 
 
-def test_it_sees_a_charge_by_a_clock_that_was_wrong_before_or_has_been_seen_since(world: World) -> None:
+def test_it_sees_a_charge_by_a_clock_that_was_wrong_before(world: World) -> None:
     world.set_clocks(WRONG, timedelta(0))
     process = Process(world, Accidents(random.Random(1)), world.now)
 
@@ -361,13 +361,8 @@ def test_it_sees_a_charge_by_a_clock_that_was_wrong_before_or_has_been_seen_sinc
 
     world.faults.clear()
     world.set_clocks(-WRONG, timedelta(0))
-    for _ in range(2):
-        process.after_request("GET", None, None)
     process._look_at_clocks()
     assert world.faults == []
-    process.after_request("GET", None, None)
-    process._look_at_clocks()
-    assert any(" answers that have shown it" in words for words in world.faults)
 
 
 def test_it_sees_what_a_run_does_by_a_wrong_clock(world: World) -> None:

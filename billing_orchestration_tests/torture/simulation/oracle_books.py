@@ -182,6 +182,9 @@ class BooksJudge(Judge):
         if payment_id in journal.service_periods:
             return [journal.service_periods[payment_id]]
         agreed = journal.agreed.get(entry.metadata.get("renewal_attempt_id", "")) if entry is not None else None
+        if agreed is not None and payment_id in journal.lost:
+            # What was frozen with its attempt is lost, too: it grants the period that its plan has by then.
+            return [*agreed, (row.duration, row.duration_unit)]
         if agreed is not None:
             return agreed
         found = [(row.duration, row.duration_unit)]
