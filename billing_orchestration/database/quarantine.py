@@ -11,8 +11,16 @@ from typing import Any
 import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes
-from billing_orchestration.database.conventions import sql_list
-from billing_orchestration.domain.problem_kinds import MENDED, METHOD_UNUSABLE, NO_CONTACT, NOT_WRITABLE, kind_of
+from billing_orchestration.database.conventions import of_this_shop, sql_list
+from billing_orchestration.database.second_look import is_in_hand
+from billing_orchestration.domain.problem_kinds import (
+    MENDED,
+    METHOD_UNUSABLE,
+    NO_CONTACT,
+    NOT_WRITABLE,
+    SECOND_SUCCESS,
+    kind_of,
+)
 
 # A provider's record that cannot be read may hold anything.
 _LONGEST_SUM = 40
@@ -158,6 +166,23 @@ def close_entry(connection: sa.Connection, stamp: Stamp, entry: Entry, resolutio
             ],
         )
     return bool(closed)
+
+
+_ALONE = sa.text(f"""
+    SELECT DISTINCT q.external_payment_id
+    FROM billing_orchestration.quarantine q
+    JOIN billing_orchestration.renewal_attempts a ON a.id = q.attempt_id
+    WHERE q.kind = '{SECOND_SUCCESS}' AND q.resolved_at IS NULL AND q.external_payment_id IS NOT NULL
+      AND {of_this_shop("a.payment_provider_id")} AND NOT EXISTS (
+          SELECT FROM billing_orchestration.renewal_attempts r
+          WHERE r.subscription_id = a.subscription_id AND r.period_start = a.period_start AND {is_in_hand("r")})
+    ORDER BY 1
+""")
+
+
+def successes_left_alone(connection: sa.Connection) -> list[str]:
+    """The payments of open `second_success` entries beside which nothing else has paid their period, or still may."""
+    return list(connection.execute(_ALONE).scalars())
 
 
 _REACHABLE = f"""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from billing_orchestration.database.conventions import of_this_shop, sql_list
 from billing_orchestration.domain.attempts import OPEN, TAKEN, State
-from billing_orchestration.domain.problem_kinds import HOLDING, IGNORED, UNREADABLE
+from billing_orchestration.domain.problem_kinds import HOLDING, IGNORED, SECOND_SUCCESS, UNREADABLE
 
 
 def in_review(attempt: str) -> str:
@@ -30,12 +30,17 @@ def is_in_hand(attempt: str) -> str:
 def holds_a_charge(entry: str) -> str:
     """SQL: whether a quarantine entry, named by its alias, is open and holds the attempt that it names.
 
-    An unreadable record holds nothing where our records have its charge in hand.
+    An unreadable record holds nothing where our records have its charge in hand, nor does a second success where the
+    period is granted: the other payment has it, and the next period is due.
     """
     return f"""({entry}.resolved_at IS NULL AND {entry}.attempt_id IS NOT NULL
         AND NOT ({entry}.kind = '{UNREADABLE}' AND EXISTS (
             SELECT FROM billing_orchestration.renewal_attempts k
-            WHERE k.id = {entry}.attempt_id AND {is_in_hand("k")})))"""
+            WHERE k.id = {entry}.attempt_id AND {is_in_hand("k")}))
+        AND NOT ({entry}.kind = '{SECOND_SUCCESS}' AND EXISTS (
+            SELECT FROM billing_orchestration.renewal_attempts k
+            JOIN billing_orchestration.renewal_attempts t USING (subscription_id, period_start)
+            WHERE k.id = {entry}.attempt_id AND t.state IN {sql_list(*TAKEN)})))"""
 
 
 # Which of several ACTIVE subscriptions `t` of one user and plan outlasts `s`.

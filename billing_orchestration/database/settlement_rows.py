@@ -169,6 +169,8 @@ class Rows:
             attempt, state = decision.attempt, State.REFUNDED
         elif isinstance(decision, Quarantine):
             attempt, state = decision.review, State.REVIEW
+            if decision.lost is not None:
+                self._keep_lost(decision.lost, decision)
         else:
             return
         if decision.void_first is not None:
@@ -178,6 +180,15 @@ class Rows:
             self.recreated.append(attempt)
         if attempt is not None and attempt.state != state:
             self.closings.append(self._closing(attempt, state, decision.payment.id, decision.reason))
+
+    def _keep_lost(self, attempt: Attempt, decision: Quarantine) -> None:
+        """An attempt whose payment is before a person, as it was rebuilt."""
+        new = {"state": attempt.state, "subscription_id": attempt.subscription_id}
+        reason = "its record was lost: rebuilt from its payment, which is before a person"
+        self.recreated.append(attempt)
+        self.changes.append(
+            Change("attempt", str(attempt.id), attempt.state.lower(), reason, None, new, decision.payment.id)
+        )
 
     def _closing(self, attempt: Attempt, state: str, payment_id: str | None, reason: str) -> Row:
         new = {"state": state, "subscription_id": attempt.subscription_id}

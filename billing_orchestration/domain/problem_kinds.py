@@ -57,10 +57,11 @@ TWO_ACTIVE: ProblemKind = "two_active"
 # Of a subscription, not of a payment: gone by the next success for that subscription.
 REJECTED: ProblemKind = "rejected"
 UNREADABLE: ProblemKind = "unreadable"
-# Opened for a renewal that is paid or may be, perhaps one whose attempt we do not have: its subscription is not charged
-# meanwhile.
-HOLDING: tuple[ProblemKind, ...] = (UNKNOWN_ATTEMPT, NOT_WRITABLE, UNREADABLE)
+# A payment of a period that another attempt has, paid or still possible.
 SECOND_SUCCESS: ProblemKind = "second_success"
+# Opened for a renewal that is paid or may be, perhaps one whose attempt we do not have: its subscription is neither
+# charged nor ended meanwhile.
+HOLDING: tuple[ProblemKind, ...] = (UNKNOWN_ATTEMPT, NOT_WRITABLE, UNREADABLE, SECOND_SUCCESS)
 NO_CONTACT: ProblemKind = "no_contact"
 RECEIPT: ProblemKind = "receipt"
 METHOD_UNUSABLE: ProblemKind = "method_unusable"
@@ -72,7 +73,6 @@ OF_THE_BOOKS: tuple[ProblemKind, ...] = ("not_paid_there", "refunded_there", "re
 FOR_A_PERSON: tuple[ProblemKind, ...] = (
     *GRANTED_ALREADY,
     *OF_THE_BOOKS,
-    SECOND_SUCCESS,
     TWO_ACTIVE,
     REJECTED,
     "gap",
@@ -126,7 +126,8 @@ KINDS: Mapping[ProblemKind, Kind] = {
         "the service had granted it: nothing more is granted",
     ),
     "second_success": Kind(
-        "a period was paid twice: the customer may have lost money",
+        "a period may be paid twice: refund one payment only if both are paid. While the other's outcome is open, the"
+        " subscription is neither charged nor ended; if it turns out unpaid, this one is settled by itself",
         "the customer keeps it as one more period, granted now",
         _ATTACH,
         "it was refunded by hand at the provider; nothing is granted",

@@ -481,8 +481,9 @@ def _decide_second_success(case: _Case, attempt: Attempt, other: str) -> Settlem
         reason = f"a person accepted it as one more period: {other}"
         provider_id = attempt.payment_provider_id
         return _grant_period(case, subscription, attempt.plan_id, provider_id, None, reason, paid_for=attempt)
-    reason = f"{other}: the customer may have paid twice, refund one"
-    return case.quarantine("second_success", reason, attempt.subscription_id)
+    reason = f"{other}: the customer may have paid twice. Refund one only if both are paid"
+    decision = case.quarantine("second_success", reason, attempt.subscription_id)
+    return replace(decision, lost=attempt if attempt.is_recreated else None)
 
 
 def _decide_renewal_written_by_service(

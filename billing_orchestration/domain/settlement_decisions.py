@@ -175,7 +175,8 @@ class Leave:
 class Quarantine:
     """A person has to look. `review` is the attempt whose money is in question (it becomes REVIEW).
 
-    `void_first` as in Settle: with a review, too, the period must have one live attempt only.
+    `void_first` as in Settle: with a review, too, the period must have one live attempt only. `lost`: an attempt that
+    the database has lost and that is written down VOID, so that it is known which period the payment was made for.
     """
 
     payment: ProviderPayment
@@ -185,6 +186,7 @@ class Quarantine:
     subscription_id: int | None = None
     review: Attempt | None = None
     void_first: Attempt | None = None
+    lost: Attempt | None = None
 
 
 SettlementDecision = Settle | RecordRefund | CloseAsGranted | Leave | Quarantine

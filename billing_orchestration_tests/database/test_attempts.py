@@ -29,7 +29,7 @@ from billing_orchestration.database.attempts import (
 from billing_orchestration.database.audit import Problem, open_problems
 from billing_orchestration.database.engine import create_engine
 from billing_orchestration.domain.answers import Closing
-from billing_orchestration.domain.attempts import ALL_STATES, KEY_LIFETIME, LIVE, OPEN, Attempt, State
+from billing_orchestration.domain.attempts import ALL_STATES, KEY_LIFETIME, LIVE, OPEN, TAKEN, Attempt, State
 from billing_orchestration.domain.problem_kinds import ProblemKind
 from billing_orchestration_tests.books import NOON, Books, naive
 from billing_orchestration_tests.domain.given import SHOP, an_attempt
@@ -333,6 +333,38 @@ def test_an_unreadable_record_holds_its_subscription_unless_our_records_have_its
     a_problem(books, "unreadable", payment_id="odd", attempt_id=named.id, subscription_id=subscription_id)
     looked = look(books, books.planned(subscription_id))
     assert ("an open quarantine entry is about this charge" in looked.held.values()) == held
+
+
+@AGAIN
+@pytest.mark.parametrize("state", sorted(set(ALL_STATES) - {*OPEN, *TAKEN}))
+def test_a_success_beside_another_attempt_holds_its_period_once_that_one_is_closed_unpaid(
+    books: Books, state: str, again: bool
+) -> None:
+    subscription_id = books.subscription()
+    paid = books.attempt(subscription_id, state=State.VOID)
+    books.attempt(subscription_id, number=2, state=state)
+    entry = a_problem(books, "second_success", payment_id="p", attempt_id=paid.id, subscription_id=subscription_id)
+    third = books.attempt(subscription_id, number=3) if again else books.planned(subscription_id, number=3)
+    looked = look_again(books, third) if again else look(books, third)
+    assert looked.held == {third.id: "an open quarantine entry is about this charge"}
+    ignore(books, entry)
+    assert third.id in (look_again(books, third) if again else look(books, third)).sent_before
+
+
+@pytest.mark.parametrize("state", [State.SUCCEEDED, State.REFUNDED])
+@pytest.mark.parametrize("of_itself", [False, True], ids=["another attempt", "the same attempt"])
+def test_a_second_success_of_a_period_that_is_granted_does_not_hold_the_next(
+    books: Books, state: str, of_itself: bool
+) -> None:
+    subscription_id = books.subscription(ended_at=NOON - A_DAY)
+    named = taken = books.attempt(subscription_id, state=state if of_itself else State.VOID)
+    if not of_itself:
+        taken = books.attempt(subscription_id, number=2, state=state)
+    a_problem(books, "second_success", payment_id="p", attempt_id=named.id, subscription_id=subscription_id)
+    books.execute("UPDATE subscriptions SET ended_at = :noon", noon=naive(NOON))
+    following = books.planned(subscription_id)
+    assert following.period_start != taken.period_start
+    assert begin(books, following) == {following.id}
 
 
 def test_an_unreadable_record_does_not_keep_its_attempt_from_being_sent_again_with_its_key(books: Books) -> None:

@@ -99,7 +99,12 @@ def test_a_lost_renewal_of_a_period_that_another_attempt_has_taken_is_a_second_s
     lost, other = books.planned(subscription_id, number=2), books.attempt(subscription_id, state=state)
     assert kind_of(only(books.settle(books.renewal(lost)))) == "second_success"
     assert books.ended_at(subscription_id) == NOON
-    assert [row.id for row in books.rows("renewal_attempts")] == [other.id]
+    # It is written down, so that the entry's period is known.
+    states = {row.id: row.state for row in books.rows("renewal_attempts")}
+    assert states == {other.id: state, lost.id: State.VOID}
+    assert kind_of(only(books.settle(books.renewal(lost)))) == "second_success"
+    (entry,) = books.rows("quarantine")
+    assert (entry.attempt_id, entry.subscription_id) == (lost.id, subscription_id)
 
 
 def test_an_attempt_of_its_period_that_was_never_sent_gives_way_to_a_lost_renewal(books: Books) -> None:

@@ -10,11 +10,13 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 
+from billing_orchestration.domain.attempts import Attempt
 from billing_orchestration.provider.client import PaymentProvider, Timeouts
 from billing_orchestration.sandbox.provider.api import ReceivedRequest
 from billing_orchestration.settings import Settings
@@ -792,8 +794,6 @@ def test_an_unreadable_item_that_names_the_attempt_proves_nothing_absent(service
 
 
 def test_a_list_that_lags_is_why_absence_takes_two_searches(service: Service) -> None:
-    from dataclasses import replace
-
     subscription = unknown_since(service, {"effect": "cut_after"})
     service.provider.switches = replace(service.provider.switches, list_lag_s=24.5 * 3600)
     service.advance(hours=24)
@@ -810,8 +810,6 @@ def test_a_list_that_lags_is_why_absence_takes_two_searches(service: Service) ->
 
 def test_a_success_that_a_search_missed_twice_and_that_comes_late_goes_to_a_person(service: Service) -> None:
     """The provider's list lags by more than a day: a second charge may follow, and it is not hidden."""
-    from dataclasses import replace
-
     subscription = unknown_since(service, {"effect": "cut_after"})
     service.provider.switches = replace(service.provider.switches, list_lag_s=26 * 3600)
     service.advance(hours=24)
@@ -825,8 +823,96 @@ def test_a_success_that_a_search_missed_twice_and_that_comes_late_goes_to_a_pers
 
     [problem] = service.rows("quarantine")
     assert problem.kind == "second_success"
-    assert "refund one" in problem.reason
+    assert "Refund one only if both are paid" in problem.reason
     assert service.ended_at(subscription) == A_MONTH_LATER
+
+
+def given_up(service: Service) -> tuple[int, Attempt]:
+    """A subscription whose first try was given up as one that never arrived, and that attempt."""
+    subscription = service.subscriber(script=["pending", "succeeded"], ended_at=NOON - timedelta(days=1))
+    sent_at = NOON - timedelta(hours=26)
+    return subscription, service.attempt(
+        subscription, state="VOID", method=f"method-{subscription}", first_sent_at=sent_at
+    )
+
+
+def paid_late(service: Service, attempt: Attempt) -> None:
+    """It turns out to be paid, and a matching tick hears of it beside the second try."""
+    service.provider.add_payment(
+        id="late",
+        amount="299.00",
+        created_at=attempt.first_sent_at,
+        captured_at=service.now - timedelta(minutes=5),
+        metadata=json.loads(attempt.body)["metadata"],
+        method_id=attempt.payment_method_id,
+    )
+    assert service.tick(MATCHING).ok
+    assert service.quarantined("late") == ["second_success"]
+
+
+def granted_by_the_late_payment(service: Service, subscription: int) -> None:
+    """The period is granted once, its entry closed, and nobody was charged by a call of ours."""
+    assert service.charged() == Counter()
+    assert service.settled("late") == ["renewed"]
+    assert service.ended_at(subscription) == A_MONTH_LATER - timedelta(days=1)
+    assert [(entry.kind, entry.resolution) for entry in service.rows("quarantine")] == [("second_success", "settled")]
+
+
+@pytest.mark.parametrize("shards", [None, 2], ids=["whole", "in shards"])
+def test_a_late_success_beside_a_pending_try_is_granted_once_that_one_is_declined_and_nothing_is_charged(
+    service: Service, shards: int | None
+) -> None:
+    subscription, first = given_up(service)
+    assert service.run(JOB).ok
+    second = service.attempts(subscription)[1]
+    assert second.state == "PENDING"
+    paid_late(service, first)
+    service.advance(days=1)
+    assert service.run(JOB).ok
+    assert service.quarantined("late") == ["second_success"], "the second try is pending still"
+    service.provider.cancel(second.external_payment_id, "insufficient_funds", party="payment_network")
+
+    run = service.run(JOB, shards=shards)
+
+    assert run.ok, run.failure
+    assert states(service, subscription) == ["SUCCEEDED", "DECLINED"]
+    granted_by_the_late_payment(service, subscription)
+
+
+def test_a_late_success_beside_a_try_that_never_arrived_keeps_it_from_being_sent_again(service: Service) -> None:
+    subscription, first = given_up(service)
+    method, sent_at = first.payment_method_id, NOON - timedelta(hours=1)
+    service.attempt(subscription, number=2, state="UNKNOWN", method=method, first_sent_at=sent_at)
+    paid_late(service, first)
+
+    run = service.run(JOB)
+
+    assert run.ok, run.failure
+    assert posts(service) == []
+    assert states(service, subscription) == ["VOID", "UNKNOWN"]
+    for hours in (23, 1):
+        service.advance(hours=hours)
+        service.run(JOB)
+    assert states(service, subscription) == ["SUCCEEDED", "VOID"]
+    granted_by_the_late_payment(service, subscription)
+
+
+def test_a_late_success_beside_a_try_that_is_paid_too_is_left_to_a_person_and_holds_no_later_period(
+    service: Service,
+) -> None:
+    subscription, first = given_up(service)
+    assert service.run(JOB).ok
+    paid_late(service, first)
+    service.provider.pay(service.attempts(subscription)[1].external_payment_id)
+    service.advance(days=1)
+    assert service.run(JOB).ok
+    assert (service.settled("late"), service.quarantined("late")) == ([], ["second_success"])
+    service.set_time(A_MONTH_LATER)
+
+    assert service.run(JOB).ok
+
+    assert service.charged() == {subscription: 2}, "the period that the second try has paid, and the next one"
+    assert service.quarantined("late") == ["second_success"]
 
 
 # --- planned and never sent -----------------------------------------------------------------------------------------

@@ -352,6 +352,68 @@ def test_what_a_lost_charge_holds_does_not_expire_before_it_is_decided(service: 
     assert [charge.payment_id for charge in service.charges()] == ([payment.id] if status == "paid" else [])
 
 
+def tried_until_paid_and_restored(service: Service, last: int = 3) -> int:
+    """A subscription whose first try was pending and is declined, and whose `last` try was paid; the database knows
+    no more than that the first is pending."""
+    declined = ["canceled:insufficient_funds"] * (last - 2)
+    subscription = service.subscriber(script=["pending", *declined, "succeeded", "succeeded", "succeeded"])
+    assert service.run(JOB).ok
+    [first] = service.attempts(subscription)
+    service.tick(MATCHING)
+    back_up(service)
+    service.advance(days=1)
+    service.provider.cancel(first.external_payment_id, "insufficient_funds", party="payment_network")
+    for _ in range(last - 1):
+        assert service.run(JOB).ok
+        service.advance(days=1)
+    assert service.charged() == {subscription: 1}
+    restore(service)
+    service.advance(hours=1)
+    return subscription
+
+
+@pytest.mark.parametrize("matching_first", [False, True], ids=["no matching run first", "a matching run first"])
+@pytest.mark.parametrize("shards", [None, 2], ids=["whole", "in shards"])
+def test_a_lost_success_beside_a_try_that_counts_as_pending_still_is_not_charged_again_and_is_granted(
+    service: Service, shards: int | None, matching_first: bool
+) -> None:
+    subscription = tried_until_paid_and_restored(service)
+    if matching_first:
+        service.tick(MATCHING)
+        assert [entry.kind for entry in service.rows("quarantine")] == ["second_success"]
+
+    run = service.run(JOB, shards=shards)
+
+    assert run.ok, run.failure
+    assert service.charged() == {subscription: 1}
+    assert service.ended_at(subscription) == A_MONTH_LATER
+    assert [attempt.state for attempt in service.attempts(subscription)] == ["DECLINED", "SUCCEEDED"]
+    assert all(entry.resolution == "settled" for entry in service.rows("quarantine"))
+    service.check_books()
+
+
+def test_a_paid_subscription_does_not_expire_because_its_payment_came_beside_a_pending_try(service: Service) -> None:
+    subscription = tried_until_paid_and_restored(service, last=2)
+    service.tick(MATCHING)
+    [entry] = service.rows("quarantine")
+    assert (entry.kind, entry.subscription_id) == ("second_success", subscription)
+    service.advance(days=4)
+    # The pending try is declined, and the provider does not answer for the payment: it cannot be granted yet.
+    service.sandbox.misbehave("get", "error_before", payment_id=entry.external_payment_id, times=None)
+    run = service.run(JOB)
+    assert f"payment {entry.external_payment_id}" in run.failure
+    assert [attempt.state for attempt in service.attempts(subscription)] == ["DECLINED", "VOID"]
+
+    assert service.run(EXPIRY).ok
+
+    assert service.status("subscriptions", subscription) == "ACTIVE"
+    service.sandbox.behave()
+    assert service.run(JOB).ok
+    assert service.charged() == {subscription: 1}
+    assert service.ended_at(subscription) == A_MONTH_LATER
+    service.check_books()
+
+
 def test_launches_one_after_another_do_not_leave_a_lost_charge_behind(service: Service) -> None:
     for minutes in (0, 7, 14, 21):
         service.set_time(NOON + timedelta(minutes=minutes))

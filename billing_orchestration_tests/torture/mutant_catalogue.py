@@ -484,6 +484,46 @@ FURTHER = (
         ),
     ),
     Mutant(
+        "a success beside a try that may be paid holds nothing",
+        "what may be paid twice is neither charged nor ended before it is known whether it is",
+        (Edit("domain/problem_kinds.py", "UNREADABLE, SECOND_SUCCESS)", "UNREADABLE)"),),
+        (
+            _ATTEMPT_ROWS + "test_a_success_beside_another_attempt_holds_its_period_once_that_one_is_closed_unpaid",
+            _FAULTS + "test_a_late_success_beside_a_try_that_never_arrived_keeps_it_from_being_sent_again",
+            _RESTORED + "test_a_paid_subscription_does_not_expire_because_its_payment_came_beside_a_pending_try",
+        ),
+    ),
+    Mutant(
+        "a true second success holds the next period",
+        "a second success of a period that is granted holds no other",
+        (Edit(_SECOND_LOOK, "AND NOT ({entry}.kind = '{SECOND_SUCCESS}' AND", "AND NOT (false AND"),),
+        (
+            _ATTEMPT_ROWS + "test_a_second_success_of_a_period_that_is_granted_does_not_hold_the_next",
+            _FAULTS + "test_a_late_success_beside_a_try_that_is_paid_too_is_left_to_a_person_and_holds_no_later_period",
+        ),
+    ),
+    Mutant(
+        "a lost attempt of a second success not written down",
+        "it is known which period a second success was paid for",
+        (Edit(_SETTLEMENT, "lost=attempt if attempt.is_recreated else None", "lost=None"),),
+        (_LOST + "test_a_lost_renewal_of_a_period_that_another_attempt_has_taken_is_a_second_success",),
+    ),
+    Mutant(
+        "a success left alone waits for a person",
+        "a success beside a try that has turned out unpaid is granted by itself",
+        (
+            Edit(
+                "jobs/autopayment/steps.py",
+                "        settle_left_alone(report, database, provider, stamp, threads)\n",
+                "",
+            ),
+        ),
+        (
+            _FAULTS
+            + "test_a_late_success_beside_a_pending_try_is_granted_once_that_one_is_declined_and_nothing_is_charged",
+        ),
+    ),
+    Mutant(
         "a lost charge that cannot be read passed over",
         "a record that cannot be read and names an attempt may be its charge",
         (Edit("jobs/autopayment/lost_charges.py", "odd.extend(part.unusable)", "pass"),),

@@ -60,6 +60,7 @@ from billing_orchestration.jobs.autopayment.lost_charges import Search, search, 
 from billing_orchestration.jobs.autopayment.pace import ChargingLimits
 from billing_orchestration.jobs.autopayment.pipeline import Pipeline
 from billing_orchestration.jobs.autopayment.results import ChargeResult
+from billing_orchestration.jobs.autopayment.second_successes import settle_left_alone
 from billing_orchestration.jobs.clocks import clocks_apart, look_at_clocks, note_clocks
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
@@ -359,6 +360,7 @@ def apply_plan(
     else:
         _conclude_open(plan, report, database, provider, stamp())
         settle_lost(plan.search, report, database, provider, clock, stamp)
+        settle_left_alone(report, database, provider, stamp, threads)
         _remember(plan, database, stamp())
         _charge(context, config, plan, report, database, provider, clock, threads)
     for decision in plan.decisions:
