@@ -180,10 +180,11 @@ def test_what_must_be_retried_ends_the_run_red_after_all_shards_and_names_it(ser
 
 
 def test_an_open_attempt_is_concluded_by_its_own_shard(service: Service) -> None:
-    subscriptions = [service.subscriber(script="pending") for _ in range(3)]
-    service.run(JOB)
-    for subscription in subscriptions:
-        service.provider.pay(service.attempts(subscription)[0].external_payment_id)
+    subscriptions = [service.subscriber() for _ in range(3)]
+    service.sandbox.misbehave("create", "error_after", times=None)
+    service.run(JOB, ops={"charge_renewals": {"max_sends": 1}})
+    service.sandbox.behave()
+    assert [service.attempts(id_)[0].state for id_ in subscriptions] == ["UNKNOWN"] * 3
 
     run = service.run(JOB, shards=2)
 
@@ -193,6 +194,89 @@ def test_an_open_attempt_is_concluded_by_its_own_shard(service: Service) -> None
         mine = [id_ for id_ in subscriptions if id_ % 2 == number - 1]
         assert read_result(run.metadata[f"renew_shard[shard_{number}_of_2]"]["result"])["applied"] == len(mine)
     service.check_books()
+
+
+def pending_since_yesterday(service: Service, count: int) -> list[Any]:
+    """Attempts that are pending at the provider since yesterday's run, by subscription."""
+    subscriptions = [service.subscriber(script=["pending", "succeeded"]) for _ in range(count)]
+    assert service.run(JOB).ok
+    service.advance(days=1)
+    return [service.attempts(subscription)[0] for subscription in subscriptions]
+
+
+def test_what_became_of_pending_charges_is_written_down_before_the_first_shard_begins(service: Service) -> None:
+    paid, declined, pending = pending_since_yesterday(service, 3)
+    service.provider.pay(paid.external_payment_id)
+    service.provider.cancel(declined.external_payment_id, "card_expired", party="payment_network")
+
+    run = service.run(JOB, shards=2)
+
+    assert run.ok, run.failure
+    states = [service.read_attempt(attempt.id).state for attempt in (paid, declined, pending)]
+    assert states == ["SUCCEEDED", "STOPPED", "PENDING"]
+    told = {row["shard"]: row["changed"] for row in run.report["shards"]}
+    assert told == {"divide_due_subscriptions": 2, "renew_shard[shard_1_of_2]": 0, "renew_shard[shard_2_of_2]": 0}
+    assert run.report["applied"] == 2
+    assert {entry.run_id for entry in service.rows("audit_trail", "action = 'stopped'")} == {run.run_id}
+    service.check_books()
+
+
+@pytest.mark.parametrize("of_shard", [0, 1])
+def test_a_card_that_a_pending_charge_of_any_shard_has_stopped_is_charged_by_none(
+    service: Service, of_shard: int
+) -> None:
+    subscriptions = [service.subscription(plan_id=service.monthly) for _ in range(2)]
+    heard = next(id_ for id_ in subscriptions if id_ % 2 == of_shard)
+    other = next(id_ for id_ in subscriptions if id_ != heard)
+    service.provider.add_method("card", ["pending", "succeeded"])
+    service.paid_row("card", heard, created_at=service.now - timedelta(days=30))
+    assert service.run(JOB).ok
+    [attempt] = service.attempts(heard)
+    service.advance(days=1)
+    service.provider.cancel(attempt.external_payment_id, "card_expired", party="payment_network")
+    ago = service.now - timedelta(days=30)
+    service.provider.add_payment(id="bought", amount="299.00", created_at=ago, saved=True, method_id="card")
+    service.paid_row("bought", other, created_at=ago)
+    service.provider.add_method("card", ["succeeded"])
+
+    run = service.run(JOB, shards=2)
+
+    assert run.ok, run.failure
+    assert not service.charged()
+    assert service.read_attempt(attempt.id).state == "STOPPED"
+    assert service.attempts(other) == []
+
+
+def test_a_dry_run_concludes_nothing_before_its_shards_and_shows_it(service: Service) -> None:
+    [attempt] = pending_since_yesterday(service, 1)
+    service.provider.cancel(attempt.external_payment_id, "card_expired", party="payment_network")
+
+    run = service.run(JOB, shards=2, dry_run=True)
+
+    assert run.ok, run.failure
+    assert service.read_attempt(attempt.id).state == "PENDING"
+    assert run.report["applied"] == 1
+
+
+def test_an_answer_that_cannot_be_written_down_stops_no_other_and_is_left_to_its_shard(service: Service) -> None:
+    silent, refused, declined = pending_since_yesterday(service, 3)
+    for attempt in (refused, declined):
+        service.provider.cancel(attempt.external_payment_id, "card_expired", party="payment_network")
+    service.sandbox.misbehave("get", "error_before", payment_id=silent.external_payment_id, times=None)
+    service.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE check_violation; END $$"
+    )
+    service.execute(f"""
+        CREATE TRIGGER refuse BEFORE UPDATE ON billing_orchestration.renewal_attempts
+        FOR EACH ROW WHEN (old.id = '{refused.id}') EXECUTE FUNCTION refuse()
+    """)
+
+    run = service.run(JOB, shards=2)
+
+    assert not run.ok
+    assert run.failure.startswith("2 must be retried")
+    states = [service.read_attempt(attempt.id).state for attempt in (silent, refused, declined)]
+    assert states == ["PENDING", "PENDING", "STOPPED"]
 
 
 def test_all_shards_are_about_the_instant_at_which_the_run_began(service: Service) -> None:

@@ -536,6 +536,16 @@ FURTHER = (
         (_RESTORED + "test_a_run_settles_what_the_database_has_lost_before_it_charges_anybody[in shards]",),
     ),
     Mutant(
+        "pending charges left to their shards",
+        "what became of a pending charge is written down before any shard of the run decides",
+        (Edit(_SHARDING, "    conclude_pending(report, database, provider, clock, threads, stamp)\n", "    pass\n"),),
+        (
+            _SHARDS + "test_a_card_that_a_pending_charge_of_any_shard_has_stopped_is_charged_by_none",
+            _RESTORED
+            + "test_a_lost_success_beside_a_try_that_counts_as_pending_still_is_not_charged_again_and_is_granted",
+        ),
+    ),
+    Mutant(
         "a watermark trusted beyond its gap",
         "our records are whole only as far as a matching run can have caught up",
         (Edit("domain/lost_attempts.py", " and whole_until >= now - LONGEST_CATCH_UP", ""),),

@@ -1,9 +1,10 @@
 """A run in shards: the due in parts that are renewed one by one in flat memory, or side by side in several processes.
 
-Chosen by the deployment (RENEWAL_SHARDS), for schedule, backfills and launches alike. The first op counts and divides;
-each shard is one step that reads, asks, decides and charges its own part (slices are handed over in memory, which does
-not cross processes); the last op adds up. What keeps two processes from charging one period twice is the protocol of
-`charging`, the same as between any two runs: shards add nothing to it and take nothing from it.
+Chosen by the deployment (RENEWAL_SHARDS), for schedule, backfills and launches alike. The first op settles what
+concerns all of them (what became of pending charges, what our records have lost), counts and divides; each shard is one
+step that reads, asks, decides and charges its own part (slices are handed over in memory, which does not cross
+processes); the last op adds up. What keeps two processes from charging one period twice is the protocol of `charging`,
+the same as between any two runs: shards add nothing to it and take nothing from it.
 """
 
 import json
@@ -31,6 +32,7 @@ from billing_orchestration.jobs.autopayment.steps import (
     ask_about_open,
     ask_for_lost,
     bounds_of_due,
+    conclude_pending,
     decide,
     plan_of,
     read_renewals,
@@ -42,6 +44,7 @@ from billing_orchestration.jobs.run_report import (
     RunReport,
     Told,
     conclude,
+    describe_decisions,
     describe_report,
     describe_scope,
     end_if_interrupted,
@@ -115,7 +118,7 @@ def _divide(
     provider.client.check()
     if scope.max_changes is not None:
         _stop_if_over(scope, scope.max_changes, max_overdue_days, shards, database, provider, clock, threads)
-    settled = _settle_lost(context, scope, counts, max_overdue_days, database, provider, clock)
+    found = _settle_first(context, scope, counts, max_overdue_days, database, provider, clock, threads)
     division = Division(scope.as_of, scope.source, at_once, max_overdue_days)
     context.instance.add_run_tags(context.run_id, {DIVISION_TAG: division.to_text()})
     context.log.info(f"{counts.due} due subscriptions in {shards} shards, {at_once} at once")
@@ -128,7 +131,7 @@ def _divide(
         "ACTIVE without an end": dg.MetadataValue.int(counts.without_end),
         "shards": dg.MetadataValue.int(shards),
         "shards at once": dg.MetadataValue.int(at_once),
-        **settled,
+        **found,
     }
     for shard in divide(shards):
         yield dg.DynamicOutput(
@@ -136,7 +139,7 @@ def _divide(
         )
 
 
-def _settle_lost(
+def _settle_first(
     context: dg.OpExecutionContext,
     scope: RunScope,
     counts: DueCounts,
@@ -144,16 +147,31 @@ def _settle_lost(
     database: BillingDatabase,
     provider: ProviderConnection,
     clock: Clock,
-) -> Mapping[str, dg.MetadataValue]:
-    """What our records have lost is settled before the shards read; a dry run leaves it to be shown by them."""
+    threads: Threads,
+) -> Mapping[str, dg.MetadataValue[Any]]:
+    """What became of pending charges, then what our records have lost, is written down before the shards read.
+
+    A card that a pending charge of one shard has stopped is not charged by another, and a lost success is not put
+    beside a charge that was declined long ago. A dry run leaves it to be shown by the shards.
+    """
     if scope.dry_run:
         return {}
+
+    def stamp() -> Stamp:
+        return Stamp(JOB, scope.run_id, clock.now())
+
+    concluded: list[Decision] = []
+    report = RunReport(decisions=concluded)
+    conclude_pending(report, database, provider, clock, threads, stamp)
     may_charge = bool(counts.due or counts.open_attempts)
     found = search(database, provider, clock, max_overdue_days, may_charge=may_charge)
-    told = settle_lost_or_stop(found, database, provider, clock, lambda: Stamp(JOB, scope.run_id, clock.now()))
+    told = settle_lost_or_stop(found, database, provider, clock, stamp)
     for decision in told:
         context.log.info(f"{decision.action}, {decision.subject}: {decision.reason}")
-    return describe_search(found)
+    # What could not be written is its shard's to try again, and to tell.
+    report.again.clear()
+    to_add_up = {_REPORT: _to_add_up(report)} if concluded else {}
+    return {**describe_decisions(concluded), **describe_search(found), **to_add_up}
 
 
 def _stop_if_over(
@@ -221,23 +239,25 @@ def renew_shard(
         {
             **describe_report(scope, report, JOB),
             **describe_clocks(context, plan.clocks),
-            _REPORT: dg.MetadataValue.text(
-                json.dumps(
-                    {
-                        "applied": report.applied,
-                        "skipped": report.skipped,
-                        "quarantined": report.quarantined,
-                        "opened": report.opened,
-                        "again": [printable(line) for line in report.again[:_NAMED]],
-                        "again_unnamed": max(0, len(report.again) - _NAMED),
-                        "stopped_by": report.stopped_by and printable(report.stopped_by),
-                        "stop_code": report.stop_code,
-                        "numbers": report.numbers,
-                    }
-                )
-            ),
+            _REPORT: _to_add_up(report),
         }
     )
+
+
+def _to_add_up(report: RunReport) -> dg.MetadataValue[Any]:
+    """What a step has done, for the last op."""
+    told = {
+        "applied": report.applied,
+        "skipped": report.skipped,
+        "quarantined": report.quarantined,
+        "opened": report.opened,
+        "again": [printable(line) for line in report.again[:_NAMED]],
+        "again_unnamed": max(0, len(report.again) - _NAMED),
+        "stopped_by": report.stopped_by and printable(report.stopped_by),
+        "stop_code": report.stop_code,
+        "numbers": report.numbers,
+    }
+    return dg.MetadataValue.text(json.dumps(told))
 
 
 def _agreed(context: dg.OpExecutionContext, run: RunSettings, clock: Clock) -> tuple[RunScope, Division]:
@@ -274,7 +294,7 @@ def conclude_shards(
     billing_database: dg.ResourceParam[BillingDatabase],
     clock: dg.ResourceParam[Clock],
 ) -> Told:
-    """The run's result, from what each shard has left in the run history."""
+    """The run's result, from what each step has left in the run history."""
     with told_plainly():
         scope, _ = _agreed(context, run, clock)
     report = RunReport()
@@ -309,7 +329,7 @@ def conclude_shards(
 
 
 def _reports(context: dg.OpExecutionContext) -> dict[str, dict[str, Any]]:
-    """What the shards of this run have reported, by the step's name."""
+    """What the first op and the shards of this run have reported, by the step's name."""
     found: dict[str, dict[str, Any]] = {}
     for entry in context.instance.all_logs(context.run_id, of_type=dg.DagsterEventType.STEP_OUTPUT):
         event = entry.dagster_event

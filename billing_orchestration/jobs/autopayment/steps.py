@@ -4,7 +4,7 @@ They take what a run works on and return what it found; what a run's page shows 
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -12,7 +12,7 @@ import dagster as dg
 from pydantic import Field
 
 from billing_orchestration.database.asked_methods import remember
-from billing_orchestration.database.attempts import close
+from billing_orchestration.database.attempts import close, open_attempts
 from billing_orchestration.database.audit import Problem, Stamp
 from billing_orchestration.database.one_by_one import NotWritten, one_by_one
 from billing_orchestration.database.quarantine import close_reachable
@@ -50,6 +50,7 @@ from billing_orchestration.domain.renewals import (
     RenewalRules,
     Resend,
     Void,
+    decide_open_attempt,
     decide_renewals,
 )
 from billing_orchestration.domain.run_scope import RunScope
@@ -231,6 +232,34 @@ def ask_for_lost(
     return replace(asked, search=search(database, provider, clock, days, may_charge=may_charge))
 
 
+def conclude_pending(
+    report: RunReport,
+    database: BillingDatabase,
+    provider: ProviderConnection,
+    clock: Clock,
+    threads: Threads,
+    make_stamp: Callable[[], Stamp],
+) -> None:
+    """Ask what became of all pending attempts of this shop, and write it down, before anything else is decided.
+
+    What the provider does not tell, and what could not be written, stays as it is: whoever decides about that attempt
+    asks again.
+    """
+    shop_id = database.settings.yookassa_shop_id
+    with database.read() as connection:
+        pending = [
+            attempt
+            for attempt in open_attempts(connection)
+            if attempt.state == State.PENDING and attempt.shop_id in (None, shop_id)
+        ]
+    if not pending:
+        return
+    view = _ask_about(pending, provider, threads)
+    decisions = [decide_open_attempt(attempt, view, None, clock.now(), shop_id) for attempt in pending]
+    told = [decision for decision in decisions if isinstance(decision, Conclude)]
+    _conclude_open(told, (), clock.now(), report, database, provider, make_stamp())
+
+
 def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection, threads: Threads) -> ProviderView:
     answers, silent = {}, {}
     by_payment = {attempt.external_payment_id: attempt for attempt in pending if attempt.external_payment_id}
@@ -358,7 +387,7 @@ def apply_plan(
         report.decisions = [shown(decision) for decision in plan.decisions]
         report.applied = sum(not isinstance(decision, NotCharged) for decision in plan.decisions)
     else:
-        _conclude_open(plan, report, database, provider, stamp())
+        _conclude_open(plan.decisions, plan.extra, plan.at, report, database, provider, stamp())
         settle_lost(plan.search, report, database, provider, clock, stamp)
         settle_left_alone(report, database, provider, stamp, threads)
         _remember(plan, database, stamp())
@@ -397,12 +426,21 @@ def _remember(plan: RenewalPlan, database: BillingDatabase, stamp: Stamp) -> Non
 
 
 def _conclude_open(
-    plan: RenewalPlan, report: RunReport, database: BillingDatabase, provider: ProviderConnection, stamp: Stamp
+    decisions: Sequence[RenewalDecision],
+    extra: Sequence[ProviderPayment],
+    at: datetime,
+    report: RunReport,
+    database: BillingDatabase,
+    provider: ProviderConnection,
+    stamp: Stamp,
 ) -> None:
-    """Apply what the provider said about open attempts, and close those by which no money moved."""
+    """Apply what the provider said about open attempts, and close those by which no money moved.
+
+    `extra`: other successes that a search has shown; `at`: when it was made.
+    """
     successes: list[ProviderPayment] = []
     closings: list[Closing] = []
-    for decision in plan.decisions:
+    for decision in decisions:
         if isinstance(decision, Conclude):
             if decision.payment.status == SUCCEEDED:
                 successes.append(decision.payment)
@@ -428,8 +466,8 @@ def _conclude_open(
                 word = "first absence" if closing.absent_since is not None else closing.word
                 report.decisions.append(Decision(word, closing.attempt.subject, closing.reason, closing.attempt.money))
     results = settle_all(
-        database, [*successes, *plan.extra], make_stamp=lambda: stamp, is_live=provider.client.is_live, dry_run=False
-    ) if successes or plan.extra else iter(())  # fmt: skip
+        database, [*successes, *extra], make_stamp=lambda: stamp, is_live=provider.client.is_live, dry_run=False
+    ) if successes or extra else iter(())  # fmt: skip
     report_settled(report, results, database=database, stamp=stamp, dry_run=False)
 
 
