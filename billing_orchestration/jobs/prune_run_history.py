@@ -6,7 +6,8 @@ Attempts and settlements are never touched: they hold the promise.
 Daily at 06:00, and harmless to repeat. The matching jobs alone make 1,440 runs a day, and Dagster keeps every run until
 somebody deletes it. The job writes to Dagster's own database only, through Dagster's API. From the billing database it
 reads the audit trail, which shows what a run changed even if the run was killed; from our own schema it deletes what is
-old. If it is killed in between, the next run continues.
+old. If it is killed in between, the next run continues. Our clock says what is old, so nothing goes while it and
+PostgreSQL's are apart.
 """
 
 from collections import Counter
@@ -20,8 +21,10 @@ from pydantic import Field
 
 from billing_orchestration.database.audit import runs_that_changed
 from billing_orchestration.database.retention import count_old, delete_old_audit, empty_old_evidence
+from billing_orchestration.domain.clocks import Clocks
 from billing_orchestration.domain.run_retention import CHANGED, GOES, MARKS_ITS_PARTITION, PastRun, retention
 from billing_orchestration.domain.run_scope import RunScope, over_limit
+from billing_orchestration.jobs.clocks import describe_clocks, look_at_clocks, stop_if_clocks_are_apart
 from billing_orchestration.jobs.partitions import BILLING_TIMEZONE
 from billing_orchestration.jobs.run_report import (
     CHANGED_TAG,
@@ -61,6 +64,7 @@ class OldRuns:
 
     scope: RunScope
     going: tuple[PastRun, ...]
+    clocks: Clocks
 
 
 @dg.op(description="Read the finished runs older than RUN_HISTORY_DAYS, and decide which to delete.")
@@ -86,6 +90,7 @@ def find_old_runs(
         ]
         changed = _changed_something(doubtful, billing_database)
         verdicts = [(past, CHANGED if past.run_id in changed else verdict) for past, verdict in verdicts]
+        clocks = look_at_clocks(billing_database, clock)
     going = tuple(past for past, verdict in verdicts if verdict == GOES)
     stop_before_applying(over_limit(len(going), scope.max_changes), [])
     reasons = Counter(verdict for _, verdict in verdicts)
@@ -99,6 +104,7 @@ def find_old_runs(
     context.add_output_metadata(
         {
             **describe_scope(scope),
+            **describe_clocks(context, clocks),
             "kept": dg.MetadataValue.text(
                 f"everything for {keep_days} days; what changed something, and the last run of each day and hour, for"
                 f" {keep_changed_days} days"
@@ -106,7 +112,7 @@ def find_old_runs(
             **{name: dg.MetadataValue.int(count) for name, count in counts.items() if count},
         }
     )
-    hand_over.leave(OldRuns(scope, going))
+    hand_over.leave(OldRuns(scope, going, clocks))
 
 
 def _past_runs(instance: dg.DagsterInstance, before: datetime) -> Iterator[PastRun]:
@@ -161,6 +167,7 @@ def delete_old_runs(
     """Delete one run after another, oldest first. If killed in between, the next run continues."""
     with told_plainly():
         old = hand_over.take(OldRuns)
+    stop_if_clocks_are_apart(old.clocks)
     going = old.going[::-1][: config.max_runs]
     deleted = 0
     if not old.scope.dry_run:
@@ -188,6 +195,8 @@ def remove_old_evidence(
         days = billing_database.settings.evidence_days
         # Whatever as_of says, nothing younger goes.
         before = min(scope.as_of, clock.now()) - timedelta(days=days)
+        # Old runs may have taken minutes to delete.
+        stop_if_clocks_are_apart(look_at_clocks(billing_database, clock))
         with billing_database.read() as connection:
             evidence, audit, may_delete = count_old(connection, before)
         if not scope.dry_run:

@@ -250,3 +250,46 @@ def test_a_role_that_may_not_delete_the_audit_trail_keeps_it_and_says_so(
     assert run.number(REMOVE, "result") == "evidence emptied 1"
     assert "may not delete them: GRANT DELETE" in run.number(REMOVE, "stays")
     assert len(service.rows("audit_trail")) == audit
+
+
+@pytest.mark.parametrize("years", [4, -4])
+def test_with_a_wrong_clock_nothing_is_deleted_and_the_run_is_red_and_names_it(
+    service: Service, instance: dg.DagsterInstance, years: int
+) -> None:
+    with_evidence(service, instance)
+    later(service, 1)
+    before = {table: service.rows(table) for table in ("audit_trail", "quarantine")}, ids(instance)
+    service.wrong_by(timedelta(days=365 * years))
+
+    run = service.run(JOB, instance=instance)
+
+    assert not run.ok
+    clocks = run.metadata["find_old_runs"]["clocks"]
+    assert f"is {365 * abs(years)} days ahead of" in clocks
+    assert run.failure.startswith(f"stopped before anything was applied: {clocks}")
+    assert ({table: service.rows(table) for table in before[0]}, ids(instance) - {run.run_id}) == before
+    service.wrong_by(timedelta(days=-365 * years))
+    service.skew()
+    assert service.run(JOB, instance=instance).ok
+
+
+def test_a_clock_that_is_set_while_old_runs_are_deleted_deletes_no_evidence(
+    service: Service, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_evidence(service, instance)
+    for _ in range(2):
+        empty_tick(service, instance)
+    later(service, 31)
+    audit = service.rows("audit_trail")
+    delete = dg.DagsterInstance.delete_run
+
+    def set_and_delete(self: dg.DagsterInstance, run_id: str) -> None:
+        service.wrong_by(timedelta(days=365 * 4))
+        delete(self, run_id)
+
+    monkeypatch.setattr(dg.DagsterInstance, "delete_run", set_and_delete)
+
+    run = service.run(JOB, instance=instance)
+
+    assert not run.ok
+    assert service.rows("audit_trail") == audit

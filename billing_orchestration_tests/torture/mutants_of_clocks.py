@@ -6,6 +6,7 @@ from billing_orchestration_tests.torture.mutant import Edit, Mutant
 
 _DOMAIN = "domain/clocks.py"
 _JOBS = "jobs/test_clocks.py::"
+_PRUNE = "jobs/test_prune_run_history.py::"
 _JUMP = _JOBS + "test_the_providers_clock_set_in_mid_run_stops_charging_with_the_next_answer"
 
 CLOCKS = (
@@ -68,6 +69,24 @@ CLOCKS = (
         "with a wrong clock nothing expires",
         (Edit("jobs/expire_payments.py", "if not asked.clocks.may_be_trusted:", "if False:"),),
         (_JOBS + "test_with_a_wrong_clock_no_payment_expires_and_what_is_paid_is_settled",),
+    ),
+    Mutant(
+        "old runs deleted by a wrong clock",
+        "with a wrong clock nothing is deleted",
+        (Edit("jobs/prune_run_history.py", "    stop_if_clocks_are_apart(old.clocks)\n", "    pass\n"),),
+        (_PRUNE + "test_with_a_wrong_clock_nothing_is_deleted_and_the_run_is_red_and_names_it",),
+    ),
+    Mutant(
+        "evidence deleted by a clock that was set meanwhile",
+        "evidence goes by a clock that is compared right before",
+        (
+            Edit(
+                "jobs/prune_run_history.py",
+                "        stop_if_clocks_are_apart(look_at_clocks(billing_database, clock))\n",
+                "        pass\n",
+            ),
+        ),
+        (_PRUNE + "test_a_clock_that_is_set_while_old_runs_are_deleted_deletes_no_evidence",),
     ),
     Mutant(
         "a key from the future sent again",
