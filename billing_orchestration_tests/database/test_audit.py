@@ -173,8 +173,8 @@ def test_what_a_person_resolved_for_good_is_not_opened_again(books: Books, resol
 
 def test_settling_closes_problems_by_payment_and_kind(books: Books) -> None:
     for payment_id in ("p", "q"):
-        for kind in ("metadata", "second_success"):
+        for kind in ("metadata", "refunded_there"):
             open_one(books, Problem(f"payment {payment_id}", kind, "odd", external_payment_id=payment_id))
     books.settle(books.paid("p"))
     open_ones = {row.problem_key for row in books.rows("quarantine", "resolved_at IS NULL")}
-    assert open_ones == {"payment p:second_success", "payment q:metadata", "payment q:second_success"}
+    assert open_ones == {"payment p:refunded_there", "payment q:metadata", "payment q:refunded_there"}
