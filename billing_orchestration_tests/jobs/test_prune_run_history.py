@@ -271,25 +271,3 @@ def test_with_a_wrong_clock_nothing_is_deleted_and_the_run_is_red_and_names_it(
     service.wrong_by(timedelta(days=-365 * years))
     service.skew()
     assert service.run(JOB, instance=instance).ok
-
-
-def test_a_clock_that_is_set_while_old_runs_are_deleted_deletes_no_evidence(
-    service: Service, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_evidence(service, instance)
-    for _ in range(2):
-        empty_tick(service, instance)
-    later(service, 31)
-    audit = service.rows("audit_trail")
-    delete = dg.DagsterInstance.delete_run
-
-    def set_and_delete(self: dg.DagsterInstance, run_id: str) -> None:
-        service.wrong_by(timedelta(days=365 * 4))
-        delete(self, run_id)
-
-    monkeypatch.setattr(dg.DagsterInstance, "delete_run", set_and_delete)
-
-    run = service.run(JOB, instance=instance)
-
-    assert not run.ok
-    assert service.rows("audit_trail") == audit

@@ -77,18 +77,6 @@ CLOCKS = (
         (_PRUNE + "test_with_a_wrong_clock_nothing_is_deleted_and_the_run_is_red_and_names_it",),
     ),
     Mutant(
-        "evidence deleted by a clock that was set meanwhile",
-        "evidence goes by a clock that is compared right before",
-        (
-            Edit(
-                "jobs/prune_run_history.py",
-                "        stop_if_clocks_are_apart(look_at_clocks(billing_database, clock))\n",
-                "        pass\n",
-            ),
-        ),
-        (_PRUNE + "test_a_clock_that_is_set_while_old_runs_are_deleted_deletes_no_evidence",),
-    ),
-    Mutant(
         "a key from the future sent again",
         "a send in the future counts as past its key's lifetime",
         (

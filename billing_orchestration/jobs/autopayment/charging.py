@@ -140,6 +140,12 @@ class Claims:
     wait_s: dict[uuid.UUID, float] = field(default_factory=dict)
     wrong_clock: str | None = None
 
+    def why_refused(self, attempt_id: uuid.UUID) -> str | None:
+        """Why nobody knows whether an attempt may be sent; None where that is known."""
+        if attempt_id in self.refused or attempt_id in self.claimed or attempt_id in self.held:
+            return self.refused.get(attempt_id)
+        return None if self.wrong_clock is None else "a clock may not be trusted"
+
 
 @dataclass(frozen=True, slots=True)
 class Charging:

@@ -295,10 +295,8 @@ class Pipeline:
             self._to_unlock.append(attempt_id)
             if attempt_id in claims.wait_s:
                 self._leave(work, "not sent again: the provider may still be at work on its last send")
-            elif claims.wrong_clock is not None and attempt_id not in (claims.held | claims.refused):
-                self._leave(work, "not sent: a clock may not be trusted")
-            elif attempt_id in claims.refused:
-                self._leave(work, f"not sent: {claims.refused[attempt_id]}")
+            elif (refused := claims.why_refused(attempt_id)) is not None:
+                self._leave(work, f"not sent: {refused}")
             else:
                 why = claims.held.get(attempt_id, "its attempt is closed, or its key too old")
                 self._finish(work, not_sent_after_all(work.attempt, why, sent_before=work.sent_before))

@@ -257,7 +257,7 @@ def conclude_pending(
     view = _ask_about(pending, provider, threads)
     decisions = [decide_open_attempt(attempt, view, None, clock.now(), shop_id) for attempt in pending]
     told = [decision for decision in decisions if isinstance(decision, Conclude)]
-    _conclude_open(told, (), clock.now(), report, database, provider, make_stamp())
+    _conclude_open(told, (), report, database, provider, make_stamp())
 
 
 def _ask_about(pending: Sequence[Attempt], provider: ProviderConnection, threads: Threads) -> ProviderView:
@@ -387,7 +387,7 @@ def apply_plan(
         report.decisions = [shown(decision) for decision in plan.decisions]
         report.applied = sum(not isinstance(decision, NotCharged) for decision in plan.decisions)
     else:
-        _conclude_open(plan.decisions, plan.extra, plan.at, report, database, provider, stamp())
+        _conclude_open(plan.decisions, plan.extra, report, database, provider, stamp())
         settle_lost(plan.search, report, database, provider, clock, stamp)
         settle_left_alone(report, database, provider, stamp, threads)
         _remember(plan, database, stamp())
@@ -428,7 +428,6 @@ def _remember(plan: RenewalPlan, database: BillingDatabase, stamp: Stamp) -> Non
 def _conclude_open(
     decisions: Sequence[RenewalDecision],
     extra: Sequence[ProviderPayment],
-    at: datetime,
     report: RunReport,
     database: BillingDatabase,
     provider: ProviderConnection,
@@ -436,7 +435,7 @@ def _conclude_open(
 ) -> None:
     """Apply what the provider said about open attempts, and close those by which no money moved.
 
-    `extra`: other successes that a search has shown; `at`: when it was made.
+    `extra`: other successes that a search has shown.
     """
     successes: list[ProviderPayment] = []
     closings: list[Closing] = []
