@@ -20,8 +20,8 @@ from billing_orchestration_tests.waiting import wait_until
 
 JOB = "autopayment_job"
 # How long the provider works on the charge, and by when it has finished with any.
-_WORKS_S = 2.0
-_DONE_S = 4.0
+_WORKS_S = 1.2
+_DONE_S = 3.0
 
 
 @pytest.fixture
@@ -56,17 +56,14 @@ def test_a_charge_whose_connection_is_cut_while_the_provider_works_is_charged_on
     service.check_books()
 
 
-@pytest.mark.parametrize("seconds", [10, 110])
-def test_a_clock_that_is_set_ahead_while_the_provider_works_brings_no_second_send_forward(
-    live: Service, seconds: int
-) -> None:
+def test_a_clock_that_is_set_ahead_while_the_provider_works_brings_no_second_send_forward(live: Service) -> None:
     service = live
     slow = service.subscriber()
     at_work_on(service, slow)
     service.timeouts = Timeouts(connect_s=2.0, charge_read_s=0.5, read_s=2.0, charge_done_s=_DONE_S)
     run = service.begin(JOB)
     wait_until(lambda: service.sandbox.count("create") == 1)
-    service.host_ahead = timedelta(seconds=seconds)
+    service.host_ahead = timedelta(seconds=110)
 
     assert run().ok
 

@@ -143,8 +143,9 @@ def sets_our_clock(service: Service, ahead: timedelta) -> Callable[[Any], Any]:
     return change
 
 
-@pytest.mark.parametrize("when", ["list", "get", "create"])
-@pytest.mark.parametrize("hours", [3, -3, 30])
+@pytest.mark.parametrize(
+    ("hours", "when"), [(3, "list"), (-3, "list"), (3, "get"), (-3, "get"), (30, "create"), (-3, "create")]
+)
 def test_our_clock_set_in_mid_run_changes_nothing_of_the_run(service: Service, hours: int, when: str) -> None:
     # A claim says when its key was first sent, and so until when it may be sent again.
     subscriptions = [service.subscriber() for _ in range(3)]
@@ -162,7 +163,7 @@ def test_our_clock_set_in_mid_run_changes_nothing_of_the_run(service: Service, h
     assert service.watermark(AUTOPAYMENT) == NOON
 
 
-@pytest.mark.parametrize("hours", [3, -3, 24])
+@pytest.mark.parametrize("hours", [-3, 24])
 def test_a_wrong_clock_that_is_put_right_in_mid_run_stays_wrong_for_the_run(service: Service, hours: int) -> None:
     service.subscriber()
     service.subscriber(ended_at=NOON + 24 * HOUR)

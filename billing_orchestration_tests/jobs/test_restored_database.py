@@ -209,9 +209,16 @@ def left_pending_and_restored(service: Service) -> tuple[int, str]:
     return subscription, payment.id
 
 
-@pytest.mark.parametrize("shards", [None, 3], ids=["whole", "in shards"])
-@pytest.mark.parametrize("odd", [{"status": "who knows"}, {"test": "maybe"}, {"captured_at": "soon"}], ids=str)
-@pytest.mark.parametrize("matching_first", [False, True], ids=["charging sees it first", "matching sees it first"])
+@pytest.mark.parametrize(
+    ("matching_first", "shards", "odd"),
+    [
+        (False, None, {"status": "who knows"}),
+        (False, 3, {"test": "maybe"}),
+        (True, None, {"captured_at": "soon"}),
+        (True, 3, {"captured_at": "soon"}),
+    ],
+    ids=str,
+)
 def test_a_lost_charge_whose_record_cannot_be_read_is_not_made_again(
     service: Service, odd: dict[str, str], shards: int | None, matching_first: bool
 ) -> None:
