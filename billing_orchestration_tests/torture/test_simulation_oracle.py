@@ -152,6 +152,17 @@ def test_a_pending_charge_whose_record_nobody_can_read_may_stay_open(books: Book
     assert [words for words in books.complaints() if "is PENDING" in words] == complaints[1:]
 
 
+def test_runs_before_the_database_was_set_back_have_concluded_nothing(books: Books) -> None:
+    sent_at = books.now - timedelta(days=5)
+    books.execute(
+        f"UPDATE billing_orchestration.renewal_attempts SET state = 'UNKNOWN', last_sent_at = '{sent_at}' WHERE {OURS}"
+    )
+    books.journal.undisturbed["autopayment_job"] = [sent_at + timedelta(days=day, hours=1) for day in range(4)]
+    assert any("is UNKNOWN since" in words for words in books.complaints())
+    books.journal.restored_at = books.now
+    assert not any("is UNKNOWN since" in words for words in books.complaints())
+
+
 def test_it_sees_a_grant_of_the_services_for_what_was_granted_here(books: Books) -> None:
     for payment_id in (books.renewed(), "made-up"):
         books.journal.note_grant(payment_id, 1, (1, "month"), books.now)

@@ -201,6 +201,8 @@ class BooksJudge(Judge):
             " FROM billing_orchestration.renewal_attempts WHERE state IN ('PLANNED', 'UNKNOWN', 'PENDING')"
         ):
             since = row.last_sent_at or row.planned_at
+            if self._journal.restored_at is not None:
+                since = max(since, self._journal.restored_at)  # what runs did before that is lost
             days = {self.billing_day(at) for at in runs if at > since}
             if row.state == "PENDING":
                 payment = payments.get(row.external_payment_id)
