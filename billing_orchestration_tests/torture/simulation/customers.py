@@ -277,7 +277,7 @@ class Customers:
                 "UPDATE subscriptions SET status = %s::subscriptionstatusenum WHERE id = %s AND status::text = %s",
                 status, row.id, row.status,
             )  # fmt: skip
-            self._world.journal.touched[row.id] = self._world.host_now()
+            self._world.journal.touched[row.id] = self._world.latest_now()
             self._world.tell(f"  subscription {row.id} {row.status} -> {status}")
             self._world.happened[f"subscription {row.status} -> {status}"] += 1
         except Busy:
@@ -299,7 +299,7 @@ class Customers:
         """For good, or by mistake."""
         world = self._world
         plan_id = self._dice.choice(self.plans)
-        world.journal.plan_changed[plan_id] = world.host_now()
+        world.journal.plan_changed[plan_id] = world.latest_now()
         if self._dice.chance(0.5):
             world.service.execute("UPDATE prices SET amount = amount + 10 WHERE plan_id = %s RETURNING id", plan_id)
             return
@@ -309,7 +309,7 @@ class Customers:
         def clean_up() -> None:
             # By its amount as well: in a database that was set back the id may be another one's.
             world.service.execute("DELETE FROM prices WHERE id = %s AND amount = 1 RETURNING id", number)
-            world.journal.plan_changed[plan_id] = world.host_now()
+            world.journal.plan_changed[plan_id] = world.latest_now()
 
         self._agenda.after(self._dice.minutes(60, 3 * 1440), "price cleaned up", clean_up)
 

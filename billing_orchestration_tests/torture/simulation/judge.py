@@ -85,7 +85,7 @@ class Journal:
     # When the service, or a customer there, last changed a subscription (aware UTC, our clock); moved its end or plan.
     touched: dict[int, datetime] = field(default_factory=dict)
     moved: dict[int, datetime] = field(default_factory=dict)
-    # When a plan or its price last changed (aware UTC, our clock).
+    # When a plan or its price last changed (aware UTC, by the later of the right clock and ours).
     plan_changed: dict[int, datetime] = field(default_factory=dict)
     # What was paid for: attempt -> (duration, unit), as the plan was when it was claimed; the last one before a change.
     agreed: dict[str, list[tuple[int, str]]] = field(default_factory=dict)

@@ -61,7 +61,7 @@ class Operator:
             return world.day() - self._dice.randint(8, 67) * DAY
         row = self._dice.choice(over)
         world.service.execute("UPDATE subscriptions SET status = 'ACTIVE' WHERE id = %s RETURNING id", row.id)
-        world.journal.touched[row.id] = world.host_now()
+        world.journal.touched[row.id] = world.latest_now()
         world.tell(f"  subscription {row.id} is ACTIVE again, and ended {row.ended_at}")
         ended_on: date = row.ended_at.replace(tzinfo=UTC).astimezone(world.zone).date()
         return ended_on - self._dice.randint(0, 2) * DAY

@@ -76,7 +76,7 @@ class Successes:
             except Busy:
                 did = None
             if did == "granted":
-                world.journal.touched[world.journal.service_grants[payment_id]] = world.host_now()
+                world.journal.touched[world.journal.service_grants[payment_id]] = world.latest_now()
             world.tell(f"  webhook {payment_id}: {did or 'again later'}")
             world.happened[f"webhook: {did or 'again later'}"] += 1
         if did is None and deliveries > 1:
@@ -141,7 +141,7 @@ class Successes:
         except Busy:
             world.tell(f"  webhook {payment.id}: could not write")
             return
-        world.journal.touched[world.journal.service_grants[payment.id]] = world.host_now()
+        world.journal.touched[world.journal.service_grants[payment.id]] = world.latest_now()
         world.tell(f"  webhook {payment.id}: granted by its row's id")
         world.happened["webhook: granted by its row's id"] += 1
 

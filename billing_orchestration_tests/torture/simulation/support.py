@@ -57,7 +57,7 @@ class Support:
         except Busy:
             return
         world.journal.before[number] = (rows[0].started_at, rows[0].ended_at)
-        world.journal.touched[number] = world.journal.moved[number] = world.host_now()
+        world.journal.touched[number] = world.journal.moved[number] = world.latest_now()
         world.tell(f"  subscription {number}: {words}")
         world.happened[f"subscription: {words.rpartition(' by ')[0] or 'plan switched'}"] += 1
 
@@ -112,6 +112,6 @@ class Support:
             change(plan_id)
         except Busy:
             return
-        world.journal.plan_changed[plan_id] = world.host_now() + timedelta(microseconds=1)
+        world.journal.plan_changed[plan_id] = world.latest_now() + timedelta(microseconds=1)
         world.tell(f"  plan {plan_id}: {what}")
         world.happened[f"plan: {what}"] += 1

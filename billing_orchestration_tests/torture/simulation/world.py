@@ -156,6 +156,10 @@ class World:
         """As the jobs read it."""
         return self.now + self.host_error
 
+    def latest_now(self) -> datetime:
+        """By the later of the right clock and ours: what happens now is not before anything that was written down."""
+        return max(self.now, self.host_now())
+
     def provider_now(self) -> datetime:
         return self.now + self.traits.provider_skew
 
