@@ -455,6 +455,14 @@ _IN_HAND = sa.text(f"""
 """)
 
 
+def answers_of_attempts(connection: sa.Connection, payment_ids: Sequence[str | None]) -> set[str]:
+    """Those of these provider payments that an attempt of ours was answered with, whatever became of it."""
+    statement = sa.select(renewal_attempts.c.external_payment_id).where(
+        renewal_attempts.c.external_payment_id.in_([id_ for id_ in payment_ids if id_ is not None])
+    )
+    return set(connection.execute(statement).scalars())
+
+
 def in_hand(connection: sa.Connection, attempt_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, bool]:
     """Those of these attempts that the database has, each with whether it knows that the attempt may have charged."""
     return {row.id: row.is_in_hand for row in connection.execute(_IN_HAND, {"ids": list(attempt_ids)})}

@@ -214,7 +214,7 @@ def record_changes(connection: sa.Connection, stamp: Stamp, changes: Sequence[Ch
 
 
 _OPEN_PROBLEMS = sa.text(f"""
-    INSERT INTO billing_orchestration.quarantine
+    INSERT INTO billing_orchestration.quarantine AS q
         (problem_key, kind, reason, external_payment_id, payment_id, subscription_id, attempt_id, evidence,
          job, run_id, opened_at)
     SELECT x.problem_key, x.kind, x.reason, x.external_payment_id, x.payment_id, x.subscription_id, x.attempt_id,
@@ -223,17 +223,21 @@ _OPEN_PROBLEMS = sa.text(f"""
         problem_key text, kind text, reason text, external_payment_id text, payment_id bigint, subscription_id bigint,
         attempt_id uuid, evidence jsonb)
     WHERE NOT EXISTS (
-        SELECT FROM billing_orchestration.quarantine q
-        WHERE q.problem_key = x.problem_key AND q.resolution IN {sql_list(*LAST_WORDS)})
-    ON CONFLICT (problem_key) WHERE resolved_at IS NULL DO NOTHING
-    RETURNING id, problem_key
+        SELECT FROM billing_orchestration.quarantine d
+        WHERE d.problem_key = x.problem_key AND d.resolution IN {sql_list(*LAST_WORDS)})
+    -- Whose charge an unreadable record may be is known, perhaps, only now.
+    ON CONFLICT (problem_key) WHERE resolved_at IS NULL DO UPDATE
+    SET attempt_id = excluded.attempt_id, subscription_id = coalesce(q.subscription_id, excluded.subscription_id)
+    WHERE q.kind = '{UNREADABLE}' AND q.attempt_id IS NULL AND excluded.attempt_id IS NOT NULL
+    RETURNING q.id, q.problem_key, q.xmax = 0 AS is_new
 """)
 
 
 def open_problems(connection: sa.Connection, stamp: Stamp, problems: Sequence[Problem]) -> set[str]:
     """Open quarantine entries for these problems; return the keys of the new ones.
 
-    A problem that is open already, or that a person has resolved for good, is not opened again: it alerts once.
+    A problem that is open already, or that a person has resolved for good, is not opened again: it alerts once. An open
+    one about an unreadable record learns which attempt that names, if it did not know.
     """
     unique = {problem.key: problem for problem in problems}
     if not unique:
@@ -255,7 +259,7 @@ def open_problems(connection: sa.Connection, stamp: Stamp, problems: Sequence[Pr
         for key, problem in sorted(stored.items())
     ]
     bound = {"at": stamp.at, "job": stamp.job, "run_id": stamp.run_id, "rows": to_json(in_words_of(connection, rows))}
-    opened = connection.execute(_OPEN_PROBLEMS, bound).all()
+    opened = [row for row in connection.execute(_OPEN_PROBLEMS, bound) if row.is_new]
     record_changes(
         connection,
         stamp,
@@ -289,7 +293,8 @@ def known_problems(connection: sa.Connection, keys: Sequence[str]) -> set[str]:
 _BEFORE_A_PERSON = sa.text(f"""
     SELECT external_payment_id FROM billing_orchestration.quarantine
     WHERE external_payment_id = ANY(:ids) AND problem_key = 'payment ' || external_payment_id || ':' || kind
-      AND NOT jsonb_exists_any(evidence, ARRAY['books', 'unfinished']) AND kind <> '{UNREADABLE}'
+      AND NOT jsonb_exists_any(evidence, ARRAY['books', 'unfinished'])
+      AND (kind <> '{UNREADABLE}' OR resolution = '{IGNORED}')
       AND (resolved_at IS NULL OR resolution = '{IGNORED}')
 """)
 

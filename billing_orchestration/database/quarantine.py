@@ -12,13 +12,15 @@ import sqlalchemy as sa
 
 from billing_orchestration.database.audit import Change, Stamp, record_changes
 from billing_orchestration.database.conventions import of_this_shop, sql_list
-from billing_orchestration.database.second_look import is_in_hand
+from billing_orchestration.database.second_look import holds_a_charge, is_in_hand
 from billing_orchestration.domain.problem_kinds import (
     MENDED,
     METHOD_UNUSABLE,
     NO_CONTACT,
     NOT_WRITABLE,
     SECOND_SUCCESS,
+    UNKNOWN_ATTEMPT,
+    UNREADABLE,
     kind_of,
 )
 
@@ -178,6 +180,30 @@ _ALONE = sa.text(f"""
           WHERE r.subscription_id = a.subscription_id AND r.period_start = a.period_start AND {is_in_hand("r")})
     ORDER BY 1
 """)
+
+
+_DOUBTFUL = sa.text(f"""
+    SELECT DISTINCT q.external_payment_id FROM billing_orchestration.quarantine q
+    WHERE (q.kind = '{UNREADABLE}' OR (q.kind = '{UNKNOWN_ATTEMPT}' AND jsonb_exists(q.evidence, 'unfinished')))
+      AND q.external_payment_id IS NOT NULL AND {holds_a_charge("q")}
+    ORDER BY 1
+""")
+_OF_PAYMENTS = f"""
+    WHERE kind IN {sql_list(UNREADABLE, UNKNOWN_ATTEMPT)} AND external_payment_id = ANY(:ids) AND resolved_at IS NULL
+    ORDER BY id FOR UPDATE
+"""
+
+
+def doubtful_charges(connection: sa.Connection) -> list[str]:
+    """The payments that hold a charge, for nobody knows yet whether they are paid."""
+    return list(connection.execute(_DOUBTFUL).scalars())
+
+
+def close_canceled(connection: sa.Connection, stamp: Stamp, payment_ids: Sequence[str]) -> int:
+    """Close what is open about these payments, which the provider says are canceled. Returns how many entries."""
+    reason = "the provider says that it is canceled: no money moved"
+    entries = _entries(connection, _OF_PAYMENTS, ids=list(payment_ids))
+    return sum(close_entry(connection, stamp, entry, MENDED, reason, stamp.job) for entry in entries)
 
 
 def successes_left_alone(connection: sa.Connection) -> list[str]:

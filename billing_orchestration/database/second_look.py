@@ -30,17 +30,21 @@ def is_in_hand(attempt: str) -> str:
 def holds_a_charge(entry: str) -> str:
     """SQL: whether a quarantine entry, named by its alias, is open and holds the attempt that it names.
 
-    An unreadable record holds nothing where our records have its charge in hand, nor does a second success where the
-    period is granted: the other payment has it, and the next period is due.
+    An unreadable record holds nothing where our records have its charge in hand, or had its answer before it became
+    unreadable. A second success holds nothing where the period is granted (the other payment has it, and the next one
+    is due), or where nobody knows its period.
     """
     return f"""({entry}.resolved_at IS NULL AND {entry}.attempt_id IS NOT NULL
         AND NOT ({entry}.kind = '{UNREADABLE}' AND EXISTS (
             SELECT FROM billing_orchestration.renewal_attempts k
-            WHERE k.id = {entry}.attempt_id AND {is_in_hand("k")}))
-        AND NOT ({entry}.kind = '{SECOND_SUCCESS}' AND EXISTS (
+            WHERE k.id = {entry}.attempt_id
+              AND ({is_in_hand("k")} OR k.external_payment_id = {entry}.external_payment_id)))
+        AND NOT ({entry}.kind = '{SECOND_SUCCESS}' AND NOT EXISTS (
             SELECT FROM billing_orchestration.renewal_attempts k
-            JOIN billing_orchestration.renewal_attempts t USING (subscription_id, period_start)
-            WHERE k.id = {entry}.attempt_id AND t.state IN {sql_list(*TAKEN)})))"""
+            WHERE k.id = {entry}.attempt_id AND NOT EXISTS (
+                SELECT FROM billing_orchestration.renewal_attempts t
+                WHERE t.subscription_id = k.subscription_id AND t.period_start = k.period_start
+                  AND t.state IN {sql_list(*TAKEN)}))))"""
 
 
 # Which of several ACTIVE subscriptions `t` of one user and plan outlasts `s`.

@@ -20,7 +20,7 @@ from billing_orchestration.domain.provider_payment import (
     Claims,
     ProviderPayment,
     UnusablePayment,
-    claimed_period,
+    claimed_subscription,
 )
 from billing_orchestration.domain.run_scope import CATCH_UP_OVERLAP, LONGEST_CATCH_UP
 from billing_orchestration.domain.settlement_decisions import PlanRow, SubscriptionRow
@@ -174,9 +174,9 @@ class LostCharges:
     def subscriptions(self) -> dict[int, str]:
         """The subscriptions that they are for, each with why it is not charged."""
         held = {
-            payment.claimed_period[0]: _why_held(payment.id, f"{payment.status} at the provider")
+            subscription_id: _why_held(payment.id, f"{payment.status} at the provider")
             for payment in (*self.successes, *self.unfinished)
-            if payment.claimed_period is not None
+            if (subscription_id := claimed_subscription(payment.metadata)) is not None
         }
         return held | {
             odd.subscription_id: _why_held(odd.item.payment_id, _ODD)
@@ -214,8 +214,7 @@ def charge_of(item: UnusablePayment) -> tuple[UnreadableCharge | None, bool]:
     claims = Claims.of(metadata)
     if claims.renewal_attempt_id is None:
         return None, not claims.names_an_attempt
-    period = claimed_period(metadata)
-    return UnreadableCharge(item, claims.renewal_attempt_id, None if period is None else period[0]), True
+    return UnreadableCharge(item, claims.renewal_attempt_id, claimed_subscription(metadata)), True
 
 
 def find_lost(
@@ -223,10 +222,11 @@ def find_lost(
     known: Mapping[uuid.UUID, bool],
     settled: Collection[str],
     unreadable: Iterable[UnreadableCharge] = (),
+    concluded: Collection[str] = (),
     *,
     is_whole: bool = True,
 ) -> LostCharges:
-    """What is lost of the charges that were found. `settled`: payments.
+    """What is lost of the charges that were found. `settled`, `concluded`: payments; these are attempts' own answers.
 
     `known`: the attempts in our records, each with whether these know that it may have charged. Such a one is not
     lost: its own answer, its key or its search settles it, and a run may be hearing that answer at this moment.
@@ -240,5 +240,9 @@ def find_lost(
             successes.append(payment)
         elif payment.status != CANCELED:
             unfinished.append(payment)
-    odd = tuple(charge for charge in unreadable if not known.get(charge.attempt_id, False))
+    odd = tuple(
+        charge
+        for charge in unreadable
+        if not known.get(charge.attempt_id, False) and charge.item.payment_id not in concluded
+    )
     return LostCharges(tuple(successes), tuple(unfinished), odd, is_whole)

@@ -211,9 +211,14 @@ class ProviderPayment:
         return self.refunded_amount >= self.money.amount
 
 
+def claimed_subscription(metadata: Mapping[str, Any]) -> int | None:
+    """The subscription that a renewal of ours names in its metadata, if that can be read."""
+    return _read_id(metadata.get("subscription_id"))
+
+
 def claimed_period(metadata: Mapping[str, Any]) -> tuple[int, datetime] | None:
     """The subscription and the start of the period that a renewal of ours names in its metadata."""
-    subscription_id = _read_id(metadata.get("subscription_id"))
+    subscription_id = claimed_subscription(metadata)
     period_start = _read_instant(metadata.get("period_start"))
     return None if subscription_id is None or period_start is None else (subscription_id, period_start)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -260,6 +261,86 @@ def test_a_record_that_cannot_be_read_holds_nothing_where_our_records_have_its_c
     assert service.run(JOB).ok
 
     assert service.charged() == {subscription: 2}
+
+
+def lost_and_unreadable(service: Service, **odd: Any) -> tuple[int, Any]:
+    """A subscription whose charge our records have lost, and the charge, whose record is odd; matching has seen it."""
+    subscription = service.subscriber()
+    service.tick(MATCHING)
+    back_up(service)
+    assert service.run(JOB).ok
+    restore(service)
+    [charge] = (payment for payment in service.provider.payments() if "renewal_attempt_id" in payment.metadata)
+    charge.override.update(captured_at="soon", **odd)
+    charge.touch(charge.changed_at)
+    service.advance(minutes=10)
+    assert service.tick(MATCHING).ok
+    return subscription, charge
+
+
+def test_an_open_entry_learns_whose_charge_it_is_about_once_that_can_be_read(service: Service) -> None:
+    subscription, charge = lost_and_unreadable(service, metadata="none")
+    [entry] = service.rows("quarantine")
+    assert (entry.attempt_id, entry.subscription_id) == (None, None)
+    del charge.override["metadata"]
+    charge.touch(charge.changed_at)
+
+    for _ in range(3):
+        service.advance(days=1, hours=1)
+        service.tick(MATCHING)
+        assert service.run(JOB).ok
+
+    assert service.charged() == {subscription: 1}
+    [entry] = service.rows("quarantine")
+    assert entry.subscription_id == subscription
+
+
+@pytest.mark.parametrize("odd", ["subscription_id", "period_start"])
+def test_a_lost_charge_holds_whatever_of_its_subscription_can_be_read(service: Service, odd: str) -> None:
+    subscription, charge = lost_and_unreadable(service)
+    charge.override["metadata"] = {**charge.metadata, odd: "?"}
+    charge.touch(charge.changed_at)
+    service.execute("DELETE FROM billing_orchestration.quarantine")
+    service.execute("DELETE FROM billing_orchestration.watermarks")
+    service.advance(days=1, hours=1)
+
+    assert service.run(JOB).ok
+
+    assert service.charged() == {subscription: 1}
+
+
+@pytest.mark.parametrize("paid", [True, False])
+def test_a_lost_charge_that_can_be_read_again_is_settled_or_holds_nothing_more(service: Service, paid: bool) -> None:
+    subscription, charge = lost_and_unreadable(service)
+    service.advance(days=1, hours=1)
+    assert service.run(JOB).ok
+    charge.override.clear()
+    if not paid:
+        charge.override["status"] = "canceled"
+    charge.touch(charge.changed_at)
+
+    assert service.run(JOB).ok
+    assert service.rows("quarantine", "resolved_at IS NULL") == []
+    assert service.run(JOB).ok
+
+    assert service.charged() == {subscription: 1 if paid else 2}  # that of the canceled one took no money
+    assert service.ended_at(subscription) > NOON
+
+
+def test_an_unreadable_record_of_a_charge_whose_answer_is_known_holds_nothing(service: Service) -> None:
+    subscription = service.subscriber(script=["canceled:insufficient_funds", "succeeded"])
+    assert service.run(JOB).ok
+    [charge] = (payment for payment in service.provider.payments() if "renewal_attempt_id" in payment.metadata)
+    charge.override.update(status="voided")
+    charge.touch(charge.changed_at)
+    service.advance(days=1)
+    service.run("reconciliation_job", partition="2026-03-12")
+    [entry] = service.rows("quarantine")
+    assert (entry.kind, entry.subscription_id) == ("unreadable", subscription)
+
+    assert service.run(JOB).ok
+
+    assert service.charged() == {subscription: 1}
 
 
 def test_a_record_that_may_be_anybodys_charge_leaves_our_records_in_doubt(service: Service) -> None:

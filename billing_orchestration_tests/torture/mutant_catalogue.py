@@ -514,7 +514,7 @@ FURTHER = (
         (
             Edit(
                 "jobs/autopayment/steps.py",
-                "        settle_left_alone(report, database, provider, stamp, threads)\n",
+                "        settle_doubtful(report, database, provider, stamp, threads)\n",
                 "",
             ),
         ),
@@ -522,6 +522,18 @@ FURTHER = (
             _FAULTS
             + "test_a_late_success_beside_a_pending_try_is_granted_once_that_one_is_declined_and_nothing_is_charged",
         ),
+    ),
+    Mutant(
+        "an open entry that never learns whose charge it is about",
+        "an open entry about an unreadable record learns which attempt that names",
+        (Edit("database/audit.py", "WHERE q.kind = '{UNREADABLE}' AND q.attempt_id IS NULL", "WHERE false"),),
+        (_RESTORED + "test_an_open_entry_learns_whose_charge_it_is_about_once_that_can_be_read",),
+    ),
+    Mutant(
+        "a canceled lost charge held for ever",
+        "a charge that the provider says is canceled holds nothing any more",
+        (Edit("jobs/autopayment/doubtful_charges.py", "elif answer.status == CANCELED:", "elif False:"),),
+        (_RESTORED + "test_a_lost_charge_that_can_be_read_again_is_settled_or_holds_nothing_more[False]",),
     ),
     Mutant(
         "a lost charge that cannot be read passed over",

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 import dagster as dg
 
-from billing_orchestration.database.attempts import in_hand
+from billing_orchestration.database.attempts import answers_of_attempts, in_hand
 from billing_orchestration.database.audit import Problem, Stamp, evidence_of
 from billing_orchestration.database.errors import DatabaseBusy
 from billing_orchestration.database.matching import fetch_settled, move_watermark, read_watermark
@@ -20,12 +20,11 @@ from billing_orchestration.domain.lost_attempts import (
     LostCharges,
     charge_of,
     find_lost,
-    identity_of,
     parts_of,
     stretches_to_search,
 )
 from billing_orchestration.domain.problem_kinds import UNKNOWN_ATTEMPT
-from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment
+from billing_orchestration.domain.provider_payment import ProviderPayment, UnusablePayment, claimed_subscription
 from billing_orchestration.jobs.clocks import look_at_clocks
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.jobs.settling import open_all, report_settled, settle_all, unusable_problems
@@ -84,7 +83,9 @@ def search(
         named += [charge.attempt_id for charge in unreadable]
         known = in_hand(connection, [id_ for id_ in named if id_ is not None])
         settled = fetch_settled(connection, list(found))
-    lost = find_lost(found.values(), known, settled, unreadable, is_whole=all(can_be_told for _, can_be_told in told))
+        concluded = answers_of_attempts(connection, [charge.item.payment_id for charge in unreadable])
+    is_whole = all(can_be_told for _, can_be_told in told)
+    lost = find_lost(found.values(), known, settled, unreadable, concluded, is_whole=is_whole)
     return Search(lost, stretches.since, now)
 
 
@@ -150,14 +151,13 @@ def settle_lost_or_stop(
 
 
 def _unfinished(payment: ProviderPayment) -> Problem:
-    identity = identity_of(payment)
     return Problem(
         f"payment {payment.id}",
         UNKNOWN_ATTEMPT,
         f"it is {payment.status} at the provider and names a renewal attempt that this database does not know: if it is"
         " paid, it is settled by itself",
         external_payment_id=payment.id,
-        subscription_id=None if identity is None else identity.subscription_id,
+        subscription_id=claimed_subscription(payment.metadata),
         attempt_id=payment.claims.renewal_attempt_id,
         evidence={
             **evidence_of({"metadata": payment.metadata, "amount": str(payment.money)}),

@@ -57,11 +57,11 @@ from billing_orchestration.domain.run_scope import RunScope
 from billing_orchestration.domain.shards import Shard
 from billing_orchestration.first_use import ask_about_methods
 from billing_orchestration.jobs.autopayment.charging import Charging
+from billing_orchestration.jobs.autopayment.doubtful_charges import settle_doubtful
 from billing_orchestration.jobs.autopayment.lost_charges import Search, search, settle_lost
 from billing_orchestration.jobs.autopayment.pace import ChargingLimits
 from billing_orchestration.jobs.autopayment.pipeline import Pipeline
 from billing_orchestration.jobs.autopayment.results import ChargeResult
-from billing_orchestration.jobs.autopayment.second_successes import settle_left_alone
 from billing_orchestration.jobs.clocks import clocks_apart, look_at_clocks, note_clocks
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.jobs.settling import open_all, report_settled, report_unusable, settle_all
@@ -389,7 +389,7 @@ def apply_plan(
     else:
         _conclude_open(plan.decisions, plan.extra, report, database, provider, stamp())
         settle_lost(plan.search, report, database, provider, clock, stamp)
-        settle_left_alone(report, database, provider, stamp, threads)
+        settle_doubtful(report, database, provider, stamp, threads)
         _remember(plan, database, stamp())
         _charge(context, config, plan, report, database, provider, clock, threads)
     for decision in plan.decisions:

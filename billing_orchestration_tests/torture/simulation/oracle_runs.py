@@ -43,10 +43,8 @@ class RunsJudge(Judge):
             captured_at = payment.captured_at
             visible = captured_at <= as_of and provider_now - payment.changed_at >= rules.list_lag
             half_written_at = journal.half_written.get(entry.payment_id)
-            if half_written_at is not None and (
-                min(abs(at - half_written_at) for at in (now, provider_now)) < timedelta(seconds=61)
-            ):
-                continue  # its handler may still be at work: its row's time is compared with both clocks
+            if half_written_at is not None and (min(now, provider_now) - half_written_at < timedelta(seconds=61)):
+                continue  # its handler may still be at work: its row's time is compared with the provider's clock
             # The jobs leave it a minute by the provider's clock, which tells whole seconds.
             left_to_webhook = provider_now - captured_at < timedelta(seconds=61)
             in_gap = any(start <= captured_at <= end for start, end in journal.gaps)

@@ -1,14 +1,15 @@
-"""A success that came beside another try of its period: granted by itself once that try has turned out unpaid.
+"""Payments that hold a charge until it is known what became of them: asked about again by each run that charges.
 
-Until then the two may be a payment too many, so its entry (`second_success`) holds the subscription. A run of
-autopayment_job is what hears of the other try's end, and it settles the success right after.
+A success that came beside another try of its period (`second_success`) is granted by itself once that try has turned
+out unpaid. A charge that our records have lost, and whose record could not be read or was not finished, is settled once
+it is paid, and holds nothing any more once it is canceled.
 """
 
 from collections.abc import Callable
 
 from billing_orchestration.database.audit import Stamp
-from billing_orchestration.database.quarantine import successes_left_alone
-from billing_orchestration.domain.provider_payment import SUCCEEDED, ProviderPayment
+from billing_orchestration.database.quarantine import close_canceled, doubtful_charges, successes_left_alone
+from billing_orchestration.domain.provider_payment import CANCELED, SUCCEEDED, ProviderPayment
 from billing_orchestration.jobs.run_report import RunReport
 from billing_orchestration.jobs.settling import report_settled, settle_all
 from billing_orchestration.provider.errors import ProviderError, RequestRejected
@@ -20,31 +21,37 @@ from billing_orchestration.threads import Threads
 _QUESTIONS = 8
 
 
-def settle_left_alone(
+def settle_doubtful(
     report: RunReport,
     database: BillingDatabase,
     provider: ProviderConnection,
     make_stamp: Callable[[], Stamp],
     threads: Threads,
 ) -> None:
-    """Settle these successes, as the provider shows them now; their entries close with it.
+    """Settle those of them that are paid, as the provider shows them now; entries about canceled ones are closed.
 
     What moves: nothing at the provider; a grant in the service's books, by the function that all jobs use. Killed
     before its commit, or without an answer: the entry is open still, it holds the subscription, and the next run asks
     again.
     """
     with database.read() as connection:
-        alone = successes_left_alone(connection)
+        asked = list(dict.fromkeys([*successes_left_alone(connection), *doubtful_charges(connection)]))
     paid: list[ProviderPayment] = []
-    for payment_id, answer in map_concurrently(provider.client.get_payment, alone, _QUESTIONS, threads=threads):
+    canceled: list[str] = []
+    for payment_id, answer in map_concurrently(provider.client.get_payment, asked, _QUESTIONS, threads=threads):
         if isinstance(answer, ProviderPayment):
             if answer.status == SUCCEEDED:
                 paid.append(answer)
+            elif answer.status == CANCELED:
+                canceled.append(payment_id)
         elif isinstance(answer, ProviderError) and not isinstance(answer, RequestRejected):
-            report.again.append(f"payment {payment_id}: it came beside a try that is unpaid, and {answer}")
+            report.again.append(f"payment {payment_id} holds a charge until its end is known: {answer}")
         elif isinstance(answer, Exception) and not isinstance(answer, ProviderError):
             raise answer
         # What the provider does not know or shows oddly stays before a person.
+    if canceled:
+        with database.begin() as connection:
+            report.applied += close_canceled(connection, make_stamp(), canceled)
     if paid:
         results = settle_all(database, paid, make_stamp=make_stamp, is_live=provider.client.is_live, dry_run=False)
         report_settled(report, results, database=database, stamp=make_stamp(), dry_run=False)
