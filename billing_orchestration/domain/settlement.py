@@ -16,7 +16,12 @@ from billing_orchestration.domain.decisions import Code
 from billing_orchestration.domain.lost_attempts import identity_of
 from billing_orchestration.domain.money import Money
 from billing_orchestration.domain.problem_kinds import UNKNOWN_ATTEMPT, ProblemKind
-from billing_orchestration.domain.provider_payment import SUCCEEDED, WEBHOOK_GRACE, ProviderPayment
+from billing_orchestration.domain.provider_payment import (
+    SUCCEEDED,
+    WEBHOOK_GRACE,
+    ProviderPayment,
+    claimed_subscription,
+)
 from billing_orchestration.domain.settlement_decisions import (
     CloseAsGranted,
     Facts,
@@ -152,17 +157,18 @@ def _decide(case: _Case, is_live: bool) -> SettlementDecision:
 
 
 def _decide_unknown_attempt(case: _Case) -> Quarantine:
-    """No row of ours, and none could be rebuilt. If the id is derived as ours are, its subscription is held."""
-    identity = identity_of(case.payment)
+    """No row of ours, and none could be rebuilt. Its subscription is held if the id is derived as ours are, or if that
+    cannot be told, for its period cannot be read."""
+    identity, payment = identity_of(case.payment), case.payment
+    is_ours = identity is not None or payment.claimed_period is None
     reason = (
         "it names a renewal attempt that this database does not know: another installation's charge, or a database"
         " restored from before it"
     )
     if case.facts.misfit is not None:
         reason += f". It could not be settled by itself: {case.facts.misfit}"
-    return Quarantine(
-        case.payment, UNKNOWN_ATTEMPT, reason, subscription_id=None if identity is None else identity.subscription_id
-    )
+    held = claimed_subscription(payment.metadata) if is_ours else None
+    return Quarantine(payment, UNKNOWN_ATTEMPT, reason, subscription_id=held)
 
 
 def _is_attached(ruling: Ruling | None) -> bool:

@@ -309,6 +309,28 @@ def test_a_lost_charge_holds_whatever_of_its_subscription_can_be_read(service: S
     assert service.charged() == {subscription: 1}
 
 
+def test_a_lost_second_try_whose_period_cannot_be_read_holds_its_subscription(service: Service) -> None:
+    subscription = service.subscriber(script=["canceled:insufficient_funds", "succeeded", "succeeded"])
+    service.tick(MATCHING)
+    back_up(service)
+    assert service.run(JOB).ok
+    service.advance(days=1)
+    assert service.run(JOB).ok
+    restore(service)
+    [charge] = service.provider.charges()
+    payment = service.provider.payment(charge.payment_id)
+    payment.override["metadata"] = {**payment.metadata, "period_start": "?"}
+    payment.touch(payment.changed_at)
+    service.advance(minutes=10)
+    assert service.tick(MATCHING).ok
+
+    for _ in range(2):
+        service.advance(days=1, hours=1)
+        assert service.run(JOB).ok
+
+    assert service.charged() == {subscription: 1}
+
+
 @pytest.mark.parametrize("paid", [True, False])
 def test_a_lost_charge_that_can_be_read_again_is_settled_or_holds_nothing_more(service: Service, paid: bool) -> None:
     subscription, charge = lost_and_unreadable(service)

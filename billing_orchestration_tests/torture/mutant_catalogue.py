@@ -614,8 +614,8 @@ FURTHER = (
         (
             Edit(
                 _SETTLEMENT,
-                "subscription_id=None if identity is None else identity.subscription_id",
-                "subscription_id=None",
+                "held = claimed_subscription(payment.metadata) if is_ours else None",
+                "held = None",
             ),
         ),
         (_LOST + "test_a_renewal_whose_attempt_was_lost_and_that_does_not_fit_waits_for_a_person[another amount]",),
