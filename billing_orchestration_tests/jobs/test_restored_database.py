@@ -210,6 +210,27 @@ def left_pending_and_restored(service: Service) -> tuple[int, str]:
     return subscription, payment.id
 
 
+def lost_and_odd(service: Service, **odd: Any) -> tuple[int, Any]:
+    """A subscription whose charge our records have lost, and the charge, whose record is odd."""
+    subscription = service.subscriber()
+    service.tick(MATCHING)
+    back_up(service)
+    assert service.run(JOB).ok
+    restore(service)
+    [charge] = (payment for payment in service.provider.payments() if "renewal_attempt_id" in payment.metadata)
+    charge.override.update(odd)
+    charge.touch(charge.changed_at)
+    return subscription, charge
+
+
+def lost_and_unreadable(service: Service, **odd: Any) -> tuple[int, Any]:
+    """The same, and matching has seen it."""
+    lost = lost_and_odd(service, captured_at="soon", **odd)
+    service.advance(minutes=10)
+    assert service.tick(MATCHING).ok
+    return lost
+
+
 @pytest.mark.parametrize(
     ("matching_first", "shards", "odd"),
     [
@@ -223,14 +244,7 @@ def left_pending_and_restored(service: Service) -> tuple[int, str]:
 def test_a_lost_charge_whose_record_cannot_be_read_is_not_made_again(
     service: Service, odd: dict[str, str], shards: int | None, matching_first: bool
 ) -> None:
-    subscription = service.subscriber()
-    service.tick(MATCHING)
-    back_up(service)
-    assert service.run(JOB).ok
-    restore(service)
-    [charge] = (payment for payment in service.provider.payments() if "renewal_attempt_id" in payment.metadata)
-    charge.override.update(odd)
-    charge.touch(charge.changed_at)
+    subscription, _ = lost_and_odd(service, **odd)
     if matching_first:  # it settles what is paid, and its watermark says so to the search
         service.advance(minutes=10)
         assert service.tick(MATCHING).ok
@@ -261,21 +275,6 @@ def test_a_record_that_cannot_be_read_holds_nothing_where_our_records_have_its_c
     assert service.run(JOB).ok
 
     assert service.charged() == {subscription: 2}
-
-
-def lost_and_unreadable(service: Service, **odd: Any) -> tuple[int, Any]:
-    """A subscription whose charge our records have lost, and the charge, whose record is odd; matching has seen it."""
-    subscription = service.subscriber()
-    service.tick(MATCHING)
-    back_up(service)
-    assert service.run(JOB).ok
-    restore(service)
-    [charge] = (payment for payment in service.provider.payments() if "renewal_attempt_id" in payment.metadata)
-    charge.override.update(captured_at="soon", **odd)
-    charge.touch(charge.changed_at)
-    service.advance(minutes=10)
-    assert service.tick(MATCHING).ok
-    return subscription, charge
 
 
 def test_an_open_entry_learns_whose_charge_it_is_about_once_that_can_be_read(service: Service) -> None:

@@ -27,8 +27,9 @@ def test_the_month_end_example_is_due_and_never_too_old_to_charge() -> None:
 def test_the_month_end_examples_return_to_the_31st_as_the_rule_says(ends: object) -> None:
     for now in EVERY_DAY:
         last, after = ends(now)  # type: ignore[operator]
-        started = day_31_before(last)
+        started = day_31_before(last, now)
         assert started.day == 31
+        assert started < now
         assert CALENDAR.next_end(started, last, Period(1, "month")) == after, now
 
 

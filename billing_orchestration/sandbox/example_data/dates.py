@@ -43,9 +43,9 @@ def next_short_month_end(now: datetime) -> tuple[datetime, datetime]:
     return end, months(end, 1, 31)
 
 
-def day_31_before(end: datetime) -> datetime:
-    """The latest 31st from which whole months lead to this end."""
+def day_31_before(end: datetime, now: datetime) -> datetime:
+    """The latest 31st that is over and from which whole months lead to this end."""
     count = -1
-    while (start := months(end, count, 31)).day != 31:
+    while (start := months(end, count, 31)).day != 31 or start >= now:
         count -= 1
     return start

@@ -35,7 +35,7 @@ def paid_within_the_hour(book: Book) -> None:
     case(f"month end: paid ahead, bought on a 31st, ends {short:%d %B}",
          f"until {after:%d %B}: back to the anchor day",
          replace(EXTENDED, status="ACTIVE", until=f"{after:%Y-%m-%d}"),
-         book.paid_again(book.due(short, started_at=day_31_before(short)), minutes=12))  # fmt: skip
+         book.paid_again(book.due(short, started_at=day_31_before(short, book.now)), minutes=12))  # fmt: skip
     case("created three days ago, captured 20 minutes ago", "settled: the capture counts, not the creation", CREATED,
          book.purchase("PENDING", ago=timedelta(days=3), captured_minutes=20))  # fmt: skip
     case("paid in cash: a method the service has no label for", "settled, method left empty", CREATED,

@@ -25,7 +25,7 @@ def ordinary(book: Book) -> None:
     last, after = month_ends(now)
     case(f"month end: bought on a 31st, ended {last:%d %B}", f"until {after:%d %B}: the 31st stays the anchor",
          replace(RENEWED, until=f"{after:%Y-%m-%d}"),
-         [book.due(last, started_at=day_31_before(last)) for _ in range(2)])  # fmt: skip
+         [book.due(last, started_at=day_31_before(last, book.now)) for _ in range(2)])  # fmt: skip
     for plan, count, length in ((book.yearly, 3, "a year"), (book.ten_days, 4, "10 days"),
                                 (book.quarterly, 2, "3 months")):  # fmt: skip
         end = f"{periods(ended, plan, 1):%Y-%m-%d}"
