@@ -413,3 +413,26 @@ def test_a_lost_charge_that_is_paid_at_last_starts_a_run(service: Service, looks
     assert isinstance(found, dg.RunRequest)
     assert service.tick(SUCCESSFUL).ok
     assert [row.resolution for row in service.rows("quarantine")] == ["settled"]
+
+
+@pytest.mark.parametrize("decided", [False, True], ids=["nobody has decided", "a person ignored it"])
+def test_an_unreadable_payment_that_can_be_read_again_starts_a_run_unless_a_person_ignored_it(
+    service: Service, looks: Looks, decided: bool
+) -> None:
+    odd = service.provider.payment(service.paid_there(plan_id=service.monthly))
+    odd.override.update(captured_at="soon")
+    service.advance(minutes=2)
+    assert service.tick(SUCCESSFUL).ok
+    [entry] = service.rows("quarantine")
+    assert entry.kind == "unreadable"
+    if decided:
+        service.execute(
+            "UPDATE billing_orchestration.quarantine SET resolved_at = now(), resolution = 'ignored',"
+            " resolution_reason = 'refunded by hand', resolved_by = 'somebody'"
+        )
+    odd.override.clear()
+    service.advance(minutes=2)
+
+    found = looks.tick(SUCCESSFUL)
+
+    assert isinstance(found, dg.SkipReason if decided else dg.RunRequest), found

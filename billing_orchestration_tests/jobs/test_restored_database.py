@@ -294,21 +294,10 @@ def test_an_open_entry_learns_whose_charge_it_is_about_once_that_can_be_read(ser
     assert entry.subscription_id == subscription
 
 
-@pytest.mark.parametrize("odd", ["subscription_id", "period_start"])
-def test_a_lost_charge_holds_whatever_of_its_subscription_can_be_read(service: Service, odd: str) -> None:
-    subscription, charge = lost_and_unreadable(service)
-    charge.override["metadata"] = {**charge.metadata, odd: "?"}
-    charge.touch(charge.changed_at)
-    service.execute("DELETE FROM billing_orchestration.quarantine")
-    service.execute("DELETE FROM billing_orchestration.watermarks")
-    service.advance(days=1, hours=1)
-
-    assert service.run(JOB).ok
-
-    assert service.charged() == {subscription: 1}
-
-
-def test_a_lost_second_try_whose_period_cannot_be_read_holds_its_subscription(service: Service) -> None:
+@pytest.mark.parametrize("more", [{}, {"captured_at": "soon"}], ids=["readable otherwise", "unreadable"])
+def test_a_lost_second_try_whose_period_cannot_be_read_holds_its_subscription(
+    service: Service, more: dict[str, str]
+) -> None:
     subscription = service.subscriber(script=["canceled:insufficient_funds", "succeeded", "succeeded"])
     service.tick(MATCHING)
     back_up(service)
@@ -318,7 +307,7 @@ def test_a_lost_second_try_whose_period_cannot_be_read_holds_its_subscription(se
     restore(service)
     [charge] = service.provider.charges()
     payment = service.provider.payment(charge.payment_id)
-    payment.override["metadata"] = {**payment.metadata, "period_start": "?"}
+    payment.override.update(more, metadata={**payment.metadata, "period_start": "?"})
     payment.touch(payment.changed_at)
     service.advance(minutes=10)
     assert service.tick(MATCHING).ok
