@@ -421,6 +421,7 @@ def test_an_unreadable_payment_that_can_be_read_again_starts_a_run_unless_a_pers
 ) -> None:
     odd = service.provider.payment(service.paid_there(plan_id=service.monthly))
     odd.override.update(captured_at="soon")
+    odd.touch(odd.changed_at)
     service.advance(minutes=2)
     assert service.tick(SUCCESSFUL).ok
     [entry] = service.rows("quarantine")
@@ -431,6 +432,7 @@ def test_an_unreadable_payment_that_can_be_read_again_starts_a_run_unless_a_pers
             " resolution_reason = 'refunded by hand', resolved_by = 'somebody'"
         )
     odd.override.clear()
+    odd.touch(odd.changed_at)
     service.advance(minutes=2)
 
     found = looks.tick(SUCCESSFUL)
